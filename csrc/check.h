@@ -1,0 +1,47 @@
+// Input checks. Every message names the op, the argument, what was expected and what was given, and is raised
+// before anything is written.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <string>
+
+namespace rk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream s;
+  s << '[';
+  for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.size(d);
+  s << ']';
+  return s.str();
+}
+
+}  // namespace rk
+
+#define RK_CHECK_DIM(op, t, n)                                                                              \
+  STD_TORCH_CHECK((t).dim() == (n), op ": " #t " must have " #n " dimensions, got ", (t).dim(), " (shape ", \
+                  rk::shape_of(t), ")")
+
+#define RK_CHECK_CPU(op, t) \
+  STD_TORCH_CHECK((t).is_cpu(), op ": " #t " must be on the CPU like the other arguments")
+
+#define RK_CHECK_FLOATING(op, t)                                                                  \
+  do {                                                                                            \
+    const auto rk_dtype = (t).scalar_type();                                                      \
+    STD_TORCH_CHECK(rk_dtype == rk::ScalarType::Float || rk_dtype == rk::ScalarType::Double ||    \
+                        rk_dtype == rk::ScalarType::Half || rk_dtype == rk::ScalarType::BFloat16, \
+                    op ": " #t " must be float32, float64, float16 or bfloat16, got ", rk_dtype); \
+  } while (false)
+
+#define RK_CHECK_SAME_DTYPE(op, t, u)                                                                    \
+  STD_TORCH_CHECK((t).scalar_type() == (u).scalar_type(), op ": " #t " must have the dtype of " #u ", ", \
+                  (u).scalar_type(), ", got ", (t).scalar_type())
+
+#define RK_CHECK_SIZE(op, t, d, n)                                                                 \
+  STD_TORCH_CHECK((t).size(d) == (n), op ": " #t ".size(" #d ") must be " #n " = ", (n), ", got ", \
+                  (t).size(d), " (shape ", rk::shape_of(t), ")")

@@ -1,0 +1,163 @@
+// FM second-order interaction, for one instruction set.
+//
+// x [B, F, D], one sample's fields x_1 .. x_F. With s_f = x_1 + .. + x_f,
+//
+//   out[b, d]     = 1/2 ((sum_f x_f)^2 - sum_f x_f^2) = sum_{f<g} x_f x_g = sum_f x_f s_{f-1}
+//   grad_x[b,f,d] = grad_out[b, d] (s_F - x_f)
+//
+// and with reduce_sum out[b] = sum_d out[b, d]. The forward takes the last form: as many flops as the
+// textbook's and no difference of two nearly equal numbers (a single field gives exactly 0). Two runs of
+// fields with sums s, s' and interactions y, y' join to s + s' and y + y' + s s', so kChains runs go side by
+// side to hide the add's latency.
+//
+// Per sample: F*D loads, 3 F*D flops forward; backward F*D loads, F*D stores, 3 F*D flops (s_F is recomputed
+// from rows that stay in the first-level cache for the second pass). Both are bound by memory.
+#pragma once
+
+#include "vec.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace fm {
+
+// One sample's columns [0, kVecs * lanes - (kTail: the absent lanes)): sum s and interaction y.
+template <class T, int kVecs, bool kTail>
+struct Columns {
+  using V = typename Traits<T>::vec;
+  static constexpr int kChains = kVecs >= 4 ? 1 : 4 / kVecs;
+
+  RK_INLINE V load(const T* p, int v, const Tail<T>& tail) {
+    return kTail && v == kVecs - 1 ? tail.load(p + v * Traits<T>::lanes)
+                                   : Traits<T>::load(p + v * Traits<T>::lanes);
+  }
+
+  RK_INLINE void reduce(const T* x, int64_t stride_xf, int64_t F, const Tail<T>& tail, V (&s)[kVecs],
+                        V (&y)[kVecs]) {
+    V s_[kChains][kVecs] = {}, y_[kChains][kVecs] = {};
+    int64_t f = 0;
+    for (; f + kChains <= F; f += kChains)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const V xv = load(x + (f + c) * stride_xf, v, tail);
+          y_[c][v] += xv * s_[c][v];
+          s_[c][v] += xv;
+        }
+    for (; f < F; ++f)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const V xv = load(x + f * stride_xf, v, tail);
+        y_[0][v] += xv * s_[0][v];
+        s_[0][v] += xv;
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      s[v] = s_[0][v];
+      y[v] = y_[0][v];
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) {
+        y[v] += y_[c][v] + s[v] * s_[c][v];
+        s[v] += s_[c][v];
+      }
+    }
+  }
+};
+
+// Calls body(std::integral_constant-like count, tail flag, first column) over the columns in blocks of up to
+// four vectors, the last of which may be partial.
+template <int kVecs, bool kTail>
+struct Block {
+  static constexpr int vecs = kVecs;
+  static constexpr bool tail = kTail;
+};
+template <class T, class Body>
+RK_INLINE void for_each_block(int64_t D, const Body& body) {
+  constexpr int64_t N = Traits<T>::lanes;
+  int64_t d = 0;
+  for (; d + 4 * N <= D; d += 4 * N) body(Block<4, false>(), d);
+  const int64_t left = D - d;
+  if (left == 0) return;
+  if (left % N == 0) {
+    if (left == N) return body(Block<1, false>(), d);
+    if (left == 2 * N) return body(Block<2, false>(), d);
+    return body(Block<3, false>(), d);
+  }
+  if (left < N) return body(Block<1, true>(), d);
+  if (left < 2 * N) return body(Block<2, true>(), d);
+  if (left < 3 * N) return body(Block<3, true>(), d);
+  return body(Block<4, true>(), d);
+}
+
+}  // namespace fm
+
+// Samples [b0, b1). x has unit stride along D; out is contiguous, [B] when reduce_sum and [B, D] otherwise.
+template <class T>
+void fm_interaction(const T* x, int64_t stride_xb, int64_t stride_xf, T* out, int64_t b0, int64_t b1,
+                    int64_t F, int64_t D, bool reduce_sum) {
+  using V = typename Traits<T>::vec;
+  const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
+  for (int64_t b = b0; b < b1; ++b) {
+    V total = {};
+    fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+      constexpr int kVecs = decltype(block)::vecs;
+      V s[kVecs], y[kVecs];
+      fm::Columns<T, kVecs, decltype(block)::tail>::reduce(x + b * stride_xb + d, stride_xf, F, tail, s, y);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        T* p = out + b * D + d + v * Traits<T>::lanes;
+        if (reduce_sum)
+          total += y[v];
+        else if (decltype(block)::tail && v == kVecs - 1)
+          tail.store(p, y[v]);
+        else
+          Traits<T>::store(p, y[v]);
+      }
+    });
+    if (reduce_sum) assign(out[b], sum_lanes<T>(total));
+  }
+}
+
+// grad_x is contiguous; grad_out is [B] (stride_gb) when reduce_sum and [B, D] with unit stride along D
+// otherwise.
+template <class T>
+void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, int64_t stride_xb,
+                             int64_t stride_xf, T* grad_x, int64_t b0, int64_t b1, int64_t F, int64_t D,
+                             bool reduce_sum) {
+  using V = typename Traits<T>::vec;
+  const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
+  for (int64_t b = b0; b < b1; ++b) {
+    const T* g = grad_out + b * stride_gb;
+    fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+      constexpr int kVecs = decltype(block)::vecs;
+      using C = fm::Columns<T, kVecs, decltype(block)::tail>;
+      V s[kVecs], y[kVecs], gv[kVecs];
+      C::reduce(x + b * stride_xb + d, stride_xf, F, tail, s, y);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) gv[v] = reduce_sum ? splat<T>(to_scalar(*g)) : C::load(g + d, v, tail);
+      for (int64_t f = 0; f < F; ++f)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const V grad = gv[v] * (s[v] - C::load(x + b * stride_xb + f * stride_xf + d, v, tail));
+          T* p = grad_x + (b * F + f) * D + d + v * Traits<T>::lanes;
+          if (decltype(block)::tail && v == kVecs - 1)
+            tail.store(p, grad);
+          else
+            Traits<T>::store(p, grad);
+        }
+    });
+  }
+}
+
+#define RK_INSTANTIATE(T)                                                                                    \
+  template void fm_interaction<T>(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool); \
+  template void fm_interaction_backward<T>(const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t,       \
+                                           int64_t, int64_t, int64_t, bool);
+RK_INSTANTIATE(float)
+RK_INSTANTIATE(double)
+RK_INSTANTIATE(rk::fp16)
+RK_INSTANTIATE(rk::bf16)
+#undef RK_INSTANTIATE
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,41 @@
+// Which instruction set the kernels run with: the best of the CPU, no better than ATEN_CPU_CAPABILITY
+// ("default", "avx2", "avx512") asks for, read once.
+//
+// Each kernel is one header of templates in the namespace `rk::RK_ISA`, compiled three times
+// (isa_baseline.cpp, isa_avx2.cpp, isa_avx512.cpp) with other vector lengths. RK_DISPATCH_ISA calls the right
+// copy.
+#pragma once
+
+#include <cstdint>
+
+namespace rk {
+
+enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2 };
+
+Isa isa();
+
+}  // namespace rk
+
+#if defined(__x86_64__)
+#  define RK_DISPATCH_ISA(fn, ...)                              \
+    (rk::isa() == rk::Isa::avx512 ? rk::avx512::fn(__VA_ARGS__) \
+     : rk::isa() == rk::Isa::avx2 ? rk::avx2::fn(__VA_ARGS__)   \
+                                  : rk::baseline::fn(__VA_ARGS__))
+// Declares a kernel's function once for each instruction set.
+#  define RK_DECLARE_ISA(...) \
+    namespace baseline {      \
+    __VA_ARGS__;              \
+    }                         \
+    namespace avx2 {          \
+    __VA_ARGS__;              \
+    }                         \
+    namespace avx512 {        \
+    __VA_ARGS__;              \
+    }
+#else
+#  define RK_DISPATCH_ISA(fn, ...) (rk::baseline::fn(__VA_ARGS__))
+#  define RK_DECLARE_ISA(...) \
+    namespace baseline {      \
+    __VA_ARGS__;              \
+    }
+#endif

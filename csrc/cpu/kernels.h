@@ -1,0 +1,2 @@
+// Every kernel of the library, for the instruction set RK_ISA.
+#include "fm_interaction.h"

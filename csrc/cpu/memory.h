@@ -1,0 +1,29 @@
+// Output buffers of many megabytes.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#if defined(__linux__)
+#  include <sys/mman.h>
+#endif
+
+namespace rk {
+
+// torch::stable::new_empty, asking for huge pages when the buffer is large. The allocator maps such a buffer
+// afresh at every call, so each page is zeroed and mapped by the kernel on first touch: with pages of 4 KiB
+// that costs several times the bytes' own traffic. Where huge pages are off the request does nothing.
+inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
+                                             torch::headeronly::IntHeaderOnlyArrayRef size) {
+  torch::stable::Tensor t = torch::stable::new_empty(like, size);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t last = (begin + t.numel() * t.element_size()) & ~(kHugePage - 1);
+  if (last >= first + 4 * kHugePage)
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+}  // namespace rk

@@ -1,0 +1,222 @@
+// Vectors of RK_VECTOR_BYTES on the GCC/Clang vector extensions, for one instruction set (see isa.h).
+//
+// Traits<T> says how values stored as T are computed with: `vec` holds `lanes` accumulators (float for the
+// 16-bit types, T itself otherwise), `load`/`store` convert on the way. Tail handles the last n < lanes
+// values of a row without touching memory beyond it.
+//
+// No STL, no torch header: whatever inline code comes in here is compiled for this instruction set, and the
+// linker could pick that copy for the rest of the library.
+#pragma once
+
+#include <stdint.h>
+#if RK_VECTOR_BYTES > 16
+#  include <immintrin.h>
+#endif
+
+#ifndef RK_STORAGE_TYPES
+#  define RK_STORAGE_TYPES
+namespace rk {
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+}  // namespace rk
+#endif
+
+namespace rk {
+namespace RK_ISA {
+
+template <class E, int N>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * N)));
+  typedef E unaligned __attribute__((vector_size(sizeof(E) * N), aligned(1), may_alias));
+};
+
+constexpr int kFloats = RK_VECTOR_BYTES / 4, kDoubles = RK_VECTOR_BYTES / 8;
+using f32v = VectorOf<float, kFloats>::type;
+using f64v = VectorOf<double, kDoubles>::type;
+using u32v = VectorOf<uint32_t, kFloats>::type;
+using i32v = VectorOf<int32_t, kFloats>::type;
+using u16v = VectorOf<uint16_t, kFloats>::type;
+
+#define RK_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+RK_INLINE V load_vector(const void* p) {
+  typedef V unaligned __attribute__((aligned(1), may_alias));
+  return *static_cast<const unaligned*>(p);
+}
+template <class V>
+RK_INLINE void store_vector(void* p, V v) {
+  typedef V unaligned __attribute__((aligned(1), may_alias));
+  *static_cast<unaligned*>(p) = v;
+}
+
+// ---- 16-bit storage
+// -------------------------------------------------------------------------------------------
+
+RK_INLINE f32v widen(u16v h, bf16) { return (f32v)(__builtin_convertvector(h, u32v) << 16); }
+
+// Round to nearest, ties to even; every NaN becomes 0x7fc0, as in torch.
+RK_INLINE u16v narrow(f32v f, bf16) {
+  const u32v b = (u32v)f;
+  const u32v rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const u32v nan = (u32v)(f != f);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), u16v);
+}
+
+#if RK_VECTOR_BYTES == 64
+RK_INLINE f32v widen(u16v h, fp16) { return (f32v)_mm512_cvtph_ps((__m256i)h); }
+RK_INLINE u16v narrow(f32v f, fp16) { return (u16v)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT); }
+#elif RK_VECTOR_BYTES == 32
+RK_INLINE f32v widen(u16v h, fp16) { return (f32v)_mm256_cvtph_ps((__m128i)h); }
+RK_INLINE u16v narrow(f32v f, fp16) { return (u16v)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// A half's exponent and mantissa, moved to a float's place, are the value times 2^-112 (subnormals included).
+RK_INLINE f32v widen(u16v h, fp16) {
+  const u32v w = __builtin_convertvector(h, u32v);
+  const f32v magnitude = (f32v)((w & 0x7fffu) << 13) * 0x1p112f;
+  const u32v infinite = (u32v)(magnitude >= 65536.f) & 0x7f800000u;
+  return (f32v)((u32v)magnitude | infinite | ((w & 0x8000u) << 16));
+}
+// Normal results round in the integer domain; adding 0.5 aligns a subnormal's last bit (2^-24) with the
+// float's.
+RK_INLINE u16v narrow(f32v f, fp16) {
+  const u32v b = (u32v)f & 0x7fffffffu, sign = ((u32v)f >> 16) & 0x8000u;
+  const u32v normal = ((b + 0xfffu + ((b >> 13) & 1u)) >> 13) - (112u << 10);
+  const u32v subnormal = (u32v)((f32v)b + 0.5f) - 0x3f000000u;
+  const u32v is_small = (u32v)(b < 0x38800000u), is_large = (u32v)(b >= 0x477ff000u), is_nan = (u32v)(f != f);
+  u32v r = (subnormal & is_small) | (normal & ~is_small);
+  r = (0x7c00u & is_large) | (r & ~is_large);
+  r = (0x7e00u & is_nan) | (r & ~is_nan);
+  return __builtin_convertvector(r | sign, u16v);
+}
+#endif
+
+// ---- loads and stores by storage type
+// ---------------------------------------------------------------------------
+
+template <class T>
+struct Traits {  // bf16, fp16
+  using scalar = float;
+  using vec = f32v;
+  static constexpr int lanes = kFloats;
+  RK_INLINE vec load(const T* p) { return widen(load_vector<u16v>(p), T()); }
+  RK_INLINE void store(T* p, vec v) { store_vector(p, narrow(v, T())); }
+};
+template <>
+struct Traits<float> {
+  using scalar = float;
+  using vec = f32v;
+  static constexpr int lanes = kFloats;
+  RK_INLINE vec load(const float* p) { return load_vector<vec>(p); }
+  RK_INLINE void store(float* p, vec v) { store_vector(p, v); }
+};
+template <>
+struct Traits<double> {
+  using scalar = double;
+  using vec = f64v;
+  static constexpr int lanes = kDoubles;
+  RK_INLINE vec load(const double* p) { return load_vector<vec>(p); }
+  RK_INLINE void store(double* p, vec v) { store_vector(p, v); }
+};
+
+template <class T>
+RK_INLINE typename Traits<T>::vec splat(typename Traits<T>::scalar s) {
+  return s - typename Traits<T>::vec{};  // s - 0, and not s + 0, so that -0 stays -0
+}
+
+// The first n lanes, 0 <= n < lanes: absent lanes load as zero and are never stored.
+template <class T>
+struct Tail {
+  int n;
+  explicit Tail(int n) : n(n) {}
+  typename Traits<T>::vec load(const T* p) const {
+    T padded[Traits<T>::lanes] = {};
+    for (int i = 0; i < n; ++i) padded[i] = p[i];
+    return Traits<T>::load(padded);
+  }
+  void store(T* p, typename Traits<T>::vec v) const {
+    T padded[Traits<T>::lanes];
+    Traits<T>::store(padded, v);
+    for (int i = 0; i < n; ++i) p[i] = padded[i];
+  }
+};
+
+#if RK_VECTOR_BYTES == 64
+template <>
+struct Tail<float> {
+  __mmask16 mask;
+  explicit Tail(int n) : mask(static_cast<__mmask16>((1u << n) - 1)) {}
+  f32v load(const float* p) const { return (f32v)_mm512_maskz_loadu_ps(mask, p); }
+  void store(float* p, f32v v) const { _mm512_mask_storeu_ps(p, mask, (__m512)v); }
+};
+template <>
+struct Tail<double> {
+  __mmask8 mask;
+  explicit Tail(int n) : mask(static_cast<__mmask8>((1u << n) - 1)) {}
+  f64v load(const double* p) const { return (f64v)_mm512_maskz_loadu_pd(mask, p); }
+  void store(double* p, f64v v) const { _mm512_mask_storeu_pd(p, mask, (__m512d)v); }
+};
+template <class T>
+struct Tail16 {
+  __mmask16 mask;
+  explicit Tail16(int n) : mask(static_cast<__mmask16>((1u << n) - 1)) {}
+  f32v load(const T* p) const { return widen((u16v)_mm256_maskz_loadu_epi16(mask, p), T()); }
+  void store(T* p, f32v v) const { _mm256_mask_storeu_epi16(p, mask, (__m256i)narrow(v, T())); }
+};
+template <>
+struct Tail<bf16> : Tail16<bf16> {
+  using Tail16::Tail16;
+};
+template <>
+struct Tail<fp16> : Tail16<fp16> {
+  using Tail16::Tail16;
+};
+#elif RK_VECTOR_BYTES == 32
+template <>
+struct Tail<float> {
+  __m256i mask;
+  explicit Tail(int n)
+      : mask(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7))) {}
+  f32v load(const float* p) const { return (f32v)_mm256_maskload_ps(p, mask); }
+  void store(float* p, f32v v) const { _mm256_maskstore_ps(p, mask, (__m256)v); }
+};
+template <>
+struct Tail<double> {
+  __m256i mask;
+  explicit Tail(int n) : mask(_mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3))) {}
+  f64v load(const double* p) const { return (f64v)_mm256_maskload_pd(p, mask); }
+  void store(double* p, f64v v) const { _mm256_maskstore_pd(p, mask, (__m256d)v); }
+};
+#endif
+
+// The sum of the lanes, in a fixed order (halves, then quarters, ...).
+template <class T>
+RK_INLINE typename Traits<T>::scalar sum_lanes(typename Traits<T>::vec v) {
+  typename Traits<T>::scalar lane[Traits<T>::lanes];
+  store_vector(lane, v);
+#pragma GCC unroll 8
+  for (int half = Traits<T>::lanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// One value converted to and from its storage type.
+RK_INLINE float to_scalar(float v) { return v; }
+RK_INLINE double to_scalar(double v) { return v; }
+template <class T>
+RK_INLINE float to_scalar(T v) {
+  return widen(u16v{} + v.bits, T())[0];
+}
+RK_INLINE void assign(float& p, float v) { p = v; }
+RK_INLINE void assign(double& p, double v) { p = v; }
+template <class T>
+RK_INLINE void assign(T& p, float v) {
+  p.bits = narrow(f32v{} + v, T())[0];
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,1 @@
+from rankkernels.ops import din_attention, embedding_bag, fm_interaction

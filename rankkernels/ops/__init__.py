@@ -1,0 +1,7 @@
+"""The ops, one file each: schema, fake, default, CUDA implementation, autograd, autocast, public function."""
+
+from rankkernels.ops.din_attention import din_attention
+from rankkernels.ops.embedding_bag import embedding_bag, table_batched_embedding_bag
+from rankkernels.ops.fm_interaction import fm_interaction
+
+__all__ = ["din_attention", "embedding_bag", "fm_interaction", "table_batched_embedding_bag"]

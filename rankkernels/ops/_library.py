@@ -1,0 +1,80 @@
+"""The torch.library namespace ``rankkernels``, the C++ extension, and the notice that no kernel was found.
+
+Schemas are defined in Python, beside the public function of each op. The extension registers the CPU implementations
+when it is loaded; CUDA implementations are registered beside the schema. What is left runs the op's default, the
+reference, under the key CompositeExplicitAutograd: torch's dispatcher chooses, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+lib = torch.library.Library("rankkernels", "DEF")
+
+CPU_ISAS = ("baseline", "avx2", "avx512")
+
+
+class ReferenceWarning(UserWarning):
+    """An op ran the pure-PyTorch reference because no kernel serves its device."""
+
+
+def _load_extension() -> str | None:
+    """Loads ``rankkernels._C``; returns why it did not, or None."""
+    if os.environ.get("RANKKERNELS_REFERENCE", "0") not in ("", "0"):
+        return "RANKKERNELS_REFERENCE is set"
+    if importlib.util.find_spec("rankkernels._C") is None:
+        return "rankkernels was installed without its C++ extension"
+    try:
+        importlib.import_module("rankkernels._C")
+    except ImportError as error:
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+lib.define("cpu_isa() -> int")
+no_extension: str | None = _load_extension()
+has_triton: bool = importlib.util.find_spec("triton") is not None and no_extension != "RANKKERNELS_REFERENCE is set"
+
+#: Ops that ran on the reference in this process, and why: what ``python -m rankkernels.info`` is about.
+reference_notices: dict[tuple[str, str], str] = {}
+
+
+def notice_reference(op: str, tensor: Tensor) -> None:
+    """Says once per op and device that the reference runs, and why."""
+    device = tensor.device.type
+    if (op, device) in reference_notices:
+        return
+    if device == "cpu" and no_extension:
+        reason = no_extension
+    elif device == "cuda" and not has_triton:
+        reason = "Triton is not installed"
+    else:
+        reason = f"there is no kernel for device type {device!r}"
+    reference_notices[op, device] = reason
+    warnings.warn(
+        f"rankkernels.{op} runs the pure-PyTorch reference on {device!r}: {reason}. "
+        "`python -m rankkernels.info` lists what runs where.",
+        ReferenceWarning,
+        stacklevel=3,
+    )
+
+
+def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Gradients of ``fn(*inputs)`` for the floating-point ``inputs``: a default implementation's backward.
+
+    An op's implementation runs with the Autograd dispatch keys excluded; this lets them in again for ``fn``.
+    """
+    tls = torch._C
+    include, exclude = tls._dispatch_tls_local_include_set(), tls._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        exclude = exclude.remove(getattr(tls.DispatchKey, key))
+    with tls._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        grads = torch.autograd.grad(fn(*inputs), inputs, grad_out, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]

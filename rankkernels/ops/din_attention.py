@@ -1,0 +1,309 @@
+"""DIN's target attention over a history: four-way concat, attention MLP, optional softmax, weighted sum-pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._library import lib, notice_reference, vjp
+
+# ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias [H];
+# what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
+# ``running_stats``: the running mean and variance [H] of every normalization, in the order the layers meet them; a
+# layer's own comes before its Dice's. ``batch_stats``: in training, mean and unbiased variance of each of them in the
+# same order, one after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running ones.
+_SIGNATURE = (
+    "Tensor history, Tensor target, Tensor? lengths, Tensor? mask, Tensor? offsets, Tensor[] params, "
+    "Tensor[] running_stats, str activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
+    "float dice_eps"
+)
+lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
+lib.define(
+    f"din_attention_backward(Tensor grad_out, Tensor batch_stats, {_SIGNATURE}) "
+    "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
+)
+
+#: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope [1], dice
+#: its alpha [1], dice_batch_norm alpha, weight and bias [H] of its normalization.
+ACTIVATIONS = {"linear": 0, "sigmoid": 0, "relu": 0, "leakyrelu": 0, "prelu": 1, "dice": 1, "dice_batch_norm": 3}
+
+
+def params_per_layer(activation: str, batch_norm: bool) -> int:
+    return 2 + 2 * batch_norm + ACTIVATIONS[activation]
+
+
+def norms_per_layer(activation: str, batch_norm: bool) -> int:
+    return batch_norm + (activation == "dice_batch_norm")
+
+
+def unflatten(
+    params: Sequence[Tensor],
+    running_stats: Sequence[Tensor],
+    activation: str,
+    batch_norm: bool,
+    norm_eps: float,
+    dice_eps: float,
+) -> tuple[list[reference.Hidden], Tensor, Tensor]:
+    """The flat lists of the schema as the reference's hidden layers, output weight and output bias."""
+    params, stats, hidden = list(params), list(running_stats), []
+
+    def norm(weight: Tensor, bias: Tensor, eps: float) -> reference.BatchNorm:
+        mean, var = (stats.pop(0), stats.pop(0)) if stats else (None, None)
+        return reference.BatchNorm(weight, bias, mean, var, eps)
+
+    for _ in range(len(params) // params_per_layer(activation, batch_norm)):
+        layer, params = (
+            params[: params_per_layer(activation, batch_norm)],
+            params[params_per_layer(activation, batch_norm) :],
+        )
+        weight, bias = layer.pop(0), layer.pop(0)
+        layer_norm = norm(layer.pop(0), layer.pop(0), norm_eps) if batch_norm else None
+        alpha = layer.pop(0) if layer else None
+        dice_norm = norm(layer.pop(0), layer.pop(0), dice_eps) if layer else None
+        hidden.append(reference.Hidden(weight, bias, layer_norm, activation, alpha, dice_norm, dice_eps))
+    return hidden, params[0], params[1]
+
+
+def _check(op, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, training):
+    """Ranks, sizes, dtypes and devices: everything that needs no value."""
+    check = torch._check
+    given = [n for n, t in (("lengths", lengths), ("mask", mask), ("offsets", offsets)) if t is not None]
+    check(len(given) < 2, lambda: f"{op}: give one of lengths, mask and offsets, got {' and '.join(given)}")
+    check(target.dim() == 2, lambda: f"{op}: target must be [B, D], got shape {list(target.shape)}")
+    rank, form = (2, "[N, D] beside offsets") if offsets is not None else (3, "[B, L, D]")
+    check(history.dim() == rank, lambda: f"{op}: history must be {form}, got shape {list(history.shape)}")
+    check(
+        history.size(-1) == target.size(1),
+        lambda: f"{op}: history and target must have one width D, got {history.size(-1)} and {target.size(1)}",
+    )
+    check(
+        history.dtype == target.dtype and history.dtype.is_floating_point,
+        lambda: f"{op}: history and target must have one floating-point dtype, got {history.dtype} and {target.dtype}",
+    )
+    B = target.size(0)
+    if offsets is None:
+        L = history.size(1)
+        check(
+            history.size(0) == B,
+            lambda: f"{op}: history and target must have one batch size B, got {history.size(0)} and {B}",
+        )
+        if lengths is not None:
+            check(
+                lengths.dim() == 1 and lengths.size(0) == B,
+                lambda: f"{op}: lengths must be [B] = [{B}], got shape {list(lengths.shape)}",
+            )
+        if mask is not None:
+            check(
+                mask.dim() == 2 and mask.size(0) == B and mask.size(1) == L,
+                lambda: f"{op}: mask must be [B, L] = [{B}, {L}], got shape {list(mask.shape)}",
+            )
+            check(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, true at valid rows, got {mask.dtype}")
+    else:
+        check(
+            offsets.dim() == 1 and offsets.size(0) == B + 1,
+            lambda: f"{op}: offsets must be [B + 1] = [{B + 1}], got shape {list(offsets.shape)}",
+        )
+    for name, t in (("lengths", lengths), ("offsets", offsets)):
+        if t is not None:
+            check(
+                t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}"
+            )
+    check(
+        activation in ACTIVATIONS,
+        lambda: f"{op}: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}",
+    )
+    per_layer = params_per_layer(activation, batch_norm)
+    layers, rest = divmod(len(params) - 2, per_layer)
+    check(
+        layers >= 0 and rest == 0,
+        lambda: f"{op}: params must be {per_layer} tensors a hidden layer and 2 of the output layer, got {len(params)}",
+    )
+    width = 4 * history.size(-1)
+    for i in range(layers):
+        weight, *vectors = params[i * per_layer : (i + 1) * per_layer]
+        check(
+            weight.dim() == 2 and weight.size(1) == width,
+            lambda: f"{op}: the weight of hidden layer {i} must be [H, {width}], got shape {list(weight.shape)}",
+        )
+        width = weight.size(0)
+        for v in vectors:
+            one = activation in ("prelu", "dice") and v is vectors[-1]
+            check(
+                v.dim() == 1 and v.size(0) == (1 if one else width),
+                lambda: f"{op}: hidden layer {i} needs vectors of {1 if one else width} values, got {list(v.shape)}",
+            )
+    weight, bias = params[-2:]
+    check(
+        weight.dim() == 2 and weight.size(0) == 1 and weight.size(1) == width and bias.numel() == 1,
+        lambda: f"{op}: the output layer must be [1, {width}] with a bias [1], got {list(weight.shape)} "
+        f"and {list(bias.shape)}",
+    )
+    norms = layers * norms_per_layer(activation, batch_norm)
+    check(
+        training or len(running_stats) == 2 * norms,
+        lambda: f"{op}: running_stats must hold 2 tensors for each of {norms} norms, got {len(running_stats)}",
+    )
+    for t in (target, lengths, mask, offsets, *params, *running_stats):
+        if t is not None:
+            check(
+                t.device == history.device,
+                lambda: f"{op}: all arguments must be on one device, got {history.device} and {t.device}",
+            )
+
+
+def _check_values(op, history, lengths, offsets):
+    """Lengths and offsets against the history they describe: reads the values, so not where that would synchronize."""
+    if lengths is not None and lengths.numel():
+        L = history.size(1)
+        bad = (lengths < 0) | (lengths > L)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, the history's positions")
+    if offsets is not None:
+        N = history.size(0)
+        if int(offsets[0]) != 0 or int(offsets[-1]) != N:
+            raise ValueError(
+                f"{op}: offsets must run from 0 to N = {N}, got {int(offsets[0])} .. {int(offsets[-1])}"
+            )
+        down = (offsets.diff() < 0).nonzero()
+        if down.numel():
+            i = int(down[0])
+            raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+
+
+def _stats_size(params, activation, batch_norm, training):
+    if not training:
+        return 0
+    per_layer = params_per_layer(activation, batch_norm)
+    widths = sum(p.size(0) for p in params[:-2:per_layer])
+    return 2 * widths * norms_per_layer(activation, batch_norm)
+
+
+@torch.library.register_fake("rankkernels::din_attention", lib=lib)
+def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
+      norm_eps, dice_eps):  # fmt: skip
+    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+           training)  # fmt: skip
+    stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
+    stats = history.new_empty(_stats_size(params, activation, batch_norm, training), dtype=stats_dtype)
+    return target.new_empty(target.shape), stats
+
+
+@torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
+def _(grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
+      training, norm_eps, dice_eps):  # fmt: skip
+    return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
+
+
+def _reference(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
+               training, norm_eps, dice_eps):  # fmt: skip
+    accumulated = [reference.accumulator(p) for p in params]
+    hidden, out_weight, out_bias = unflatten(accumulated, running_stats, activation, batch_norm, norm_eps, dice_eps)
+    return reference.din_attention(
+        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
+        use_softmax=use_softmax, training=training,
+    )  # fmt: skip
+
+
+@torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
+def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
+      norm_eps, dice_eps):  # fmt: skip
+    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+           training)  # fmt: skip
+    _check_values("din_attention", history, lengths, offsets)
+    notice_reference("din_attention", history)
+    out, all_stats = _reference(
+        history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
+        norm_eps, dice_eps,
+    )  # fmt: skip
+    flat = [t for stats in all_stats if stats is not None for t in stats]
+    stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
+    return out, torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
+
+
+@torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
+def _(grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
+      training, norm_eps, dice_eps):  # fmt: skip
+    def forward(history, target, *params):
+        return _reference(
+            history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
+            training, norm_eps, dice_eps,
+        )[0]  # fmt: skip
+
+    grad_history, grad_target, *grad_params = vjp(forward, grad_out, history, target, *params)
+    return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
+
+
+def _setup_context(ctx, inputs, output):
+    history, target, lengths, mask, offsets, params, running_stats, *ctx.flags = inputs
+    ctx.num_params = len(params)
+    ctx.save_for_backward(output[1], history, target, lengths, mask, offsets, *params, *running_stats)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_out, _grad_batch_stats):
+    batch_stats, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
+    params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
+    grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
+        grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
+    )
+    return grad_history, grad_target, None, None, None, grad_params, [None] * len(running_stats), *[None] * 6
+
+
+torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
+
+
+def din_attention(
+    history: Tensor,
+    target: Tensor,
+    params: Sequence[Tensor],
+    running_stats: Sequence[Tensor] = (),
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    activation: str = "dice",
+    batch_norm: bool = False,
+    use_softmax: bool = False,
+    training: bool = False,
+    norm_eps: float = 1e-5,
+    dice_eps: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """DIN's attention pooling, out_b = sum_l w_l h_l with w_l = MLP([t, h_l, t - h_l, t * h_l]).
+
+    Semantics: ``reference.din_attention``; Zhou et al., "Deep Interest Network" (2018), as torch-rechub's
+    ``ActivationUnit``, DeepCTR-Torch's ``AttentionSequencePoolingLayer`` and FuxiCTR's ``DIN_Attention`` compute it.
+    The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype.
+
+    Args:
+        history: [B, L, D], or with ``offsets`` [N, D].
+        target: [B, D], the dtype of ``history``.
+        params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
+            and bias [H]; then what ``activation`` learns: prelu its slope [1], dice its alpha [1], dice_batch_norm
+            alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
+        running_stats: running mean and variance [H] of each normalization, in order; unused in training.
+        lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
+        mask: [B, L], bool: true at the valid rows.
+        offsets: [B + 1], int32 or int64, from 0 to N: sample b has the rows ``offsets[b]:offsets[b + 1]``.
+        activation: linear, sigmoid, relu, leakyrelu, prelu, dice (row statistics) or dice_batch_norm.
+        batch_norm: a batch normalization after each hidden linear layer.
+        use_softmax: softmax of the scores over each sample's valid rows.
+        training: normalize with the statistics of the batch's valid rows.
+        norm_eps, dice_eps: epsilons of the batch normalization and of Dice.
+
+    Returns:
+        out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), and in training the mean and
+        unbiased variance of each normalization, one after the other; no running statistic is written.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once.
+        ValueError: lengths outside 0 .. L, offsets that decrease or do not run from 0 to N, fewer than two valid rows
+            in training with a normalization.
+    """
+    return torch.ops.rankkernels.din_attention.default(
+        history, target, lengths, mask, offsets, list(params), list(running_stats), activation, batch_norm,
+        use_softmax, training, norm_eps, dice_eps,
+    )  # fmt: skip

@@ -1,0 +1,274 @@
+"""Embedding lookups, pooled or not, of one table or of many in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._library import lib, vjp
+
+# One entry a feature in ``indices``, ``offsets``, ``per_sample_weights``, ``tables``, ``modes`` and ``padding_idx``;
+# one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
+# without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
+# (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
+# ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
+# as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
+_FEATURES = (
+    "Tensor[] indices, Tensor[] offsets, Tensor[] per_sample_weights, int[] tables, int[] modes, int[] padding_idx, "
+    "int[] frozen_rows"
+)
+lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}) -> Tensor[]")
+# ``weights`` are given to the backward only where it needs their values: for max pooling and per-sample weights.
+lib.define(
+    f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {_FEATURES}) "
+    "-> (Tensor[] grad_weights, Tensor[] grad_per_sample_weights)"
+)
+
+#: Pooling modes, by their number in the schema; "none" looks every id up on its own.
+MODES = ("none", "sum", "mean", "max")
+
+
+def _offsets_of(f, ids, offsets, modes):
+    return offsets[f] if offsets and ids.dim() == 1 and MODES[modes[f]] != "none" else None
+
+
+def _weights_of(f, ids, per_sample_weights):
+    absent = not per_sample_weights or per_sample_weights[f].shape == (0,)
+    return None if absent else per_sample_weights[f]
+
+
+def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    op, check = "embedding_bag", torch._check
+    check(len(weights) > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
+    for name, values, optional in (
+        ("offsets", offsets, True), ("per_sample_weights", per_sample_weights, True), ("tables", tables, False),
+        ("modes", modes, False), ("padding_idx", padding_idx, False),
+    ):  # fmt: skip
+        check(
+            len(values) == len(indices) or (optional and not values),
+            lambda: f"{op}: {name} must have one entry a feature, {len(indices)}, got {len(values)}",
+        )
+    check(
+        len(frozen_rows) == len(weights),
+        lambda: f"{op}: frozen_rows must have one entry a table, {len(weights)}, got {len(frozen_rows)}",
+    )
+    for t, w in enumerate(weights):
+        check(w.dim() == 2, lambda: f"{op}: weights[{t}] must be [R, D], got shape {list(w.shape)}")
+        check(w.dtype.is_floating_point, lambda: f"{op}: weights[{t}] must be floating-point, got {w.dtype}")
+    for f, ids in enumerate(indices):
+        check(
+            ids.dtype in (torch.int32, torch.int64), lambda: f"{op}: indices[{f}] must be int32 or int64, got {ids.dtype}"
+        )
+        check(
+            ids.device == weights[tables[f]].device,
+            lambda: f"{op}: indices[{f}] must be on {weights[tables[f]].device} like its table, got {ids.device}",
+        )
+        mode, off = MODES[modes[f]], _offsets_of(f, ids, offsets, modes)
+        if mode != "none":
+            check(
+                ids.dim() == 2 or (off is not None and off.dim() == 1),
+                lambda: f"{op}: indices[{f}] must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
+                + ("" if off is None else f" beside offsets {list(off.shape)}"),
+            )
+        psw = _weights_of(f, ids, per_sample_weights)
+        if psw is not None:
+            check(
+                mode in ("sum", "mean") and psw.shape == ids.shape,
+                lambda: f"{op}: per_sample_weights[{f}] must have the shape of its indices {list(ids.shape)} and mode "
+                f"sum or mean, got {list(psw.shape)} and {mode}",
+            )
+
+
+@torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows)
+    outs = []
+    for f, ids in enumerate(indices):
+        w = weights[tables[f]]
+        if MODES[modes[f]] == "none":
+            outs.append(w.new_empty((*ids.shape, w.size(1))))
+        else:
+            bags = _offsets_of(f, ids, offsets, modes)
+            outs.append(w.new_empty(((ids if bags is None else bags).size(0), w.size(1))))
+    return outs
+
+
+@torch.library.register_fake("rankkernels::embedding_bag_backward", lib=lib)
+def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    widths = {tables[f]: g for f, g in enumerate(grad_outs) if g is not None}
+    like = next(iter(widths.values()))
+    grad_weights = [
+        widths[t].new_empty((r, widths[t].size(-1))) if t in widths else like.new_empty(0) for t, r in enumerate(rows)
+    ]
+    return grad_weights, [w.new_empty(w.shape) for w in per_sample_weights]
+
+
+def _check_range(weight: Tensor, indices: Tensor, f: int) -> None:
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = indices.aminmax()
+    if low < 0 or high >= weight.size(0):
+        bad = (indices < 0) | (indices >= weight.size(0))
+        position = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(
+            f"embedding_bag: indices[{f}][{', '.join(map(str, position))}] = {int(indices[position])} is out of range "
+            f"for a table with {weight.size(0)} rows"
+        )
+
+
+@torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows)
+    for f, ids in enumerate(indices):
+        _check_range(weights[tables[f]], ids, f)
+    return [
+        F.embedding(ids, weights[tables[f]])
+        if MODES[modes[f]] == "none"
+        else reference.embedding_bag(
+            weights[tables[f]],
+            ids,
+            _offsets_of(f, ids, offsets, modes),
+            MODES[modes[f]],
+            _weights_of(f, ids, per_sample_weights),
+            None if padding_idx[f] < 0 else padding_idx[f],
+        )
+        for f, ids in enumerate(indices)
+    ]
+
+
+@torch.library.impl(lib, "embedding_bag_backward", "CompositeExplicitAutograd")
+def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    grad_weights, grad_per_sample_weights = [None] * len(rows), [torch.zeros_like(w) for w in per_sample_weights]
+    for f, (ids, grad_out) in enumerate(zip(indices, grad_outs)):
+        if grad_out is None:
+            continue
+        t, mode, psw = tables[f], MODES[modes[f]], _weights_of(f, ids, per_sample_weights)
+        if mode == "none":
+            grad = torch.ops.aten.embedding_dense_backward(grad_out, ids, rows[t], frozen_rows[t], False)
+        else:
+            # The sum's and the mean's gradient does not depend on the table's values: any table of its shape serves.
+            weight = weights[t] if weights else grad_out.new_zeros(()).expand(rows[t], grad_out.size(1))
+            padding = None if padding_idx[f] < 0 else padding_idx[f]
+
+            def pooled(weight, psw=None, ids=ids, f=f, mode=mode, padding=padding):
+                return reference.embedding_bag(weight, ids, _offsets_of(f, ids, offsets, modes), mode, psw, padding)
+
+            grad, *grad_psw = vjp(pooled, grad_out, weight, *([] if psw is None else [psw]))
+            if grad_psw:
+                grad_per_sample_weights[f] = grad_psw[0]
+            if frozen_rows[t] >= 0:
+                grad = grad.index_fill(0, torch.tensor([frozen_rows[t]], device=grad.device), 0.0)
+        grad_weights[t] = grad if grad_weights[t] is None else grad_weights[t] + grad
+    like = next(g for g in grad_outs if g is not None)
+    return [like.new_empty(0) if g is None else g.contiguous() for g in grad_weights], grad_per_sample_weights
+
+
+def _setup_context(ctx, inputs, output):
+    weights, *lists, tables, modes, padding_idx, frozen_rows = inputs
+    by_value = any(MODES[m] == "max" for m in modes) or any(w.numel() for w in lists[2])
+    lists = [weights if by_value else [], *lists]
+    ctx.features = tables, modes, padding_idx, frozen_rows
+    ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
+    ctx.save_for_backward(*(t for values in lists for t in values))
+
+
+def _backward(ctx, grad_outs):
+    saved = iter(ctx.saved_tensors)
+    weights, indices, offsets, per_sample_weights = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    used = {ctx.features[0][f] for f, g in enumerate(grad_outs) if g is not None}
+    grad_weights, grad_psw = [None] * len(ctx.rows), [None] * len(per_sample_weights)
+    if used:
+        grad_weights, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(
+            grad_outs, weights, ctx.rows, indices, offsets, per_sample_weights, *ctx.features
+        )
+    grad_weights = [g if t in used else None for t, g in enumerate(grad_weights)]
+    return grad_weights, [None] * len(indices), [None] * len(offsets), grad_psw, None, None, None, None
+
+
+torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
+
+
+def table_batched_embedding_bag(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    *,
+    modes: Sequence[str],
+    tables: Sequence[int] | None = None,
+    offsets: Sequence[Tensor | None] | None = None,
+    per_sample_weights: Sequence[Tensor | None] | None = None,
+    padding_idx: Sequence[int | None] | None = None,
+    frozen_rows: Sequence[int | None] | None = None,
+) -> list[Tensor]:
+    """Many features looked up in many tables, in one call.
+
+    Args:
+        weights: the tables, each [R, D] with rows and width of its own.
+        indices: one tensor a feature, int32 or int64: any shape for mode none, [B, L] for a pooled feature, or [N] with
+            ``offsets``.
+        modes: "none", "sum", "mean" or "max" a feature.
+        tables: the table of each feature, by position in ``weights``; one each in order by default.
+        offsets: where the bags of a pooled feature start, [B], or None.
+        per_sample_weights: factors of the shape of the indices for a sum or a mean, or None. The mean divides by the
+            number of ids.
+        padding_idx: the id that a feature's pooling leaves out, or None.
+        frozen_rows: the row of a table that gets no gradient, or None.
+
+    Returns:
+        One tensor a feature: indices.shape + [D] for mode none, [B, D] otherwise; an empty bag is zeros.
+
+    Raises:
+        IndexError: an id outside its table (on the CPU; other devices have their own report).
+        RuntimeError: shapes, dtypes or devices that do not fit.
+    """
+    n, absent = len(indices), weights[0].new_empty(0) if weights else None
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
+
+    def tensors(values):
+        if values is None or all(v is None for v in values):
+            return []
+        return [absent if v is None else v for v in values]
+
+    def numbers(values, count):
+        return [-1] * count if values is None else [-1 if v is None else v for v in values]
+
+    return torch.ops.rankkernels.embedding_bag.default(
+        list(weights),
+        list(indices),
+        tensors(offsets),
+        tensors(per_sample_weights),
+        list(range(n)) if tables is None else list(tables),
+        [MODES.index(m) for m in modes],
+        numbers(padding_idx, n),
+        numbers(frozen_rows, len(weights)),
+    )
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Pooled rows of one table: weight [R, D], indices [B, L] or [N] with offsets [B] -> [B, D].
+
+    Semantics: ``reference.embedding_bag`` and ``torch.nn.functional.embedding_bag``, plus a mean with
+    ``per_sample_weights``. See ``table_batched_embedding_bag`` for the arguments and the errors.
+    """
+    return table_batched_embedding_bag(
+        [weight],
+        [indices],
+        modes=[mode],
+        offsets=[offsets],
+        per_sample_weights=[per_sample_weights],
+        padding_idx=[padding_idx],
+        frozen_rows=[padding_idx],
+    )[0]

@@ -1,0 +1,129 @@
+"""FM second-order interaction. Kernels: csrc/cpu/fm_interaction.h and _triton/fm_interaction.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._library import has_triton, lib, notice_reference
+
+lib.define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
+lib.define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _check(op: str, x: Tensor, reduce_sum: bool, grad_out: Tensor | None = None) -> None:
+    torch._check(x.dim() == 3, lambda: f"{op}: x must have 3 dimensions, got {x.dim()} (shape {list(x.shape)})")
+    torch._check(
+        x.dtype in _DTYPES, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}"
+    )
+    if grad_out is not None:
+        expected = (x.size(0), 1 if reduce_sum else x.size(2))
+        torch._check(
+            grad_out.dim() == 2 and grad_out.size(0) == expected[0] and grad_out.size(1) == expected[1],
+            lambda: f"{op}: grad_out must have shape {list(expected)}, got {list(grad_out.shape)}",
+        )
+        torch._check(
+            grad_out.dtype == x.dtype and grad_out.device == x.device,
+            lambda: f"{op}: grad_out must be like x, {x.dtype} on {x.device}, got {grad_out.dtype} on {grad_out.device}",
+        )
+
+
+@torch.library.register_fake("rankkernels::fm_interaction", lib=lib)
+def _(x, reduce_sum):
+    _check("fm_interaction", x, reduce_sum)
+    return x.new_empty((x.size(0), 1 if reduce_sum else x.size(2)))
+
+
+@torch.library.register_fake("rankkernels::fm_interaction_backward", lib=lib)
+def _(grad_out, x, reduce_sum):
+    _check("fm_interaction_backward", x, reduce_sum, grad_out)
+    return x.new_empty(x.shape)
+
+
+@torch.library.impl(lib, "fm_interaction", "CompositeExplicitAutograd")
+def _(x, reduce_sum):
+    _check("fm_interaction", x, reduce_sum)
+    notice_reference("fm_interaction", x)
+    return reference.fm_interaction(x, reduce_sum)
+
+
+@torch.library.impl(lib, "fm_interaction_backward", "CompositeExplicitAutograd")
+def _(grad_out, x, reduce_sum):
+    _check("fm_interaction_backward", x, reduce_sum, grad_out)
+    xa, ga = reference.accumulator(x), reference.accumulator(grad_out)
+    return (ga[:, None, :] * (xa.sum(1, keepdim=True) - xa)).to(x.dtype)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "fm_interaction", "CUDA")
+    def _(x, reduce_sum):
+        from rankkernels._triton.fm_interaction import fm_interaction
+
+        _check("fm_interaction", x, reduce_sum)
+        return fm_interaction(x, reduce_sum)
+
+    @torch.library.impl(lib, "fm_interaction_backward", "CUDA")
+    def _(grad_out, x, reduce_sum):
+        from rankkernels._triton.fm_interaction import fm_interaction_backward
+
+        _check("fm_interaction_backward", x, reduce_sum, grad_out)
+        return fm_interaction_backward(grad_out, x, reduce_sum)
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.reduce_sum = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad_out):
+    (x,) = ctx.saved_tensors
+    return torch.ops.rankkernels.fm_interaction_backward.default(grad_out, x, ctx.reduce_sum), None
+
+
+def _setup_double_context(ctx, inputs, output):
+    grad_out, x, ctx.reduce_sum = inputs
+    ctx.save_for_backward(grad_out, x)
+
+
+def _double_backward(ctx, grad_grad_x):
+    # grad_x_f = g (s - x_f): linear in g, and in x through the same map, x -> s - x, which is its own transpose.
+    grad_out, x = ctx.saved_tensors
+    grad_grad_out = (grad_grad_x * (x.sum(1, keepdim=True) - x)).sum(1)
+    if ctx.reduce_sum:
+        grad_grad_out = grad_grad_out.sum(1, keepdim=True)
+    scaled = grad_grad_x * grad_out[:, None, :]
+    return grad_grad_out, scaled.sum(1, keepdim=True) - scaled, None
+
+
+torch.library.register_autograd(
+    "rankkernels::fm_interaction", _backward, setup_context=_setup_context, lib=lib
+)
+torch.library.register_autograd(
+    "rankkernels::fm_interaction_backward", _double_backward, setup_context=_setup_double_context, lib=lib
+)
+# Under autocast on CUDA torch's own sum and pow compute and return float32; on the CPU they keep the input's dtype.
+torch.library.register_autocast("rankkernels::fm_interaction", "cuda", torch.float32, lib=lib)
+
+
+def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
+    """Second-order interactions of a factorization machine, the sum over field pairs f < g of x_f * x_g.
+
+    Semantics: ``reference.fm_interaction``, torch-rechub's ``FM``, DeepCTR-Torch's ``FM`` (``reduce_sum=True``) and
+    FuxiCTR's ``InnerProductInteraction("product_sum")``. Accumulates in float32 (float64 for float64). Differentiable
+    twice.
+
+    Args:
+        x: field embeddings [B, F, D], any strides; float32, float64, float16 or bfloat16.
+        reduce_sum: sum over D as well.
+
+    Returns:
+        [B, 1] if ``reduce_sum``, else [B, D], in the dtype of ``x``; float32 under autocast on CUDA.
+
+    Raises:
+        RuntimeError: ``x`` has another rank or dtype.
+    """
+    return torch.ops.rankkernels.fm_interaction.default(x, reduce_sum)

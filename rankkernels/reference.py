@@ -1,0 +1,243 @@
+"""The definition of correct: every op in plain eager PyTorch.
+
+Tests and benchmarks compare with these functions, and they are what runs where no kernel does. They are written to be
+checked by eye against the papers, not to be fast, and are differentiable twice. Tensors of 16-bit dtypes are computed
+in float32 and the result is rounded once.
+
+Shapes: B samples, F fields, L history positions, N rows in all, D embedding width, H hidden width, R table rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulator(x: Tensor) -> Tensor:
+    """``x`` in the dtype it is accumulated in: float32 for 16-bit dtypes, its own otherwise."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
+    """Second-order interactions of a factorization machine: x [B, F, D] -> [B, 1], or [B, D] without ``reduce_sum``.
+
+    Rendle, "Factorization Machines" (2010), equation 5: the sum over pairs f < g of x_f * x_g is
+    half of (sum_f x_f)^2 - sum_f x_f^2.
+    """
+    xa = accumulator(x)
+    out = 0.5 * (xa.sum(1).square() - xa.square().sum(1))
+    if reduce_sum:
+        out = out.sum(1, keepdim=True)
+    return out.to(x.dtype)
+
+
+def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
+    """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] -> [N, H].
+
+    The denominator is a sum over the units and not their mean.
+    """
+    xa = accumulator(x)
+    centred = xa - xa.mean(1, keepdim=True)
+    p = torch.sigmoid(centred / (centred.square() + epsilon).sum(1, keepdim=True).sqrt())
+    return (p * xa + (1 - p) * alpha * xa).to(x.dtype)
+
+
+class BatchNorm(NamedTuple):
+    """A batch normalization over rows: ``weight``, ``bias``, ``running_mean`` and ``running_var`` are [H]."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+
+
+class BatchStats(NamedTuple):
+    """What training learnt of one batch: the mean and the unbiased variance, [H] each, for the running statistics."""
+
+    mean: Tensor
+    unbiased_var: Tensor
+
+
+def batch_norm(x: Tensor, norm: BatchNorm, training: bool) -> tuple[Tensor, BatchStats | None]:
+    """Ioffe and Szegedy (2015) over the rows of x [N, H].
+
+    In training the batch's own statistics are used and returned; the running ones are never written here.
+    """
+    xa, stats = accumulator(x), None
+    if training:
+        if x.size(0) < 2:
+            raise ValueError(
+                f"batch_norm: training needs more than one valid row to take statistics of, got {x.size(0)}"
+            )
+        mean, var = xa.mean(0), xa.var(0, correction=0)
+        stats = BatchStats(mean.detach(), xa.detach().var(0, correction=1))
+    else:
+        mean, var = norm.running_mean, norm.running_var
+    y = (xa - mean) * torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        y = y * norm.weight + norm.bias
+    return y.to(x.dtype), stats
+
+
+def dice_batch_norm(
+    x: Tensor, alpha: Tensor, norm: BatchNorm, training: bool
+) -> tuple[Tensor, BatchStats | None]:
+    """Dice with batch statistics, as in Zhou et al., "Deep Interest Network" (2018), equation 3: x [N, H], alpha [H].
+
+    DeepCTR-Torch's has an affine normalization, FuxiCTR's has none.
+    """
+    y, stats = batch_norm(x, norm, training)
+    p = torch.sigmoid(y)
+    return p * x + (1 - p) * alpha * x, stats
+
+
+class Hidden(NamedTuple):
+    """A hidden layer of the attention MLP: linear, then an optional normalization, then the activation.
+
+    ``activation`` is one of sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm and linear. ``alpha`` is the slope
+    of prelu [1] and of both kinds of Dice ([1] and [H]); ``dice_norm`` belongs to dice_batch_norm, ``dice_epsilon`` to
+    dice.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    norm: BatchNorm | None
+    activation: str
+    alpha: Tensor | None = None
+    dice_norm: BatchNorm | None = None
+    dice_epsilon: float = 1e-3
+
+    def __call__(self, x: Tensor, training: bool) -> tuple[Tensor, list[BatchStats]]:
+        all_stats = []
+        x = F.linear(x, self.weight, self.bias)
+        if self.norm is not None:
+            x, stats = batch_norm(x, self.norm, training)
+            all_stats.append(stats)
+        if self.activation == "sigmoid":
+            x = torch.sigmoid(x)
+        elif self.activation == "relu":
+            x = torch.relu(x)
+        elif self.activation == "leakyrelu":
+            x = F.leaky_relu(x)
+        elif self.activation == "prelu":
+            x = F.prelu(x, self.alpha)
+        elif self.activation == "dice":
+            x = dice(x, self.alpha, self.dice_epsilon)
+        elif self.activation == "dice_batch_norm":
+            x, stats = dice_batch_norm(x, self.alpha, self.dice_norm, training)
+            all_stats.append(stats)
+        elif self.activation != "linear":
+            raise ValueError(f"din_attention: unknown activation {self.activation!r}")
+        return x, all_stats
+
+
+def valid_rows(
+    history: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, offsets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The rows of ``history`` that are no padding, [N, D], and the sample each belongs to, [N].
+
+    ``history`` is [B, L, D], its valid rows told by ``lengths`` [B] (the first ones) or ``mask`` [B, L] (where true),
+    all of them without either; or it is [N, D] and sample b's rows are ``offsets[b]:offsets[b + 1]``, offsets [B + 1].
+    """
+    device = history.device
+    if offsets is not None:
+        samples = torch.arange(offsets.numel() - 1, device=device)
+        return history, torch.repeat_interleave(samples, offsets.diff(), output_size=history.size(0))
+    B, L, _ = history.shape
+    if lengths is not None:
+        mask = torch.arange(L, device=device) < lengths[:, None]
+    if mask is None:
+        return history.flatten(0, 1), torch.arange(B, device=device).repeat_interleave(L)
+    return history[mask], mask.nonzero()[:, 0]
+
+
+def segment_softmax(score: Tensor, sample: Tensor, B: int) -> Tensor:
+    """The softmax of ``score`` [N] among the rows of each sample."""
+    peak = score.new_full((B,), -torch.inf).scatter_reduce(0, sample, score.detach(), "amax")
+    e = torch.exp(score - peak[sample])
+    return e / e.new_zeros(B).index_add(0, sample, e)[sample]
+
+
+def din_attention(
+    history: Tensor,
+    target: Tensor,
+    hidden: Sequence[Hidden],
+    out_weight: Tensor,
+    out_bias: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    use_softmax: bool = False,
+    training: bool = False,
+) -> tuple[Tensor, list[BatchStats]]:
+    """DIN's local activation unit (Zhou et al. 2018, figure 2): target [B, D] attends to its history -> [B, D].
+
+    Row l of sample b scores MLP([t, h, t - h, t * h]), by a softmax over the sample's rows if ``use_softmax``; the
+    output is the score-weighted sum of the rows. ``out_weight`` is [1, H] and ``out_bias`` [1]. Padding (see
+    ``valid_rows``) has no score, no gradient and no part in batch statistics; a sample without rows gives zeros.
+    """
+    B, D = target.shape
+    dtype = history.dtype
+    history, target = accumulator(history), accumulator(target)
+    rows, sample = valid_rows(history, lengths, mask, offsets)
+    t = target[sample]
+    x, all_stats = torch.cat([t, rows, t - rows, t * rows], -1), []
+    for layer in hidden:
+        x, stats = layer(x, training)
+        all_stats += stats
+    score = F.linear(x, out_weight, out_bias).squeeze(1)
+    if use_softmax:
+        score = segment_softmax(score, sample, B)
+    out = rows.new_zeros(B, D).index_add(0, sample, score[:, None] * rows)
+    return out.to(dtype), all_stats
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Pooled rows of a table: weight [R, D] -> [B, D]. ``torch.nn.functional.embedding_bag`` has the same semantics.
+
+    ``indices`` are [B, L], or [N] with bag b at ``offsets[b]:offsets[b + 1]`` (offsets [B], the last bag ends at N).
+    ``mode`` is sum, mean or max; ``per_sample_weights`` scale the rows of a sum or a mean, whose count stays
+    unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros.
+    """
+    if indices.dim() == 2:
+        B = indices.size(0)
+        bag = torch.arange(B, device=indices.device).repeat_interleave(indices.size(1))
+        indices = indices.flatten()
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights.flatten()
+    else:
+        B = offsets.numel()
+        ends = torch.cat([offsets, offsets.new_tensor([indices.numel()])])
+        bag = torch.arange(B, device=indices.device).repeat_interleave(ends.diff())
+    if padding_idx is not None:
+        keep = indices != padding_idx
+        indices, bag = indices[keep], bag[keep]
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights[keep]
+    rows = accumulator(weight)[indices]
+    if mode == "max":
+        if per_sample_weights is not None:
+            raise ValueError("embedding_bag: per_sample_weights cannot be combined with mode 'max'")
+        out = rows.new_full((B, rows.size(1)), -torch.inf)
+        out = out.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax")
+        return torch.where(out == -torch.inf, 0.0, out).to(weight.dtype)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    out = rows.new_zeros(B, rows.size(1)).index_add(0, bag, rows)
+    if mode == "mean":
+        count = out.new_zeros(B).index_add(0, bag, out.new_ones(bag.numel()))
+        out = out / count.clamp(min=1)[:, None]
+    elif mode != "sum":
+        raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected 'sum', 'mean' or 'max'")
+    return out.to(weight.dtype)
