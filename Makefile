@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+SMOKE_TORCH ?= torch==2.14.1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -16,7 +17,7 @@ help:
 	@echo "make bench   the benchmarks (BENCH='-k fm' for a part)"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
-	@echo "make smoke   install that wheel beside another torch (TORCH=torch==2.14.1) and try it"
+	@echo "make smoke   install that wheel beside another torch, SMOKE_TORCH=torch==2.14.1, and try it"
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -59,7 +60,7 @@ wheel: $(VENV)/torch.stamp
 smoke: wheel
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
-	build/smoke/bin/python -m pip --quiet install numpy $(TORCH) dist/*.whl
+	build/smoke/bin/python -m pip --quiet install numpy $(SMOKE_TORCH) dist/*.whl
 	cd build && smoke/bin/python ../tests/smoke.py
 
 clean:
