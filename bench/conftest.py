@@ -15,6 +15,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rankkernels.ops import _library
+
 ROWS = pytest.StashKey[list]()
 MAX_SECONDS, MAX_ROUNDS, MIN_ROUNDS = 10.0, 40, 9
 
@@ -75,6 +77,9 @@ def race(benchmark, request):
         benchmark.pedantic(ours, setup=others, rounds=min(MAX_ROUNDS, max(MIN_ROUNDS, rounds)))
         medians = {name: statistics.median(record) for name, record in times.items()}
         medians["ours"] = benchmark.stats.stats.median
+        benchmark.extra_info["torch"] = torch.__version__
+        benchmark.extra_info["isa"] = _library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
+        benchmark.extra_info["load"] = os.getloadavg()[0]
         benchmark.extra_info["medians_s"] = medians
         benchmark.extra_info["quartiles_s"] = {n: statistics.quantiles(t, n=4) for n, t in times.items()}
         return medians

@@ -1,6 +1,7 @@
 """Fused kernels for click-through-rate ranking models, behind layers that drop into torch-rechub models."""
 
 from rankkernels._version import __version__
+from rankkernels.accelerate import accelerate
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
     FM,
@@ -40,6 +41,7 @@ __all__ = [
     "XavierNormal",
     "XavierUniform",
     "__version__",
+    "accelerate",
     "din_attention",
     "embedding_bag",
     "fm_interaction",

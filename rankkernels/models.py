@@ -84,6 +84,8 @@ class DIN(nn.Module):
             that differ.
     """
 
+    mask_padding = False
+
     def __init__(
         self,
         features: Sequence,

@@ -3,6 +3,7 @@ training curves; over random configurations."""
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -296,6 +297,37 @@ def test_their_feature_objects_work():
     assert ours.embedding.embed_dict["a"] is theirs.embedding.embed_dict["a"]  # cached on the feature object
     theirs.load_state_dict(ours.state_dict())
     compare(ours, theirs, x, training=True, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", ["DIN", "DeepFM", "WideDeep", "DCN"])
+def test_accelerate(name, seed):
+    """Our layers inside torch-rechub's models, the parameters being the very same objects."""
+    rng = random.Random(seed)
+    user, histories, targets = din_specs(rng)
+    specs = user + histories + targets if name == "DIN" else user
+
+    def build(library):
+        features = make(library, user)
+        if name == "DIN":
+            return ranking.DIN(features, make(library, histories), make(library, targets), {"dims": [8]}, {"dims": [5]})
+        if name == "DeepFM":
+            return ranking.DeepFM(features, features, {"dims": [8]})
+        if name == "WideDeep":
+            return ranking.WideDeep(features, features, {"dims": [8]})
+        return ranking.DCN(features, 2, {"dims": [8]})
+
+    torch.manual_seed(seed)
+    theirs = build(THEIRS)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.5)
+    ours = copy.deepcopy(theirs)
+    before = [id(p) for p in ours.parameters()]
+    assert rk.accelerate(ours) is ours and [id(p) for p in ours.parameters()] == before
+    assert isinstance(ours.embedding, rk.EmbeddingLayer) and list(ours.state_dict()) == list(theirs.state_dict())
+    compare(ours, theirs, random_batch(rng, specs), training=True, tolerance=2e-4)
+    with pytest.raises(ValueError, match="accelerate: Linear has no torch-rechub layer"):
+        rk.accelerate(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("name", ["RandomNormal", "RandomUniform", "XavierNormal", "XavierUniform"])
