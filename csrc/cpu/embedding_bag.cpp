@@ -1,4 +1,5 @@
-// The embedding op's forward: threads and registration. The kernels and their mathematics are in embedding_bag.h.
+// The embedding op's forward: threads and registration. The kernels and their mathematics are in
+// embedding_bag.h.
 #include "dispatch.h"
 #include "embedding_bag_features.h"
 #include "memory.h"
@@ -14,7 +15,8 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
                                  const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
                                  bool concat) {
-  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names};
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        &names};
   Features features(args, weights.size());
   Tensors tables_kept;
   for (size_t t = 0; t < weights.size(); ++t) {

@@ -14,8 +14,8 @@
 //   mean  the same over n
 //   max   grad e_{i_p, d} += grad_out[b, d] for the first p that attains the maximum
 //
-// Bytes: n D loads in lines scattered over the table, D stores a bag; 2 n D flops. The latency of the loads is
-// all there is: the rows of the ids kAhead further on are prefetched.
+// Bytes: n D loads in lines scattered over the table, D stores a bag; 2 n D flops. The latency of the loads
+// is all there is: the rows of the ids kAhead further on are prefetched.
 #pragma once
 
 #include "embedding_bag_args.h"
@@ -177,12 +177,12 @@ void embedding_factor_grad(const Bags& f, const I* ids, T* grad_factors, int64_t
   }
 }
 
-#define RK_INSTANTIATE_IDS(I)                                                \
-  template bool embedding_ids_fit<I>(const Bags&, const I*, int64_t, int64_t);         \
+#define RK_INSTANTIATE_IDS(I)                                                  \
+  template bool embedding_ids_fit<I>(const Bags&, const I*, int64_t, int64_t); \
   template void embedding_rows<I>(const Bags&, const I*, int64_t, int64_t, int64_t);
-#define RK_INSTANTIATE(T, I)                                                          \
-  template void embedding_bags<T, I>(const Bags&, const I*, int64_t, int64_t);                  \
-  template void embedding_max_grad_rows<T, I>(const Bags&, const I*, T*, int64_t, int64_t);     \
+#define RK_INSTANTIATE(T, I)                                                                \
+  template void embedding_bags<T, I>(const Bags&, const I*, int64_t, int64_t);              \
+  template void embedding_max_grad_rows<T, I>(const Bags&, const I*, T*, int64_t, int64_t); \
   template void embedding_factor_grad<T, I>(const Bags&, const I*, T*, int64_t, int64_t);
 #define RK_INSTANTIATE_ALL(T) \
   RK_INSTANTIATE(T, int32_t)  \

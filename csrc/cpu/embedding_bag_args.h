@@ -1,5 +1,5 @@
-// What the embedding kernels are given: plain structs, whose functions are always inlined, because the kernels'
-// headers are compiled for several instruction sets.
+// What the embedding kernels are given: plain structs, whose functions are always inlined, because the
+// kernels' headers are compiled for several instruction sets.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The embedding op's backward: lookups sorted by row, summed tile by tile. The kernels and the mathematics are in
-// embedding_bag_backward.h and embedding_bag.h.
+// The embedding op's backward: lookups sorted by row, summed tile by tile. The kernels and the mathematics
+// are in embedding_bag_backward.h and embedding_bag.h.
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -12,15 +12,20 @@
 namespace rk {
 
 RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I> void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I> void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T> void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*))
-RK_DECLARE_ISA(template <class T> void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, char*, int64_t))
+RK_DECLARE_ISA(template <class T, class I>
+               void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T, class I>
+               void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T>
+               void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*))
+RK_DECLARE_ISA(template <class T>
+               void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, char*, int64_t))
 
 // Lookups of a tile. A constant: the order of the sums follows from it.
 constexpr int64_t kTile = 256;
 
-// The lookups of all features, sorted by (table, row); those without a gradient come last, after the n of `runs`.
+// The lookups of all features, sorted by (table, row); those without a gradient come last, after the n of
+// `runs`.
 struct SortedLookups {
   std::unique_ptr<uint64_t[]> sorted;
   std::unique_ptr<const void*[]> grad_rows;
@@ -47,14 +52,16 @@ static SortedLookups sort_lookups(const FeatureArgs& args, const Features& featu
     first.push_back(first.back() + (bag.B ? bag.N : 0));
     scaled |= bag.mode == kMean || bag.per_sample_weights;
     if (bag.per_sample_weights) {
-      kept.push_back(torch::stable::contiguous(torch::stable::to(args.per_sample_weights[f], ScalarType::Double)));
+      kept.push_back(
+          torch::stable::contiguous(torch::stable::to(args.per_sample_weights[f], ScalarType::Double)));
       weights[f] = static_cast<const double*>(kept.back().const_data_ptr());
     }
     if (bag.mode == kMax) s.max_grad_rows[f] = torch::stable::new_empty(grads[f], {bag.N, bag.D});
   }
   const int64_t N = first.back();
   const int key_bits = bits_of(skipped), shift = bits_of(N);
-  STD_TORCH_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ", N);
+  STD_TORCH_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ",
+                  N);
   s.sorted = uninitialized<uint64_t>(N);
   s.grad_rows = uninitialized<const void*>(N);
   if (scaled) s.factors = uninitialized<double>(N);
@@ -120,14 +127,16 @@ static void reduce(const SortedLookups& s, const Tensors& grad_weights, const In
     const int64_t end = std::min(runs.n, (tile + 1) * kTile);
     for (int64_t p0 = tile * kTile, p1; p0 < end; p0 = p1) {
       const int64_t t = table_of(runs.key(p0));
-      p1 = std::lower_bound(runs.sorted + p0, runs.sorted + end, s.first_key[t + 1] << runs.shift) - runs.sorted;
+      p1 = std::lower_bound(runs.sorted + p0, runs.sorted + end, s.first_key[t + 1] << runs.shift) -
+           runs.sorted;
       dispatch_floating(grad_weights[t].scalar_type(), [&](auto* type) {
         RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs, table_grad(t), p0, p1,
                         carries.get() + tile * carry_bytes, scratch.get());
       });
     }
   });
-  // A run that goes on after its first tile ends: its key is not that of the tile's first lookup, or starts there.
+  // A run that goes on after its first tile ends: its key is not that of the tile's first lookup, or starts
+  // there.
   run_tasks(tiles - 1, runs.n, [&](int64_t tile) {
     const int64_t p0 = tile * kTile, p1 = p0 + kTile;
     const uint64_t key = runs.key(p1);
@@ -156,11 +165,12 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
     const std::vector<std::optional<Tensor>>& grad_outs, const Tensors& weights, const Ints& rows,
     const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables,
     const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows) {
-  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr};
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        nullptr};
   Features features(args, rows.size());
   const size_t n = indices.size();
-  STD_TORCH_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ", n,
-                  ", got ", grad_outs.size());
+  STD_TORCH_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ",
+                  n, ", got ", grad_outs.size());
   const auto given = std::find_if(grad_outs.begin(), grad_outs.end(), [](const auto& g) { return bool(g); });
   STD_TORCH_CHECK(given != grad_outs.end(), "embedding_bag_backward: grad_outs has no gradient");
   Tensors grads(n, **given), tables_kept;
@@ -179,21 +189,25 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
     const Tensor& grad = grads[f];
     const int64_t D = grad.size(grad.dim() - 1), t = tables[f];
     STD_TORCH_CHECK(grad.dim() > 1 && grad.numel() == bag.B * D && (!like[t] || D == widths[t]),
-                    "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B, " bags");
-    STD_TORCH_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(), "embedding_bag_backward: grad_outs[",
-                    f, "] has another dtype than the others of its table");
+                    "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B,
+                    " bags");
+    STD_TORCH_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(),
+                    "embedding_bag_backward: grad_outs[", f,
+                    "] has another dtype than the others of its table");
     widths[t] = bag.D = D;
     like[t] = &grad;
     bag.out = const_cast<void*>(grad.const_data_ptr());
     bag.stride_ob = grad.dim() == 2 ? grad.stride(0) : D;
     if (bag.mode == kMax || bag.per_sample_weights) {
-      STD_TORCH_CHECK(weights.size() == rows.size(), "embedding_bag_backward: weights must have one entry a table, ",
-                      rows.size(), ", got ", weights.size());
+      STD_TORCH_CHECK(weights.size() == rows.size(),
+                      "embedding_bag_backward: weights must have one entry a table, ", rows.size(), ", got ",
+                      weights.size());
       const Tensor& w = tables_kept[t];
-      STD_TORCH_CHECK(w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
-                      "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
-                      dtype_name(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad), " and dtype ",
-                      dtype_name(grad.scalar_type()));
+      STD_TORCH_CHECK(
+          w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
+          "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
+          dtype_name(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
+          " and dtype ", dtype_name(grad.scalar_type()));
       bag.weight = w.const_data_ptr();
       bag.stride_wr = w.stride(0);
       features.check_factors(args, f, grad.scalar_type());

@@ -1,15 +1,15 @@
 // Sums of the rows' gradients over sorted lookups, for one instruction set.
 //
-// The lookups of all tables are sorted by (table, row), ties in their order in the batch; a run is the lookups
-// of one row r, and
+// The lookups of all tables are sorted by (table, row), ties in their order in the batch; a run is the
+// lookups of one row r, and
 //
 //   grad_weight[r] = sum over its run of factor_i grad_rows[i]
 //
 // in that order. The sorted lookups are cut into tiles of kTile. A run inside one tile is summed and stored
 // there. A run over several tiles leaves one partial sum in each ("carries", two for a tile: of the run that
-// came in from the left, and of the one that goes on to the right), and these are added in the tiles' order. The
-// tiles do not depend on the number of threads, so neither do the bits; and a row that half of the batch looks
-// up is summed by all threads.
+// came in from the left, and of the one that goes on to the right), and these are added in the tiles' order.
+// The tiles do not depend on the number of threads, so neither do the bits; and a row that half of the batch
+// looks up is summed by all threads.
 //
 // Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup.
 #pragma once
@@ -46,8 +46,8 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
       const A factor = runs.factors ? A(runs.factors[i]) : A(1);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v)
-        acc[v] += factor * (kTail && v == kVecs - 1 ? tail.load(row + v * kLanes)
-                                                    : Traits<T>::load(row + v * kLanes));
+        acc[v] += factor *
+                  (kTail && v == kVecs - 1 ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)
@@ -125,8 +125,8 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
   for (int64_t d = 0; d < table.D; ++d) assign(row[d], sum[d]);
 }
 
-#define RK_INSTANTIATE(T)                                                                             \
-  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*);   \
+#define RK_INSTANTIATE(T)                                                                           \
+  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*); \
   template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, char*, int64_t);
 RK_INSTANTIATE(float)
 RK_INSTANTIATE(double)

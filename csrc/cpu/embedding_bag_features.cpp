@@ -63,8 +63,9 @@ static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t
     std::copy_n(static_cast<const int32_t*>(offsets.const_data_ptr()), B, starts.begin());
   RK_CHECK_BAG(starts[0] == 0 || B == 0, "offsets of ", args.name(f), " must start at 0, got ", starts[0]);
   for (int64_t b = 0; b < B; ++b)
-    RK_CHECK_BAG(starts[b] <= starts[b + 1], "offsets of ", args.name(f), " must not decrease and not exceed ", N,
-                 ", the number of ids: offsets[", b, "] = ", starts[b], " is before ", starts[b + 1]);
+    RK_CHECK_BAG(starts[b] <= starts[b + 1], "offsets of ", args.name(f),
+                 " must not decrease and not exceed ", N, ", the number of ids: offsets[", b,
+                 "] = ", starts[b], " is before ", starts[b + 1]);
   return starts;
 }
 
@@ -72,7 +73,8 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
   const size_t n = args.indices.size();
   RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
   const auto one_each = [&](const char* what, size_t size, bool optional) {
-    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ", size);
+    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
+                 size);
   };
   one_each("offsets", args.offsets.size(), true);
   one_each("per_sample_weights", args.per_sample_weights.size(), true);
@@ -117,9 +119,9 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     if (args.has_factors(f)) {
       const Tensor& factors = args.per_sample_weights[f];
       constexpr const char* kModes[] = {"none", "sum", "mean", "max"};
-      RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids), "per_sample_weights of ",
-                   args.name(f), " must have its shape ", shape_of(ids), " and mode sum or mean, got ",
-                   shape_of(factors), " and ", kModes[bag.mode]);
+      RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
+                   "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
+                   " and mode sum or mean, got ", shape_of(factors), " and ", kModes[bag.mode]);
       kept.push_back(torch::stable::contiguous(factors));
       bag.per_sample_weights = kept.back().const_data_ptr();
     }
@@ -152,14 +154,14 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
 }
 
 BagTasks::BagTasks(const Features& features) {
-  constexpr int64_t kTaskWork = 16384, kLookup = 16;  // a lookup costs as much as reading some 16 elements more
+  constexpr int64_t kTaskWork = 16384,
+                    kLookup = 16;  // a lookup costs as much as reading some 16 elements more
   for (size_t f = 0; f < features.bags.size(); ++f) {
     const Bags& bag = features.bags[f];
     if (bag.B == 0) continue;
     const int64_t feature_work = (bag.N + bag.B) * (bag.D + kLookup);
     const int64_t pieces = std::min(bag.B, feature_work / kTaskWork + 1);
-    for (int64_t i = 0; i < pieces; ++i)
-      tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
+    for (int64_t i = 0; i < pieces; ++i) tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
     work += feature_work;
   }
 }

@@ -45,7 +45,8 @@ struct Features {
   Tensors kept;            // what the pointers in `bags` point into
   std::vector<std::vector<int64_t>> starts;
 
-  // Raises on lists of another length than the features' or the tables' and on what does not fit in a feature.
+  // Raises on lists of another length than the features' or the tables' and on what does not fit in a
+  // feature.
   Features(const FeatureArgs& args, size_t num_tables);
   // Raises unless the per-sample weights of feature f have its table's dtype.
   void check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const;
@@ -68,7 +69,8 @@ struct BagTasks {
 // Calls body with the ids as what they are.
 template <class Body>
 auto dispatch_ids(const Bags& bags, const Body& body) {
-  return bags.wide_ids ? body(static_cast<const int64_t*>(bags.ids)) : body(static_cast<const int32_t*>(bags.ids));
+  return bags.wide_ids ? body(static_cast<const int64_t*>(bags.ids))
+                       : body(static_cast<const int32_t*>(bags.ids));
 }
 
 // t, or a contiguous copy of it if its rows are not.

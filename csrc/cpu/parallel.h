@@ -11,8 +11,8 @@ namespace rk {
 // Work not worth waking a thread for, in elements read: some 10 us.
 constexpr int64_t kSerialWork = 32768;
 
-// Calls body(task) for every task in [0, tasks). Each thread takes the next task when it is done with its last:
-// which thread runs a task is left to chance, so a task must not write what another reads.
+// Calls body(task) for every task in [0, tasks). Each thread takes the next task when it is done with its
+// last: which thread runs a task is left to chance, so a task must not write what another reads.
 template <class Body>
 void run_tasks(int64_t tasks, int64_t work, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

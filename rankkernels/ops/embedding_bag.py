@@ -15,7 +15,7 @@ from rankkernels.ops._library import lib, notice_reference, vjp
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
 # without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
 # (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
-# ``names`` are the features' names for error messages. With ``concat`` the result is one tensor, [B, sum of the widths].
+# ``names`` are the features' names for error messages. ``concat`` gives one tensor [B, sum of the widths] instead.
 # ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
 # as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
 _FEATURES = (
