@@ -1,2 +1,4 @@
 // Every kernel of the library, for the instruction set RK_ISA.
 #include "fm_interaction.h"
+#include "embedding_bag.h"
+#include "embedding_bag_backward.h"

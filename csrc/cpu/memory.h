@@ -20,7 +20,7 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (begin + t.numel() * t.element_size()) & ~(kHugePage - 1);
-  if (last >= first + 4 * kHugePage)
+  if (last >= first + kHugePage)
     (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return t;
