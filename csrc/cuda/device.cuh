@@ -33,6 +33,9 @@ using bf16 = __nv_bfloat16;
 
 // Threads of every block. Groups are powers of two of them, up to kLanes, and never straddle a warp.
 constexpr int kThreads = 256, kLanes = 32;
+// Blocks that a multiprocessor must be able to hold: at most 128 registers a thread. With nothing said ptxas
+// spills to get more of them.
+constexpr int kMinBlocks = 2;
 
 // float64 accumulates in itself, everything else in float32.
 template <class T>
@@ -77,8 +80,8 @@ __device__ inline void store(T* p, const accumulate_t<T> (&x)[n]) {
   *reinterpret_cast<Pack<T, n>*>(p) = pack;
 }
 
-// The value of the lane whose number differs in the bits of `offset`. `mask` has the lanes of this warp that take
-// part; HIP needs none, because lanes that exchange values here run in step.
+// The value of the lane whose number differs in the bits of `offset`. `mask` has the lanes of this warp that
+// take part; HIP needs none, because lanes that exchange values here run in step.
 template <class T>
 __device__ inline T shuffle_xor(unsigned mask, T value, int offset) {
 #if defined(__HIPCC__)
@@ -112,8 +115,8 @@ __device__ inline int64_t read_int(const void* p, bool wide, int64_t i) {
   return wide ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
 
-// Pieces of work that go with one launch: a kernel's parameter, of which every CUDA and HIP allows 4 KiB, so no
-// copy to the device is needed and a graph captures it.
+// Pieces of work that go with one launch: a kernel's parameter, of which every CUDA and HIP allows 4 KiB, so
+// no copy to the device is needed and a graph captures it.
 template <class Item>
 struct Batch {
   static constexpr int kItems = 3968 / sizeof(Item);

@@ -1,15 +1,15 @@
 // The embedding op's forward on a GPU: checks, launches, registration. The kernel and its mathematics are in
 // embedding_bag.cuh.
 //
-// Ids are never followed out of their table. Whether such an id is also said is RANKKERNELS_CHECK_IDS, read once:
-// "ignore" (the default) says nothing and never waits for the device, so that a CUDA graph captures the op; "warn"
-// and "fatal" wait for each launch, and print or raise the first one, with its feature, position and value.
-#include "embedding_bag.cuh"
-
+// Ids are never followed out of their table. Whether such an id is also said is RANKKERNELS_CHECK_IDS, read
+// once: "ignore" (the default) says nothing and never waits for the device, so that a CUDA graph captures the
+// op; "warn" and "fatal" wait for each launch, and print or raise the first one, with its feature, position
+// and value.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
+#include "embedding_bag.cuh"
 #include "embedding_bag_features.h"
 
 namespace rk {
@@ -30,18 +30,20 @@ static CheckIds check_ids() {
 }
 
 static int64_t read_int(const Device& device, const void* p, bool wide, int64_t i) {
-  return wide ? device.read(static_cast<const int64_t*>(p) + i) : device.read(static_cast<const int32_t*>(p) + i);
+  return wide ? device.read(static_cast<const int64_t*>(p) + i)
+              : device.read(static_cast<const int32_t*>(p) + i);
 }
 
 // What a report of feature f is about.
-static std::string message(const Device& device, const FeatureArgs& args, size_t f, const Bags& bags, Report report) {
+static std::string message(const Device& device, const FeatureArgs& args, size_t f, const Bags& bags,
+                           Report report) {
   const int64_t position = report & ((Report(1) << kPositionBits) - 1);
   std::ostringstream s;
   s << "embedding_bag: ";
   if ((report >> kPositionBits) % 2 == kBadOffset) {
     s << "offsets of " << args.name(f) << " must start at 0, not decrease and not exceed " << bags.L
-      << ", the number of ids: offsets[" << position << "] = "
-      << read_int(device, bags.offsets, bags.wide_offsets, position);
+      << ", the number of ids: offsets[" << position
+      << "] = " << read_int(device, bags.offsets, bags.wide_offsets, position);
     if (position + 1 < bags.B)
       s << " is before " << read_int(device, bags.offsets, bags.wide_offsets, position + 1);
     return s.str();
@@ -62,7 +64,8 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
                                   const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
                                   const Ints& padding_idx, const Ints& frozen_rows, const NameList& names,
                                   bool concat) {
-  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names};
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        &names};
   const size_t n = args.size();
   check_lengths(args, weights.size());
   Tensors tables_kept, kept;
@@ -71,7 +74,8 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
     RK_CHECK_BAG(w.dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(w));
     RK_CHECK_BAG(is_floating(w.scalar_type()), "weights[", t,
                  "] must be float32, float64, float16 or bfloat16, got ", w.scalar_type());
-    RK_CHECK_BAG(on_device(w) && w.get_device_index() == weights[0].get_device_index(), "weights[", t,
+    RK_CHECK_BAG(on_device(w), "weights[", t, "] must be on a GPU like the others");
+    RK_CHECK_BAG(w.get_device_index() == weights[0].get_device_index(), "weights[", t,
                  "] must be on the device of the others, ", weights[0].get_device_index(), ", got ",
                  w.get_device_index());
     tables_kept.push_back(unit_stride_rows(w));

@@ -9,9 +9,10 @@
 // An empty bag is zeros. An id outside [0, R), and what offsets say beyond the N ids, is never followed: it
 // contributes nothing, and the first such place is reported.
 //
-// Bytes: each looked-up row once, 4 or 8 an id, each output row once; flops: 2 D a lookup. Bound by memory: what
-// counts is how many rows are on their way. A group of lanes takes a bag, 16 bytes of the row a lane, so a warp
-// holds several bags of a narrow table; rows are asked for kUnroll at a time; and one launch takes all features.
+// Bytes: each looked-up row once, 4 or 8 an id, each output row once; flops: 2 D a lookup. Bound by memory:
+// what counts is how many rows are on their way. A group of lanes takes a bag, 16 bytes of the row a lane, so
+// a warp holds several bags of a narrow table; rows are asked for kUnroll at a time; and one launch takes all
+// features.
 #pragma once
 
 #include "device.cuh"
@@ -123,7 +124,8 @@ __device__ void pool(const Bags& bags, int64_t b, Group group, int feature, Repo
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) embedding_bag(const Batch<Bags> batch, Report* report) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_bag(const Batch<Bags> batch, Report* report) {
   const int feature = find(batch, &Bags::first_block, static_cast<int32_t>(blockIdx.x));
   const Bags& bags = batch.items[feature];
   const Group group{bags.log2_lanes};

@@ -1,11 +1,10 @@
-// The embedding op's backward on a GPU: checks, launches, registration. The kernels and their mathematics are in
-// embedding_bag_backward.cuh.
-#include "embedding_bag_backward.cuh"
-
+// The embedding op's backward on a GPU: checks, launches, registration. The kernels and their mathematics are
+// in embedding_bag_backward.cuh.
 #include <array>
 #include <optional>
 #include <tuple>
 
+#include "embedding_bag_backward.cuh"
 #include "embedding_bag_features.h"
 
 namespace rk {
@@ -21,8 +20,8 @@ struct Sorted {
 
 class Backward {
  public:
-  Backward(const FeatureArgs& args, const std::vector<std::optional<Tensor>>& grad_outs, const Tensors& weights,
-           const Ints& rows);
+  Backward(const FeatureArgs& args, const std::vector<std::optional<Tensor>>& grad_outs,
+           const Tensors& weights, const Ints& rows);
   Tensors grad_per_sample_weights();
   Tensors grad_weights();
 
@@ -47,7 +46,8 @@ class Backward {
 };
 
 static const Tensor& first_given(const std::vector<std::optional<Tensor>>& grad_outs) {
-  const auto given = std::find_if(grad_outs.begin(), grad_outs.end(), [](const auto& g) { return g.has_value(); });
+  const auto given =
+      std::find_if(grad_outs.begin(), grad_outs.end(), [](const auto& g) { return g.has_value(); });
   RK_CHECK_GRAD(given != grad_outs.end(), "grad_outs has no gradient");
   return **given;
 }
@@ -57,7 +57,8 @@ Backward::Backward(const FeatureArgs& args, const std::vector<std::optional<Tens
     : args_(args), rows_(rows), device_(first_given(grad_outs)) {
   const size_t n = args.size(), num_tables = rows.size();
   check_lengths(args, num_tables);
-  RK_CHECK_GRAD(grad_outs.size() == n, "grad_outs must have one entry a feature, ", n, ", got ", grad_outs.size());
+  RK_CHECK_GRAD(grad_outs.size() == n, "grad_outs must have one entry a feature, ", n, ", got ",
+                grad_outs.size());
   while (!grad_outs[given_]) ++given_;
   first_key_.assign(1, 0);
   for (const int64_t r : rows) first_key_.push_back(first_key_.back() + r);
@@ -77,8 +78,8 @@ Backward::Backward(const FeatureArgs& args, const std::vector<std::optional<Tens
     BagGrads& bags = features_[f];
     static_cast<Bags&>(bags) = bags_of(args, f, grad, kept_);
     const int64_t D = grad.dim() > 0 ? grad.size(grad.dim() - 1) : 0;
-    RK_CHECK_GRAD(grad.dim() > 1 && grad.numel() == bags.B * D, "grad_outs[", f, "] has shape ", shape_of(grad),
-                  " for ", bags.B, " bags");
+    RK_CHECK_GRAD(grad.dim() > 1 && grad.numel() == bags.B * D, "grad_outs[", f, "] has shape ",
+                  shape_of(grad), " for ", bags.B, " bags");
     RK_CHECK_GRAD(widths_[t] < 0 || (widths_[t] == D && dtypes_[t] == grad.scalar_type()), "grad_outs[", f,
                   "] has width ", D, " and dtype ", grad.scalar_type(), ", others of its table ", widths_[t],
                   " and ", dtypes_[t]);
@@ -89,14 +90,14 @@ Backward::Backward(const FeatureArgs& args, const std::vector<std::optional<Tens
     bags.out = const_cast<void*>(grad.const_data_ptr());
     bags.stride_ob = checked_int32(grad.dim() == 2 ? grad.stride(0) : D, "the stride of grad_outs");
     if (bags.mode == kMax || bags.per_sample_weights) {
-      RK_CHECK_GRAD(weights.size() == num_tables, "weights must have one entry a table, ", num_tables, ", got ",
-                    weights.size());
+      RK_CHECK_GRAD(weights.size() == num_tables, "weights must have one entry a table, ", num_tables,
+                    ", got ", weights.size());
       const Tensor& w = weights[t];
-      RK_CHECK_GRAD(w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D &&
-                        w.scalar_type() == grad.scalar_type() && on_device(w) &&
-                        w.get_device_index() == grad.get_device_index(),
-                    "weights[", t, "] has shape ", shape_of(w), " and dtype ", w.scalar_type(), ", its gradient ",
-                    rows[t], " rows, shape ", shape_of(grad), " and dtype ", grad.scalar_type());
+      RK_CHECK_GRAD(
+          w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type() &&
+              on_device(w) && w.get_device_index() == grad.get_device_index(),
+          "weights[", t, "] has shape ", shape_of(w), " and dtype ", w.scalar_type(), ", its gradient ",
+          rows[t], " rows, shape ", shape_of(grad), " and dtype ", grad.scalar_type());
       kept_.push_back(unit_stride_rows(w));
       bags.weight = kept_.back().const_data_ptr();
       bags.stride_wr = kept_.back().stride(0);
@@ -114,7 +115,8 @@ Backward::Backward(const FeatureArgs& args, const std::vector<std::optional<Tens
   }
 }
 
-// Calls launch(batch, blocks) on the features of a dtype. `pieces` says how many lanes a bag can use; 0: leave it out.
+// Calls launch(batch, blocks) on the features of a dtype. `pieces` says how many lanes a bag can use; 0:
+// leave it out.
 template <class Pieces, class Launch>
 void Backward::for_features(ScalarType dtype, const Pieces& pieces, const Launch& launch) const {
   Batches<BagGrads, Launch> batches(launch);
@@ -154,9 +156,12 @@ Sorted Backward::sort() const {
   Sorted sorted;
   sorted.keys = torch::stable::new_empty(like(), {lookups_}, wide ? ScalarType::Long : ScalarType::Int);
   sorted.sources = torch::stable::new_empty(like(), {2 * lookups_}, ScalarType::Double);
-  Lookups& lookups = sorted.lookups =
-      Lookups{sorted.keys.mutable_data_ptr(), wide,   lookups_, skipped,
-              static_cast<Source*>(sorted.sources.mutable_data_ptr()), nullptr};
+  Lookups& lookups = sorted.lookups = Lookups{sorted.keys.mutable_data_ptr(),
+                                              wide,
+                                              lookups_,
+                                              skipped,
+                                              static_cast<Source*>(sorted.sources.mutable_data_ptr()),
+                                              nullptr};
   for (const ScalarType dtype : kFloating)
     dispatch_floating(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -173,8 +178,10 @@ Sorted Backward::sort() const {
     });
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(sorted.keys), from(std::optional<bool>(true)), from(int64_t(0)), from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 4> stack{from(sorted.keys), from(std::optional<bool>(true)), from(int64_t(0)),
+                                    from(false)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   sorted.keys = to<Tensor>(stack[0]);
   sorted.order = to<Tensor>(stack[1]);
   lookups.keys = sorted.keys.mutable_data_ptr();
@@ -203,8 +210,8 @@ void Backward::reduce(const Sorted& sorted, const Tensors& grad_weights) const {
       const Carries<A> carries{static_cast<A*>(rows.mutable_data_ptr()), width};
       Batch<TableGrad> batch;
       const auto launch = [&] {
-        device_.launch(embedding_reduce<T>, blocks_for(tiles, lanes), staged_bytes, batch, sorted.lookups, carries,
-                       lanes);
+        device_.launch(embedding_reduce<T>, blocks_for(tiles, lanes), staged_bytes, batch, sorted.lookups,
+                       carries, lanes);
         device_.launch(embedding_join<T>, blocks_for(tiles, 5), 0, batch, sorted.lookups, carries, lanes);
         batch.n = 0;
       };
@@ -220,7 +227,9 @@ void Backward::reduce(const Sorted& sorted, const Tensors& grad_weights) const {
 
 Tensors Backward::grad_weights() {
   Tensors grads;
-  const auto launch = [&](const Batch<Zeros>& batch, int64_t blocks) { device_.launch(zero, blocks, 0, batch); };
+  const auto launch = [&](const Batch<Zeros>& batch, int64_t blocks) {
+    device_.launch(zero, blocks, 0, batch);
+  };
   Batches<Zeros, decltype(launch)> zeros(launch);
   for (size_t t = 0; t < rows_.size(); ++t) {
     if (widths_[t] < 0) {
@@ -241,7 +250,8 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cuda(
     const std::vector<std::optional<Tensor>>& grad_outs, const Tensors& weights, const Ints& rows,
     const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables,
     const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows) {
-  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr};
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        nullptr};
   Backward backward(args, grad_outs, weights, rows);
   Tensors grad_weights = backward.grad_weights();
   return {std::move(grad_weights), backward.grad_per_sample_weights()};

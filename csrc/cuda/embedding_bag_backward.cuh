@@ -5,16 +5,18 @@
 //   sum, none: a_p grad_out[b]      mean: a_p / n grad_out[b]
 //   max: g_p[d] = grad_out[b, d] / ties[b, d] where weight[i_p, d] is the bag's maximum, 0 elsewhere
 //
-// and the row's gradient is the sum over all lookups of it, those of padding_idx, of the frozen row and outside
-// the table left out. The gradient of a_p is (1 or 1/n) <grad_out[b], weight[i_p]>.
+// and the row's gradient is the sum over all lookups of it, those of padding_idx, of the frozen row and
+// outside the table left out. The gradient of a_p is (1 or 1/n) <grad_out[b], weight[i_p]>.
 //
-//   1. embedding_lookups     a key (the row, numbered over all tables) and a source (gradient row, factor) a lookup
+//   1. embedding_lookups     a key (the row, numbered over all tables) and a source (gradient row, factor) a
+//   lookup
 //   2. torch's stable sort   of the keys
 //   3. embedding_reduce      each group adds up the runs of equal keys in a tile of kTile sorted lookups
 //   4. embedding_join        adds up the parts of runs that cross tiles
 //
-// Bytes: the source 16, its sort 2 * 12 a pass, the gradient row once a lookup, each table's gradient twice (zeros,
-// then its touched rows). A hot row's run is spread over its tiles, and its parts over the groups of a warp.
+// Bytes: the source 16, its sort 2 * 12 a pass, the gradient row once a lookup, each table's gradient twice
+// (zeros, then its touched rows). A hot row's run is spread over its tiles, and its parts over the groups of
+// a warp.
 #pragma once
 
 #include "embedding_bag.cuh"
@@ -28,7 +30,7 @@ struct BagGrads : Bags {
   int64_t first_lookup;  // of the feature, among all
   int64_t first_key;     // of its table
   int64_t frozen_row;    // -1: none
-  bool a_row_a_lookup;  // lookup p takes row p of grad, not its bag's of grad_out
+  bool a_row_a_lookup;   // lookup p takes row p of grad, not its bag's of grad_out
 };
 
 struct Source {
@@ -49,7 +51,8 @@ struct Lookups {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) embedding_lookups(const Batch<BagGrads> batch, Lookups lookups) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_lookups(const Batch<BagGrads> batch, Lookups lookups) {
   const BagGrads& bags = batch.items[find(batch, &Bags::first_block, static_cast<int32_t>(blockIdx.x))];
   const Group group{bags.log2_lanes};
   const int64_t b = int64_t(blockIdx.x - bags.first_block) * group.per_block() + group.index();
@@ -59,7 +62,8 @@ __global__ void __launch_bounds__(kThreads) embedding_lookups(const Batch<BagGra
   double scale = 1;
   if (bags.mode == kMean) {
     int count = 0;
-    for (int64_t p = ids.begin + group.lane(); p < ids.end; p += group.lanes()) count += bags.keeps(bags.id(p));
+    for (int64_t p = ids.begin + group.lane(); p < ids.end; p += group.lanes())
+      count += bags.keeps(bags.id(p));
     count = group.sum(count);
     scale = 1. / (count > 1 ? count : 1);
   }
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) embedding_lookups(const Batch<BagGra
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) embedding_max_grad_rows(const Batch<BagGrads> batch) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) embedding_max_grad_rows(const Batch<BagGrads> batch) {
   using A = accumulate_t<T>;
   const BagGrads& bags = batch.items[find(batch, &Bags::first_block, static_cast<int32_t>(blockIdx.x))];
   const Group group{bags.log2_lanes};
@@ -98,7 +102,9 @@ __global__ void __launch_bounds__(kThreads) embedding_max_grad_rows(const Batch<
       ties += x == largest;
     }
     // A maximum of -infinity went out as the zero of an empty bag.
-    const A share = largest == -A(INFINITY) ? A(0) : widen(static_cast<const T*>(bags.out)[b * bags.stride_ob + d]) / ties;
+    const A share = largest == -A(INFINITY)
+                        ? A(0)
+                        : widen(static_cast<const T*>(bags.out)[b * bags.stride_ob + d]) / ties;
     for (int64_t p = ids.begin; p < ids.end; ++p) {
       const int64_t id = bags.id(p);
       const bool taken = bags.keeps(id) && widen(weight[id * bags.stride_wr + d]) == largest;
@@ -108,14 +114,15 @@ __global__ void __launch_bounds__(kThreads) embedding_max_grad_rows(const Batch<
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) embedding_factor_grad(const Batch<BagGrads> batch) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) embedding_factor_grad(const Batch<BagGrads> batch) {
   using A = accumulate_t<T>;
   const BagGrads& bags = batch.items[find(batch, &Bags::first_block, static_cast<int32_t>(blockIdx.x))];
   const Group group{bags.log2_lanes};
   const int64_t b = int64_t(blockIdx.x - bags.first_block) * group.per_block() + group.index();
   if (b >= bags.B) return;
   const Span ids = span(bags, b);
-  const T *weight = static_cast<const T*>(bags.weight), *grad_out = static_cast<const T*>(bags.out) + b * bags.stride_ob;
+  const T *weight = static_cast<const T*>(bags.weight),
+          *grad_out = static_cast<const T*>(bags.out) + b * bags.stride_ob;
   int64_t count = 0;
   for (int64_t p = ids.begin; p < ids.end; ++p) count += bags.keeps(bags.id(p));
   const A scale = bags.mode == kMean && count > 1 ? A(1) / A(count) : A(1);
@@ -123,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) embedding_factor_grad(const Batch<Ba
     const int64_t id = bags.id(p);
     A dot = 0;
     if (bags.keeps(id))
-      for (int d = group.lane(); d < bags.D; d += group.lanes()) dot += widen(grad_out[d]) * widen(weight[id * bags.stride_wr + d]);
+      for (int d = group.lane(); d < bags.D; d += group.lanes())
+        dot += widen(grad_out[d]) * widen(weight[id * bags.stride_wr + d]);
     dot = group.sum(dot);
     if (group.lane() == 0) narrow(static_cast<T*>(bags.grad)[p], scale * dot);
   }
@@ -137,7 +145,7 @@ struct Zeros {
 };
 constexpr int kZerosPerThread = 4;
 
-__global__ void __launch_bounds__(kThreads) zero(const Batch<Zeros> batch) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks) zero(const Batch<Zeros> batch) {
   const Zeros& zeros = batch.items[find(batch, &Zeros::first_block, static_cast<int32_t>(blockIdx.x))];
   char* begin = static_cast<char*>(zeros.begin);
   const int64_t block = blockIdx.x - zeros.first_block;
@@ -162,8 +170,8 @@ struct TableGrad {
 // Lookups that a group adds up. A constant, because the order of the sums follows from it.
 constexpr int kTile = 16;
 
-// Of a tile, two rows of `width` accumulators: [0] what its first run adds to a run that began in a tile before,
-// [1] the part in this tile of a run that begins here and goes on in the next.
+// Of a tile, two rows of `width` accumulators: [0] what its first run adds to a run that began in a tile
+// before, [1] the part in this tile of a run that begins here and goes on in the next.
 template <class A>
 struct Carries {
   A* rows;
@@ -182,8 +190,9 @@ struct Staged {
 
 // Lookups [begin, end) of a tile, all of one table. `before` and `after`: the run at that end goes on there.
 template <class T, int n>
-__device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* tile, int begin, int end, bool before,
-                         bool after, Carries<accumulate_t<T>> carries, int64_t tile_index, Group group) {
+__device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* tile, int begin, int end,
+                         bool before, bool after, Carries<accumulate_t<T>> carries, int64_t tile_index,
+                         Group group) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = 4;
   for (int d = group.lane() * n; d < table.D; d += group.lanes() * n) {
@@ -217,8 +226,9 @@ __device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    embedding_reduce(const Batch<TableGrad> batch, const Lookups lookups, Carries<accumulate_t<T>> carries, int log2_lanes) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_reduce(const Batch<TableGrad> batch, const Lookups lookups, Carries<accumulate_t<T>> carries,
+                     int log2_lanes) {
   using A = accumulate_t<T>;
   RK_SHARED(Staged<A>, staged);
   const Group group{log2_lanes};
@@ -272,17 +282,19 @@ __device__ void join_run(const TableGrad& table, int64_t key, int64_t tile, int6
         RK_UNROLL
         for (int k = 0; k < n; ++k) acc[k] += part.x[k];
       }
-    for (int offset = group.lanes(); offset < kLanes; offset *= 2)
-      RK_UNROLL
+    for (int offset = group.lanes(); offset < kLanes; offset *= 2) RK_UNROLL
     for (int k = 0; k < n; ++k) acc[k] += shuffle_xor(~0u, acc[k], offset);
-    if (g == 0 && d < table.D) store<n>(static_cast<T*>(table.grad_weight) + (key - table.first_key) * table.D + d, acc);
+    if (g == 0 && d < table.D)
+      store<n>(static_cast<T*>(table.grad_weight) + (key - table.first_key) * table.D + d, acc);
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    embedding_join(const Batch<TableGrad> batch, const Lookups lookups, Carries<accumulate_t<T>> carries, int log2_lanes) {
-  const int64_t tile = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes, next = (tile + 1) * kTile;
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_join(const Batch<TableGrad> batch, const Lookups lookups, Carries<accumulate_t<T>> carries,
+                   int log2_lanes) {
+  const int64_t tile = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes,
+                next = (tile + 1) * kTile;
   if (next >= lookups.n) return;
   const int64_t key = lookups.key(next - 1);
   if (key == lookups.skipped || lookups.key(next) != key) return;

@@ -76,21 +76,24 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
                  " has table ", args.tables[f], " of ", num_tables);
 }
 
-// The fields of feature f that do not depend on its table; `like` is the table, or in the backward the gradient:
-// what is not on its device or has another dtype is an error. `kept` gets the copies that pointers point into.
+// The fields of feature f that do not depend on its table; `like` is the table, or in the backward the
+// gradient: what is not on its device or has another dtype is an error. `kept` gets the copies that pointers
+// point into.
 inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tensors& kept) {
   const auto check_integers = [&](const Tensor& t, const std::string& what) {
     const auto dtype = t.scalar_type();
     RK_CHECK_BAG(dtype == ScalarType::Long || dtype == ScalarType::Int, what, " must be int32 or int64, got ",
                  dtype);
     RK_CHECK_BAG(on_device(t) && t.get_device_index() == like.get_device_index(), what,
-                 " must be on the device of its table, ", like.get_device_index(), ", got ", t.get_device_index());
+                 " must be on the device of its table, ", like.get_device_index(), ", got ",
+                 t.get_device_index());
     kept.push_back(torch::stable::contiguous(t));
     return kept.back().const_data_ptr();
   };
   const Tensor& ids = args.indices[f];
   Bags bags{};
-  RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ", args.modes[f]);
+  RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
+               args.modes[f]);
   bags.mode = static_cast<uint8_t>(args.modes[f]);
   const bool pooled = bags.mode != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
   RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
@@ -129,8 +132,8 @@ inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tenso
 
 inline int64_t ids_of(const Bags& bags) { return bags.B == 0 ? 0 : bags.offsets ? bags.L : bags.B * bags.L; }
 
-// Puts items into as few launches as their number allows. `add` says how many blocks an item takes; whoever adds
-// calls `flush` at the end.
+// Puts items into as few launches as their number allows. `add` says how many blocks an item takes; whoever
+// adds calls `flush` at the end.
 template <class Item, class Launch>
 class Batches {
  public:
@@ -161,7 +164,8 @@ inline int64_t blocks_for(int64_t groups, uint8_t log2_lanes) {
   return (groups + per_block - 1) / per_block;
 }
 
-constexpr ScalarType kFloating[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half, ScalarType::BFloat16};
+constexpr ScalarType kFloating[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half,
+                                    ScalarType::BFloat16};
 
 inline bool is_floating(ScalarType dtype) {
   return std::find(std::begin(kFloating), std::end(kFloating), dtype) != std::end(kFloating);

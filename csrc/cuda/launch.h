@@ -20,13 +20,14 @@ inline void check(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "rankkernels: CUDA error: ", cudaGetErrorString(error));
 }
 
-// torch's current stream. The function is in a library that only a CUDA build of torch has, and has loaded by now:
-// it is looked up there, so that this extension links, and is imported, beside every build of torch.
+// torch's current stream. The function is in a library that only a CUDA build of torch has, and has loaded by
+// now: it is looked up there, so that this extension links, and is imported, beside every build of torch.
 inline cudaStream_t current_stream(int32_t device) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
-    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
   }();
   STD_TORCH_CHECK(get_stream, "rankkernels: this build of torch has no CUDA");
   void* stream = nullptr;
@@ -47,7 +48,8 @@ class Device {
               Arguments&&... arguments) const {
     STD_TORCH_CHECK(blocks <= INT32_MAX, "rankkernels: too much work for one launch, ", blocks, " blocks");
     if (blocks == 0) return;
-    kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream_>>>(std::forward<Arguments>(arguments)...);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream_>>>(
+        std::forward<Arguments>(arguments)...);
     check(cudaGetLastError());
   }
 

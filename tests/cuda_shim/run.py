@@ -64,6 +64,7 @@ def accuracy() -> None:
                 assert error <= tolerance, f"{case.id} {dtype}: output or gradient {i} is off by {error}"
                 digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
     mixed_dtypes()
+    layouts()
     print("digest", digest.hexdigest())
 
 
@@ -77,6 +78,26 @@ def mixed_dtypes() -> None:
         assert relative_error(out, reference.embedding_bag(table, ids[0])) <= TOLERANCE[table.dtype]
         expected = torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)[:, None].expand(3, 6) / 3
         assert relative_error(grad, expected) <= TOLERANCE[table.dtype]
+
+
+def layouts() -> None:
+    """Tables and gradients that start anywhere or have gaps, ids with strides, features side by side in one output."""
+    ids, grad_out = torch.tensor([[0, 3], [1, 1], [2, 6]]).t(), torch.randn(2, 20)
+    for weight in (
+        torch.randn(57)[1:].view(7, 8),
+        torch.randn(7, 16)[:, 8:],
+        torch.randn(8, 7).t(),
+        torch.randn(7, 9)[:, 1:],
+    ):
+        tables = [weight.detach().requires_grad_(), torch.randn(7, 12, requires_grad=True)]
+        expected = torch.cat([reference.embedding_bag(w, ids, mode="mean") for w in tables], 1)
+        (out,) = ops.table_batched_embedding_bag(tables, [ids, ids], modes=["mean", "mean"], concat=True)
+        assert torch.allclose(out, expected)
+        for given in (grad_out, torch.randn(2, 21)[:, 1:], grad_out[:1].expand(2, 20)):
+            for a, e in zip(
+                torch.autograd.grad(out, tables, given, True), torch.autograd.grad(expected, tables, given, True)
+            ):
+                assert torch.allclose(a, e, atol=1e-6)
 
 
 def bad_ids() -> None:
