@@ -1,5 +1,6 @@
 """Fused kernels for click-through-rate ranking models, behind layers that drop into torch-rechub models."""
 
+from rankkernels._version import __version__
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
     FM,
@@ -20,8 +21,6 @@ from rankkernels.nn import (
 from rankkernels.ops import din_attention, embedding_bag, fm_interaction, table_batched_embedding_bag
 from rankkernels.ops._library import ReferenceWarning
 
-__version__ = "0.1.0"
-
 __all__ = [
     "DIN",
     "FM",
@@ -40,6 +39,7 @@ __all__ = [
     "SparseFeature",
     "XavierNormal",
     "XavierUniform",
+    "__version__",
     "din_attention",
     "embedding_bag",
     "fm_interaction",

@@ -36,7 +36,7 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
 
 
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] -> [N, H].
+    """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] or [H] -> [N, H].
 
     The denominator is a sum over the units and not their mean.
     """
@@ -97,8 +97,8 @@ def dice_batch_norm(x: Tensor, alpha: Tensor, norm: BatchNorm, training: bool) -
 class Hidden(NamedTuple):
     """A hidden layer of the attention MLP: linear, then an optional normalization, then the activation.
 
-    ``activation`` is one of sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm and linear. ``alpha`` is the slope
-    of prelu [1] and of both kinds of Dice ([1] and [H]); ``dice_norm`` belongs to dice_batch_norm, ``dice_epsilon`` to
+    ``activation`` is one of sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm and linear. ``alpha`` [1] or [H] is
+    the slope of prelu and of both kinds of Dice; ``dice_norm`` belongs to dice_batch_norm, ``dice_epsilon`` to
     dice.
     """
 

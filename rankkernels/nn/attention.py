@@ -28,7 +28,7 @@ def _activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
     kind = type(module)
     if kind is Dice:
         return "dice", [module.alpha], module.epsilon
-    if kind is nn.PReLU and module.num_parameters == 1:
+    if kind is nn.PReLU:
         return "prelu", [module.weight], 0.0
     if kind is nn.LeakyReLU and module.negative_slope == 0.01:
         return "leakyrelu", [], 0.0

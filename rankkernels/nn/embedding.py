@@ -39,8 +39,8 @@ class EmbeddingLayer(nn.Module):
         features: sparse, sequence and dense features, ours or torch-rechub's; the first of a name makes its table.
 
     Raises:
-        ValueError: a feature shares the table of one that is not among ``features``, or has another pooling than sum,
-            mean and concat.
+        ValueError: a feature shares the table of one that is not among ``features``, has another pooling than sum, mean
+            and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
     """
 
     def __init__(self, features: Sequence):
@@ -57,6 +57,11 @@ class EmbeddingLayer(nn.Module):
                     f"{', '.join(_POOLING)}"
                 )
             elif feature.shared_with is None and feature.name not in self.embed_dict:
+                if hasattr(self.embed_dict, feature.name) or "." in feature.name or not feature.name:
+                    raise ValueError(
+                        f"EmbeddingLayer: feature {feature.name!r} cannot own a table: torch allows no module of that "
+                        "name in a ModuleDict"
+                    )
                 self.embed_dict[feature.name] = feature.get_embedding_layer()
         for feature in features:
             if not is_dense(feature) and self._table_name(feature) not in self.embed_dict:

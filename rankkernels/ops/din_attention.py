@@ -27,8 +27,8 @@ lib.define(
     "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
 )
 
-#: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope [1], dice
-#: its alpha [1], dice_batch_norm alpha, weight and bias [H] of its normalization.
+#: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope and dice
+#: its alpha, [1] or [H]; dice_batch_norm alpha, weight and bias [H] of its normalization.
 ACTIVATIONS = {"linear": 0, "sigmoid": 0, "relu": 0, "leakyrelu": 0, "prelu": 1, "dice": 1, "dice_batch_norm": 3}
 
 
@@ -127,10 +127,13 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
         )
         width = weight.size(0)
         for v in vectors:
-            one = activation in ("prelu", "dice") and v is vectors[-1]
+            slope = activation in ("prelu", "dice") and v is vectors[-1]
             check(
-                v.dim() == 1 and v.size(0) == (1 if one else width),
-                lambda: f"{op}: hidden layer {i} needs vectors of {1 if one else width} values, got {list(v.shape)}",
+                v.dim() == 1 and (v.size(0) == width or (slope and v.size(0) == 1)),
+                lambda: (
+                    f"{op}: hidden layer {i} needs vectors of {width} values"
+                    f"{', its slope may have one' if slope else ''}, got {list(v.shape)}"
+                ),
             )
     weight, bias = params[-2:]
     check(
@@ -279,8 +282,8 @@ def din_attention(
         history: [B, L, D], or with ``offsets`` [N, D].
         target: [B, D], the dtype of ``history``.
         params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
-            and bias [H]; then what ``activation`` learns: prelu its slope [1], dice its alpha [1], dice_batch_norm
-            alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
+            and bias [H]; then what ``activation`` learns: prelu its slope [1] or [H], dice its alpha [1] or [H],
+            dice_batch_norm alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
         running_stats: running mean and variance [H] of each normalization, in order; unused in training.
         lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
         mask: [B, L], bool: true at the valid rows.
