@@ -1,13 +1,11 @@
 """Click-through data for DeepFM and DIN: MovieLens-100k, synthetic data with a known ceiling, and your own files.
 
 ``load`` gives a ``Dataset`` a model: fields, and a training and a test part as dicts of tensors, one row a sample.
-Whatever cannot be read raises ``DataError``, whose text names the file, the line and what was expected there.
+Whatever cannot be read raises ``tables.DataError``, which names the file, the line and what was expected there.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import os
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from tables import DataError, Table, open_bytes
 from torch import Tensor
 
 HISTORY_LENGTH = 50
@@ -26,13 +25,6 @@ MOVIELENS_WHEEL = "recbole==1.2.1"
 MOVIELENS_MEMBER = "recbole/dataset_example/ml-100k/ml-100k."
 #: A Criteo category seen fewer times than this in the training part shares the id 0, "other".
 CRITEO_MIN_COUNT = 4
-
-
-class DataError(Exception):
-    """A file that cannot be used. ``line`` counts from 1; None where the file cannot be opened at all."""
-
-    def __init__(self, source, line: int | None, message: str):
-        super().__init__(f"{source}, line {line}: {message}" if line else f"{source}: {message}")
 
 
 class Unavailable(Exception):
@@ -68,8 +60,10 @@ class Dataset:
 
     @classmethod
     def split(cls, name, fields, columns, is_test, true_probability=None):
-        parts = [{key: torch.from_numpy(np.ascontiguousarray(value[rows])) for key, value in columns.items()}
-                 for rows in (~is_test, is_test)]
+        parts = [
+            {key: torch.from_numpy(np.ascontiguousarray(value[rows])) for key, value in columns.items()}
+            for rows in (~is_test, is_test)
+        ]
         if true_probability is not None:
             true_probability = torch.from_numpy(true_probability[is_test])
         return cls(name, fields, *parts, true_probability)
@@ -89,78 +83,10 @@ def load(data: list[str], models: list[str], seed: int) -> dict[str, Dataset]:
             raise DataError(path, None, f"expected one file a model, but {datasets[model].name} is a {model} file too")
         datasets[model] = dataset
     if not any(model in datasets for model in models):
-        raise DataError(", ".join(data), None, f"expected a file for {' or '.join(models)}, got {', '.join(datasets)} only")
+        raise DataError(
+            ", ".join(data), None, f"expected a file for {' or '.join(models)}, got {', '.join(datasets)} only"
+        )
     return {model: datasets[model] for model in models if model in datasets}
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
-
-
-def open_bytes(source):
-    """``source`` is a Path or a zipfile.Path."""
-    file = source.open("rb")
-    return gzip.open(file) if source.name.endswith(".gz") else file
-
-
-@dataclass
-class Table:
-    """A text table, every cell a string category: ids and numbers are worked out on the distinct values."""
-
-    source: object
-    frame: pd.DataFrame
-    first_line: int
-
-    @classmethod
-    def read(cls, source, names: list[str], expected: str, separator: str = "\t", header: bool = False):
-        line = 0
-        try:
-            with open_bytes(source) as file:
-                for line, text in enumerate(file, 1):
-                    found = text.count(separator.encode()) + 1
-                    if found != len(names):
-                        raise DataError(source, line, f"expected {expected}, got {found} column{'s' * (found > 1)}")
-                    if b"\r" in text.rstrip(b"\r\n") or b"\0" in text:
-                        raise DataError(source, line, f"expected {expected}, got a control character")
-                    text.decode()
-            if line <= header:
-                raise DataError(source, line + 1, f"expected {expected}, got the end of the file")
-            with open_bytes(source) as file:
-                frame = pd.read_csv(file, sep=separator, names=names, header=None, skiprows=int(header), dtype=str,
-                                    keep_default_na=False, quoting=csv.QUOTE_NONE)
-        except UnicodeDecodeError:
-            raise DataError(source, line, f"expected {expected}, got bytes that are not UTF-8") from None
-        except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(source, line + 1 if line else None, f"expected {expected}, cannot be read: {reason}") from None
-        return cls(source, frame.astype("category"), 1 + header)
-
-    def fail(self, bad_rows: np.ndarray, expected: str, column: str):
-        row = int(np.flatnonzero(bad_rows)[0])
-        message = f"expected {expected} in column {column!r}, got {self.frame[column].iloc[row]!r}"
-        raise DataError(self.source, self.first_line + row, message)
-
-    def numbers(self, column: str, expected: str = "a number", choices=None, empty: float | None = None) -> np.ndarray:
-        """The column as float64 [N]; an empty cell is ``empty`` where that is given, and an error elsewhere."""
-        cells = self.frame[column].cat
-        values = pd.to_numeric(cells.categories, errors="coerce").to_numpy(np.float64)
-        if empty is not None:
-            values = np.where(cells.categories == "", empty, values)
-        values = values[cells.codes]
-        bad = ~np.isfinite(values) if choices is None else ~np.isin(values, choices)
-        if bad.any():
-            self.fail(bad, expected, column)
-        return values
-
-    def ids(self, column: str) -> np.ndarray:
-        """The column's distinct values numbered from 1, int64 [N]."""
-        return self.frame[column].cat.codes.to_numpy().astype(np.int64) + 1
-
-    def find(self, column: str, other: Table, key: str) -> np.ndarray:
-        """For each row the row of ``other`` whose ``key`` equals this row's ``column``."""
-        rows = pd.Index(other.frame[key].astype(str)).get_indexer(self.frame[column].astype(str))
-        if (rows < 0).any():
-            self.fail(rows < 0, f"a {key} of {other.source.name}", column)
-        return rows
 
 
 # -------------------------------------------------------------------------------------------------------- histories
@@ -195,8 +121,21 @@ def movielens_wheel() -> Path:
     """The wheel that carries MovieLens-100k, from the cache folder, else by ``pip download``."""
     cache, name = cache_folder(), MOVIELENS_WHEEL.replace("==", "-")
     if not (found := sorted(cache.glob(f"{name}-*.whl"))):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--retries=1",
-                   "--timeout=20", "--disable-pip-version-check", "-d", str(cache), MOVIELENS_WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--quiet",
+            "--retries=1",
+            "--timeout=20",
+            "--disable-pip-version-check",
+            "-d",
+            str(cache),
+            MOVIELENS_WHEEL,
+        ]
         pip = subprocess.run(command, capture_output=True, text=True)
         if not (found := sorted(cache.glob(f"{name}-*.whl"))):
             reason = (pip.stderr.strip() or "pip said nothing").splitlines()[-1]
@@ -215,9 +154,12 @@ def movielens(wheel: Path, model: str) -> Dataset:
     films that the user *liked* before: with all the rated ones, what the user thought of them, the only thing that
     tells a like from a dislike here, would be lost. Only earlier ratings enter it, so no label reaches its own sample.
     """
+
     def table(name, columns):
         member = zipfile.Path(wheel, MOVIELENS_MEMBER + name)
-        return Table.read(member, columns.split(), f"{len(columns.split())} tab-separated columns ({columns})", header=True)
+        return Table.read(
+            member, columns.split(), f"{len(columns.split())} tab-separated columns ({columns})", header=True
+        )
 
     try:
         ratings = table("inter", "user_id item_id rating timestamp")
@@ -238,18 +180,26 @@ def movielens(wheel: Path, model: str) -> Dataset:
         row[: len(film)] = [genres[name] for name in film]
 
     zip_area = users.frame["zip_code"].astype(str).str[:1].astype("category").cat.codes.to_numpy().astype(np.int64) + 1
-    columns = {"user": user_row + 1, "age": users.ids("age")[user_row], "gender": users.ids("gender")[user_row],
-               "occupation": users.ids("occupation")[user_row], "zip_area": zip_area[user_row],
-               "release_year": items.ids("release_year")[item_row], "item": item_row + 1}
+    columns = {
+        "user": user_row + 1,
+        "age": users.ids("age")[user_row],
+        "gender": users.ids("gender")[user_row],
+        "occupation": users.ids("occupation")[user_row],
+        "zip_area": zip_area[user_row],
+        "release_year": items.ids("release_year")[item_row],
+        "item": item_row + 1,
+    }
     fields = [Field(name, "sparse", int(ids.max()) + 1) for name, ids in columns.items()]
     columns["genres"] = item_genres[item_row]
     fields.append(Field("genres", "multi", len(genres) + 1, padded=True))
     if model == "din":
         item = fields.pop(-2)
-        fields += [Field("item", "target", item.vocab_size, padded=True),
-                   Field("genre", "target", len(genres) + 1, padded=True),
-                   Field("history_item", "history", item.vocab_size, "item", padded=True),
-                   Field("history_genre", "history", len(genres) + 1, "genre", padded=True)]
+        fields += [
+            Field("item", "target", item.vocab_size, padded=True),
+            Field("genre", "target", len(genres) + 1, padded=True),
+            Field("history_item", "history", item.vocab_size, "item", padded=True),
+            Field("history_genre", "history", len(genres) + 1, "genre", padded=True),
+        ]
         past = histories(user_row, liked)
         columns["genre"] = columns["genres"][:, 0]
         columns["history_item"] = np.append(columns["item"], 0)[past]
@@ -263,7 +213,8 @@ def movielens(wheel: Path, model: str) -> Dataset:
 
 
 CRITEO = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
-FORMATS = "40 tab-separated columns (Criteo: label, 13 numbers, 26 categories) or 3 (user, item, time) separated by tabs or commas"
+CRITEO_FORMAT = "40 tab-separated columns (label, 13 numbers, 26 categories)"
+FORMATS = f"{CRITEO_FORMAT} or 3 columns (user, item, time) separated by tabs or commas"
 
 
 def from_file(path: Path, seed: int) -> tuple[str, Dataset]:
@@ -272,7 +223,11 @@ def from_file(path: Path, seed: int) -> tuple[str, Dataset]:
         with open_bytes(path) as file:
             first = file.readline()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(path, None, f"expected {FORMATS}, cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            path, None, f"expected {FORMATS}, cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if not first:
+        raise DataError(path, 1, f"expected {FORMATS}, got an empty file")
     cells = first.rstrip(b"\r\n").split(b"\t")
     if len(cells) == len(CRITEO):
         return "deepfm", criteo(path)
@@ -289,7 +244,7 @@ def criteo(path: Path) -> Dataset:
 
     Numbers become sign(x)·ln(1 + |x|), 0 where empty; categories are numbered by frequency in the training part.
     """
-    table = Table.read(path, CRITEO, "40 tab-separated columns (label, 13 numbers, 26 categories)")
+    table = Table.read(path, CRITEO, CRITEO_FORMAT)
     label = table.numbers("label", "0 or 1", choices=(0, 1)).astype(np.float32)
     is_test = np.arange(len(label)) >= len(label) - len(label) // 5
     if any(len(np.unique(label[rows])) < 2 for rows in (is_test, ~is_test)):
@@ -338,10 +293,17 @@ def interactions(path: Path, separator: str, has_header: bool, seed: int) -> Dat
         message = "expected at least one user with three interactions or more, and an item that this user never touched"
         raise DataError(path, table.first_line + len(user) - 1, message)
     past = np.append(item, 0)[histories(user, np.ones(len(user), bool))][rows]
-    columns = {"user": np.tile(user[rows], 2), "item": np.concatenate([item[rows], negative[rows]]),
-               "history_item": np.tile(past, (2, 1)), "label": np.repeat(np.float32([1, 0]), rows.sum())}
-    fields = [Field("user", "sparse", int(user.max()) + 1), Field("item", "target", items + 1, padded=True),
-              Field("history_item", "history", items + 1, "item", padded=True)]
+    columns = {
+        "user": np.tile(user[rows], 2),
+        "item": np.concatenate([item[rows], negative[rows]]),
+        "history_item": np.tile(past, (2, 1)),
+        "label": np.repeat(np.float32([1, 0]), rows.sum()),
+    }
+    fields = [
+        Field("user", "sparse", int(user.max()) + 1),
+        Field("item", "target", items + 1, padded=True),
+        Field("history_item", "history", items + 1, "item", padded=True),
+    ]
     return Dataset.split(path.name, fields, columns, np.tile(after[rows] == 0, 2))
 
 
@@ -384,7 +346,9 @@ def synthetic_din(seed: int, rows: int = 100_000) -> Dataset:
     def items_of_interest(share, length):
         """Item ids from 1; an item's category is (id - 1) mod 20. ``share`` of them are of a favourite category."""
         favourite = favourites[np.arange(rows)[:, None], rng.integers(2, size=(rows, length))]
-        category = np.where(rng.random((rows, length)) < share, favourite, rng.integers(categories, size=(rows, length)))
+        category = np.where(
+            rng.random((rows, length)) < share, favourite, rng.integers(categories, size=(rows, length))
+        )
         return 1 + category + categories * rng.integers(items // categories, size=(rows, length))
 
     history_item, item = items_of_interest(0.6, HISTORY_LENGTH), items_of_interest(0.5, 1)[:, 0]
@@ -393,10 +357,18 @@ def synthetic_din(seed: int, rows: int = 100_000) -> Dataset:
     group = rng.integers(groups, size=rows)
     matches = (history_category == category[:, None]).sum(1)
     logit = -2 + rng.normal(0, 0.5, items + 1)[item] + rng.normal(0, 0.5, groups)[group] + 1.5 * np.log1p(matches)
-    fields = [Field("group", "sparse", groups),
-              Field("item", "target", items + 1, padded=True), Field("category", "target", categories + 1, padded=True),
-              Field("history_item", "history", items + 1, "item", padded=True),
-              Field("history_category", "history", categories + 1, "category", padded=True)]
-    columns = {"group": group, "item": item, "category": category,
-               "history_item": history_item, "history_category": history_category}
+    fields = [
+        Field("group", "sparse", groups),
+        Field("item", "target", items + 1, padded=True),
+        Field("category", "target", categories + 1, padded=True),
+        Field("history_item", "history", items + 1, "item", padded=True),
+        Field("history_category", "history", categories + 1, "category", padded=True),
+    ]
+    columns = {
+        "group": group,
+        "item": item,
+        "category": category,
+        "history_item": history_item,
+        "history_category": history_category,
+    }
     return draw("synthetic (interest)", rng, fields, columns, logit)

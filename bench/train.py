@@ -1,8 +1,8 @@
 """Trains DeepFM and DIN with torch-rechub's classes and with ours: the same seed, the same batches, one table.
 
-    python bench/train.py                                MovieLens-100k
-    python bench/train.py --data synthetic               no network; the AUC and LogLoss of the true model beside
-    python bench/train.py --data clicks.tsv.gz events.csv   Criteo-format lines for DeepFM, (user, item, time) for DIN
+python bench/train.py                                MovieLens-100k
+python bench/train.py --data synthetic               no network; the AUC and LogLoss of the true model beside
+python bench/train.py --data clicks.tsv.gz events.csv   Criteo-format lines for DeepFM, (user, item, time) for DIN
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset, Field, Unavailable, load
 from sklearn.metrics import log_loss, roc_auc_score
+from tables import DataError
 from torch import Tensor
 from tqdm import tqdm
-
-from datasets import DataError, Dataset, Field, Unavailable, load
 
 EMBED_DIM = 16
 COMPARED_STEPS = 50
@@ -36,6 +36,13 @@ COMPARED_STEPS = 50
 TURN_STEPS = 12
 COLD_STEPS = 2
 TITLES = {"deepfm": "DeepFM", "din": "DIN"}
+RATIO = "ours / torch-rechub"
+CAPTION = f"""\
+{RATIO}: differences of AUC and LogLoss, ratios of samples/s and memory.
+samples/s: batch size over the median time of a step (forward, loss, backward, optimizer). Each library has a process
+of its own and they take turns of {TURN_STEPS} steps; the ratio is the median over the pairs of turns.
+Peak memory: the highest resident size in training less that before the model was built: parameters, gradients,
+optimizer, activations, and the code that they brought in."""
 #: Embeddings start from N(0, 0.05²). The libraries' default, 1e-4, leaves the first layer with outputs that differ by
 #: a few roundings of its bias, which BatchNorm then blows up: not even two runs with 1 and 2 threads stay together.
 EMBEDDING_STD = 0.05
@@ -61,8 +68,13 @@ def build_model(lib: SimpleNamespace, model: str, fields: list[Field]) -> torch.
     def feature(field: Field):
         if field.kind == "dense":
             return lib.DenseFeature(field.name)
-        table = dict(vocab_size=field.vocab_size, embed_dim=EMBED_DIM, shared_with=field.shared_with,
-                     padding_idx=0 if field.padded else None, initializer=lib.RandomNormal(0, EMBEDDING_STD))
+        table = dict(
+            vocab_size=field.vocab_size,
+            embed_dim=EMBED_DIM,
+            shared_with=field.shared_with,
+            padding_idx=0 if field.padded else None,
+            initializer=lib.RandomNormal(0, EMBEDDING_STD),
+        )
         if field.kind in ("multi", "history"):
             return lib.SequenceFeature(field.name, pooling="concat" if field.kind == "history" else "mean", **table)
         return lib.SparseFeature(field.name, **table)
@@ -72,10 +84,18 @@ def build_model(lib: SimpleNamespace, model: str, fields: list[Field]) -> torch.
 
     feature_of = {field.name: feature(field) for field in fields}
     if model == "deepfm":
-        return lib.DeepFM(features("sparse", "multi", "dense"), features("sparse", "multi"),
-                          mlp_params={"dims": [256, 128], "activation": ACTIVATION})
-    return lib.DIN(features("sparse", "multi"), features("history"), features("target"),
-                   mlp_params={"dims": [256, 128]}, attention_mlp_params={"dims": [36], "activation": ACTIVATION})
+        return lib.DeepFM(
+            features("sparse", "multi", "dense"),
+            features("sparse", "multi"),
+            mlp_params={"dims": [256, 128], "activation": ACTIVATION},
+        )
+    return lib.DIN(
+        features("sparse", "multi"),
+        features("history"),
+        features("target"),
+        mlp_params={"dims": [256, 128]},
+        attention_mlp_params={"dims": [36], "activation": ACTIVATION},
+    )
 
 
 def load_lazy_parts(optimizer: type[torch.optim.Optimizer]) -> None:
@@ -188,33 +208,44 @@ def worker(connection, *args) -> None:
         connection.recv()
 
 
+def hear(worker_of: dict, library: str) -> int | dict:
+    try:
+        return worker_of[library][0].recv()
+    except EOFError:
+        sys.exit(f"train.py: the process of {library} ended early; its error is above")
+
+
 def train(model: str, dataset: Dataset, settings: argparse.Namespace) -> list[dict]:
     """Each library in a process of its own; they take turns, so that a busy machine is busy for both."""
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         torch.save(dataset, path := os.path.join(folder, "dataset.pt"))
-        workers = []
+        worker_of = {}
         for library in LIBRARIES:
             connection, end = spawn.Pipe()
             process = spawn.Process(target=worker, args=(end, library, model, path, settings), daemon=True)
             process.start()
             end.close()
-            workers.append((connection, process))
-        outcomes = [connection.recv() for connection, _ in workers]
+            worker_of[library] = connection, process
+        for library in LIBRARIES:
+            hear(worker_of, library)
         rows = len(dataset.train["label"])
-        steps = rows // min(settings.batch_size, rows) * settings.epochs * len(workers)
-        with tqdm(total=steps, desc=TITLES[model], unit="step", disable=settings.quiet) as progress:
-            order = range(len(workers))
-            while not isinstance(outcomes[0], dict):
-                for i in order:
-                    workers[i][0].send("your turn")
-                    outcomes[i] = workers[i][0].recv()
-                    progress.update(outcomes[i] if isinstance(outcomes[i], int) else steps // len(workers) % TURN_STEPS)
-                order = order[::-1]
-        for connection, process in workers:
+        steps = rows // min(settings.batch_size, rows) * settings.epochs
+        results: dict[str, dict] = {}
+        order = list(LIBRARIES)
+        with tqdm(total=steps * len(order), desc=TITLES[model], unit="step", disable=settings.quiet) as progress:
+            while len(results) < len(order):
+                for library in order:
+                    worker_of[library][0].send("your turn")
+                    outcome = hear(worker_of, library)
+                    if isinstance(outcome, dict):
+                        results[library], outcome = outcome, steps % TURN_STEPS
+                    progress.update(outcome)
+                order.reverse()
+        for connection, process in worker_of.values():
             connection.send("done")
             process.join()
-    return outcomes
+    return [results[library] for library in LIBRARIES]
 
 
 # ----------------------------------------------------------------------------------------------------------- report
@@ -234,29 +265,31 @@ def compare(theirs: dict, ours: dict) -> dict:
 
 
 def table(report: dict) -> str:
-    row = "{:8}{:20}{:>9}{:>10}{:>12}{:>14}".format
+    def row(*cells):
+        return "{:8}{:20}{:>9}{:>10}{:>12}{:>14}".format(*cells)
+
     lines = []
     for model, part in report["models"].items():
         data, difference = part["data"], part["comparison"]
-        lines += [f"{TITLES[model]} on {data['name']}: {data['train_rows']:,} rows to train, {data['test_rows']:,} to test",
-                  row("model", "library", "AUC", "LogLoss", "samples/s", "peak memory")]
+        auc, logloss = difference["auc_difference"], difference["logloss_difference"]
+        speed, memory = difference["samples_per_second_ratio"], difference["peak_memory_ratio"]
+        curve, steps = difference["largest_relative_loss_difference"], difference["compared_steps"]
+        lines += [
+            f"{TITLES[model]} on {data['name']}: {data['train_rows']:,} rows to train, {data['test_rows']:,} to test",
+            row("model", "library", "AUC", "LogLoss", "samples/s", "peak memory"),
+        ]
         for r in part["results"]:
-            lines.append(row(TITLES[model], r["library"], f"{r['auc']:.4f}", f"{r['logloss']:.4f}",
-                             f"{r['samples_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f} MiB"))
-        lines.append(row("", "ours / torch-rechub", f"{difference['auc_difference']:+.4f}",
-                         f"{difference['logloss_difference']:+.4f}", f"{difference['samples_per_second_ratio']:.2f}x",
-                         f"{difference['peak_memory_ratio']:.2f}x"))
+            measured = f"{r['samples_per_second']:,.0f}", f"{r['peak_memory_mib']:,.0f} MiB"
+            lines.append(row(TITLES[model], r["library"], f"{r['auc']:.4f}", f"{r['logloss']:.4f}", *measured))
+        lines.append(row("", RATIO, f"{auc:+.4f}", f"{logloss:+.4f}", f"{speed:.2f}x", f"{memory:.2f}x"))
         if ceiling := part["ceiling"]:
             lines.append(row("", "the true model", f"{ceiling['auc']:.4f}", f"{ceiling['logloss']:.4f}", "", ""))
-        lines += [f"same loss curve: the losses of the first {difference['compared_steps']} steps differ by "
-                  f"{difference['largest_relative_loss_difference']:.1e} relative at most", ""]
+        lines += [f"same loss curve: the losses of the first {steps} steps differ by {curve:.1e} relative at most", ""]
     s = report["settings"]
-    lines += [f"Batch {s['batch_size']}, {s['epochs']} epochs, {s['optimizer']}, lr {s['lr']}, seed {s['seed']}, "
-              f"{s['threads']} threads on {report['machine']['cpu']}.",
-              "samples/s: batch size over the median time of a step (forward, loss, backward, optimizer). Each library has a",
-              f"process of its own and they take turns of {TURN_STEPS} steps; the ratio is the median over the pairs of turns.",
-              "Peak memory: the highest resident size in training less that before the model was built: parameters, gradients,",
-              "optimizer, activations, and the code that they brought in."]
+    lines.append(
+        f"Batch {s['batch_size']}, {s['epochs']} epochs, {s['optimizer']}, lr {s['lr']}, seed {s['seed']}, "
+        f"{s['threads']} threads on {report['machine']['cpu']}; backend {s['backend']}.\n{CAPTION}"
+    )
     return "\n".join(lines)
 
 
@@ -283,6 +316,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             if not (value := kind(text)) > 0:
                 raise argparse.ArgumentTypeError(f"must be positive, got {text}")
             return value
+
         return number
 
     def models(text: str) -> list[str]:
@@ -295,14 +329,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option("--data", nargs="+", default=["ml-100k"], metavar="ml-100k|synthetic|PATH", help="default: ml-100k")
     option("--models", type=models, default=list(TITLES), help="deepfm, din or both with a comma between (default)")
-    option("--threads", type=positive(int), default=len(os.sched_getaffinity(0)), help="default: all cores, %(default)s")
+    option(
+        "--threads", type=positive(int), default=len(os.sched_getaffinity(0)), help="default: all cores, %(default)s"
+    )
     option("--batch-size", type=positive(int), default=1024, help="default: %(default)s")
-    option("--epochs", type=positive(int), default=3, help="default: %(default)s")
+    option("--epochs", type=positive(int), default=2, help="default: %(default)s")
     option("--lr", type=positive(float), default=1e-3, help="default: %(default)s")
     option("--seed", type=int, default=2026, help="default: %(default)s")
     option("--optimizer", choices=("adam", "sgd"), default="adam", help="default: %(default)s")
-    option("--backend", choices=("auto", "reference"), default="auto",
-           help="reference: the pure-PyTorch reference instead of the kernels in rankkernels (default: auto)")
+    option(
+        "--backend",
+        choices=("auto", "reference"),
+        default="auto",
+        help="reference: the pure-PyTorch reference instead of the kernels in rankkernels (default: auto)",
+    )
     option("--out", type=Path, default=Path("results/train.json"), help="JSON result (default: %(default)s)")
     option("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
@@ -321,16 +361,27 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    report = {"settings": {**vars(settings), "out": str(settings.out)}, "versions": versions(), "machine": machine(), "models": {}}
+    report = {
+        "settings": {**vars(settings), "out": str(settings.out)},
+        "versions": versions(),
+        "machine": machine(),
+        "models": {},
+    }
     for model, dataset in datasets.items():
         ceiling = None
         if dataset.true_probability is not None:
             ceiling = dict(zip(("auc", "logloss"), metrics(dataset.test["label"], dataset.true_probability.numpy())))
         results = train(model, dataset, settings)
         report["models"][model] = {
-            "data": {"name": dataset.name, "train_rows": len(dataset.train["label"]), "test_rows": len(dataset.test["label"])},
-            "ceiling": ceiling, "results": results, "comparison": compare(*results),
-        }  # fmt: skip
+            "data": {
+                "name": dataset.name,
+                "train_rows": len(dataset.train["label"]),
+                "test_rows": len(dataset.test["label"]),
+            },
+            "ceiling": ceiling,
+            "results": results,
+            "comparison": compare(*results),
+        }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
