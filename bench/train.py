@@ -266,7 +266,7 @@ def compare(theirs: dict, ours: dict) -> dict:
 
 def table(report: dict) -> str:
     def row(*cells):
-        return "{:8}{:20}{:>9}{:>10}{:>12}{:>14}".format(*cells)
+        return "{:8}{:20}{:>9}{:>10}{:>12}{:>14}".format(*cells).rstrip()
 
     lines = []
     for model, part in report["models"].items():
@@ -287,8 +287,8 @@ def table(report: dict) -> str:
         lines += [f"same loss curve: the losses of the first {steps} steps differ by {curve:.1e} relative at most", ""]
     s = report["settings"]
     lines.append(
-        f"Batch {s['batch_size']}, {s['epochs']} epochs, {s['optimizer']}, lr {s['lr']}, seed {s['seed']}, "
-        f"{s['threads']} threads on {report['machine']['cpu']}; backend {s['backend']}.\n{CAPTION}"
+        f"Batch size {s['batch_size']}, epochs {s['epochs']}, {s['optimizer']}, lr {s['lr']}, seed {s['seed']}, "
+        f"threads {s['threads']}, {report['machine']['cpu']}; backend {s['backend']}.\n{CAPTION}"
     )
     return "\n".join(lines)
 

@@ -202,9 +202,10 @@ def bad_files(rng):
     yield "header", b"user,item,time\n", 2, "expected 3 columns"
 
 
-@pytest.mark.parametrize(
-    "name, content, line, message", bad_files(np.random.default_rng(7)), ids=lambda x: x if isinstance(x, str) else ""
-)
+BAD_FILES = list(bad_files(np.random.default_rng(7)))
+
+
+@pytest.mark.parametrize("name, content, line, message", BAD_FILES, ids=[case[0] for case in BAD_FILES])
 def test_bad_file_is_one_line_on_stderr(tmp_path, capsys, name, content, line, message):
     path = tmp_path / name
     path.write_bytes(content)
