@@ -48,24 +48,24 @@ def fm_interaction_kernel(
     x_ptr, out_ptr, B, F, D,
     stride_xb, stride_xf, stride_xd,
     REDUCE_SUM: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """out [B, D], contiguous, or [B] with REDUCE_SUM, of BLOCK_B samples."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xb, stride_xf, D = _aligned(stride_xb, ALIGN), _aligned(stride_xf, ALIGN), _aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    o_f = tl.arange(0, BLOCK_F).to(tl.int64)
+    o_f = tl.arange(0, BLOCK_F)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
     total = tl.zeros([BLOCK_B], dtype)
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
+    for d in range(BLOCKS_D):
+        o_d = d * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
         valid = (o_b < B)[:, None] & (o_d < D)[None, :]
         s = tl.zeros([BLOCK_B, BLOCK_F, BLOCK_D], dtype)
         y = tl.zeros([BLOCK_B, BLOCK_F, BLOCK_D], dtype)
         x_tile = x_rows + o_d[None, None, :] * stride_xd
-        for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=4):
+        for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=2):
             inside = valid[:, None, :] & (f + o_f < F)[None, :, None]
-            b_x = tl.load(x_tile + tl.cast(f, tl.int64) * stride_xf, mask=inside, other=0.0).to(dtype)
+            b_x = tl.load(x_tile + f * stride_xf, mask=inside, other=0.0).to(dtype)
             y += b_x * s
             s += b_x
         s, y = tl.reduce((s, y), 1, _join)
@@ -82,17 +82,17 @@ def fm_interaction_backward_kernel(
     grad_out_ptr, x_ptr, grad_x_ptr, B, F, D,
     stride_gb, stride_gd, stride_xb, stride_xf, stride_xd,
     ONE_PASS: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """grad_x [B, F, D], contiguous, of BLOCK_B samples; ONE_PASS where BLOCK_F >= F."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xb, stride_xf, D = _aligned(stride_xb, ALIGN), _aligned(stride_xf, ALIGN), _aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    o_f = tl.arange(0, BLOCK_F).to(tl.int64)
+    o_f = tl.arange(0, BLOCK_F)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
     grad_rows = grad_x_ptr + (o_b[:, None, None] * F + o_f[None, :, None]) * D
-    for d in range(0, D, BLOCK_D):
-        o_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
+    for d in range(BLOCKS_D):
+        o_d = d * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
         valid = (o_b < B)[:, None] & (o_d < D)[None, :]
         g_tile = grad_out_ptr + o_b[:, None] * stride_gb + o_d[None, :] * stride_gd
         b_grad_out = tl.load(g_tile, mask=valid, other=0.0).to(dtype)[:, None, :]
@@ -105,14 +105,14 @@ def fm_interaction_backward_kernel(
             tl.store(grad_tile, b_grad_out * (s - b_x), mask=inside)
         else:
             runs = tl.zeros([BLOCK_B, BLOCK_F, BLOCK_D], dtype)
-            for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=4):
+            for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=2):
                 inside = valid[:, None, :] & (f + o_f < F)[None, :, None]
-                runs += tl.load(x_tile + tl.cast(f, tl.int64) * stride_xf, mask=inside, other=0.0).to(dtype)
+                runs += tl.load(x_tile + f * stride_xf, mask=inside, other=0.0).to(dtype)
             s = tl.sum(runs, 1, keep_dims=True)
-            for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=4):
+            for f in tl.range(0, F, BLOCK_F, loop_unroll_factor=2):
                 inside = valid[:, None, :] & (f + o_f < F)[None, :, None]
-                b_x = tl.load(x_tile + tl.cast(f, tl.int64) * stride_xf, mask=inside, other=0.0).to(dtype)
-                tl.store(grad_tile + tl.cast(f, tl.int64) * D, b_grad_out * (s - b_x), mask=inside)
+                b_x = tl.load(x_tile + f * stride_xf, mask=inside, other=0.0).to(dtype)
+                tl.store(grad_tile + f * D, b_grad_out * (s - b_x), mask=inside)
 
 
 def _align(x: Tensor) -> int:
@@ -132,11 +132,12 @@ def fm_interaction(x: Tensor, reduce_sum: bool) -> Tensor:
     warp = WARP_BYTES // x.element_size()  # a warp's load covers BLOCK_F rows that lie together in memory
     BLOCK_D = min(triton.next_power_of_2(D), warp)
     BLOCK_F = min(triton.next_power_of_2(F), warp // BLOCK_D)
-    BLOCK_B = 4 * warp // (BLOCK_F * BLOCK_D)
+    BLOCK_B = 1024 // (BLOCK_F * BLOCK_D)  # 8 values a thread
     with torch.cuda.device_of(x):
         fm_interaction_kernel[(triton.cdiv(B, BLOCK_B),)](
             x, out, B, F, D, *x.stride(),
-            REDUCE_SUM=reduce_sum, ALIGN=_align(x), BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=4,
+            REDUCE_SUM=reduce_sum, ALIGN=_align(x),
+            BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -155,6 +156,7 @@ def fm_interaction_backward(grad_out: Tensor, x: Tensor, reduce_sum: bool) -> Te
     with torch.cuda.device_of(x):
         fm_interaction_backward_kernel[(triton.cdiv(B, BLOCK_B),)](
             grad_out, x, grad_x, B, F, D, *grad_out.stride(), *x.stride(),
-            ONE_PASS=one_pass, ALIGN=_align(x), BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=4,
+            ONE_PASS=one_pass, ALIGN=_align(x),
+            BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
         )  # fmt: skip
     return grad_x
