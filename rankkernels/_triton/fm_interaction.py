@@ -21,21 +21,15 @@ above, a second loop reads the rows again that the first left in the caches.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from rankkernels._triton._alignment import aligned, alignment
+
 WARP_BYTES = 32 * 16  # one 128-bit load a lane
 RESIDENT = 4096  # values: 32 registers a thread with four warps
-
-
-@triton.jit
-def _aligned(value, ALIGN: tl.constexpr):
-    """``value`` in 64 bits, known to the compiler as a multiple of ALIGN."""
-    return tl.multiple_of(tl.cast(value, tl.int64), ALIGN)
 
 
 @triton.jit
@@ -52,7 +46,7 @@ def fm_interaction_kernel(
 ):  # fmt: skip
     """out [B, D], contiguous, or [B] with REDUCE_SUM, of BLOCK_B samples."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    stride_xb, stride_xf, D = _aligned(stride_xb, ALIGN), _aligned(stride_xf, ALIGN), _aligned(D, ALIGN)
+    stride_xb, stride_xf, D = aligned(stride_xb, ALIGN), aligned(stride_xf, ALIGN), aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_f = tl.arange(0, BLOCK_F)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
@@ -86,7 +80,7 @@ def fm_interaction_backward_kernel(
 ):  # fmt: skip
     """grad_x [B, F, D], contiguous, of BLOCK_B samples; ONE_PASS where BLOCK_F >= F."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    stride_xb, stride_xf, D = _aligned(stride_xb, ALIGN), _aligned(stride_xf, ALIGN), _aligned(D, ALIGN)
+    stride_xb, stride_xf, D = aligned(stride_xb, ALIGN), aligned(stride_xf, ALIGN), aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_f = tl.arange(0, BLOCK_F)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
@@ -115,14 +109,6 @@ def fm_interaction_backward_kernel(
                 tl.store(grad_tile + f * D, b_grad_out * (s - b_x), mask=inside)
 
 
-def _align(x: Tensor) -> int:
-    """The power of two, up to 128 bits, that the row starts and the width of ``x`` are multiples of, in items.
-
-    Triton sees by itself only multiples of 16 items: this makes vector loads of D = 8 and D = 10, too.
-    """
-    return math.gcd(16 // x.element_size(), x.stride(0), x.stride(1), x.size(2))
-
-
 def fm_interaction(x: Tensor, reduce_sum: bool) -> Tensor:
     """x [B, F, D], any strides -> [B, 1], or [B, D] without ``reduce_sum``."""
     B, F, D = x.shape
@@ -136,7 +122,7 @@ def fm_interaction(x: Tensor, reduce_sum: bool) -> Tensor:
     with torch.cuda.device_of(x):
         fm_interaction_kernel[(triton.cdiv(B, BLOCK_B),)](
             x, out, B, F, D, *x.stride(),
-            REDUCE_SUM=reduce_sum, ALIGN=_align(x),
+            REDUCE_SUM=reduce_sum, ALIGN=alignment(x),
             BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
         )  # fmt: skip
     return out
@@ -156,7 +142,7 @@ def fm_interaction_backward(grad_out: Tensor, x: Tensor, reduce_sum: bool) -> Te
     with torch.cuda.device_of(x):
         fm_interaction_backward_kernel[(triton.cdiv(B, BLOCK_B),)](
             grad_out, x, grad_x, B, F, D, *grad_out.stride(), *x.stride(),
-            ONE_PASS=one_pass, ALIGN=_align(x),
+            ONE_PASS=one_pass, ALIGN=alignment(x),
             BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
         )  # fmt: skip
     return grad_x

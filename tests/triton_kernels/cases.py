@@ -134,7 +134,7 @@ FM = Op(
             (16, DOUBLE, True),
         ]
     ]
-    + [{"shape": (512, 300, 64), "dtype": SINGLE, "aligned": True}],
+    + [{"shape": (512, 300, 64), "dtype": SINGLE, "aligned": True}, {"shape": (512, 1, 1), "dtype": BF16}],
     mutations=[
         (
             "forward: a field too many",
@@ -165,7 +165,11 @@ FM = Op(
             "s = tl.sum(runs, 1, keep_dims=True)\n            for f in tl.range(0, F,",
             "s = tl.sum(runs, 1, keep_dims=True)\n            for f in tl.range(0, F - BLOCK_F,",
         ),
-        ("offsets in 32 bits", "tl.cast(value, tl.int64)", "tl.cast(value, tl.int32)"),
+        (
+            "forward: offsets in 32 bits",
+            "o_f[None, :, None] * stride_xf\n    total",
+            "o_f[None, :, None] * tl.cast(stride_xf, tl.int32)\n    total",
+        ),
         ("backward: columns unmasked", "(o_d < D)[None, :]\n        g_tile", "(o_d >= 0)[None, :]\n        g_tile"),
         ("backward: summed over samples", "tl.sum(b_x, 1, keep_dims=True)", "tl.sum(b_x, 0, keep_dims=True)"),
         ("backward: gradient of another sample", "o_b[:, None] * stride_gb", "o_b[:, None] * stride_gd"),
