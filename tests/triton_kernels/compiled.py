@@ -17,12 +17,11 @@ import subprocess
 import pytest
 import torch
 import triton
+from cases import OPS, Op
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
-
-from cases import OPS, Op
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

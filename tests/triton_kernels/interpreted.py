@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import interpreter
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.errors import InterpreterError
-
-import interpreter
 from cases import DOUBLE, OPS, SINGLE, Op, error, strided
+from triton.runtime.errors import InterpreterError
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
 interpreter.install()
