@@ -249,8 +249,11 @@ def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, par
 
 def _setup_context(ctx, inputs, output):
     history, target, lengths, mask, offsets, params, running_stats, *ctx.flags = inputs
-    ctx.num_params = len(params)
-    ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, *params, *running_stats)
+    ctx.num_params, ctx.num_stats = len(params), len(running_stats)
+    training = ctx.flags[3]
+    # In training nothing reads the running statistics, and the caller updates them in place before the backward.
+    saved_stats = [] if training else running_stats
+    ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, *params, *saved_stats)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -260,7 +263,7 @@ def _backward(ctx, grad_out, *_):
     grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
         grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
     )
-    return grad_history, grad_target, None, None, None, grad_params, [None] * len(running_stats), *[None] * 6
+    return grad_history, grad_target, None, None, None, grad_params, [None] * ctx.num_stats, *[None] * 6
 
 
 torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
