@@ -1,5 +1,6 @@
 // Activations of DIN's attention MLP on a block of rows, forward and backward, for one instruction set. Rows have
-// padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out.
+// padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The structures of
+// pointers come by value: as the stores may alias anything, through a reference each pointer would be read again after each.
 //
 // With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
 //
@@ -36,7 +37,7 @@ RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename 
 }
 
 template <class A>
-static void dice_statistics(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A>& s) {
+static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   const A* g = s.g;
@@ -55,7 +56,7 @@ static void dice_statistics(const DinLayer<A>& f, int64_t rows, const DinLayerSc
 
 // g -> a; with dice also its statistics, and without need_a them alone.
 template <class A>
-static void activate(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A>& s, bool need_a) {
+static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   if (f.activation == DinActivation::dice) dice_statistics(f, rows, s);
@@ -88,7 +89,7 @@ static void activate(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A
 
 // Dice: d = dL/da -> dL/dy in place; adds to the slope's gradient.
 template <class A>
-static void dice_backward(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A>& s, A* d, A* grad_alpha) {
+static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
@@ -117,8 +118,8 @@ static void dice_backward(const DinLayer<A>& f, int64_t rows, const DinLayerScra
 // Unit by unit: d = dL/da (for dice dL/dy) -> dL/dz in place, unless only the sums are wanted; adds to the gradients of
 // the bias (dL/dz), alpha and the sums.
 template <DinActivation kind, bool kNormalized, class A>
-static void units_backward(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A>& s, A* d, bool only_sums,
-                           A* grad_bias, const DinLayerGrad<A>& grad) {
+static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
+                           A* grad_bias, DinLayerGrad<A> grad) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
@@ -172,8 +173,8 @@ static void units_backward(const DinLayer<A>& f, int64_t rows, const DinLayerScr
 
 // d = dL/da -> dL/dz in place, or with only_sums nothing but the sums.
 template <class A>
-static void activation_backward(const DinLayer<A>& f, int64_t rows, const DinLayerScratch<A>& s, A* d, bool only_sums,
-                                A* grad_bias, const DinLayerGrad<A>& grad) {
+static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
+                                A* grad_bias, DinLayerGrad<A> grad) {
   using Kind = DinActivation;
   switch (f.activation) {
     case Kind::leaky:
