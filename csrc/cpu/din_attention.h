@@ -152,11 +152,18 @@ static void add_statistics(const DinLayer<A>& f, int64_t n, const A* z, DinStats
 template <class A>
 static void dot_rows(int64_t n, int64_t width, const A* x, const A* w, A bias, A* out) {
   using X = Traits<A>;
-  for (int64_t r = 0; r < n; ++r, x += padded<A>(width)) {
-    typename X::vec sum = {};
-    for (int64_t d = 0; d < vectors<A>(width) * X::lanes; d += X::lanes) sum += X::load(x + d) * X::load(w + d);
-    out[r] = sum_lanes<A>(sum) + bias;
-  }
+  using V = typename X::vec;
+  const int64_t ld = padded<A>(width), end = vectors<A>(width) * X::lanes;
+  sum_rows<A>(
+      n,
+      [&](int64_t r) {
+        V sum = {};
+        for (int64_t d = 0; d < end; d += X::lanes) sum += X::load(x + r * ld + d) * X::load(w + d);
+        return sum;
+      },
+      [&](int64_t r, V sum) {
+        for (int i = 0; i < X::lanes && r + i < n; ++i) out[r + i] = sum[i] + bias;
+      });
 }
 
 template <class A>

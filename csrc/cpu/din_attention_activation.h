@@ -36,22 +36,49 @@ RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename 
   return f.y_scale ? g * X::load(f.y_scale + n) + X::load(f.y_shift + n) : g;
 }
 
+// Calls each(row) -> vector on the rows of a group, and store(first row, their sums) on groups of as many rows as lanes.
+template <class A, class Each, class Store>
+RK_INLINE void sum_rows(int64_t rows, const Each& each, const Store& store) {
+  using X = Traits<A>;
+  for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
+    typename X::vec x[X::lanes] = {};
+    for (int i = 0; i < X::lanes && r0 + i < rows; ++i) x[i] = each(r0 + i);
+    store(r0, sum_each(x));
+  }
+}
+
+// (y - mean) of a row's units and 0 elsewhere: absent units have y = 0.
+template <class A>
+RK_INLINE typename Traits<A>::vec centred(const DinLayer<A>& f, const A* g, A mean, int64_t n) {
+  return pre_activation(f, Traits<A>::load(g + n), n) - mean * Traits<A>::load(f.unit + n);
+}
+
 template <class A>
 static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
   using X = Traits<A>;
+  using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  const A* g = s.g;
-  for (int64_t r = 0; r < rows; ++r, g += ld) {
-    typename X::vec sum = {}, squares = {};
-    for (int64_t n = 0; n < end; n += X::lanes) sum += pre_activation(f, X::load(g + n), n);
-    const A mean = sum_lanes<A>(sum) / f.out;
-    for (int64_t n = 0; n < end; n += X::lanes) {
-      const auto centred = (pre_activation(f, X::load(g + n), n) - mean) * X::load(f.unit + n);
-      squares += centred * centred;
-    }
-    s.mean[r] = mean;
-    s.inverse[r] = inverse_root(sum_lanes<A>(squares) + f.epsilon);
-  }
+  sum_rows<A>(
+      rows,
+      [&](int64_t r) {
+        V sum = {};
+        for (int64_t n = 0; n < end; n += X::lanes) sum += pre_activation(f, X::load(s.g + r * ld + n), n);
+        return sum;
+      },
+      [&](int64_t r, V sum) { X::store(s.mean + r, sum / static_cast<A>(f.out)); });
+  sum_rows<A>(
+      rows,
+      [&](int64_t r) {
+        V squares = {};
+        for (int64_t n = 0; n < end; n += X::lanes) {
+          const V c = centred(f, s.g + r * ld, s.mean[r], n);
+          squares += c * c;
+        }
+        return squares;
+      },
+      [&](int64_t r, V squares) {
+        for (int i = 0; i < X::lanes; ++i) s.inverse[r + i] = inverse_root(squares[i] + f.epsilon);
+      });
 }
 
 // g -> a; with dice also its statistics, and without need_a them alone.
@@ -81,7 +108,7 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
       });
     case DinActivation::dice:
       return each([&](V, V y, int64_t n, int64_t r) {
-        const V u = (y - s.mean[r]) * (s.inverse[r] * X::load(f.unit + n));
+        const V u = (y - s.mean[r] * X::load(f.unit + n)) * s.inverse[r];
         return y * (f.slope + (1 - f.slope) * sigmoid_unit(u));
       });
   }
@@ -94,22 +121,31 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   V grad_slope = {};
-  for (int64_t r = 0; r < rows; ++r) {
-    const A *g = s.g + r * ld, mean = s.mean[r], inverse = s.inverse[r];
-    const auto normalized = [&](V y, int64_t n) { return (y - mean) * (inverse * X::load(f.unit + n)); };
-    V sum_w = {}, sum_wu = {};
-    for (int64_t n = 0; n < end; n += X::lanes) {
-      const V y = pre_activation(f, X::load(g + n), n), u = normalized(y, n), p = sigmoid_unit(u);
-      const V da = X::load(d + r * ld + n), day = da * y, w = (1 - f.slope) * day * (p - p * p);
-      sum_w += w;
-      sum_wu += w * u;
-      grad_slope += day * (1 - p);
-      X::store(d + r * ld + n, da * (f.slope + (1 - f.slope) * p) + w * inverse);
+  A mean_w[X::lanes], along_u[X::lanes];
+  for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
+    const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
+    V sum_w[X::lanes] = {}, sum_wu[X::lanes] = {};
+    for (int i = 0; i < group; ++i) {
+      const A *g = s.g + (r0 + i) * ld, mean = s.mean[r0 + i], inverse = s.inverse[r0 + i];
+      A* dp = d + (r0 + i) * ld;
+      for (int64_t n = 0; n < end; n += X::lanes) {
+        const V c = centred(f, g, mean, n), y = pre_activation(f, X::load(g + n), n), u = c * inverse;
+        const V p = sigmoid_unit(u), da = X::load(dp + n), day = da * y, w = (1 - f.slope) * day * (p - p * p);
+        sum_w[i] += w;
+        sum_wu[i] += w * u;
+        grad_slope += day * (1 - p);
+        X::store(dp + n, da * (f.slope + (1 - f.slope) * p) + w * inverse);
+      }
     }
-    const A mean_w = sum_lanes<A>(sum_w) / f.out * inverse, along_u = sum_lanes<A>(sum_wu) * inverse;
-    for (int64_t n = 0; n < end; n += X::lanes) {
-      const V u = normalized(pre_activation(f, X::load(g + n), n), n);
-      X::store(d + r * ld + n, X::load(d + r * ld + n) - mean_w - u * along_u);
+    const V inverse = X::load(s.inverse + r0);
+    X::store(mean_w, sum_each(sum_w) * inverse / static_cast<A>(f.out));
+    X::store(along_u, sum_each(sum_wu) * inverse * inverse);
+    for (int i = 0; i < group; ++i) {
+      A* dp = d + (r0 + i) * ld;
+      for (int64_t n = 0; n < end; n += X::lanes) {
+        const V c = centred(f, s.g + (r0 + i) * ld, s.mean[r0 + i], n);
+        X::store(dp + n, X::load(dp + n) - mean_w[i] - c * along_u[i]);
+      }
     }
   }
   X::store(grad_alpha, X::load(grad_alpha) + grad_slope);

@@ -23,13 +23,14 @@ static inline void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, A
                              int64_t ldi) {
   using X = Traits<A>;
   typename X::vec acc[kRows][kVecs] = {};
-  for (int64_t k = 0; k < K; ++k, b += ldb, a.p += a.stride_k) {
+  const A* a4 = a.p + 4 * a.stride_m;  // so that the eight rows need four address registers
+  for (int64_t k = 0; k < K; ++k, b += ldb, a.p += a.stride_k, a4 += a.stride_k) {
     typename X::vec bv[kVecs];
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) bv[v] = X::load(b + v * X::lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const typename X::vec av = splat<A>(a.p[i * a.stride_m]);
+      const typename X::vec av = splat<A>((i < 4 ? a.p : a4)[i % 4 * a.stride_m]);
 #pragma GCC unroll 3
       for (int v = 0; v < kVecs; ++v) acc[i][v] += av * bv[v];
     }

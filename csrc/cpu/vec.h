@@ -194,44 +194,59 @@ struct Tail<double> {
 };
 #endif
 
-// The sum of the lanes, in a fixed order (halves, then quarters, ...).
+template <int... j>
+struct Lanes {};
+RK_INLINE auto lanes_of(f32v) {
 #if RK_VECTOR_BYTES == 64
-template <class T>
-RK_INLINE float sum_lanes(f32v v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
-template <class T>
-RK_INLINE double sum_lanes(f64v v) {
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
 #elif RK_VECTOR_BYTES == 32
-template <class T>
-RK_INLINE float sum_lanes(f32v v) {
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
-template <class T>
-RK_INLINE double sum_lanes(f64v v) {
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7>();
 #else
-template <class T>
-RK_INLINE float sum_lanes(f32v v) {
-  v += __builtin_shufflevector(v, v, 2, 3, 2, 3);
-  return v[0] + v[1];
-}
-template <class T>
-RK_INLINE double sum_lanes(f64v v) {
-  return v[0] + v[1];
-}
+  return Lanes<0, 1, 2, 3>();
 #endif
+}
+RK_INLINE auto lanes_of(f64v) {
+#if RK_VECTOR_BYTES == 64
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7>();
+#elif RK_VECTOR_BYTES == 32
+  return Lanes<0, 1, 2, 3>();
+#else
+  return Lanes<0, 1>();
+#endif
+}
+
+// Lane j of a plus lane j ^ half of it, where j has no bit `half`; the same of b elsewhere.
+template <int half, class V, int... j>
+RK_INLINE V fold_lanes(V a, V b, Lanes<j...>) {
+  constexpr int n = sizeof...(j);
+  return __builtin_shufflevector(a, b, (j & half ? n + j : j)...) +
+         __builtin_shufflevector(a, b, (j & half ? n + (j ^ half) : j ^ half)...);
+}
+
+// The sum of the lanes, in a fixed order (halves, then quarters, ...).
+template <class T>
+RK_INLINE typename Traits<T>::scalar sum_lanes(typename Traits<T>::vec v) {
+  constexpr int n = Traits<T>::lanes;
+  if constexpr (n >= 16) v = fold_lanes<8>(v, v, lanes_of(v));
+  if constexpr (n >= 8) v = fold_lanes<4>(v, v, lanes_of(v));
+  if constexpr (n >= 4) v = fold_lanes<2>(v, v, lanes_of(v));
+  return v[0] + v[1];
+}
+
+// Lane i of the result is the sum of the lanes of x[i], in the order of sum_lanes; x is overwritten.
+template <int half, class V>
+RK_INLINE V sum_each_from(V* x) {
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) x[i] = fold_lanes<half>(x[i], x[i + half], lanes_of(V()));
+  if constexpr (half > 1)
+    return sum_each_from<half / 2>(x);
+  else
+    return x[0];
+}
+template <class V>
+RK_INLINE V sum_each(V* x) {
+  return sum_each_from<sizeof(V) / sizeof(x[0][0]) / 2>(x);
+}
 
 // One value converted to and from its storage type.
 RK_INLINE float to_scalar(float v) { return v; }
