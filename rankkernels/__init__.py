@@ -1,1 +1,49 @@
-from rankkernels.ops import din_attention, embedding_bag, fm_interaction
+"""Fused kernels for click-through-rate ranking models, behind layers that drop into torch-rechub models."""
+
+from rankkernels._version import __version__
+from rankkernels.accelerate import accelerate
+from rankkernels.models import DIN, DeepFM
+from rankkernels.nn import (
+    FM,
+    LR,
+    MLP,
+    ActivationUnit,
+    DenseFeature,
+    Dice,
+    EmbeddingLayer,
+    Pretrained,
+    RandomNormal,
+    RandomUniform,
+    SequenceFeature,
+    SparseFeature,
+    XavierNormal,
+    XavierUniform,
+)
+from rankkernels.ops import din_attention, embedding_bag, fm_interaction, table_batched_embedding_bag
+from rankkernels.ops._library import ReferenceWarning
+
+__all__ = [
+    "DIN",
+    "FM",
+    "LR",
+    "MLP",
+    "ActivationUnit",
+    "DeepFM",
+    "DenseFeature",
+    "Dice",
+    "EmbeddingLayer",
+    "Pretrained",
+    "RandomNormal",
+    "RandomUniform",
+    "ReferenceWarning",
+    "SequenceFeature",
+    "SparseFeature",
+    "XavierNormal",
+    "XavierUniform",
+    "__version__",
+    "accelerate",
+    "din_attention",
+    "embedding_bag",
+    "fm_interaction",
+    "table_batched_embedding_bag",
+]

@@ -36,7 +36,7 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
 
 
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
-    """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] -> [N, H].
+    """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] or [H] -> [N, H].
 
     The denominator is a sum over the units and not their mean.
     """
@@ -84,9 +84,7 @@ def batch_norm(x: Tensor, norm: BatchNorm, training: bool) -> tuple[Tensor, Batc
     return y.to(x.dtype), stats
 
 
-def dice_batch_norm(
-    x: Tensor, alpha: Tensor, norm: BatchNorm, training: bool
-) -> tuple[Tensor, BatchStats | None]:
+def dice_batch_norm(x: Tensor, alpha: Tensor, norm: BatchNorm, training: bool) -> tuple[Tensor, BatchStats | None]:
     """Dice with batch statistics, as in Zhou et al., "Deep Interest Network" (2018), equation 3: x [N, H], alpha [H].
 
     DeepCTR-Torch's has an affine normalization, FuxiCTR's has none.
@@ -99,8 +97,8 @@ def dice_batch_norm(
 class Hidden(NamedTuple):
     """A hidden layer of the attention MLP: linear, then an optional normalization, then the activation.
 
-    ``activation`` is one of sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm and linear. ``alpha`` is the slope
-    of prelu [1] and of both kinds of Dice ([1] and [H]); ``dice_norm`` belongs to dice_batch_norm, ``dice_epsilon`` to
+    ``activation`` is one of sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm and linear. ``alpha`` [1] or [H] is
+    the slope of prelu and of both kinds of Dice; ``dice_norm`` belongs to dice_batch_norm, ``dice_epsilon`` to
     dice.
     """
 
@@ -163,6 +161,19 @@ def segment_softmax(score: Tensor, sample: Tensor, B: int) -> Tensor:
     return e / e.new_zeros(B).index_add(0, sample, e)[sample]
 
 
+def attention_input(rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
+    """The input of the attention MLP for each row: [t, h, t - h, t * h], [N, 4 D]."""
+    t = target[sample]
+    return torch.cat([t, rows, t - rows, t * rows], -1)
+
+
+def attention_pool(score: Tensor, rows: Tensor, sample: Tensor, B: int, use_softmax: bool) -> Tensor:
+    """The rows of each sample, summed with their scores [N] or the softmax of these: [B, D]."""
+    if use_softmax:
+        score = segment_softmax(score, sample, B)
+    return rows.new_zeros(B, rows.size(1)).index_add(0, sample, score[:, None] * rows)
+
+
 def din_attention(
     history: Tensor,
     target: Tensor,
@@ -182,20 +193,15 @@ def din_attention(
     output is the score-weighted sum of the rows. ``out_weight`` is [1, H] and ``out_bias`` [1]. Padding (see
     ``valid_rows``) has no score, no gradient and no part in batch statistics; a sample without rows gives zeros.
     """
-    B, D = target.shape
     dtype = history.dtype
     history, target = accumulator(history), accumulator(target)
     rows, sample = valid_rows(history, lengths, mask, offsets)
-    t = target[sample]
-    x, all_stats = torch.cat([t, rows, t - rows, t * rows], -1), []
+    x, all_stats = attention_input(rows, target, sample), []
     for layer in hidden:
         x, stats = layer(x, training)
         all_stats += stats
     score = F.linear(x, out_weight, out_bias).squeeze(1)
-    if use_softmax:
-        score = segment_softmax(score, sample, B)
-    out = rows.new_zeros(B, D).index_add(0, sample, score[:, None] * rows)
-    return out.to(dtype), all_stats
+    return attention_pool(score, rows, sample, target.size(0), use_softmax).to(dtype), all_stats
 
 
 def embedding_bag(

@@ -28,7 +28,7 @@ def make_params(D, dims, activation, batch_norm, dtype, generator):
             params += [rand(H, scale=0.3, shift=1), rand(H, scale=0.3)]
             stats += [rand(H, scale=0.2), rand(H).square() + 0.5]
         if activation in ("prelu", "dice"):
-            params += [rand(1, scale=0.5)]
+            params += [rand(1 if torch.rand((), generator=generator) < 0.5 else H, scale=0.5)]
         if activation == "dice_batch_norm":
             params += [rand(H, scale=0.5), rand(H, scale=0.3, shift=1), rand(H, scale=0.3)]
             stats += [rand(H, scale=0.2), rand(H).square() + 0.5]

@@ -51,12 +51,12 @@ static void check_history(const DinArguments& a) {
                history.size(history.dim() - 1), " and ", a.D());
   RK_CHECK_FLOATING("din_attention", history);
   RK_DIN_CHECK(history.scalar_type() == target.scalar_type(),
-               "history and target must have one floating-point dtype, got ", history.scalar_type(), " and ",
-               target.scalar_type());
+               "history and target must have one floating-point dtype, got ", name_of(history.scalar_type()), " and ",
+               name_of(target.scalar_type()));
   RK_DIN_CHECK(target.is_cpu() && history.is_cpu(), "all arguments must be on one device");
   const auto check_integers = [](const Tensor& t, const char* name) {
     RK_DIN_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
-                 " must be int32 or int64, got ", t.scalar_type());
+                 " must be int32 or int64, got ", name_of(t.scalar_type()));
     RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
   };
   if (jagged) {
@@ -76,7 +76,7 @@ static void check_history(const DinArguments& a) {
     RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == a.B() && a.mask->size(1) == history.size(1),
                  "mask must be [B, L] = [", a.B(), ", ", history.size(1), "], got shape ", shape_of(*a.mask));
     RK_DIN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
-                 a.mask->scalar_type());
+                 name_of(a.mask->scalar_type()));
     RK_DIN_CHECK(a.mask->is_cpu(), "all arguments must be on one device");
   }
 }
@@ -91,7 +91,7 @@ static void check_params(const DinArguments& a) {
       RK_CHECK_FLOATING("din_attention", t);
       RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
     }
-  const bool scalar = config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
+  const bool has_slope = config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
   int64_t width = 4 * a.D();
   for (int64_t i = 0; i < a.layers(); ++i) {
     const Tensor* layer = &a.params[i * per_layer];
@@ -99,9 +99,10 @@ static void check_params(const DinArguments& a) {
                  "], got shape ", shape_of(*layer));
     width = layer->size(0);
     for (int64_t j = 1; j < per_layer; ++j) {
-      const int64_t size = scalar && j == per_layer - 1 ? 1 : width;
-      RK_DIN_CHECK(layer[j].dim() == 1 && layer[j].size(0) == size, "hidden layer ", i, " needs vectors of ", size,
-                   " values, got ", shape_of(layer[j]));
+      const bool slope = has_slope && j == per_layer - 1;
+      RK_DIN_CHECK(layer[j].dim() == 1 && (layer[j].size(0) == width || (slope && layer[j].size(0) == 1)),
+                   "hidden layer ", i, " needs vectors of ", width, " values", slope ? ", its slope may have one" : "",
+                   ", got ", shape_of(layer[j]));
     }
     if (config.training) continue;
     const int64_t stats = 2 * config.norms();
@@ -450,14 +451,14 @@ std::vector<Tensor> param_gradients(DinPlan<A>& plan, const DinArguments& a, con
     plan.norm_gradients(i, grad.sums, own, dice);
     if (a.config.batch_norm)
       for (const auto& values : own) push_vector(values);
-    if (a.config.dice_norm()) {
-      push_vector(grad.alpha);
-      for (const auto& values : dice) push_vector(values);
-    } else if (a.config.activation_params()) {
-      A slope = 0;
-      for (int64_t h = 0; h < padded<A>(plan.layer(i).out); ++h) slope += grad.alpha[h];
-      push([&](int64_t) { return slope; });
+    if (a.config.activation_params()) {
+      A all = 0;
+      for (int64_t h = 0; h < plan.layer(i).out; ++h) all += grad.alpha[h];
+      const bool one = plan.hidden(i).alpha.size() == 1;
+      push([&](int64_t h) { return one ? all : grad.alpha[h]; });
     }
+    if (a.config.dice_norm())
+      for (const auto& values : dice) push_vector(values);
   }
   push_vector(sum.grad.out_weight);
   push([&](int64_t) { return a.config.use_softmax ? A(0) : *sum.grad.out_bias; });  // a softmax ignores it

@@ -162,7 +162,11 @@ static void dot_rows(int64_t n, int64_t width, const A* x, const A* w, A bias, A
         return sum;
       },
       [&](int64_t r, V sum) {
-        for (int i = 0; i < X::lanes && r + i < n; ++i) out[r + i] = sum[i] + bias;
+        sum += bias;
+        if (n - r >= X::lanes)
+          X::store(out + r, sum);
+        else
+          Tail<A>(static_cast<int>(n - r)).store(out + r, sum);
       });
 }
 
@@ -247,7 +251,12 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
       }
       gemm<A>(1, vecs, n, {w + r0, 0, 1}, s.history, ld, s.out, ld, s.out, ld);
     });
-    if (!pooling) continue;
+    if (!pooling) {
+      const DinLayer<A>& f = net.layer[until];
+      const int64_t padding = rows.first[b + 1] - first - count;
+      if (f.kept) __builtin_memset(f.kept + (first + count) * f.out, 0, padding * f.out * sizeof(A));
+      continue;
+    }
     if (net.use_softmax && count) {
       din::scale(count, net.row_weight + first, 1 / total);
       din::scale(ld, s.out, 1 / total);

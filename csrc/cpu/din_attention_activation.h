@@ -4,15 +4,15 @@
 //
 // With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
 //
-//   leaky            a = y > 0 ? y : slope y
+//   leaky            a = y > 0 ? y : alpha y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
 //   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
-//   dice             a = y (slope + (1 - slope) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 + epsilon
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 + epsilon
 //
 // Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial. Backward, with
-// da = dL/da and w = (1 - slope) da y p (1 - p) = dL/du, since sum u = 0,
+// da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,
 //
-//   dL/dy = da (slope + (1 - slope) p) + (w - mean(w) - u sum_j w_j u_j) / s.
+//   dL/dy = da (alpha + (1 - alpha) p) + (w - mean(w) - u sum_j w_j u_j) / s.
 #pragma once
 
 #include "din_attention_args.h"
@@ -26,9 +26,6 @@ RK_INLINE int64_t vectors(int64_t n) {
   return (n + Traits<A>::lanes - 1) / Traits<A>::lanes;
 }
 
-RK_INLINE float inverse_root(float x) { return 1.f / __builtin_sqrtf(x); }
-RK_INLINE double inverse_root(double x) { return 1. / __builtin_sqrt(x); }
-
 // g -> y of one vector.
 template <class A>
 RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename Traits<A>::vec g, int64_t n) {
@@ -41,8 +38,10 @@ template <class A, class Each, class Store>
 RK_INLINE void sum_rows(int64_t rows, const Each& each, const Store& store) {
   using X = Traits<A>;
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
-    typename X::vec x[X::lanes] = {};
-    for (int i = 0; i < X::lanes && r0 + i < rows; ++i) x[i] = each(r0 + i);
+    const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
+    typename X::vec x[X::lanes];
+    for (int64_t i = 0; i < group; ++i) x[i] = each(r0 + i);
+    for (int64_t i = group; i < X::lanes; ++i) x[i] = typename X::vec{};
     store(r0, sum_each(x));
   }
 }
@@ -76,9 +75,7 @@ static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
         }
         return squares;
       },
-      [&](int64_t r, V squares) {
-        for (int i = 0; i < X::lanes; ++i) s.inverse[r + i] = inverse_root(squares[i] + f.epsilon);
-      });
+      [&](int64_t r, V squares) { X::store(s.inverse + r, inverse_root(squares + f.epsilon)); });
 }
 
 // g -> a; with dice also its statistics, and without need_a them alone.
@@ -98,7 +95,7 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
   using V = typename X::vec;
   switch (f.activation) {
     case DinActivation::leaky:
-      return each([&](V, V y, int64_t, int64_t) { return y > 0 ? y : y * f.slope; });
+      return each([&](V, V y, int64_t n, int64_t) { return y > 0 ? y : y * X::load(f.alpha + n); });
     case DinActivation::sigmoid:
       return each([&](V, V y, int64_t, int64_t) { return sigmoid(y); });
     case DinActivation::dice_batch_norm:
@@ -109,33 +106,38 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
     case DinActivation::dice:
       return each([&](V, V y, int64_t n, int64_t r) {
         const V u = (y - s.mean[r] * X::load(f.unit + n)) * s.inverse[r];
-        return y * (f.slope + (1 - f.slope) * sigmoid_unit(u));
+        const V alpha = X::load(f.alpha + n);
+        return y * (alpha + (1 - alpha) * sigmoid_unit(u));
       });
   }
 }
 
-// Dice: d = dL/da -> dL/dy in place; adds to the slope's gradient.
+// Dice: d = dL/da -> dL/dy in place; adds to alpha's gradient.
 template <class A>
 static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  V grad_slope = {};
   A mean_w[X::lanes], along_u[X::lanes];
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
     const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
-    V sum_w[X::lanes] = {}, sum_wu[X::lanes] = {};
-    for (int i = 0; i < group; ++i) {
+    V sum_w[X::lanes], sum_wu[X::lanes];
+    for (int64_t i = group; i < X::lanes; ++i) sum_w[i] = sum_wu[i] = V{};
+    for (int64_t i = 0; i < group; ++i) {
       const A *g = s.g + (r0 + i) * ld, mean = s.mean[r0 + i], inverse = s.inverse[r0 + i];
       A* dp = d + (r0 + i) * ld;
+      V w_of_row = {}, wu_of_row = {};
       for (int64_t n = 0; n < end; n += X::lanes) {
         const V c = centred(f, g, mean, n), y = pre_activation(f, X::load(g + n), n), u = c * inverse;
-        const V p = sigmoid_unit(u), da = X::load(dp + n), day = da * y, w = (1 - f.slope) * day * (p - p * p);
-        sum_w[i] += w;
-        sum_wu[i] += w * u;
-        grad_slope += day * (1 - p);
-        X::store(dp + n, da * (f.slope + (1 - f.slope) * p) + w * inverse);
+        const V alpha = X::load(f.alpha + n), p = sigmoid_unit(u), da = X::load(dp + n), day = da * y;
+        const V w = (1 - alpha) * day * (p - p * p);
+        w_of_row += w;
+        wu_of_row += w * u;
+        X::store(grad_alpha + n, X::load(grad_alpha + n) + day * (1 - p));
+        X::store(dp + n, da * (alpha + (1 - alpha) * p) + w * inverse);
       }
+      sum_w[i] = w_of_row;
+      sum_wu[i] = wu_of_row;
     }
     const V inverse = X::load(s.inverse + r0);
     X::store(mean_w, sum_each(sum_w) * inverse / static_cast<A>(f.out));
@@ -148,7 +150,6 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
       }
     }
   }
-  X::store(grad_alpha, X::load(grad_alpha) + grad_slope);
 }
 
 // Unit by unit: d = dL/da (for dice dL/dy) -> dL/dz in place, unless only the sums are wanted; adds to the gradients of
@@ -170,7 +171,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
       const V da = X::load(dp), g = X::load(s.g + row * ld + n), y = kNormalized ? y_scale * g + y_shift : g;
       V dy = da, dv = {};
       if (kind == DinActivation::leaky) {
-        dy = y > 0 ? da : da * f.slope;
+        dy = y > 0 ? da : da * alpha;
         grad_alpha += y > 0 ? V{} : da * y;
       } else if (kind == DinActivation::sigmoid) {
         const V a = X::load(s.a + row * ld + n);

@@ -26,7 +26,7 @@ static inline int64_t padded(int64_t n) {
   return ((n + line - 1) / line | 1) * line;
 }
 
-// linear, relu, leakyrelu and prelu are one function, y for y > 0 and slope * y otherwise.
+// linear, relu, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise.
 enum class DinActivation : int64_t { leaky, sigmoid, dice, dice_batch_norm };
 
 // One hidden layer, z = W x + b. Its product is computed as g = gs z + go, an affine function of each channel that is
@@ -41,8 +41,7 @@ struct DinLayer {
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
   DinActivation activation;
-  A slope;         // of leaky and dice
-  const A* alpha;  // of dice_batch_norm
+  const A* alpha;  // of all but sigmoid
   A epsilon;       // out * dice's epsilon
   const A* unit;   // 1 for the channels there are
   A* kept;         // [rows, out]: z of each valid row, or null where the backward computes it again
@@ -57,7 +56,7 @@ struct DinLayerGrad {
   // [out, padded(in)]; the first layer, with G_b the gradient by M of sample b: sums of G, of G diag(t), of G's row
   // sums (those of dL/dz) times t.
   A *weight, *weight_product, *weight_target;
-  A *bias, *alpha;  // [padded(out)]; a scalar slope's gradient is the sum of alpha's
+  A *bias, *alpha;  // [padded(out)]; where the units share one alpha its gradient is the sum
   A* sums[4];       // [padded(out)]: of dL/dy, dL/dy g, dL/dv, dL/dv g over the rows
 };
 

@@ -135,7 +135,7 @@ class DinPlan {
     net_.use_softmax = config.use_softmax;
     layers_.resize(hidden_.size());
     net_.layer = layers_.data();
-    net_.out_weight = row(no_hidden_ ? std::vector<A>{A(1)} : values_of<A>(param[0]), hidden_.back().out);
+    net_.out_weight = row(no_hidden_ ? std::vector<A>{A(1)} : values_of<A>(param[0]));
     net_.out_bias = no_hidden_ ? A(0) : values_of<A>(param[1])[0];
     for (size_t i = 0; i < hidden_.size(); ++i) fixed_part(layers_[i], hidden_[i]);
   }
@@ -281,7 +281,7 @@ class DinPlan {
  private:
   // A vector of channels as the kernels want it.
   template <class U>
-  const A* row(const std::vector<U>& values, int64_t = 0) {
+  const A* row(const std::vector<U>& values) {
     A* p = arena_.take(padded<A>(values.size()));
     for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<A>(values[i]);
     return p;
@@ -292,25 +292,25 @@ class DinPlan {
     layer.out = f.out;
     layer.unit = row(std::vector<A>(f.out, A(1)));
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
+    std::vector<A> alpha = f.alpha;
     switch (config_.activation) {
       case ActivationName::sigmoid:
         layer.activation = DinActivation::sigmoid;
-        return;
-      case ActivationName::dice_batch_norm:
-        layer.activation = DinActivation::dice_batch_norm;
-        layer.alpha = row(f.alpha);
-        return;
+        break;
       case ActivationName::dice:
         layer.activation = DinActivation::dice;
-        layer.slope = f.alpha[0];
-        return;
+        break;
+      case ActivationName::dice_batch_norm:
+        layer.activation = DinActivation::dice_batch_norm;
+        break;
       default:
         layer.activation = DinActivation::leaky;
-        layer.slope = config_.activation == ActivationName::linear      ? A(1)
-                      : config_.activation == ActivationName::relu      ? A(0)
-                      : config_.activation == ActivationName::leakyrelu ? A(0.01)
-                                                                        : f.alpha[0];
+        if (config_.activation == ActivationName::linear) alpha = {A(1)};
+        if (config_.activation == ActivationName::relu) alpha = {A(0)};
+        if (config_.activation == ActivationName::leakyrelu) alpha = {A(0.01)};
     }
+    if (alpha.size() == 1) alpha.resize(f.out, alpha[0]);  // one for all units
+    layer.alpha = row(alpha);
   }
 
   // scale (Wt + Wd), scale (Wh - Wd) and scale Wp with unit h and column d at h * stride_h + d * stride_d.

@@ -265,6 +265,7 @@ RK_INLINE void assign(T& p, float v) {
 // ---- elementary functions of a vector of accumulators
 // -----------------------------------------------------------
 
+// 1 / x of finite x.
 RK_INLINE f32v reciprocal(f32v x) {
 #if RK_VECTOR_BYTES == 64
   // The divider takes 16 cycles a vector; 14 good bits and one step of Newton's iteration are exact to an ulp.
@@ -275,6 +276,23 @@ RK_INLINE f32v reciprocal(f32v x) {
 #endif
 }
 RK_INLINE f64v reciprocal(f64v x) { return 1. / x; }
+
+// 1 / sqrt(x) of positive finite x.
+RK_INLINE f32v inverse_root(f32v x) {
+#if RK_VECTOR_BYTES == 64
+  const f32v r = (f32v)_mm512_rsqrt14_ps((__m512)x);
+  return r * (1.5f - .5f * x * r * r);
+#else
+  f32v r;
+  for (int i = 0; i < kFloats; ++i) r[i] = 1.f / __builtin_sqrtf(x[i]);
+  return r;
+#endif
+}
+RK_INLINE f64v inverse_root(f64v x) {
+  f64v r;
+  for (int i = 0; i < kDoubles; ++i) r[i] = 1. / __builtin_sqrt(x[i]);
+  return r;
+}
 
 template <class V>
 RK_INLINE V clamp(V x, V low, V high) {  // a NaN stays

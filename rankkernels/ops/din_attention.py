@@ -14,9 +14,10 @@ from rankkernels.ops._library import lib, notice_reference, vjp
 # what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
 # ``running_stats``: the running mean and variance [H] of every normalization, in the order the layers meet them; a
 # layer's own comes before its Dice's. ``batch_stats``: in training, mean and unbiased variance of each of them in the
-# same order, one after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running ones.
-# ``activation``: its place in ACTIVATIONS (a str argument of a C++ op leaks its copy at every call, torch 2.13).
-# ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of _saved_size.
+# same order, one after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running
+# statistics.
+# ``activation``: its place in ACTIVATIONS (a str argument of a C++ op leaks a copy at every call, torch 2.13).
+# ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``_saved_size``.
 _SIGNATURE = (
     "Tensor history, Tensor target, Tensor? lengths, Tensor? mask, Tensor? offsets, Tensor[] params, "
     "Tensor[] running_stats, int activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
@@ -28,8 +29,8 @@ lib.define(
     "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
 )
 
-#: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope [1], dice
-#: its alpha [1], dice_batch_norm alpha, weight and bias [H] of its normalization.
+#: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope and dice
+#: its alpha, [1] or [H]; dice_batch_norm alpha, weight and bias [H] of its normalization.
 ACTIVATIONS = {"linear": 0, "sigmoid": 0, "relu": 0, "leakyrelu": 0, "prelu": 1, "dice": 1, "dice_batch_norm": 3}
 _NAMES = list(ACTIVATIONS)
 
@@ -58,7 +59,7 @@ def unflatten(
         return reference.BatchNorm(weight, bias, mean, var, eps)
 
     per_layer = params_per_layer(activation, batch_norm)
-    for _ in range((len(params) - 2) // per_layer):
+    while len(params) > 2:
         layer, params = params[:per_layer], params[per_layer:]
         weight, bias = layer.pop(0), layer.pop(0)
         layer_norm = norm(layer.pop(0), layer.pop(0), norm_eps) if batch_norm else None
@@ -109,9 +110,7 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
         )
     for name, t in (("lengths", lengths), ("offsets", offsets)):
         if t is not None:
-            check(
-                t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}"
-            )
+            check(t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
     activation = _NAMES[activation]
     per_layer = params_per_layer(activation, batch_norm)
     layers, rest = divmod(len(params) - 2, per_layer)
@@ -128,16 +127,21 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
         )
         width = weight.size(0)
         for v in vectors:
-            one = activation in ("prelu", "dice") and v is vectors[-1]
+            slope = activation in ("prelu", "dice") and v is vectors[-1]
             check(
-                v.dim() == 1 and v.size(0) == (1 if one else width),
-                lambda: f"{op}: hidden layer {i} needs vectors of {1 if one else width} values, got {list(v.shape)}",
+                v.dim() == 1 and (v.size(0) == width or (slope and v.size(0) == 1)),
+                lambda: (
+                    f"{op}: hidden layer {i} needs vectors of {width} values"
+                    f"{', its slope may have one' if slope else ''}, got {list(v.shape)}"
+                ),
             )
     weight, bias = params[-2:]
     check(
         weight.dim() == 2 and weight.size(0) == 1 and weight.size(1) == width and bias.numel() == 1,
-        lambda: f"{op}: the output layer must be [1, {width}] with a bias [1], got {list(weight.shape)} "
-        f"and {list(bias.shape)}",
+        lambda: (
+            f"{op}: the output layer must be [1, {width}] with a bias [1], got {list(weight.shape)} "
+            f"and {list(bias.shape)}"
+        ),
     )
     norms = layers * norms_per_layer(activation, batch_norm)
     check(
@@ -163,9 +167,7 @@ def _check_values(op, history, lengths, offsets):
     if offsets is not None:
         N = history.size(0)
         if int(offsets[0]) != 0 or int(offsets[-1]) != N:
-            raise ValueError(
-                f"{op}: offsets must run from 0 to N = {N}, got {int(offsets[0])} .. {int(offsets[-1])}"
-            )
+            raise ValueError(f"{op}: offsets must run from 0 to N = {N}, got {int(offsets[0])} .. {int(offsets[-1])}")
         down = (offsets.diff() < 0).nonzero()
         if down.numel():
             i = int(down[0])
@@ -182,7 +184,7 @@ def _stats_size(params, activation, batch_norm, training):
 
 def _saved_size(history, params, activation, batch_norm, training):
     """The weight of each row in the sum and, in training, z of the normalized layers behind the first."""
-    rows = history.numel() // history.size(-1)
+    rows = history.size(0) * (history.size(1) if history.dim() == 3 else 1)
     per_layer = params_per_layer(_NAMES[activation], batch_norm)
     if not (training and norms_per_layer(_NAMES[activation], batch_norm)):
         return rows
@@ -201,8 +203,8 @@ def _(history, target, lengths, mask, offsets, params, running_stats, activation
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
-def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
-      training, norm_eps, dice_eps):  # fmt: skip
+def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
+      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
     return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
 
 
@@ -235,8 +237,8 @@ def _(history, target, lengths, mask, offsets, params, running_stats, activation
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
-def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
-      training, norm_eps, dice_eps):  # fmt: skip
+def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
+      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
     def forward(history, target, *params):
         return _reference(
             history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
@@ -295,8 +297,8 @@ def din_attention(
         history: [B, L, D], or with ``offsets`` [N, D].
         target: [B, D], the dtype of ``history``.
         params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
-            and bias [H]; then what ``activation`` learns: prelu its slope [1], dice its alpha [1], dice_batch_norm
-            alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
+            and bias [H]; then what ``activation`` learns: prelu its slope [1] or [H], dice its alpha [1] or [H],
+            dice_batch_norm alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
         running_stats: running mean and variance [H] of each normalization, in order; unused in training.
         lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
         mask: [B, L], bool: true at the valid rows.

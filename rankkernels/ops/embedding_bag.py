@@ -15,13 +15,14 @@ from rankkernels.ops._library import lib, vjp
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
 # without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
 # (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
+# ``names`` are the features' names for error messages.
 # ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
 # as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
 _FEATURES = (
     "Tensor[] indices, Tensor[] offsets, Tensor[] per_sample_weights, int[] tables, int[] modes, int[] padding_idx, "
     "int[] frozen_rows"
 )
-lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}) -> Tensor[]")
+lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}, str[] names) -> Tensor[]")
 # ``weights`` are given to the backward only where it needs their values: for max pooling and per-sample weights.
 lib.define(
     f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {_FEATURES}) "
@@ -41,12 +42,12 @@ def _weights_of(f, ids, per_sample_weights):
     return None if absent else per_sample_weights[f]
 
 
-def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
     op, check = "embedding_bag", torch._check
     check(len(weights) > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
     for name, values, optional in (
         ("offsets", offsets, True), ("per_sample_weights", per_sample_weights, True), ("tables", tables, False),
-        ("modes", modes, False), ("padding_idx", padding_idx, False),
+        ("modes", modes, False), ("padding_idx", padding_idx, False), ("names", names, False),
     ):  # fmt: skip
         check(
             len(values) == len(indices) or (optional and not values),
@@ -61,31 +62,36 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
         check(w.dtype.is_floating_point, lambda: f"{op}: weights[{t}] must be floating-point, got {w.dtype}")
     for f, ids in enumerate(indices):
         check(
-            ids.dtype in (torch.int32, torch.int64), lambda: f"{op}: indices[{f}] must be int32 or int64, got {ids.dtype}"
+            ids.dtype in (torch.int32, torch.int64),
+            lambda: f"{op}: {names[f]} must be int32 or int64, got {ids.dtype}",
         )
         check(
             ids.device == weights[tables[f]].device,
-            lambda: f"{op}: indices[{f}] must be on {weights[tables[f]].device} like its table, got {ids.device}",
+            lambda: f"{op}: {names[f]} must be on {weights[tables[f]].device} like its table, got {ids.device}",
         )
         mode, off = MODES[modes[f]], _offsets_of(f, ids, offsets, modes)
         if mode != "none":
             check(
                 ids.dim() == 2 or (off is not None and off.dim() == 1),
-                lambda: f"{op}: indices[{f}] must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
-                + ("" if off is None else f" beside offsets {list(off.shape)}"),
+                lambda: (
+                    f"{op}: {names[f]} must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
+                    + ("" if off is None else f" beside offsets {list(off.shape)}")
+                ),
             )
         psw = _weights_of(f, ids, per_sample_weights)
         if psw is not None:
             check(
                 mode in ("sum", "mean") and psw.shape == ids.shape,
-                lambda: f"{op}: per_sample_weights[{f}] must have the shape of its indices {list(ids.shape)} and mode "
-                f"sum or mean, got {list(psw.shape)} and {mode}",
+                lambda: (
+                    f"{op}: per_sample_weights of {names[f]} must have its shape {list(ids.shape)} and mode "
+                    f"sum or mean, got {list(psw.shape)} and {mode}"
+                ),
             )
 
 
 @torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows)
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names)
     outs = []
     for f, ids in enumerate(indices):
         w = weights[tables[f]]
@@ -107,7 +113,7 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return grad_weights, [w.new_empty(w.shape) for w in per_sample_weights]
 
 
-def _check_range(weight: Tensor, indices: Tensor, f: int) -> None:
+def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = indices.aminmax()
@@ -115,16 +121,16 @@ def _check_range(weight: Tensor, indices: Tensor, f: int) -> None:
         bad = (indices < 0) | (indices >= weight.size(0))
         position = tuple(bad.nonzero()[0].tolist())
         raise IndexError(
-            f"embedding_bag: indices[{f}][{', '.join(map(str, position))}] = {int(indices[position])} is out of range "
-            f"for a table with {weight.size(0)} rows"
+            f"embedding_bag: {name}[{', '.join(map(str, position))}] = {int(indices[position])} is out of range for a "
+            f"table with {weight.size(0)} rows"
         )
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows)
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names)
     for f, ids in enumerate(indices):
-        _check_range(weights[tables[f]], ids, f)
+        _check_range(weights[tables[f]], ids, names[f])
     return [
         F.embedding(ids, weights[tables[f]])
         if MODES[modes[f]] == "none"
@@ -168,7 +174,7 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
 
 
 def _setup_context(ctx, inputs, output):
-    weights, *lists, tables, modes, padding_idx, frozen_rows = inputs
+    weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
     by_value = any(MODES[m] == "max" for m in modes) or any(w.numel() for w in lists[2])
     lists = [weights if by_value else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
@@ -186,7 +192,7 @@ def _backward(ctx, grad_outs):
             grad_outs, weights, ctx.rows, indices, offsets, per_sample_weights, *ctx.features
         )
     grad_weights = [g if t in used else None for t, g in enumerate(grad_weights)]
-    return grad_weights, [None] * len(indices), [None] * len(offsets), grad_psw, None, None, None, None
+    return grad_weights, [None] * len(indices), [None] * len(offsets), grad_psw, *[None] * 5
 
 
 torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
@@ -202,6 +208,7 @@ def table_batched_embedding_bag(
     per_sample_weights: Sequence[Tensor | None] | None = None,
     padding_idx: Sequence[int | None] | None = None,
     frozen_rows: Sequence[int | None] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[Tensor]:
     """Many features looked up in many tables, in one call.
 
@@ -216,6 +223,7 @@ def table_batched_embedding_bag(
             number of ids.
         padding_idx: the id that a feature's pooling leaves out, or None.
         frozen_rows: the row of a table that gets no gradient, or None.
+        names: what error messages call the features; by default indices[0], indices[1], ...
 
     Returns:
         One tensor a feature: indices.shape + [D] for mode none, [B, D] otherwise; an empty bag is zeros.
@@ -246,6 +254,7 @@ def table_batched_embedding_bag(
         [MODES.index(m) for m in modes],
         numbers(padding_idx, n),
         numbers(frozen_rows, len(weights)),
+        [f"indices[{f}]" for f in range(n)] if names is None else list(names),
     )
 
 
@@ -271,4 +280,5 @@ def embedding_bag(
         per_sample_weights=[per_sample_weights],
         padding_idx=[padding_idx],
         frozen_rows=[padding_idx],
+        names=["indices"],
     )[0]

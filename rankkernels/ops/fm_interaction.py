@@ -16,9 +16,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def _check(op: str, x: Tensor, reduce_sum: bool, grad_out: Tensor | None = None) -> None:
     torch._check(x.dim() == 3, lambda: f"{op}: x must have 3 dimensions, got {x.dim()} (shape {list(x.shape)})")
-    torch._check(
-        x.dtype in _DTYPES, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}"
-    )
+    torch._check(x.dtype in _DTYPES, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if grad_out is not None:
         expected = (x.size(0), 1 if reduce_sum else x.size(2))
         torch._check(
@@ -27,7 +25,9 @@ def _check(op: str, x: Tensor, reduce_sum: bool, grad_out: Tensor | None = None)
         )
         torch._check(
             grad_out.dtype == x.dtype and grad_out.device == x.device,
-            lambda: f"{op}: grad_out must be like x, {x.dtype} on {x.device}, got {grad_out.dtype} on {grad_out.device}",
+            lambda: (
+                f"{op}: grad_out must be like x, {x.dtype} on {x.device}, got {grad_out.dtype} on {grad_out.device}"
+            ),
         )
 
 
@@ -99,9 +99,7 @@ def _double_backward(ctx, grad_grad_x):
     return grad_grad_out, scaled.sum(1, keepdim=True) - scaled, None
 
 
-torch.library.register_autograd(
-    "rankkernels::fm_interaction", _backward, setup_context=_setup_context, lib=lib
-)
+torch.library.register_autograd("rankkernels::fm_interaction", _backward, setup_context=_setup_context, lib=lib)
 torch.library.register_autograd(
     "rankkernels::fm_interaction_backward", _double_backward, setup_context=_setup_double_context, lib=lib
 )

@@ -1,0 +1,14 @@
+"""Importing the package on top of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_import(race):
+    def start(code):
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    medians = race(lambda: start("import torch, rankkernels"), {"torch": lambda: start("import torch")})
+    race.report(f"{medians['ours']:.2f} s, {medians['ours'] - medians['torch']:.2f} s more than import torch")

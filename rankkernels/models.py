@@ -1,0 +1,162 @@
+"""DeepFM and DIN, with torch-rechub's arguments, parameter names and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rankkernels.nn.attention import ActivationUnit
+from rankkernels.nn.embedding import EmbeddingLayer, arrange
+from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.layers import FM, LR, MLP
+
+
+def _not_empty(model: str, **lists: Sequence) -> None:
+    for name, features in lists.items():
+        if not features:
+            raise ValueError(f"{model}: {name} must not be empty")
+
+
+class DeepFM(nn.Module):
+    """Guo et al., "DeepFM" (2017): linear + FM + MLP, then a sigmoid. torch-rechub's ``DeepFM``.
+
+    Args:
+        deep_features: sparse, sequence and dense features of the MLP; their widths may differ.
+        fm_features: sparse and pooled sequence features of the linear and the FM part, of one width. Features in both
+            lists are looked up once.
+        mlp_params: arguments of ``MLP``: dims, activation, dropout, output_layer.
+
+    Raises:
+        ValueError: an empty list, a dense feature among ``fm_features``, widths that differ there.
+    """
+
+    def __init__(self, deep_features: Sequence, fm_features: Sequence, mlp_params: Mapping):
+        super().__init__()
+        _not_empty("DeepFM", deep_features=deep_features, fm_features=fm_features)
+        for feature in fm_features:
+            if is_dense(feature):
+                raise ValueError(
+                    f"DeepFM: fm_features must have embeddings, {feature.name!r} is a dense feature: "
+                    "give it in deep_features only"
+                )
+            if feature.embed_dim != fm_features[0].embed_dim:
+                raise ValueError(
+                    f"DeepFM: fm_features must have one embed_dim, {fm_features[0].name!r} has "
+                    f"{fm_features[0].embed_dim} and {feature.name!r} has {feature.embed_dim}"
+                )
+        for feature in [*deep_features, *fm_features]:
+            _pooled("DeepFM", feature)
+        self.deep_features = deep_features
+        self.fm_features = fm_features
+        self.deep_dims = sum(f.embed_dim for f in deep_features)
+        self.fm_dims = sum(f.embed_dim for f in fm_features)
+        self.linear = LR(self.fm_dims)
+        self.fm = FM(reduce_sum=True)
+        self.embedding = EmbeddingLayer([*deep_features, *fm_features])
+        self.mlp = MLP(self.deep_dims, **mlp_params)
+
+    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
+        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
+        embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
+        n = len(self.deep_features)
+        input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
+        input_fm = arrange(self.fm_features, embeddings[n:], squeeze_dim=False)
+        y = self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
+        return torch.sigmoid(y.squeeze(1))
+
+
+class DIN(nn.Module):
+    """Zhou et al., "Deep Interest Network" (2018): attention over histories, then an MLP. torch-rechub's ``DIN``.
+
+    Args:
+        features: the user's and the context's features; dense ones are welcome. May be empty.
+        history_features: sequences of ids with ``pooling="concat"``; the i-th attends with the i-th target.
+        target_features: at least as many sparse features, each of its history's width.
+        mlp_params: arguments of the last ``MLP``; the activation is dice unless given.
+        attention_mlp_params: arguments of ``ActivationUnit``: dims, activation, use_softmax, dropout.
+        mask_padding: leave padded history positions (the feature's ``padding_idx``) out of the attention. torch-rechub
+            does not: there pads count in the softmax and in the batch statistics.
+
+    Raises:
+        ValueError: empty history or target features, a history that is no concat sequence or lacks its target, widths
+            that differ.
+    """
+
+    mask_padding = False
+
+    def __init__(
+        self,
+        features: Sequence,
+        history_features: Sequence,
+        target_features: Sequence,
+        mlp_params: Mapping,
+        attention_mlp_params: Mapping,
+        mask_padding: bool = False,
+    ):
+        super().__init__()
+        _not_empty("DIN", history_features=history_features, target_features=target_features)
+        if len(target_features) < len(history_features):
+            raise ValueError(
+                f"DIN: each history feature needs its target: {len(history_features)} history_features, "
+                f"{len(target_features)} target_features"
+            )
+        for feature in features:
+            _pooled("DIN", feature)
+        for feature in target_features:
+            if is_dense(feature) or is_sequence(feature):
+                raise ValueError(f"DIN: target feature {feature.name!r} must be a sparse feature, got {feature!r}")
+        for history, target in zip(history_features, target_features):
+            if getattr(history, "pooling", None) != "concat":
+                raise ValueError(
+                    f"DIN: history feature {history.name!r} must be a sequence feature with pooling='concat', "
+                    f"got {history!r} with pooling {getattr(history, 'pooling', None)!r}"
+                )
+            if history.embed_dim != target.embed_dim:
+                raise ValueError(
+                    f"DIN: history feature {history.name!r} and its target {target.name!r} must have one embed_dim, "
+                    f"got {history.embed_dim} and {target.embed_dim}"
+                )
+        self.features = features
+        self.history_features = history_features
+        self.target_features = target_features
+        self.mask_padding = mask_padding
+        self.num_history_features = len(history_features)
+        everything = [*features, *history_features, *target_features]
+        self.all_dims = sum(f.embed_dim for f in everything)
+        self.embedding = EmbeddingLayer(everything)
+        self.attention_layers = nn.ModuleList(
+            [ActivationUnit(f.embed_dim, **attention_mlp_params) for f in history_features]
+        )
+        self.mlp = MLP(self.all_dims, **{"activation": "dice", **mlp_params})
+
+    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
+        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
+        h, t = len(self.history_features), len(self.target_features)
+        embeddings = self.embedding.lookup(x, [*self.history_features, *self.target_features, *self.features])
+        histories, targets, others = embeddings[:h], embeddings[h : h + t], embeddings[h + t :]
+        pooled = [
+            attention(history, target, mask=self._mask(x, feature))
+            for attention, feature, history, target in zip(
+                self.attention_layers, self.history_features, histories, targets
+            )
+        ]
+        mlp_in = [*pooled, *targets]
+        if self.features:
+            mlp_in.append(arrange(self.features, others, squeeze_dim=True))
+        y = self.mlp(torch.cat(mlp_in, dim=1))
+        return torch.sigmoid(y.squeeze(1))
+
+    def _mask(self, x: Mapping[str, Tensor], feature) -> Tensor | None:
+        if not self.mask_padding or feature.padding_idx is None:
+            return None
+        return x[feature.name] != feature.padding_idx
+
+
+def _pooled(model: str, feature) -> None:
+    if is_sequence(feature) and feature.pooling == "concat":
+        raise ValueError(
+            f"{model}: feature {feature.name!r} has pooling='concat', a tensor [B, L, D] that no MLP can take: "
+            "pool it with 'mean' or 'sum'"
+        )

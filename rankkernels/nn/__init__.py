@@ -1,0 +1,32 @@
+"""Drop-in layers: torch-rechub's names, signatures, parameter names and numbers, on the fused ops."""
+
+from rankkernels.nn.attention import ActivationUnit
+from rankkernels.nn.embedding import EmbeddingLayer
+from rankkernels.nn.features import (
+    DenseFeature,
+    Pretrained,
+    RandomNormal,
+    RandomUniform,
+    SequenceFeature,
+    SparseFeature,
+    XavierNormal,
+    XavierUniform,
+)
+from rankkernels.nn.layers import FM, LR, MLP, Dice
+
+__all__ = [
+    "FM",
+    "LR",
+    "MLP",
+    "ActivationUnit",
+    "DenseFeature",
+    "Dice",
+    "EmbeddingLayer",
+    "Pretrained",
+    "RandomNormal",
+    "RandomUniform",
+    "SequenceFeature",
+    "SparseFeature",
+    "XavierNormal",
+    "XavierUniform",
+]

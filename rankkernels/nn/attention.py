@@ -1,0 +1,148 @@
+"""DIN's activation unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankkernels import ops, reference
+from rankkernels.nn.layers import MLP, Dice
+
+
+class _FusedMLP(NamedTuple):
+    """What the fused op needs of an attention MLP."""
+
+    params: list[Tensor]
+    norms: list[nn.BatchNorm1d]
+    activation: str
+    training: bool
+    norm_eps: float
+    dice_eps: float
+
+
+def _activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
+    """The op's name for an activation module, its parameters, and Dice's epsilon; no name if it has none."""
+    kind = type(module)
+    if kind is Dice:
+        return "dice", [module.alpha], module.epsilon
+    if kind is nn.PReLU:
+        return "prelu", [module.weight], 0.0
+    if kind is nn.LeakyReLU and module.negative_slope == 0.01:
+        return "leakyrelu", [], 0.0
+    return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
+
+
+def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
+    """``mlp`` for the op, or None where it is not what ``MLP`` built: a layer was replaced, wrapped or re-configured
+    since, its norms or activations differ among themselves, or it drops units now."""
+    *hidden, last = mlp
+    if type(last) is not nn.Linear or len(hidden) % 4 or last.bias is None:
+        return None
+    params, norms, kinds = [], [], set()
+    for linear, norm, act, dropout in zip(*[iter(hidden)] * 4):
+        name, learnt, dice_eps = _activation_of(act)
+        if (
+            type(linear) is not nn.Linear
+            or linear.bias is None
+            or type(norm) is not nn.BatchNorm1d
+            or norm.weight is None
+            or norm.running_mean is None
+            or not name
+            or type(dropout) is not nn.Dropout
+            or (dropout.training and dropout.p > 0)
+        ):
+            return None
+        params += [linear.weight, linear.bias, norm.weight, norm.bias, *learnt]
+        norms.append(norm)
+        kinds.add((name, dice_eps, norm.eps, norm.training))
+    if len(kinds) > 1:
+        return None
+    name, dice_eps, norm_eps, training = kinds.pop() if kinds else ("linear", 0.0, 0.0, False)
+    return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps)
+
+
+@torch.no_grad()
+def _update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -> None:
+    """What ``nn.BatchNorm1d`` does with a batch's mean and unbiased variance."""
+    stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
+    for norm in norms:
+        norm.num_batches_tracked.add_(1)
+        momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        for running, batch in ((norm.running_mean, next(stats)), (norm.running_var, next(stats))):
+            running.mul_(1 - momentum).add_(batch.to(running.dtype) * momentum)
+
+
+class ActivationUnit(nn.Module):
+    """DIN's local activation unit: a history of embeddings, pooled with weights that depend on the target.
+
+    torch-rechub's ``ActivationUnit``. It knows no padding, and by default neither does this: padded rows count like
+    any other, in the softmax and in the batch statistics too. With ``lengths``, ``mask``, ``offsets`` or a nested
+    ``history`` only the valid rows do.
+
+    The attention MLP runs fused (``rankkernels.din_attention``); hooks on its layers are not called then. Where a layer
+    was replaced, or for an activation that the op lacks, the modules are called one after the other.
+
+    Args:
+        emb_dim: width D of history and target.
+        dims: widths of the hidden layers, [36] by default.
+        activation: as in ``MLP``.
+        use_softmax: whether the scores go through a softmax over the history.
+        dropout: probability of dropping a hidden unit (torch-rechub's unit has none).
+    """
+
+    def __init__(
+        self,
+        emb_dim: int,
+        dims: Sequence[int] | None = None,
+        activation: str | type[nn.Module] = "dice",
+        use_softmax: bool = False,
+        dropout: float = 0,
+    ):
+        super().__init__()
+        self.emb_dim = emb_dim
+        self.use_softmax = use_softmax
+        self.attention = MLP(4 * emb_dim, dims=[36] if dims is None else dims, dropout=dropout, activation=activation)
+
+    def forward(
+        self,
+        history: Tensor,
+        target: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        offsets: Tensor | None = None,
+    ) -> Tensor:
+        """history [B, L, D] or, with ``offsets`` [B + 1], [N, D]; target [B, D] -> [B, D].
+
+        ``lengths`` [B] says how many rows of each sample are valid, ``mask`` [B, L] which. See
+        ``rankkernels.din_attention`` for dtypes and errors.
+        """
+        if target.size(-1) != self.emb_dim:
+            raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
+        if history.is_nested:
+            history, offsets = history.values(), history.offsets()
+        fused = _fused(self.attention.mlp)
+        if fused is None:
+            rows, sample = reference.valid_rows(history, lengths, mask, offsets)
+            score = self.attention(reference.attention_input(rows, target, sample)).squeeze(1)
+            return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
+        out, batch_stats = ops.din_attention(
+            history,
+            target,
+            fused.params,
+            [] if fused.training else [t for n in fused.norms for t in (n.running_mean, n.running_var)],
+            lengths=lengths,
+            mask=mask,
+            offsets=offsets,
+            activation=fused.activation,
+            batch_norm=bool(fused.norms),
+            use_softmax=self.use_softmax,
+            training=fused.training,
+            norm_eps=fused.norm_eps,
+            dice_eps=fused.dice_eps,
+        )
+        if fused.training:
+            _update_running_stats(fused.norms, batch_stats)
+        return out

@@ -1,0 +1,151 @@
+"""Feature descriptions and embedding initializers, with torch-rechub's names, arguments and random numbers.
+
+torch-rechub's own feature objects work wherever these do: a sequence feature is known by its ``pooling``, a dense one
+by having no ``vocab_size``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Initializer:
+    """Makes a feature's table: ``initializer(vocab_size, embed_dim, padding_idx) -> nn.Embedding``.
+
+    The padding row, where there is one, is zero.
+    """
+
+    def __call__(self, vocab_size: int, embed_dim: int, padding_idx: int | None = None) -> nn.Embedding:
+        embed = nn.Embedding(vocab_size, embed_dim, padding_idx=padding_idx)
+        self.fill(embed.weight)
+        if padding_idx is not None:
+            nn.init.zeros_(embed.weight[padding_idx])
+        return embed
+
+    def fill(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+
+class RandomNormal(Initializer):
+    def __init__(self, mean: float = 0.0, std: float = 1.0):
+        self.mean, self.std = mean, std
+
+    def fill(self, weight):
+        nn.init.normal_(weight, self.mean, self.std)
+
+
+class RandomUniform(Initializer):
+    def __init__(self, minval: float = 0.0, maxval: float = 1.0):
+        self.minval, self.maxval = minval, maxval
+
+    def fill(self, weight):
+        nn.init.uniform_(weight, self.minval, self.maxval)
+
+
+class XavierNormal(Initializer):
+    def __init__(self, gain: float = 1.0):
+        self.gain = gain
+
+    def fill(self, weight):
+        nn.init.xavier_normal_(weight, self.gain)
+
+
+class XavierUniform(Initializer):
+    def __init__(self, gain: float = 1.0):
+        self.gain = gain
+
+    def fill(self, weight):
+        nn.init.xavier_uniform_(weight, self.gain)
+
+
+class Pretrained:
+    """A table of given weights [vocab_size, embed_dim], trained on unless ``freeze``."""
+
+    def __init__(self, embedding_weight, freeze: bool = True):
+        self.embedding_weight = torch.as_tensor(embedding_weight, dtype=torch.float32)
+        self.freeze = freeze
+
+    def __call__(self, vocab_size: int, embed_dim: int, padding_idx: int | None = None) -> nn.Embedding:
+        if tuple(self.embedding_weight.shape) != (vocab_size, embed_dim):
+            raise ValueError(
+                f"Pretrained: embedding_weight must be [vocab_size, embed_dim] = [{vocab_size}, {embed_dim}], "
+                f"got {list(self.embedding_weight.shape)}"
+            )
+        return nn.Embedding.from_pretrained(self.embedding_weight, freeze=self.freeze, padding_idx=padding_idx)
+
+
+#: Every table's initializer unless another is given: torch-rechub's.
+DEFAULT_INITIALIZER = RandomNormal(0, 0.0001)
+
+
+class _TableFeature:
+    """A feature with a table. The table is made once and kept on the object: models that get the same feature object
+    share its weights."""
+
+    def __init__(self, name, vocab_size, embed_dim, shared_with, padding_idx, initializer):
+        self.name = name
+        self.vocab_size = vocab_size
+        # Wang et al., "Deep & Cross Network" (2017), section 3.1: 6 * categories^(1/4).
+        self.embed_dim = int(6 * vocab_size**0.25) if embed_dim is None else embed_dim
+        self.shared_with = shared_with
+        self.padding_idx = padding_idx
+        self.initializer = initializer
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {self.name} with Embedding shape ({self.vocab_size}, {self.embed_dim})>"
+
+    def get_embedding_layer(self) -> nn.Embedding:
+        if not hasattr(self, "embed"):
+            self.embed = self.initializer(self.vocab_size, self.embed_dim, padding_idx=self.padding_idx)
+        return self.embed
+
+
+class SparseFeature(_TableFeature):
+    """One category a sample: ids [B] into a table [vocab_size, embed_dim].
+
+    Args:
+        name: key of the ids in the batch, and of the table in ``EmbeddingLayer.embed_dict``.
+        vocab_size: rows of the table.
+        embed_dim: width; by default 6 * vocab_size^(1/4), rounded down.
+        shared_with: name of the feature whose table this one uses instead of its own.
+        padding_idx: the id whose row is zero and gets no gradient.
+        initializer: makes the table.
+    """
+
+    def __init__(
+        self, name, vocab_size, embed_dim=None, shared_with=None, padding_idx=None, initializer=DEFAULT_INITIALIZER
+    ):
+        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer)
+
+
+class SequenceFeature(_TableFeature):
+    """A list of categories a sample: ids [B, L], padded; ``pooling`` is mean, sum or concat (none: [B, L, D]).
+
+    The other arguments are ``SparseFeature``'s. Ids equal to the feature's own ``padding_idx`` are left out of the
+    pooling, also where it uses another feature's table.
+    """
+
+    def __init__(self, name, vocab_size, embed_dim=None, pooling="mean", shared_with=None, padding_idx=None,
+                 initializer=DEFAULT_INITIALIZER):  # fmt: skip
+        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer)
+        self.pooling = pooling
+
+
+class DenseFeature:
+    """A number a sample, [B], or a vector of ``embed_dim`` numbers, [B, embed_dim]."""
+
+    def __init__(self, name, embed_dim=1):
+        self.name = name
+        self.embed_dim = embed_dim
+
+    def __repr__(self):
+        return f"<DenseFeature {self.name}>"
+
+
+def is_dense(feature) -> bool:
+    return not hasattr(feature, "vocab_size")
+
+
+def is_sequence(feature) -> bool:
+    return hasattr(feature, "pooling")

@@ -1,0 +1,234 @@
+"""Every op against its reference, and as a citizen of PyTorch. Driven by ``rankkernels.testing.TEST_CASES``."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rankkernels import fm_interaction
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, fm_interaction_case, relative_error
+
+ALL = pytest.mark.parametrize("case", TEST_CASES, ids=lambda case: case.id)
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
+
+
+def gradients(function, inputs, grad_out):
+    wanted = [t for t in inputs if t.requires_grad]
+    out = function(*inputs)
+    return out, torch.autograd.grad(out, wanted, grad_out, allow_unused=True)
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The values of ``t`` where no dimension is contiguous: every second element of a larger tensor, transposed."""
+    if t.dim() == 0:
+        return t
+    wide = torch.full((*(2 * n for n in reversed(t.shape)),), 7, dtype=t.dtype)
+    view = wide[tuple(slice(None, None, 2) for _ in t.shape)].permute(*reversed(range(t.dim())))
+    view.copy_(t)
+    return view
+
+
+def assert_close_gradients(grads, expected_grads, tolerance: float) -> None:
+    """Some gradients are zero in exact arithmetic (of a bias before a BatchNorm) and hold the rounding of the others:
+    errors of such small ones are measured on the scale of the largest."""
+    floor = 0.1 * max((g.double().norm().item() for g in expected_grads if g is not None), default=0.0)
+    for grad, expected in zip(grads, expected_grads):
+        assert relative_error(grad, torch.zeros_like(grad) if expected is None else expected, floor) < tolerance
+
+
+def check(case: OpCase, dtype: torch.dtype, inputs) -> None:
+    """Result and gradients of ``inputs`` against the reference in float64 on the same values."""
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t.clone() for t in inputs]
+    grad_out = torch.randn(case.function(*inputs).shape, dtype=torch.float64).to(dtype)
+    before = [t.detach().clone() for t in inputs]
+    out, grads = gradients(case.function, inputs, grad_out)
+    expected, expected_grads = gradients(case.reference, exact, grad_out.double())
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert relative_error(out, expected) < TOLERANCE[dtype]
+    for t, grad in zip((t for t in inputs if t.requires_grad), grads):
+        assert grad is not None and grad.dtype == t.dtype and grad.shape == t.shape
+    assert_close_gradients(grads, expected_grads, TOLERANCE[dtype])
+    for t, old in zip(inputs, before):
+        assert torch.equal(t, old), "an input was written to"
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned():
+    """torch.empty gives NaN: what an op leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@ALL
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_equals_reference(case, dtype, poisoned):
+    check(case, dtype, case.inputs(dtype, requires_grad=True))
+
+
+@ALL
+def test_non_contiguous(case, poisoned):
+    inputs = [strided(t).requires_grad_(t.is_floating_point()) for t in case.inputs()]
+    check(case, torch.float32, inputs)
+
+
+@ALL
+def test_gradcheck(case):
+    inputs = case.inputs(torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(case.function, inputs, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("case", [c for c in TEST_CASES if c.op == "fm_interaction"], ids=lambda case: case.id)
+def test_gradgradcheck(case):
+    assert torch.autograd.gradgradcheck(case.function, case.inputs(torch.float64, requires_grad=True))
+
+
+@ALL
+def test_reference_is_twice_differentiable(case):
+    if case.flops > 3000:
+        pytest.skip("a small case of each op is enough for second derivatives of the reference")
+    assert torch.autograd.gradgradcheck(case.reference, case.inputs(torch.float64, requires_grad=True))
+
+
+@ALL
+def test_opcheck(case):
+    torch.library.opcheck(case.overload, case.arguments(*case.inputs(requires_grad=True)))
+
+
+@ALL
+def test_compile(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seed in (0, 1):
+        inputs = case.inputs(requires_grad=True, seed=seed)
+        out = case.function(*inputs)
+        grad_out = torch.randn_like(out)
+        out, grads = gradients(case.function, inputs, grad_out)
+        compiled_out, compiled_grads = gradients(compiled, inputs, grad_out)
+        assert torch.equal(out, compiled_out)
+        assert all(torch.equal(a, b) for a, b in zip(grads, compiled_grads))
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in TEST_CASES}))
+def test_inductor(op):
+    """The default backend compiles generated code: one case an op."""
+    torch._dynamo.reset()
+    case = next(c for c in TEST_CASES if c.op == op)
+    inputs = case.inputs(requires_grad=True)
+
+    def function(*tensors):
+        return case.function(*tensors).sin() * 2
+
+    grad_out = torch.randn_like(function(*inputs))
+    expected, expected_grads = gradients(function, inputs, grad_out)
+    out, grads = gradients(torch.compile(function, fullgraph=True, dynamic=True), inputs, grad_out)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+    assert_close_gradients(grads, expected_grads, TOLERANCE[torch.float32])
+
+
+@ALL
+def test_same_bits_again(case, threads):
+    inputs = case.inputs(requires_grad=True)
+    grad_out = torch.randn_like(case.function(*inputs))
+    first, second = (gradients(case.function, inputs, grad_out) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
+
+
+@pytest.mark.parametrize("shape", [(5000, 39, 10), (70, 1, 1), (3, 2000, 33), (1, 3, 5000)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fm_large_and_threaded(shape, dtype, threads):
+    case = fm_interaction_case(*shape)
+    check(case, dtype, case.inputs(dtype, requires_grad=True))
+
+
+@pytest.mark.parametrize("D", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 80, 100, 127])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fm_every_vector_tail(D, dtype, poisoned):
+    for reduce_sum in (True, False):
+        case = fm_interaction_case(3, 6, D, reduce_sum)
+        check(case, dtype, case.inputs(dtype, requires_grad=True))
+
+
+def test_fm_bits_do_not_depend_on_threads():
+    case = fm_interaction_case(4099, 39, 10)
+    (x,) = case.inputs(requires_grad=True)
+    grad_out = torch.randn(4099, 1)
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        results.append(gradients(case.function, [x], grad_out))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1][0], results[1][1][0])
+
+
+def test_fm_one_field_is_exactly_zero():
+    x = torch.randn(100, 1, 37, requires_grad=True)
+    y = fm_interaction(x)
+    y.sum().backward()
+    assert (y == 0).all() and (x.grad == 0).all()
+
+
+def test_fm_expanded_and_sliced_inputs():
+    base = torch.randn(6, 9, 40)
+    for x in (
+        base[:, ::2, 3:20],
+        base[:1].expand(5, 9, 40),
+        base.transpose(0, 1),
+        base.permute(2, 1, 0),
+        base[:, :, ::3],
+        base[:, :1].expand(6, 4, 40),
+    ):
+        check(fm_interaction_case(*x.shape), torch.float32, [x.detach().requires_grad_()])
+
+
+def test_fm_infinities_and_nans_stay_in_their_sample():
+    x = torch.randn(4, 3, 10)
+    x[1, 2, 9], x[2, 0, 0] = torch.inf, torch.nan
+    y = fm_interaction(x)
+    assert y[[0, 3]].isfinite().all() and not y[[1, 2]].isfinite().any()
+
+
+def test_autocast():
+    """As torch's own sum and pow: float32 on CUDA, the input's dtype on the CPU."""
+    x = torch.randn(3, 4, 5, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fm_interaction(x).dtype == torch.bfloat16 == (x.sum(1) ** 2).dtype
+    key = torch._C.DispatchKey.AutocastCUDA
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::fm_interaction", str(key).split(".")[-1])
+
+
+@pytest.mark.parametrize(
+    "x, message",
+    [
+        (torch.randn(3, 4), r"fm_interaction: x must have 3 dimensions, got 2 \(shape \[3, 4\]\)"),
+        (torch.randn(1, 2, 3, 4), r"fm_interaction: x must have 3 dimensions, got 4"),
+        (
+            torch.ones(2, 3, 4, dtype=torch.int64),
+            r"fm_interaction: x must be float32, float64, float16 or bfloat16, got",
+        ),
+    ],
+)
+def test_fm_bad_input(x, message):
+    with pytest.raises(RuntimeError, match=message):
+        fm_interaction(x)
+
+
+def test_fm_backward_bad_input():
+    backward = torch.ops.rankkernels.fm_interaction_backward.default
+    x = torch.randn(3, 4, 5)
+    with pytest.raises(RuntimeError, match="grad_out"):
+        backward(torch.randn(3, 5), x, True)
+    with pytest.raises(RuntimeError, match="grad_out"):
+        backward(torch.randn(3, 1).double(), x, True)
+    with pytest.raises(RuntimeError, match="grad_out"):
+        backward(torch.randn(2, 1), x, True)
