@@ -21,6 +21,28 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
+// As Python prints it.
+inline std::string name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Int:
+      return "torch.int32";
+    case ScalarType::Long:
+      return "torch.int64";
+    case ScalarType::Bool:
+      return "torch.bool";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
 }  // namespace rk
 
 #define RK_CHECK_DIM(op, t, n)                                                                              \
