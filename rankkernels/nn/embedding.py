@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.ops.embedding_bag import MODES, call
 
 _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
 
-def _is_plain(table: nn.Module) -> bool:
-    """Whether a table is looked up and trained as the op does it."""
-    return type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse
+def _fused_weight(table: nn.Module) -> Tensor | None:
+    """The table's weight, if the op looks it up and trains it as the module does."""
+    if type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse:
+        return table._parameters.get("weight")
+    return None
 
 
-def _pool(rows: Tensor, ids: Tensor, feature) -> Tensor:
+class _Lookup(NamedTuple):
+    """What determines a lookup: features that agree in it are looked up once."""
+
+    name: str
+    table: str
+    mode: str
+    padding_idx: int | None
+    is_sequence: bool
+
+
+def _lookup_of(feature) -> _Lookup | str:
+    """A feature's lookup, or its name if it is dense."""
+    if is_dense(feature):
+        return feature.name
+    mode = _POOLING[feature.pooling] if is_sequence(feature) else "none"
+    table = feature.name if feature.shared_with is None else feature.shared_with
+    return _Lookup(feature.name, table, mode, None if mode == "none" else feature.padding_idx, is_sequence(feature))
+
+
+class _Plan:
+    """What a list of features asks for, whatever the batch: the op's arguments that are no tensors."""
+
+    def __init__(self, features: Sequence):
+        keys = [_lookup_of(f) for f in features]
+        self.features = list(features)
+        self.lookups = list(dict.fromkeys(k for k in keys if isinstance(k, _Lookup)))
+        self.dense = list(dict.fromkeys(k for k in keys if isinstance(k, str)))
+        self.tables = list(dict.fromkeys(k.table for k in self.lookups))
+        places = {k: i for i, k in enumerate([*self.lookups, *self.dense])}
+        self.order = [places[k] for k in keys]
+        self.table_of = [self.tables.index(k.table) for k in self.lookups]
+        self.modes = [MODES.index(k.mode) for k in self.lookups]
+        self.padding_idx = [-1 if k.padding_idx is None else k.padding_idx for k in self.lookups]
+        self.names = [k.name for k in self.lookups]
+        #: Whether the lookups, side by side, are what ``EmbeddingLayer.forward`` returns but for dense values.
+        self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
+        self.in_order &= [i for i in self.order if i < len(self.lookups)] == list(range(len(self.lookups)))
+        self.in_order &= all(k.mode != "none" or not k.is_sequence for k in self.lookups)
+
+
+def _pool(rows: Tensor, ids: Tensor, lookup: _Lookup) -> Tensor:
     """What the op does after the lookup, for rows [B, L, D] that another module looked up."""
-    if not is_sequence(feature) or feature.pooling == "concat":
+    if lookup.mode == "none":
         return rows
-    keep = torch.ones_like(ids, dtype=rows.dtype) if feature.padding_idx is None else (ids != feature.padding_idx)
+    keep = torch.ones_like(ids, dtype=torch.bool) if lookup.padding_idx is None else ids != lookup.padding_idx
     keep = keep.to(rows.dtype)[..., None]
     pooled = (rows * keep).sum(1)
-    return pooled if feature.pooling == "sum" else pooled / keep.sum(1).clamp(min=1)
+    return pooled if lookup.mode == "sum" else pooled / keep.sum(1).clamp(min=1)
 
 
 class EmbeddingLayer(nn.Module):
@@ -42,6 +86,8 @@ class EmbeddingLayer(nn.Module):
         ValueError: a feature shares the table of one that is not among ``features``, has another pooling than sum, mean
             and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
     """
+
+    _plans: tuple[_Plan, ...] = ()
 
     def __init__(self, features: Sequence):
         super().__init__()
@@ -74,59 +120,93 @@ class EmbeddingLayer(nn.Module):
     def _table_name(feature) -> str:
         return feature.name if feature.shared_with is None else feature.shared_with
 
+    def _plan(self, features: Sequence) -> _Plan:
+        """The plan of ``features``, made once for each list of the same objects."""
+        for plan in self._plans:
+            if plan.features == features:
+                return plan
+        plan = _Plan(features)
+        if not torch.compiler.is_compiling():
+            self._plans = (plan, *self._plans[:7])
+        return plan
+
+    def _ids(self, x: Mapping[str, Tensor], plan: _Plan) -> list[Tensor]:
+        """The ids of each lookup, int32 or int64."""
+        for name in plan.dense:
+            if name not in x:
+                raise _missing(name, x)
+        ids_of = []
+        for lookup in plan.lookups:
+            ids = x.get(lookup.name)
+            if ids is None:
+                raise _missing(lookup.name, x)
+            if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+                ids = ids.long()
+            if lookup.is_sequence and ids.dim() != 2:
+                raise ValueError(
+                    f"EmbeddingLayer: sequence feature {lookup.name!r} must be [B, L] ids, got shape {list(ids.shape)}"
+                )
+            ids_of.append(ids)
+        return ids_of
+
     def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
         float32 for a dense one. A feature that comes twice is looked up once.
+
+        The attributes of a feature object are read when a list of features is first seen.
 
         Raises:
             KeyError: the batch lacks a feature.
             IndexError: an id outside the feature's table.
         """
-        found: dict[tuple, Tensor] = {}  # by what determines a lookup
-        tables: dict[str, int] = {}
-        pending, ids_of, modes, table_of, padding = [], [], [], [], []
-        keys = []
-        for feature in features:
-            name = feature.name
-            if name not in x:
-                raise KeyError(f"EmbeddingLayer: feature {name!r} is missing from the batch, which has {list(x)}")
-            if is_dense(feature):
-                keys.append((name,))
-                values = x[name].float()
-                found[keys[-1]] = values if values.dim() > 1 else values.unsqueeze(1)
-                continue
-            table_name = self._table_name(feature)
-            mode = _POOLING[feature.pooling] if is_sequence(feature) else "none"
-            key = name, table_name, mode, feature.padding_idx if mode in ("sum", "mean") else None
-            keys.append(key)
-            if key in found or key in pending:
-                continue
-            ids = x[name] if x[name].dtype in (torch.int64, torch.int32) else x[name].long()
-            if is_sequence(feature) and ids.dim() != 2:
-                raise ValueError(
-                    f"EmbeddingLayer: sequence feature {name!r} must be [B, L] ids, got shape {list(ids.shape)}"
-                )
-            table = self.embed_dict[table_name]
-            if not _is_plain(table):
-                found[key] = _pool(table(ids), ids, feature)
-                continue
-            pending.append(key)
-            ids_of.append(ids)
-            modes.append(mode)
-            table_of.append(tables.setdefault(table_name, len(tables)))
-            padding.append(key[-1])
-        if pending:
+        plan = self._plan(features)
+        ids = self._ids(x, plan)
+        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
+        tables = [modules[t] for t in plan.tables]
+        weights = [_fused_weight(t) for t in tables]
+        found = [
+            _pool(tables[t](i), i, lookup) if weights[t] is None else None
+            for t, i, lookup in zip(plan.table_of, ids, plan.lookups)
+        ]
+        fused = [i for i, e in enumerate(found) if e is None]
+        if fused:
+            place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
-                [self.embed_dict[t].weight for t in tables],
-                ids_of,
-                modes=modes,
-                tables=table_of,
-                padding_idx=padding,
-                frozen_rows=[self.embed_dict[t].padding_idx for t in tables],
-                names=[key[0] for key in pending],
+                [weights[t] for t in place],
+                [ids[i] for i in fused],
+                modes=[plan.lookups[i].mode for i in fused],
+                tables=[place[plan.table_of[i]] for i in fused],
+                padding_idx=[plan.lookups[i].padding_idx for i in fused],
+                frozen_rows=[tables[t].padding_idx for t in place],
+                names=[plan.names[i] for i in fused],
             )
-            found.update(zip(pending, embeddings))
-        return [found[key] for key in keys]
+            for i, e in zip(fused, embeddings):
+                found[i] = e
+        found += self._dense(x, plan)
+        return [found[i] for i in plan.order]
+
+    @staticmethod
+    def _dense(x: Mapping[str, Tensor], plan: _Plan) -> list[Tensor]:
+        values = [x[name].float() for name in plan.dense]
+        return [v if v.dim() > 1 else v.unsqueeze(1) for v in values]
+
+    def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
+        """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
+        if not plan.in_order:
+            return None
+        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
+        tables = [modules[t] for t in plan.tables]
+        weights = [_fused_weight(t) for t in tables]
+        if any(w is None for w in weights) or len({(w.dtype, squeeze_dim or w.size(1)) for w in weights}) > 1:
+            return None
+        ids = self._ids(x, plan)
+        if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
+            return None
+        frozen_rows = [-1 if t.padding_idx is None else t.padding_idx for t in tables]
+        (out,) = call(weights, ids, [], [], plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names, True)
+        if squeeze_dim:
+            return torch.cat([out, *self._dense(x, plan)], 1) if plan.dense else out
+        return out.view(-1, len(ids), weights[0].size(1))
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence, squeeze_dim: bool = False) -> Tensor:
         """Embeddings of ``features`` from the batch ``x``, {name: ids or values}.
@@ -142,7 +222,12 @@ class EmbeddingLayer(nn.Module):
             KeyError, IndexError: see ``lookup``.
             ValueError: nothing to return, or features of different shape without ``squeeze_dim``.
         """
-        return arrange(features, self.lookup(x, features), squeeze_dim)
+        out = self._concat(x, self._plan(features), squeeze_dim)
+        return arrange(features, self.lookup(x, features), squeeze_dim) if out is None else out
+
+
+def _missing(name: str, x: Mapping[str, Tensor]) -> KeyError:
+    return KeyError(f"EmbeddingLayer: feature {name!r} is missing from the batch, which has {list(x)}")
 
 
 def arrange(features: Sequence, embeddings: Sequence[Tensor], squeeze_dim: bool) -> Tensor:

@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import lib, vjp
+from rankkernels.ops._library import lib, notice_reference, vjp
 
 # One entry a feature in ``indices``, ``offsets``, ``per_sample_weights``, ``tables``, ``modes`` and ``padding_idx``;
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
 # without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
 # (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
-# ``names`` are the features' names for error messages.
+# ``names`` are the features' names for error messages. ``concat`` gives one tensor [B, sum of the widths] instead.
 # ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
 # as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
 _FEATURES = (
     "Tensor[] indices, Tensor[] offsets, Tensor[] per_sample_weights, int[] tables, int[] modes, int[] padding_idx, "
     "int[] frozen_rows"
 )
-lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}, str[] names) -> Tensor[]")
+lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}, str[] names, *, bool concat=False) -> Tensor[]")
 # ``weights`` are given to the backward only where it needs their values: for max pooling and per-sample weights.
 lib.define(
     f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {_FEATURES}) "
@@ -37,12 +37,17 @@ def _offsets_of(f, ids, offsets, modes):
     return offsets[f] if offsets and ids.dim() == 1 and MODES[modes[f]] != "none" else None
 
 
+def _bags(f, ids, offsets, modes):
+    bags = _offsets_of(f, ids, offsets, modes)
+    return (ids if bags is None else bags).size(0)
+
+
 def _weights_of(f, ids, per_sample_weights):
     absent = not per_sample_weights or per_sample_weights[f].shape == (0,)
     return None if absent else per_sample_weights[f]
 
 
-def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
+def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat):
     op, check = "embedding_bag", torch._check
     check(len(weights) > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
     for name, values, optional in (
@@ -87,20 +92,38 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
                     f"sum or mean, got {list(psw.shape)} and {mode}"
                 ),
             )
+            check(
+                psw.dtype == weights[tables[f]].dtype,
+                lambda: (
+                    f"{op}: per_sample_weights of {names[f]} must have the dtype of its table, "
+                    f"{weights[tables[f]].dtype}, got {psw.dtype}"
+                ),
+            )
+    if concat:
+        dtype, B = weights[tables[0]].dtype, _bags(0, indices[0], offsets, modes)
+        for f, ids in enumerate(indices):
+            check(
+                (MODES[modes[f]] != "none" or ids.dim() == 1)
+                and weights[tables[f]].dtype == dtype
+                and _bags(f, ids, offsets, modes) == B,
+                lambda: (
+                    f"{op}: with concat, features must give [B, D] of one B and one dtype, but {names[f]} of shape "
+                    f"{list(ids.shape)} differs from {names[0]}"
+                ),
+            )
 
 
 @torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names)
-    outs = []
-    for f, ids in enumerate(indices):
-        w = weights[tables[f]]
-        if MODES[modes[f]] == "none":
-            outs.append(w.new_empty((*ids.shape, w.size(1))))
-        else:
-            bags = _offsets_of(f, ids, offsets, modes)
-            outs.append(w.new_empty(((ids if bags is None else bags).size(0), w.size(1))))
-    return outs
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
+    of_feature = [weights[t] for t in tables]
+    bags = [_bags(f, ids, offsets, modes) if ids.dim() else 1 for f, ids in enumerate(indices)]
+    if concat:
+        return [of_feature[0].new_empty((bags[0], sum(w.size(1) for w in of_feature)))]
+    return [
+        w.new_empty((*(ids.shape if MODES[m] == "none" else (b,)), w.size(1)))
+        for w, ids, m, b in zip(of_feature, indices, modes, bags)
+    ]
 
 
 @torch.library.register_fake("rankkernels::embedding_bag_backward", lib=lib)
@@ -127,11 +150,12 @@ def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names):
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names)
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False):
+    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
+    notice_reference("embedding_bag", weights[0])
     for f, ids in enumerate(indices):
         _check_range(weights[tables[f]], ids, names[f])
-    return [
+    outs = [
         F.embedding(ids, weights[tables[f]])
         if MODES[modes[f]] == "none"
         else reference.embedding_bag(
@@ -144,6 +168,7 @@ def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
         )
         for f, ids in enumerate(indices)
     ]
+    return [torch.cat(outs, 1)] if concat else outs
 
 
 @torch.library.impl(lib, "embedding_bag_backward", "CompositeExplicitAutograd")
@@ -173,18 +198,21 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return [like.new_empty(0) if g is None else g.contiguous() for g in grad_weights], grad_per_sample_weights
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
     by_value = any(MODES[m] == "max" for m in modes) or any(w.numel() for w in lists[2])
     lists = [weights if by_value else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
+    ctx.widths = [weights[t].size(1) for t in tables] if keyword_only_inputs["concat"] else None
     ctx.save_for_backward(*(t for values in lists for t in values))
 
 
 def _backward(ctx, grad_outs):
     saved = iter(ctx.saved_tensors)
     weights, indices, offsets, per_sample_weights = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    if ctx.widths:
+        grad_outs = grad_outs[0].split(ctx.widths, 1)
     used = {ctx.features[0][f] for f, g in enumerate(grad_outs) if g is not None}
     grad_weights, grad_psw = [None] * len(ctx.rows), [None] * len(per_sample_weights)
     if used:
@@ -198,6 +226,19 @@ def _backward(ctx, grad_outs):
 torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
 
 
+def call(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat):
+    """The op on arguments in the schema's own form."""
+    try:
+        return torch.ops.rankkernels.embedding_bag.default(
+            weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=concat
+        )
+    except RuntimeError as error:  # the C++ interface has this type alone; nn.Embedding raises an IndexError
+        message = str(error)
+        if "is out of range" not in message:
+            raise
+        raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
+
+
 def table_batched_embedding_bag(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -209,6 +250,7 @@ def table_batched_embedding_bag(
     padding_idx: Sequence[int | None] | None = None,
     frozen_rows: Sequence[int | None] | None = None,
     names: Sequence[str] | None = None,
+    concat: bool = False,
 ) -> list[Tensor]:
     """Many features looked up in many tables, in one call.
 
@@ -224,9 +266,12 @@ def table_batched_embedding_bag(
         padding_idx: the id that a feature's pooling leaves out, or None.
         frozen_rows: the row of a table that gets no gradient, or None.
         names: what error messages call the features; by default indices[0], indices[1], ...
+        concat: write all features side by side into one tensor. Each must be pooled or have 1-D indices, with one
+            number of bags and one dtype for all.
 
     Returns:
-        One tensor a feature: indices.shape + [D] for mode none, [B, D] otherwise; an empty bag is zeros.
+        One tensor a feature: indices.shape + [D] for mode none, [B, D] otherwise; an empty bag is zeros. With
+        ``concat`` a list of the one tensor [B, sum of the widths].
 
     Raises:
         IndexError: an id outside its table (on the CPU; other devices have their own report).
@@ -245,16 +290,17 @@ def table_batched_embedding_bag(
     def numbers(values, count):
         return [-1] * count if values is None else [-1 if v is None else v for v in values]
 
-    return torch.ops.rankkernels.embedding_bag.default(
-        list(weights),
-        list(indices),
+    return call(
+        weights,
+        indices,
         tensors(offsets),
         tensors(per_sample_weights),
-        list(range(n)) if tables is None else list(tables),
+        list(range(n)) if tables is None else tables,
         [MODES.index(m) for m in modes],
         numbers(padding_idx, n),
         numbers(frozen_rows, len(weights)),
-        [f"indices[{f}]" for f in range(n)] if names is None else list(names),
+        [f"indices[{f}]" for f in range(n)] if names is None else names,
+        concat,
     )
 
 

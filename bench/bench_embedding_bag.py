@@ -1,0 +1,124 @@
+"""Embedding bags: many tables in one call, against torch's one call a table and FBGEMM's table-batched operator."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ratios
+from torch import nn
+
+import rankkernels as rk
+
+
+class Shape(NamedTuple):
+    tables: int
+    rows: int
+    D: int
+    B: int
+    L: int
+
+
+SHAPES = pytest.mark.parametrize(
+    "shape", [Shape(26, 100_000, 16, 2048, 1), Shape(8, 1_000_000, 64, 1024, 20)], ids=["26x100k", "8x1M"]
+)
+SKEWS = pytest.mark.parametrize("skew", [0.0, 1.05], ids=["uniform", "zipf"])
+
+
+def make_ids(shape: Shape, skew: float) -> list[torch.Tensor]:
+    """Row r is drawn in proportion to (r + 1) ** -skew, and the rows are shuffled."""
+    generator = torch.Generator().manual_seed(0)
+    cumulated = torch.arange(1, shape.rows + 1, dtype=torch.float64).pow(-skew).cumsum(0)
+    shuffle = torch.randperm(shape.rows, generator=generator)
+
+    def draw():
+        u = torch.rand(shape.B * shape.L, dtype=torch.float64, generator=generator) * cumulated[-1]
+        return shuffle[torch.searchsorted(cumulated, u).clamp(max=shape.rows - 1)].view(shape.B, shape.L)
+
+    return [draw() for _ in range(shape.tables)]
+
+
+def fbgemm(shape: Shape, weights, ids):
+    """FBGEMM's operator on copies of the tables, or None where it is not installed."""
+    try:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except ImportError:
+        return None
+    specs = [(shape.rows, shape.D, EmbeddingLocation.HOST, ComputeDevice.CPU)] * shape.tables
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01, eps=1e-8
+    )
+    for own, weight in zip(module.split_embedding_weights(), weights):
+        own.copy_(weight.detach())
+    values = torch.cat([i.flatten() for i in ids])
+    offsets = torch.arange(0, values.numel() + 1, shape.L)
+    return lambda: module(values, offsets)
+
+
+def make(shape: Shape, skew: float):
+    weights = [torch.randn(shape.rows, shape.D, requires_grad=True) for _ in range(shape.tables)]
+    ids, modes = make_ids(shape, skew), ["sum"] * shape.tables
+
+    def ours():
+        return rk.table_batched_embedding_bag(weights, ids, modes=modes, concat=True)[0]
+
+    def torchs():
+        return torch.cat([F.embedding_bag(i, w, mode="sum") for i, w in zip(ids, weights)], 1)
+
+    contenders = {"EmbeddingBag": torchs}
+    theirs = fbgemm(shape, weights, ids)
+    if theirs is not None:
+        contenders["FBGEMM"] = theirs
+    for contender in contenders.values():
+        torch.testing.assert_close(ours(), contender(), rtol=1e-4, atol=1e-4)
+    return weights, ours, contenders
+
+
+@SHAPES
+@SKEWS
+def test_forward(shape, skew, threads, race):
+    _, ours, contenders = make(shape, skew)
+    with torch.no_grad():
+        medians = race(ours, contenders)
+    moved = 4 * shape.tables * shape.B * (shape.L + 1) * shape.D
+    race.report(ratios(medians, *contenders) + f"   {moved / medians['ours'] / 1e9:6.1f} GB/s")
+
+
+@SHAPES
+@SKEWS
+def test_dense_gradient(shape, skew, threads, race):
+    """Forward and backward with dense gradients; FBGEMM has none."""
+    weights, ours, contenders = make(shape, skew)
+    grad_out = torch.randn_like(ours())
+
+    def step(function):
+        return torch.autograd.grad(function(), weights, grad_out)
+
+    for a, b in zip(step(ours), step(contenders["EmbeddingBag"])):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    medians = race(lambda: step(ours), {"EmbeddingBag": lambda: step(contenders["EmbeddingBag"])})
+    race.report(ratios(medians, "EmbeddingBag"))
+
+
+@pytest.mark.parametrize("B", [16, 4096])
+def test_layer(B, threads, race):
+    """The whole EmbeddingLayer.forward of 26 features, against one nn.Embedding call a feature as torch-rechub does."""
+    features = [rk.SparseFeature(f"c{i}", 100_000, 16) for i in range(26)]
+    layer = rk.EmbeddingLayer(features)
+    x = {f.name: torch.randint(0, f.vocab_size, (B,)) for f in features}
+    tables: dict[str, nn.Module] = dict(layer.embed_dict.items())
+
+    def one_by_one():
+        return torch.cat([tables[f.name](x[f.name].long()).unsqueeze(1) for f in features], 1)
+
+    with torch.inference_mode():
+        assert torch.equal(layer(x, features), one_by_one())
+        medians = race(lambda: layer(x, features), {"one by one": one_by_one})
+    race.report(ratios(medians, "one by one"))

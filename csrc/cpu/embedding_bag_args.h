@@ -1,0 +1,50 @@
+// What the embedding kernels are given: plain structs, whose functions are always inlined, because the
+// kernels' headers are compiled for several instruction sets.
+#pragma once
+
+#include <stdint.h>
+
+namespace rk {
+
+enum EmbeddingMode : int64_t { kNone = 0, kSum = 1, kMean = 2, kMax = 3 };  // ops/embedding_bag.py: MODES
+
+// One feature: B bags of the rows of one table. Without offsets bag b has the ids [b L, (b + 1) L), with them
+// [starts[b], starts[b + 1]). In mode kNone a bag is one id.
+struct Bags {
+  const void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr, R, D;
+  const void* ids;  // [N], int64 or int32
+  bool wide_ids;
+  int64_t N, B, L;
+  const int64_t* starts;           // [B + 1] or null
+  const void* per_sample_weights;  // [N] or null
+  int64_t padding_idx;             // -1: none
+  int64_t mode;
+  void* out;  // [B, D], in the backward its gradient
+  int64_t stride_ob;
+
+  __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
+};
+
+// Lookups sorted by (table, row): sorted[p] = key << shift | lookup. A run is a stretch of equal keys.
+struct Runs {
+  const uint64_t* sorted;
+  int64_t n;
+  int shift;
+  const void* const* grad_rows;  // of lookup i: the gradient of its bag, [D]
+  const double* factors;         // of lookup i, or null: all 1
+
+  __attribute__((always_inline)) uint64_t key(int64_t p) const { return sorted[p] >> shift; }
+  __attribute__((always_inline)) uint64_t lookup(int64_t p) const {
+    return sorted[p] & ((uint64_t(1) << shift) - 1);
+  }
+};
+
+// A table in the backward: key first_key + r is its row r.
+struct TableGrad {
+  uint64_t first_key;
+  int64_t D;
+  void* grad_weight;  // [R, D], contiguous
+};
+
+}  // namespace rk

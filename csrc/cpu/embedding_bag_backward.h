@@ -1,0 +1,138 @@
+// Sums of the rows' gradients over sorted lookups, for one instruction set.
+//
+// The lookups of all tables are sorted by (table, row), ties in their order in the batch; a run is the
+// lookups of one row r, and
+//
+//   grad_weight[r] = sum over its run of factor_i grad_rows[i]
+//
+// in that order. The sorted lookups are cut into tiles of kTile. A run inside one tile is summed and stored
+// there. A run over several tiles leaves one partial sum in each ("carries", two for a tile: of the run that
+// came in from the left, and of the one that goes on to the right), and these are added in the tiles' order.
+// The tiles do not depend on the number of threads, so neither do the bits; and a row that half of the batch
+// looks up is summed by all threads.
+//
+// Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup.
+#pragma once
+
+#include "embedding_bag_args.h"
+#include "fm_interaction.h"
+#include "vec.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace runs {
+
+constexpr int64_t kAhead = 8;
+
+// sum [D] = the lookups [p0, p1), all of one row.
+template <class T>
+RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, typename Traits<T>::scalar* sum) {
+  using A = typename Traits<T>::scalar;
+  using V = typename Traits<T>::vec;
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  const Tail<T> tail(static_cast<int>(D % kLanes));
+  const Tail<A> tail_sum(static_cast<int>(D % kLanes));
+  fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+    constexpr int kVecs = decltype(block)::vecs;
+    constexpr bool kTail = decltype(block)::tail;
+    V acc[kVecs] = {};
+    for (int64_t p = p0; p < p1; ++p) {
+      const uint64_t i = runs.lookup(p);
+      if (d == 0 && p + kAhead < runs.n) {
+        const char* next = static_cast<const char*>(runs.grad_rows[runs.lookup(p + kAhead)]);
+        for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+      }
+      const T* row = static_cast<const T*>(runs.grad_rows[i]) + d;
+      const A factor = runs.factors ? A(runs.factors[i]) : A(1);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        acc[v] += factor *
+                  (kTail && v == kVecs - 1 ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v)
+      if (kTail && v == kVecs - 1)
+        tail_sum.store(sum + d + v * kLanes, acc[v]);
+      else
+        Traits<A>::store(sum + d + v * kLanes, acc[v]);
+  });
+}
+
+// Where a row of a dense gradient is summed: in place, or for 16-bit types in `scratch`, to be rounded once.
+template <class T>
+struct DenseRows {
+  using A = typename Traits<T>::scalar;
+  T* grad_weight;
+  int64_t D;
+  A* scratch;
+
+  A* place(int64_t row) const { return place(grad_weight + row * D); }
+  void finish(int64_t row, const A* sum) const { finish(grad_weight + row * D, sum); }
+
+ private:
+  A* place(A* row) const { return row; }
+  template <class Narrow>
+  A* place(Narrow*) const {
+    return scratch;
+  }
+  void finish(A*, const A*) const {}
+  template <class Narrow>
+  void finish(Narrow* row, const A* sum) const {
+    for (int64_t d = 0; d < D; ++d) assign(row[d], sum[d]);
+  }
+};
+
+}  // namespace runs
+
+// Sorted lookups [p0, p1): the part of one tile that belongs to one table. carries [2, D].
+template <class T>
+void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, void* carries,
+                      void* scratch) {
+  using A = typename Traits<T>::scalar;
+  A *left = static_cast<A*>(carries), *right = left + table.D;
+  const runs::DenseRows<T> rows{static_cast<T*>(table.grad_weight), table.D, static_cast<A*>(scratch)};
+  for (int64_t p = p0, q; p < p1; p = q) {
+    const uint64_t key = runs.key(p);
+    for (q = p + 1; q < p1 && runs.key(q) == key; ++q) {
+    }
+    if (p > 0 && runs.key(p - 1) == key)
+      runs::sum_run<T>(runs, p, q, table.D, left);
+    else if (q < runs.n && runs.key(q) == key)
+      runs::sum_run<T>(runs, p, q, table.D, right);
+    else {
+      const int64_t row = static_cast<int64_t>(key - table.first_key);
+      A* sum = rows.place(row);
+      runs::sum_run<T>(runs, p, q, table.D, sum);
+      rows.finish(row, sum);
+    }
+  }
+}
+
+// The run that starts in a tile and goes on after it, at p1: its carries, the first at `carries` ([2, D], one
+// tile's pair), added up. Tiles have `tile` lookups, pairs lie `stride` bytes apart.
+template <class T>
+void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_t tile, char* carries,
+                    int64_t stride) {
+  using A = typename Traits<T>::scalar;
+  const uint64_t key = runs.key(p1);
+  A* sum = reinterpret_cast<A*>(carries) + table.D;
+  for (int64_t p = p1; p < runs.n && runs.key(p) == key; p += tile) {
+    carries += stride;
+    const A* left = reinterpret_cast<const A*>(carries);
+    for (int64_t d = 0; d < table.D; ++d) sum[d] += left[d];
+  }
+  T* row = static_cast<T*>(table.grad_weight) + static_cast<int64_t>(key - table.first_key) * table.D;
+  for (int64_t d = 0; d < table.D; ++d) assign(row[d], sum[d]);
+}
+
+#define RK_INSTANTIATE(T)                                                                           \
+  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*); \
+  template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, char*, int64_t);
+RK_INSTANTIATE(float)
+RK_INSTANTIATE(double)
+RK_INSTANTIATE(rk::fp16)
+RK_INSTANTIATE(rk::bf16)
+#undef RK_INSTANTIATE
+
+}  // namespace RK_ISA
+}  // namespace rk

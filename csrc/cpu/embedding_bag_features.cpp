@@ -1,0 +1,169 @@
+#include "embedding_bag_features.h"
+
+#include <algorithm>
+
+namespace rk {
+
+#define RK_CHECK_BAG(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
+
+size_t Names::size() const {
+  size_t n = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &n));
+  return n;
+}
+
+static StringHandle string_at(StableListHandle list, size_t i) {
+  StableIValue value = 0;
+  torch_list_get_item(list, i, &value);
+  return torch::stable::detail::to<StringHandle>(value);
+}
+
+std::string Names::operator[](size_t i) const {
+  const StringHandle string = string_at(list_, i);
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
+  return std::string(data, length);
+}
+
+Names::~Names() {
+  if (!list_) return;
+  size_t n = 0;
+  torch_list_size(list_, &n);
+  for (size_t i = 0; i < n; ++i) torch_delete_string(string_at(list_, i));
+  torch_delete_list(list_);
+}
+
+bool FeatureArgs::has_factors(size_t f) const {
+  return !per_sample_weights.empty() &&
+         !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
+}
+
+std::string FeatureArgs::name(size_t f) const {
+  return names ? (*names)[f] : "indices[" + std::to_string(f) + "]";
+}
+
+static bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto as = a.sizes(), bs = b.sizes();
+  return std::equal(as.begin(), as.end(), bs.begin(), bs.end());
+}
+
+// Where the bags start and the last one ends.
+static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t N) {
+  const auto type = args.offsets[f].scalar_type();
+  RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, "offsets of ", args.name(f),
+               " must be int32 or int64, got ", name_of(type));
+  const Tensor offsets = torch::stable::contiguous(args.offsets[f]);
+  const int64_t B = offsets.size(0);
+  std::vector<int64_t> starts(B + 1, N);
+  if (type == ScalarType::Long)
+    std::copy_n(static_cast<const int64_t*>(offsets.const_data_ptr()), B, starts.begin());
+  else
+    std::copy_n(static_cast<const int32_t*>(offsets.const_data_ptr()), B, starts.begin());
+  RK_CHECK_BAG(starts[0] == 0 || B == 0, "offsets of ", args.name(f), " must start at 0, got ", starts[0]);
+  for (int64_t b = 0; b < B; ++b)
+    RK_CHECK_BAG(starts[b] <= starts[b + 1], "offsets of ", args.name(f),
+                 " must not decrease and not exceed ", N, ", the number of ids: offsets[", b,
+                 "] = ", starts[b], " is before ", starts[b + 1]);
+  return starts;
+}
+
+Features::Features(const FeatureArgs& args, size_t num_tables) {
+  const size_t n = args.indices.size();
+  RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
+  const auto one_each = [&](const char* what, size_t size, bool optional) {
+    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
+                 size);
+  };
+  one_each("offsets", args.offsets.size(), true);
+  one_each("per_sample_weights", args.per_sample_weights.size(), true);
+  one_each("tables", args.tables.size(), false);
+  one_each("modes", args.modes.size(), false);
+  one_each("padding_idx", args.padding_idx.size(), false);
+  if (args.names) one_each("names", args.names->size(), false);
+  RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
+               ", got ", args.frozen_rows.size());
+  bags.resize(n);
+  starts.resize(n);
+  kept.reserve(4 * n);
+  for (size_t f = 0; f < n; ++f) {
+    const Tensor& ids = args.indices[f];
+    const auto type = ids.scalar_type();
+    Bags& bag = bags[f];
+    RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
+                 " has table ", args.tables[f], " of ", num_tables);
+    RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
+                 args.modes[f]);
+    RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),
+                 " must be int32 or int64, got ", name_of(type));
+    RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
+    const bool pooled = args.modes[f] != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
+    RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
+                 " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
+                 jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+    kept.push_back(torch::stable::contiguous(ids));
+    bag.ids = kept.back().const_data_ptr();
+    bag.wide_ids = type == ScalarType::Long;
+    bag.N = ids.numel();
+    bag.mode = args.modes[f];
+    bag.padding_idx = pooled ? args.padding_idx[f] : -1;
+    if (jagged) {
+      starts[f] = starts_of(args, f, bag.N);
+      bag.starts = starts[f].data();
+      bag.B = starts[f].size() - 1;
+    } else {
+      bag.B = pooled ? ids.size(0) : bag.N;
+      bag.L = pooled ? ids.size(1) : 1;
+    }
+    if (args.has_factors(f)) {
+      const Tensor& factors = args.per_sample_weights[f];
+      constexpr const char* kModes[] = {"none", "sum", "mean", "max"};
+      RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
+                   "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
+                   " and mode sum or mean, got ", shape_of(factors), " and ", kModes[bag.mode]);
+      kept.push_back(torch::stable::contiguous(factors));
+      bag.per_sample_weights = kept.back().const_data_ptr();
+    }
+  }
+}
+
+void Features::check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const {
+  if (!bags[f].per_sample_weights) return;
+  const auto got = args.per_sample_weights[f].scalar_type();
+  RK_CHECK_BAG(got == dtype, "per_sample_weights of ", args.name(f), " must have the dtype of its table, ",
+               name_of(dtype), ", got ", name_of(got));
+}
+
+void Features::check_range(const FeatureArgs& args, size_t f) const {
+  const Bags& bag = bags[f];
+  for (int64_t p = 0; p < bag.N; ++p) {
+    const int64_t id =
+        bag.wide_ids ? static_cast<const int64_t*>(bag.ids)[p] : static_cast<const int32_t*>(bag.ids)[p];
+    if (id >= 0 && id < bag.R) continue;
+    std::string position;
+    int64_t rest = p;
+    for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
+      const int64_t size = args.indices[f].size(d);
+      position = std::to_string(rest % size) + (position.empty() ? "" : ", ") + position;
+      rest /= size;
+    }
+    RK_CHECK_BAG(false, args.name(f), "[", position, "] = ", id, " is out of range for a table with ", bag.R,
+                 " rows");
+  }
+}
+
+BagTasks::BagTasks(const Features& features) {
+  constexpr int64_t kTaskWork = 16384,
+                    kLookup = 16;  // a lookup costs as much as reading some 16 elements more
+  for (size_t f = 0; f < features.bags.size(); ++f) {
+    const Bags& bag = features.bags[f];
+    if (bag.B == 0) continue;
+    const int64_t feature_work = (bag.N + bag.B) * (bag.D + kLookup);
+    const int64_t pieces = std::min(bag.B, feature_work / kTaskWork + 1);
+    for (int64_t i = 0; i < pieces; ++i) tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
+    work += feature_work;
+  }
+}
+
+}  // namespace rk

@@ -1,0 +1,59 @@
+// Stable radix sort of packed lookups, the same result at any number of threads.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace rk {
+
+// An array that is left unwritten.
+template <class T>
+std::unique_ptr<T[]> uninitialized(int64_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+// Sorts `keys` by their bits [shift, shift + bits), from the least digit to the most. Every pass counts the
+// digits of each chunk, gives every (digit, chunk) its place, digits first, and moves the keys there.
+inline void radix_sort(std::unique_ptr<uint64_t[]>& keys, int64_t n, int shift, int bits) {
+  constexpr int kMaxDigit = 11;
+  constexpr int64_t kChunk = 16384;
+  const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
+  if (passes == 0 || n == 0) return;
+  const int digit = (bits + passes - 1) / passes;
+  const int64_t buckets = int64_t(1) << digit, chunks = (n + kChunk - 1) / kChunk;
+  std::unique_ptr<uint64_t[]> sorted = uninitialized<uint64_t>(n);
+  std::vector<int64_t> places(buckets * chunks);
+  for (int pass = 0; pass < passes; ++pass) {
+    const int low = shift + pass * digit;
+    const auto bucket = [=](uint64_t key) { return (key >> low) & (buckets - 1); };
+    run_tasks(chunks, 4 * n, [&](int64_t chunk) {
+      int64_t* place = &places[chunk * buckets];
+      std::fill_n(place, buckets, 0);
+      for (int64_t i = chunk * kChunk, end = std::min(n, i + kChunk); i < end; ++i) ++place[bucket(keys[i])];
+    });
+    int64_t total = 0;
+    for (int64_t d = 0; d < buckets; ++d)
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t count = places[chunk * buckets + d];
+        places[chunk * buckets + d] = total;
+        total += count;
+      }
+    run_tasks(chunks, 4 * n, [&](int64_t chunk) {
+      int64_t* place = &places[chunk * buckets];
+      for (int64_t i = chunk * kChunk, end = std::min(n, i + kChunk); i < end; ++i)
+        sorted[place[bucket(keys[i])]++] = keys[i];
+    });
+    keys.swap(sorted);
+  }
+}
+
+// The bits that hold 0 .. n.
+inline int bits_of(uint64_t n) {
+  int bits = 0;
+  while (bits < 64 && n >> bits) ++bits;
+  return bits;
+}
+
+}  // namespace rk
