@@ -1,199 +1,155 @@
-"""DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, and the machine's ceilings.
+"""DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, share of the sgemm rate.
 
-    python bench/bench_din_attention.py [--threads 2] [--shapes 1 2] [--modes eval train] [--memory]
-
-Every contender computes the same attention on the same random inputs; what they return is compared before anything is timed.
-Times are medians of interleaved runs. The flops are those the identity of csrc/cpu/din_attention.h needs.
+Every contender computes the same attention on the same random inputs, and what they return is compared before anything
+is timed. The flops are those that the identity of csrc/cpu/din_attention.h needs. torch-rechub knows no lengths: where the
+histories are short it gets zeros for padding, which is what its users do.
 """
 
-import argparse
-import statistics
+from __future__ import annotations
+
+import ctypes
 import subprocess
 import sys
-import time
 import warnings
+from typing import NamedTuple
 
+import pytest
 import torch
-from torch_rechub.models.ranking.din import ActivationUnit
+from torch import Tensor, nn
 
-from rankkernels.ops import din_attention
+import rankkernels as rk
 
-#: B, L, D, hidden widths, activation, softmax, mean length (None: no padding)
-SHAPES = {
-    1: (1024, 50, 16, [36], "dice", False, None),
-    2: (2048, 50, 64, [80, 40], "dice", False, None),
-    3: (4096, 100, 64, [36], "dice", False, None),
-    4: (1024, 100, 64, [512, 256], "dice", True, None),
-    5: (2048, 50, 64, [80, 40], "sigmoid", False, 12),
-}
+warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def flatten(unit):
-    """The op's params and running_stats of a torch-rechub ActivationUnit."""
-    params, stats = [], []
-    for module in unit.attention.mlp:
-        params += module.parameters()
-        if isinstance(module, torch.nn.BatchNorm1d):
-            stats += [module.running_mean, module.running_var]
-    return params, stats
+class Shape(NamedTuple):
+    B: int
+    L: int
+    D: int
+    widths: list[int]
+    activation: str = "dice"
+    use_softmax: bool = False
+    mean_length: int | None = None
+
+    def __str__(self) -> str:
+        text = f"B{self.B} L{self.L} D{self.D} {self.widths} {self.activation}".replace(", ", ",")
+        return text + " softmax" * self.use_softmax + (f" length {self.mean_length}" if self.mean_length else "")
 
 
-class Fused(torch.nn.Module):
-    def __init__(self, unit, activation, use_softmax, lengths):
-        super().__init__()
-        self.params, self.stats = flatten(unit)
-        self.flags = dict(activation=activation, batch_norm=True, use_softmax=use_softmax, lengths=lengths)
-
-    def forward(self, history, target):
-        out, batch_stats = din_attention(
-            history, target, self.params, self.stats, training=self.training, **self.flags
-        )
-        if self.training:
-            news = batch_stats.split([s.numel() for s in self.stats])
-            torch._foreach_lerp_(self.stats, news, 0.1)
-        return out
+SHAPES = [
+    Shape(1024, 50, 16, [36]),
+    Shape(2048, 50, 64, [80, 40]),
+    Shape(4096, 100, 64, [36]),
+    Shape(1024, 100, 64, [512, 256], use_softmax=True),
+    Shape(2048, 50, 64, [80, 40], "sigmoid", mean_length=12),
+]
 
 
 class Case:
-    def __init__(self, number):
-        B, L, D, self.dims, activation, use_softmax, mean_length = SHAPES[number]
+    """Ours and torch-rechub's unit with one state, and a step of either."""
+
+    def __init__(self, shape: Shape, training: bool):
+        from torch_rechub.models.ranking.din import ActivationUnit
+
         torch.manual_seed(0)
-        self.unit = ActivationUnit(D, self.dims, activation, use_softmax)
-        self.history = torch.randn(B, L, D).requires_grad_()
-        self.target = torch.randn(B, D).requires_grad_()
-        self.grad_out = torch.randn(B, D)
-        lengths = None
-        self.rows = B * L
-        if mean_length is not None:
-            lengths = torch.poisson(torch.full((B,), float(mean_length))).clamp(max=L).long()
-            self.rows = int(lengths.sum())
-            with torch.no_grad():
-                self.history[torch.arange(L) >= lengths[:, None]] = 0
-        self.fused = Fused(self.unit, activation, use_softmax, lengths)
-        self.padded = lengths is not None
-        products = D * self.dims[0] + sum(i * o for i, o in zip(self.dims, self.dims[1:] + [1])) + D
-        self.flops = 2 * self.rows * products + 2 * B * 3 * D * self.dims[0]
-        self.D, self.B, self.L = D, B, L
+        self.training = training
+        self.eager = ActivationUnit(shape.D, shape.widths, shape.activation, shape.use_softmax).train(training)
+        self.ours = rk.ActivationUnit(shape.D, shape.widths, shape.activation, shape.use_softmax).train(training)
+        self.ours.load_state_dict(self.eager.state_dict())
+        self.history, self.target = torch.randn(shape.B, shape.L, shape.D), torch.randn(shape.B, shape.D)
+        self.grad_out = torch.randn(shape.B, shape.D)
+        self.lengths, rows = None, shape.B * shape.L
+        if shape.mean_length:
+            self.lengths = torch.poisson(torch.full((shape.B,), float(shape.mean_length))).clamp(max=shape.L).long()
+            self.history[torch.arange(shape.L) >= self.lengths[:, None]] = 0
+            rows = int(self.lengths.sum())
+        self.history.requires_grad_(training), self.target.requires_grad_(training)
+        widths = [shape.D, *shape.widths, 1]
+        self.flops = 2 * rows * (sum(a * b for a, b in zip(widths, widths[1:])) + shape.D)
+        self.flops += 2 * shape.B * 3 * shape.D * shape.widths[0]
 
-    def contenders(self, names):
-        made = {"fused": self.fused, "eager": self.unit, "compile": None}
-        if "compile" in names:
-            torch._dynamo.reset()
-            made["compile"] = torch.compile(self.unit)
-        return {name: made[name] for name in names}
-
-    def step(self, module, mode):
-        if mode == "eval":
+    def step(self, unit: nn.Module) -> tuple[Tensor, ...]:
+        """A pass: the output, in training the gradients of history and target too."""
+        form = {"lengths": self.lengths} if unit is self.ours and self.lengths is not None else {}
+        if not self.training:
             with torch.inference_mode():
-                return module(self.history, self.target)
+                return (unit(self.history, self.target, **form),)
         self.history.grad = self.target.grad = None
-        self.unit.zero_grad(set_to_none=True)
-        out = module(self.history, self.target)
+        unit.zero_grad(set_to_none=True)
+        out = unit(self.history, self.target, **form)
         out.backward(self.grad_out)
-        return out.detach()
+        return out.detach(), self.history.grad, self.target.grad
 
-    def check(self, modules, mode):
-        """torch-rechub knows no lengths: padded rows are zeros, which change batch statistics and nothing else."""
-        if self.padded and mode == "train":
-            return
-        results = {}
-        for name, module in modules.items():
-            out = self.step(module, mode)
-            grads = [] if mode == "eval" else [self.history.grad, self.target.grad]
-            grads += [] if mode == "eval" else [p.grad for p in self.fused.params if p.dim() == 2]
-            results[name] = [out, *grads]
-        for name, tensors in results.items():
-            for a, b in zip(tensors, results["fused"]):
-                error = float((a - b).norm() / a.norm())
-                assert error < 1e-4, f"{name} and fused differ by {error:.1e}"
+    def check(self, other: nn.Module) -> None:
+        if self.training and self.lengths is not None:
+            return  # torch-rechub's padding is part of its batch statistics, and so of every number
+        for a, b in zip(self.step(self.ours), self.step(other)):
+            assert float((a - b).norm() / b.norm()) < 1e-4
 
 
-def interleaved(functions, seconds):
-    """Median milliseconds of each function."""
-    for f in functions.values():
-        f()
-    times = {name: [] for name in functions}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(t) for name, t in times.items()}
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_attention(shape, training, threads, race, benchmark):
+    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
+    case = Case(shape, training)
+    compiled = torch.compile(case.eager)
+    case.check(case.eager), case.check(compiled)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    medians = race(
+        lambda: case.step(case.ours),
+        {
+            "eager": lambda: case.step(case.eager),
+            "compile": lambda: case.step(compiled),
+            "sgemm": lambda: torch.mm(a, b),
+        },
+    )
+    benchmark.extra_info.update(case=f"DIN attention {shape}", training=training, threads=threads, flops=case.flops)
+    sgemm = 2 * 2048**3 / medians["sgemm"]
+    passes = 1 if not training else 3
+    rate = passes * case.flops / medians["ours"]
+    race.report(medians, f"{rate / 1e9:6.0f} GFLOP/s = {100 * rate / sgemm:3.0f} % of sgemm")
 
 
-def peak_bytes(case, module):
-    """Peak memory of a training step of this process beyond inputs, outputs and gradients (Linux)."""
+def peak_of_a_step(shape: Shape, name: str) -> float:
+    """Peak memory of this process in a training step, beyond inputs, outputs and gradients, in MiB (Linux)."""
 
     def status(key):
-        with open("/proc/self/status") as f:
-            return next(1024 * int(line.split()[1]) for line in f if line.startswith(key))
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
-    case.step(module, "train")
-    out = case.step(module, "train")
-    leaves = [case.history, case.target, *case.fused.params]
-    results = sum(t.numel() * t.element_size() for t in (out, *(leaf.grad for leaf in leaves)))
+    case = Case(shape, training=True)
+    unit = {"ours": case.ours, "eager": case.eager}[name]
+    for _ in range(2):
+        results = case.step(unit)
+    leaves = [case.history, case.target, *unit.parameters()]
+    kept = sum(t.numel() * t.element_size() for t in (results[0], *(leaf.grad for leaf in leaves)))
     for leaf in leaves:
         leaf.grad = None
+    del results
+    ctypes.CDLL(None).malloc_trim(0)  # what the steps before freed goes back to the system
     before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    case.step(module, "train")
-    return status("VmHWM") - before - results
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    case.step(unit)
+    return (status("VmHWM") - before - kept) / 2**20
 
 
-def print_memory(number):
-    """One process a contender, so that none sees what another's allocator kept."""
-    mib = {}
-    for name in ("fused", "eager"):
-        command = [sys.executable, __file__, "--shapes", str(number), "--contenders", name, "--peak-of-this-process"]
-        mib[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"  peak   fused {mib['fused']:8.1f} MiB   eager {mib['eager']:8.1f} MiB = {mib['eager'] / mib['fused']:.0f} x")
+@pytest.mark.parametrize("index", range(len(SHAPES)), ids=lambda i: str(SHAPES[i]))
+def test_peak_memory(index, request, benchmark):
+    """One process a contender, so that neither sees what the other's allocator kept."""
+    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
 
+    def peak(name):
+        command = [sys.executable, __file__, str(index), name]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", type=int, nargs="+", default=list(SHAPES))
-    parser.add_argument("--modes", nargs="+", default=["eval", "train"])
-    parser.add_argument("--contenders", nargs="+", default=["fused", "eager", "compile"])
-    parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
-    parser.add_argument("--peak-of-this-process", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore")
-    if args.peak_of_this_process:
-        case = Case(args.shapes[0])
-        print(peak_bytes(case, case.contenders(args.contenders)[args.contenders[0]]) / 2**20)
-        return
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    for number in args.shapes:
-        case = Case(number)
-        B, L, D, dims, activation, softmax, mean_length = SHAPES[number]
-        print(f"B{B} L{L} D{D} {dims} {activation}{' softmax' * softmax}", end="")
-        print(f", {case.rows} of {B * L} rows" if case.padded else "", flush=True)
-        if args.memory:
-            print_memory(number)
-            continue
-        for mode in args.modes:
-            for module in (case.unit, case.fused):
-                module.train(mode == "train")
-            modules = case.contenders(args.contenders)
-            case.check(modules, mode)
-            functions = {name: (lambda m=m: case.step(m, mode)) for name, m in modules.items()}
-            functions["sgemm"] = lambda: torch.mm(a, b)
-            ms = interleaved(functions, args.seconds)
-            line = f"  {mode:5}  fused {ms['fused']:8.2f} ms"
-            for name in args.contenders:
-                if name != "fused":
-                    line += f"   {name} {ms[name]:8.2f} ms = {ms[name] / ms['fused']:5.1f} x"
-            sgemm = 2 * 2048**3 / ms["sgemm"] / 1e6
-            if mode == "eval":
-                rate = case.flops / ms["fused"] / 1e6
-                line += f"   {rate:.0f} GFLOP/s = {100 * rate / sgemm:.0f} % of sgemm's {sgemm:.0f}"
-            print(line, flush=True)
+    eager = peak("eager")
+    ours = benchmark.pedantic(peak, args=("ours",), rounds=1)
+    benchmark.extra_info.update(case=f"DIN attention {SHAPES[index]}", peak_mib={"ours": ours, "eager": eager})
+    note(request, f"{ours:8.1f} MiB   eager {eager:8.1f} MiB, {ours / eager:.3f} of it")
 
 
 if __name__ == "__main__":
-    main()
+    print(peak_of_a_step(SHAPES[int(sys.argv[1])], sys.argv[2]))
+else:
+    from conftest import note

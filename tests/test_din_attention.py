@@ -63,7 +63,12 @@ def run(attention, history, target, params, grad_out):
 def expected(history, target, params, grad_out, rows, stats, flags):
     def attention(history, target, params):
         hidden, weight, bias = unflatten(
-            params, [s.double() for s in stats], flags["activation"], flags["batch_norm"], flags["norm_eps"], flags["dice_eps"]
+            params,
+            [s.double() for s in stats],
+            flags["activation"],
+            flags["batch_norm"],
+            flags["norm_eps"],
+            flags["dice_eps"],
         )
         out, all_stats = reference.din_attention(
             history, target, hidden, weight, bias, **rows, use_softmax=flags["use_softmax"], training=flags["training"]
