@@ -42,7 +42,16 @@ def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-ignored-attributes", "-Wno-psabi", *defines]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-ignored-attributes",
+        "-Wno-psabi",
+        *defines,
+    ]
     module = CppExtension(
         "rankkernels._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
