@@ -63,7 +63,7 @@ static std::string message(const Device& device, const FeatureArgs& args, size_t
 static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
                                   const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
                                   const Ints& padding_idx, const Ints& frozen_rows, const NameList& names,
-                                  bool concat) {
+                                  bool concat, bool /* sparse: the backward's */) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        &names};
   const size_t n = args.size();

@@ -1,11 +1,10 @@
-// The embedding op's backward on a GPU: checks, launches, registration. The kernels and their mathematics are
-// in embedding_bag_backward.cuh.
+// The embedding op's backwards on a GPU: checks, launches, registration. The kernels and their mathematics
+// are in embedding_bag_backward.cuh.
 #include <array>
-#include <optional>
 #include <tuple>
 
 #include "embedding_bag_backward.cuh"
-#include "embedding_bag_features.h"
+#include "embedding_bag_backward.h"
 
 namespace rk {
 namespace cuda {
@@ -14,22 +13,27 @@ namespace cuda {
 
 // The lookups by key, and the tensors that hold them.
 struct Sorted {
-  Tensor keys, order, sources;
+  Tensor keys, order, sources, ranks;
   Lookups lookups;
 };
 
 class Backward {
  public:
-  Backward(const FeatureArgs& args, const std::vector<std::optional<Tensor>>& grad_outs,
-           const Tensors& weights, const Ints& rows);
+  Backward(const FeatureArgs& args, const OptionalTensors& grad_outs, const Tensors& weights,
+           const Ints& rows);
   Tensors grad_per_sample_weights();
-  Tensors grad_weights();
+  Tensors dense();
+  std::pair<Tensors, Tensors> sparse();  // rows and values of each table; waits for the device
+  RunGradients runs();
 
  private:
   template <class Pieces, class Launch>
   void for_features(ScalarType dtype, const Pieces& pieces, const Launch& launch) const;
   Sorted sort() const;
-  void reduce(const Sorted& sorted, const Tensors& grad_weights) const;
+  void rank(Sorted& sorted) const;
+  TableGrad table_grad(size_t t) const;
+  void reduce(const Sorted& sorted, ScalarType dtype, const std::vector<TableGrad>& tables) const;
+  int64_t width(ScalarType dtype) const;
   const Tensor& like() const { return grads_[given_]; }
 
   const FeatureArgs& args_;
@@ -45,15 +49,15 @@ class Backward {
   std::vector<bool> aligned_;       // of each table: the rows of its features' gradients
 };
 
-static const Tensor& first_given(const std::vector<std::optional<Tensor>>& grad_outs) {
+static const Tensor& first_given(const OptionalTensors& grad_outs) {
   const auto given =
       std::find_if(grad_outs.begin(), grad_outs.end(), [](const auto& g) { return g.has_value(); });
   RK_CHECK_GRAD(given != grad_outs.end(), "grad_outs has no gradient");
   return **given;
 }
 
-Backward::Backward(const FeatureArgs& args, const std::vector<std::optional<Tensor>>& grad_outs,
-                   const Tensors& weights, const Ints& rows)
+Backward::Backward(const FeatureArgs& args, const OptionalTensors& grad_outs, const Tensors& weights,
+                   const Ints& rows)
     : args_(args), rows_(rows), device_(first_given(grad_outs)) {
   const size_t n = args.size(), num_tables = rows.size();
   check_lengths(args, num_tables);
@@ -161,6 +165,7 @@ Sorted Backward::sort() const {
                                               lookups_,
                                               skipped,
                                               static_cast<Source*>(sorted.sources.mutable_data_ptr()),
+                                              nullptr,
                                               nullptr};
   for (const ScalarType dtype : kFloating)
     dispatch_floating(dtype, [&](auto* type) {
@@ -189,72 +194,196 @@ Sorted Backward::sort() const {
   return sorted;
 }
 
-void Backward::reduce(const Sorted& sorted, const Tensors& grad_weights) const {
-  const int64_t tiles = (lookups_ + kTile - 1) / kTile;
-  for (const ScalarType dtype : kFloating)
-    dispatch_floating(dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      using A = accumulate_t<T>;
-      // Rows of accumulators start at multiples of what a pack of them takes.
-      int64_t width = 0, pieces = 4;
-      for (size_t t = 0; t < rows_.size(); ++t)
-        if (dtypes_[t] == dtype) width = std::max(width, (widths_[t] + 15) / 16 * 16);
-      const auto packed = [&](size_t t) { return aligned_[t] && widths_[t] % kPack<T> == 0; };
-      for (size_t t = 0; t < rows_.size(); ++t)
-        if (dtypes_[t] == dtype) pieces = std::max(pieces, packed(t) ? widths_[t] / kPack<T> : widths_[t]);
-      if (width == 0) return;
-      const int lanes = log2_lanes(pieces);
-      const int64_t staged_bytes = (kThreads >> lanes) * kTile * sizeof(Staged<A>);
-      const Tensor rows = torch::stable::new_empty(like(), {2 * tiles, width},
-                                                   sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
-      const Carries<A> carries{static_cast<A*>(rows.mutable_data_ptr()), width};
-      Batch<TableGrad> batch;
-      const auto launch = [&] {
-        device_.launch(embedding_reduce<T>, blocks_for(tiles, lanes), staged_bytes, batch, sorted.lookups,
-                       carries, lanes);
-        device_.launch(embedding_join<T>, blocks_for(tiles, 5), 0, batch, sorted.lookups, carries, lanes);
-        batch.n = 0;
-      };
-      for (size_t t = 0; t < rows_.size(); ++t) {
-        if (dtypes_[t] != dtype || widths_[t] <= 0 || rows_[t] == 0) continue;
-        if (batch.n == Batch<TableGrad>::kItems) launch();
-        batch.items[batch.n++] = {grad_weights[t].mutable_data_ptr(), first_key_[t], rows_[t],
-                                  static_cast<int32_t>(widths_[t]), packed(t)};
-      }
-      if (batch.n) launch();
-    });
+// Numbers the runs.
+void Backward::rank(Sorted& sorted) const {
+  const Tensor starts = torch::stable::new_empty(like(), {lookups_}, ScalarType::Int);
+  device_.launch(embedding_run_starts, blocks_for(lookups_, 0), 0, sorted.lookups,
+                 static_cast<int32_t*>(starts.mutable_data_ptr()));
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(starts), from(int64_t(0)),
+                                    from(std::optional<ScalarType>(ScalarType::Long))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
+  sorted.ranks = torch::stable::detail::to<Tensor>(stack[0]);
+  sorted.lookups.ranks = static_cast<const int64_t*>(sorted.ranks.const_data_ptr());
 }
 
-Tensors Backward::grad_weights() {
+// All of a table but where its sums go.
+TableGrad Backward::table_grad(size_t t) const {
+  TableGrad table{};
+  table.first_key = first_key_[t];
+  table.R = rows_[t];
+  table.D = table.stride = static_cast<int32_t>(std::max<int64_t>(widths_[t], 0));
+  table.packed = aligned_[t] && table.D * element_size(dtypes_[t]) % 16 == 0;
+  return table;
+}
+
+// The widest table's width, rounded up so that rows of a buffer that serves all tables start where a pack
+// may.
+int64_t Backward::width(ScalarType dtype) const {
+  int64_t width = 0;
+  for (size_t t = 0; t < rows_.size(); ++t)
+    if (dtypes_[t] == dtype) width = std::max(width, (widths_[t] + 15) / 16 * 16);
+  return width;
+}
+
+// Calls launch(batch, i), i the first's position, for the tables that `wanted` takes, in order.
+template <class Wanted, class Launch>
+static void for_tables(const std::vector<TableGrad>& tables, const Wanted& wanted, const Launch& launch) {
+  Batch<TableGrad> batch;
+  size_t first = 0;
+  for (size_t t = 0; t < tables.size(); ++t) {
+    if (!wanted(t)) continue;
+    if (batch.n == 0) first = t;
+    batch.items[batch.n++] = tables[t];
+    if (batch.n < Batch<TableGrad>::kItems) continue;
+    launch(batch, first);
+    batch.n = 0;
+  }
+  if (batch.n) launch(batch, first);
+}
+
+void Backward::reduce(const Sorted& sorted, ScalarType dtype, const std::vector<TableGrad>& tables) const {
+  if (width(dtype) == 0) return;
+  const int64_t tiles = (lookups_ + kTile - 1) / kTile;
+  dispatch_floating(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    const auto wanted = [&](size_t t) { return dtypes_[t] == dtype && widths_[t] > 0 && rows_[t] > 0; };
+    int64_t pieces = 4;  // with fewer lanes a block's tiles would not fit in its shared memory
+    for (size_t t = 0; t < tables.size(); ++t)
+      if (wanted(t))
+        pieces = std::max<int64_t>(pieces, tables[t].packed ? widths_[t] / kPack<T> : widths_[t]);
+    const int lanes = log2_lanes(pieces);
+    const int64_t staged_bytes = (kThreads >> lanes) * kTile * sizeof(Staged<A>);
+    const Tensor rows = torch::stable::new_empty(like(), {2 * tiles, width(dtype)},
+                                                 sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+    const Carries<A> carries{static_cast<A*>(rows.mutable_data_ptr()), width(dtype)};
+    for_tables(tables, wanted, [&](const Batch<TableGrad>& batch, size_t) {
+      device_.launch(embedding_reduce<T>, blocks_for(tiles, lanes), staged_bytes, batch, sorted.lookups,
+                     carries, lanes);
+      device_.launch(embedding_join<T>, blocks_for(tiles, 5), 0, batch, sorted.lookups, carries, lanes);
+    });
+  });
+}
+
+Tensors Backward::dense() {
   Tensors grads;
+  std::vector<TableGrad> tables;
   const auto launch = [&](const Batch<Zeros>& batch, int64_t blocks) {
     device_.launch(zero, blocks, 0, batch);
   };
   Batches<Zeros, decltype(launch)> zeros(launch);
   for (size_t t = 0; t < rows_.size(); ++t) {
+    tables.push_back(table_grad(t));
     if (widths_[t] < 0) {
       grads.push_back(torch::stable::new_empty(like(), {0}));
       continue;
     }
     grads.push_back(torch::stable::new_empty(like(), {rows_[t], widths_[t]}, dtypes_[t]));
+    tables[t].sums = grads[t].mutable_data_ptr();
     const int64_t bytes = grads[t].numel() * grads[t].element_size();
     constexpr int64_t kBytesPerBlock = 16 * kThreads * kZerosPerThread;
-    zeros.add({grads[t].mutable_data_ptr(), bytes, 0}, (bytes + kBytesPerBlock - 1) / kBytesPerBlock);
+    zeros.add({tables[t].sums, bytes, 0}, (bytes + kBytesPerBlock - 1) / kBytesPerBlock);
   }
   zeros.flush();
-  if (lookups_ > 0) reduce(sort(), grads);
+  if (lookups_ == 0) return grads;
+  const Sorted sorted = sort();
+  for (const ScalarType dtype : kFloating) reduce(sorted, dtype, tables);
   return grads;
 }
 
+std::pair<Tensors, Tensors> Backward::sparse() {
+  std::vector<TableGrad> tables;
+  for (size_t t = 0; t < rows_.size(); ++t) tables.push_back(table_grad(t));
+  const auto all = [](size_t) { return true; };
+  Ints last_ranks(rows_.size(), 0);
+  Sorted sorted;
+  if (lookups_ > 0) {
+    sorted = sort();
+    rank(sorted);
+    const Tensor found =
+        torch::stable::new_empty(like(), {static_cast<int64_t>(rows_.size())}, ScalarType::Long);
+    int64_t* p = static_cast<int64_t*>(found.mutable_data_ptr());
+    for_tables(tables, all, [&](const Batch<TableGrad>& batch, size_t first) {
+      device_.launch(embedding_last_ranks, 1, 0, batch, sorted.lookups, p + first);
+    });
+    device_.read(p, last_ranks.size(), last_ranks.data());
+  }
+  Tensors grad_rows, grad_values;
+  for (size_t t = 0; t < rows_.size(); ++t) {
+    tables[t].first_rank = t == 0 ? 0 : last_ranks[t - 1];
+    const int64_t count = last_ranks[t] - tables[t].first_rank;
+    grad_rows.push_back(torch::stable::new_empty(like(), {count}, ScalarType::Long));
+    grad_values.push_back(torch::stable::new_empty(like(), {count, tables[t].D}, dtypes_[t]));
+    tables[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
+    tables[t].sums = grad_values[t].mutable_data_ptr();
+  }
+  if (lookups_ > 0) {
+    for_tables(
+        tables, [&](size_t t) { return rows_[t] > 0; },
+        [&](const Batch<TableGrad>& batch, size_t) {
+          device_.launch(embedding_run_rows, blocks_for(lookups_, 0), 0, batch, sorted.lookups);
+        });
+    for (const ScalarType dtype : kFloating) reduce(sorted, dtype, tables);
+  }
+  return {grad_rows, grad_values};
+}
+
+RunGradients Backward::runs() {
+  RunGradients runs;
+  runs.n = lookups_;
+  if (lookups_ == 0) return runs;
+  Sorted sorted = sort();
+  rank(sorted);
+  runs.ranks = sorted.ranks;
+  runs.keys = torch::stable::new_empty(like(), {lookups_}, ScalarType::Long);
+  Batch<TableGrad> everything;
+  everything.n = 1;
+  everything.items[0] = TableGrad{};
+  everything.items[0].rows = static_cast<int64_t*>(runs.keys.mutable_data_ptr());
+  everything.items[0].R = first_key_.back();
+  device_.launch(embedding_run_rows, blocks_for(lookups_, 0), 0, everything, sorted.lookups);
+  for (const ScalarType dtype : kFloating) {
+    if (width(dtype) == 0) continue;
+    runs.values.push_back(torch::stable::new_empty(like(), {lookups_, width(dtype)}, dtype));
+    std::vector<TableGrad> tables;
+    for (size_t t = 0; t < rows_.size(); ++t) {
+      tables.push_back(table_grad(t));
+      tables[t].sums = runs.values.back().mutable_data_ptr();
+      tables[t].stride = static_cast<int32_t>(width(dtype));
+    }
+    reduce(sorted, dtype, tables);
+  }
+  return runs;
+}
+
+std::pair<RunGradients, Tensors> run_gradients(const FeatureArgs& args, const OptionalTensors& grad_outs,
+                                               const Tensors& weights, const Ints& rows) {
+  Backward backward(args, grad_outs, weights, rows);
+  RunGradients runs = backward.runs();
+  return {std::move(runs), backward.grad_per_sample_weights()};
+}
+
 static std::tuple<Tensors, Tensors> embedding_bag_backward_cuda(
-    const std::vector<std::optional<Tensor>>& grad_outs, const Tensors& weights, const Ints& rows,
-    const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables,
-    const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows) {
+    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
+    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+    const Ints& padding_idx, const Ints& frozen_rows) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        nullptr};
   Backward backward(args, grad_outs, weights, rows);
-  Tensors grad_weights = backward.grad_weights();
+  Tensors grad_weights = backward.dense();
   return {std::move(grad_weights), backward.grad_per_sample_weights()};
+}
+
+static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cuda(
+    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
+    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+    const Ints& padding_idx, const Ints& frozen_rows) {
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        nullptr};
+  Backward backward(args, grad_outs, weights, rows);
+  auto [grad_rows, grad_values] = backward.sparse();
+  return {std::move(grad_rows), std::move(grad_values), backward.grad_per_sample_weights()};
 }
 
 }  // namespace cuda
@@ -262,4 +391,5 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
   m.impl("embedding_bag_backward", TORCH_BOX(&rk::cuda::embedding_bag_backward_cuda));
+  m.impl("embedding_bag_backward_sparse", TORCH_BOX(&rk::cuda::embedding_bag_backward_sparse_cuda));
 }

@@ -1,4 +1,4 @@
-// Embedding lookups of many features, backward: a dense gradient, the same bits run after run, no atomics.
+// Embedding lookups of many features, backward: the same bits run after run, no atomics.
 //
 // Lookup p of bag b gives its row the gradient
 //
@@ -46,8 +46,12 @@ struct Lookups {
   int64_t skipped;  // the key, after all others, of a lookup that gives no gradient
   Source* sources;
   const int64_t* order;  // sorted position -> lookup
+  const int64_t* ranks;  // of the run at a sorted position, from 1; or null: sums go to dense gradients
 
   __device__ int64_t key(int64_t p) const { return read_int(keys, wide, p); }
+  __device__ bool starts_run(int64_t p) const {
+    return key(p) != skipped && (p == 0 || key(p - 1) != key(p));
+  }
 };
 
 template <class T>
@@ -161,11 +165,51 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) zero(const Batch<Zeros> 
 
 // A table in steps 3 and 4: its row r has the key first_key + r.
 struct TableGrad {
-  void* grad_weight;  // [R, D]
+  void* sums;     // rows `stride` apart: of a run, or of the table where lookups have no ranks
+  int64_t* rows;  // of the table, by rank
   int64_t first_key, R;
-  int32_t D;
+  int64_t first_rank;
+  int32_t D, stride;
   bool packed;
+
+  // Where the run goes that has sorted position p.
+  __device__ int64_t row(const Lookups& lookups, int64_t p) const {
+    return lookups.ranks ? lookups.ranks[p] - 1 - first_rank : lookups.key(p) - first_key;
+  }
 };
+
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_run_starts(const Lookups lookups, int32_t* starts) {
+  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (p < lookups.n) starts[p] = lookups.starts_run(p);
+}
+
+// For each table, one a thread, the number of runs up to its end.
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_last_ranks(const Batch<TableGrad> batch, const Lookups lookups, int64_t* last_ranks) {
+  const int t = threadIdx.x;
+  if (t >= batch.n) return;
+  const int64_t end = batch.items[t].first_key + batch.items[t].R;
+  int64_t low = 0, high = lookups.n;  // the first lookup at or after the end
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (lookups.key(middle) < end)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  last_ranks[t] = low > 0 ? lookups.ranks[low - 1] : 0;
+}
+
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_run_rows(const Batch<TableGrad> batch, const Lookups lookups) {
+  const int64_t p = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (p >= lookups.n || !lookups.starts_run(p)) return;
+  const int64_t key = lookups.key(p);
+  const TableGrad& table = batch.items[find(batch, &TableGrad::first_key, key)];
+  const int64_t row = key - table.first_key;
+  if (row >= 0 && row < table.R) table.rows[table.row(lookups, p)] = row;
+}
 
 // Lookups that a group adds up. A constant, because the order of the sums follows from it.
 constexpr int kTile = 16;
@@ -182,7 +226,7 @@ struct Carries {
 // A lookup of the tile, in shared memory.
 template <class A>
 struct Staged {
-  int64_t key;
+  int64_t row;  // TableGrad::row
   const void* grad_row;
   A factor;
   int32_t table;  // of the launch; -1: none of them, adds nothing
@@ -210,13 +254,13 @@ __device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* 
         RK_UNROLL
         for (int i = 0; i < n; ++i) acc[i] += lookup.factor * widen(rows[u].x[i]);
         const bool last = p + u + 1 == end;
-        if (!last && tile[p + u + 1].key == lookup.key) continue;
+        if (!last && tile[p + u + 1].row == lookup.row) continue;
         if (first && before)
           store<n>(carries.row(tile_index, 0) + d, acc);
         else if (last && after)
           store<n>(carries.row(tile_index, 1) + d, acc);
         else
-          store<n>(static_cast<T*>(table.grad_weight) + (lookup.key - table.first_key) * table.D + d, acc);
+          store<n>(static_cast<T*>(table.sums) + lookup.row * table.stride + d, acc);
         first = false;
         RK_UNROLL
         for (int i = 0; i < n; ++i) acc[i] = A(0);
@@ -235,10 +279,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int per_block = group.per_block() * kTile;
   const int64_t first = int64_t(blockIdx.x) * per_block;
   for (int i = threadIdx.x; i < per_block && first + i < lookups.n; i += kThreads) {
-    Staged<A> lookup{lookups.key(first + i), nullptr, A(0), -1};
-    const int t = find(batch, &TableGrad::first_key, lookup.key);
-    const int64_t row = lookup.key - batch.items[t].first_key;
-    if (lookup.key != lookups.skipped && row >= 0 && row < batch.items[t].R) {
+    Staged<A> lookup{-1, nullptr, A(0), -1};
+    const int64_t key = lookups.key(first + i);
+    const int t = find(batch, &TableGrad::first_key, key);
+    const TableGrad& table = batch.items[t];
+    if (key != lookups.skipped && key >= table.first_key && key < table.first_key + table.R) {
+      lookup.row = table.row(lookups, first + i);
       const Source source = lookups.sources[lookups.order[first + i]];
       lookup.grad_row = source.grad_row;
       lookup.factor = A(source.factor);
@@ -252,8 +298,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (p0 >= lookups.n) return;
   const int size = lookups.n - p0 < kTile ? int(lookups.n - p0) : kTile;
   const Staged<A>* tile = staged + group.index() * kTile;
-  const bool before = p0 > 0 && lookups.key(p0 - 1) == tile[0].key;
-  const bool after = p0 + size < lookups.n && lookups.key(p0 + size) == tile[size - 1].key;
+  const bool before = p0 > 0 && lookups.key(p0 - 1) == lookups.key(p0);
+  const bool after = p0 + size < lookups.n && lookups.key(p0 + size) == lookups.key(p0 + size - 1);
   for (int begin = 0, end; begin < size; begin = end) {
     const int t = tile[begin].table;
     for (end = begin + 1; end < size && tile[end].table == t; ++end) {
@@ -270,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
 // A warp for each tile in which a run begins that goes on. Its groups take the run's tiles in turn.
 template <class T, int n>
-__device__ void join_run(const TableGrad& table, int64_t key, int64_t tile, int64_t tiles,
+__device__ void join_run(const TableGrad& table, int64_t row, int64_t tile, int64_t tiles,
                          Carries<accumulate_t<T>> carries, Group group) {
   using A = accumulate_t<T>;
   const int groups = kLanes >> group.log2_lanes, g = group.index() & (groups - 1);
@@ -282,10 +328,11 @@ __device__ void join_run(const TableGrad& table, int64_t key, int64_t tile, int6
         RK_UNROLL
         for (int k = 0; k < n; ++k) acc[k] += part.x[k];
       }
-    for (int offset = group.lanes(); offset < kLanes; offset *= 2) RK_UNROLL
-    for (int k = 0; k < n; ++k) acc[k] += shuffle_xor(~0u, acc[k], offset);
-    if (g == 0 && d < table.D)
-      store<n>(static_cast<T*>(table.grad_weight) + (key - table.first_key) * table.D + d, acc);
+    for (int offset = group.lanes(); offset < kLanes; offset *= 2) {
+      RK_UNROLL
+      for (int k = 0; k < n; ++k) acc[k] += shuffle_xor(~0u, acc[k], offset);
+    }
+    if (g == 0 && d < table.D) store<n>(static_cast<T*>(table.sums) + row * table.stride + d, acc);
   }
 }
 
@@ -307,10 +354,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t middle = (low + high) / 2;
     (lookups.key(middle * kTile) == key ? low : high) = middle;
   }
+  const int64_t row = table.row(lookups, next - 1);
   if (table.packed)
-    join_run<T, kPack<T>>(table, key, tile, low - tile + 1, carries, Group{log2_lanes});
+    join_run<T, kPack<T>>(table, row, tile, low - tile + 1, carries, Group{log2_lanes});
   else
-    join_run<T, 1>(table, key, tile, low - tile + 1, carries, Group{log2_lanes});
+    join_run<T, 1>(table, row, tile, low - tile + 1, carries, Group{log2_lanes});
 }
 
 }  // namespace cuda

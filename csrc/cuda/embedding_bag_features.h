@@ -171,6 +171,10 @@ inline bool is_floating(ScalarType dtype) {
   return std::find(std::begin(kFloating), std::end(kFloating), dtype) != std::end(kFloating);
 }
 
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
 // Calls body with a null pointer to the type of a floating-point dtype.
 template <class Body>
 void dispatch_floating(ScalarType dtype, const Body& body) {

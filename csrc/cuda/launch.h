@@ -53,12 +53,16 @@ class Device {
     check(cudaGetLastError());
   }
 
-  // What is at `p` when all that was launched before is done; waits for it.
+  // Copies the n values at `p` when all that was launched before is done; waits for it.
+  template <class T>
+  void read(const T* p, size_t n, T* to) const {
+    check(cudaMemcpyAsync(to, p, n * sizeof(T), cudaMemcpyDeviceToHost, stream_));
+    check(cudaStreamSynchronize(stream_));
+  }
   template <class T>
   T read(const T* p) const {
     T value;
-    check(cudaMemcpyAsync(&value, p, sizeof(T), cudaMemcpyDeviceToHost, stream_));
-    check(cudaStreamSynchronize(stream_));
+    read(p, 1, &value);
     return value;
   }
 

@@ -1,4 +1,5 @@
-// Takes the place of csrc/cuda/launch.h: the device is the CPU, a launch runs the kernel under the shim at once.
+// Takes the place of csrc/cuda/launch.h: the device is the CPU, a launch runs the kernel under the shim at
+// once.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -19,11 +20,16 @@ class Device {
   explicit Device(const Tensor&) {}
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, Arguments&&... arguments) const {
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
+              Arguments&&... arguments) const {
     if (blocks == 0) return;
     shim::launch(blocks, kThreads, shared_bytes, [&] { kernel(arguments...); });
   }
 
+  template <class T>
+  void read(const T* p, size_t n, T* to) const {
+    std::copy_n(p, n, to);
+  }
   template <class T>
   T read(const T* p) const {
     return *p;

@@ -14,15 +14,21 @@ import sys
 import torch
 
 from rankkernels import ops, reference
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 from rankkernels.testing import TEST_CASES, TOLERANCE, embedding_bag_case, relative_error
 
 library = torch.library.Library("rankkernels", "IMPL")
 
 
-def call_cuda(name: str) -> None:
-    op = getattr(torch.ops.rankkernels, name).default
+def call_cuda() -> None:
+    """From here on the ops call their CUDA implementations for CPU tensors, and before their pure-PyTorch ones."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    library.impl(name, lambda *args, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
+    for name in (
+        "embedding_bag", "embedding_bag_backward", "embedding_bag_backward_sparse", "embedding_bag_update",
+        "sparse_update",
+    ):  # fmt: skip
+        op = getattr(torch.ops.rankkernels, name).default
+        library.impl(name, lambda *args, op=op, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
 
 
 CASES = [
@@ -50,8 +56,78 @@ def run(function, inputs) -> list[torch.Tensor]:
     return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, used))]
 
 
+def features_of(case, dtype, seed: int = 0):
+    """The arguments of a case's op without its weights and names, the weights, and gradients of its results."""
+    weights, *features = case.arguments(*case.inputs(dtype, seed=seed))[:-1]
+    outs = torch.ops.rankkernels.embedding_bag.default(
+        weights, *features, [f"feature {f}" for f in range(1000)][: len(features[0])]
+    )
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        weights,
+        features,
+        [torch.randn(out.shape, dtype=torch.float64, generator=generator).to(dtype) for out in outs],
+    )
+
+
+def sparse(case, dtype, digest) -> None:
+    """The same bits as the dense gradient, in the rows that were looked up, ascending."""
+    weights, features, grad_outs = features_of(case, dtype)
+    arguments = grad_outs, weights, [w.size(0) for w in weights], *features
+    dense, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
+    rows, values, sparse_grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
+    ids, _, _, tables, modes, padding_idx, frozen_rows = features
+    for t in range(len(weights)):
+        looked_up = [
+            i for f in range(len(ids)) if tables[f] == t for i in ids[f].flatten().tolist()
+            if i != frozen_rows[t] and (modes[f] == 0 or i != padding_idx[f])
+        ]  # fmt: skip
+        assert rows[t].tolist() == sorted(set(looked_up)), case.id
+        assert torch.equal(torch.zeros_like(dense[t]).index_copy(0, rows[t], values[t]), dense[t]), case.id
+        digest.update(values[t].view(torch.uint8).numpy().tobytes())
+    assert all(torch.equal(a, b) for a, b in zip(grad_psw, sparse_grad_psw))
+
+
+def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
+    """Tables and state after two fused steps, and after a step with a sparse gradient."""
+    weights, _, _ = features_of(case, dtype)
+    weights = [torch.cat([w, w], 1)[:, w.size(1) :] for w in weights]  # tables may have gaps between their rows
+    shapes = [w.shape[:1] if optimizer == "rowwise_adagrad" else w.shape for w in weights]
+    count = {"sgd": 0, "adam": 2, "adamw": 2}.get(optimizer, 1)
+    states = [torch.full(s, 0.1, dtype=torch.promote_types(dtype, torch.float32)) for s in shapes for _ in range(count)]
+    kind = OPTIMIZERS.index(optimizer)
+    for step in (1.0, 2.0):
+        _, features, grad_outs = features_of(case, dtype, seed=int(step))
+        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step)]
+        torch.ops.rankkernels.embedding_bag_update.default(grad_outs, weights, states, *features, kind, hyper)
+    rows = torch.arange(0, weights[0].size(0), 2)
+    values = torch.linspace(-1, 1, rows.numel() * weights[0].size(1), dtype=torch.float64).view(rows.numel(), -1)
+    torch.ops.rankkernels.sparse_update.default(
+        weights[0], states[:count], rows, values.to(dtype), kind, [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0]
+    )
+    return [*weights, *states]
+
+
+# Every optimizer in every dtype on hot rows, and in float32 on all forms of features and widths.
+UPDATES = [
+    (case, dtype, optimizer)
+    for case in CASES
+    if "-B40-" in case.id or case.id.startswith(("embedding_bag-3x", "embedding_bag-2x11", "embedding_bag-1x7x300"))
+    for dtype in (TOLERANCE if "-B40-" in case.id else (torch.float32,))
+    for optimizer in OPTIMIZERS
+] + [(CASES[-1], torch.float32, "rowwise_adagrad")]
+
+
 def accuracy() -> None:
     digest = hashlib.sha256()
+    with torch.random.fork_rng():
+        expected_updates = [updated(*update) for update in UPDATES]
+    call_cuda()
+    for update, expected in zip(UPDATES, expected_updates):
+        for i, (a, e) in enumerate(zip(updated(*update), expected)):
+            error = relative_error(a, e)
+            assert error <= TOLERANCE[update[1]], f"{update[0].id} {update[1:]}: table or state {i} is off by {error}"
+            digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
     for case in CASES:
         for dtype, tolerance in TOLERANCE.items():
             inputs = case.inputs(dtype)
@@ -63,6 +139,7 @@ def accuracy() -> None:
                 error = relative_error(a, e)
                 assert error <= tolerance, f"{case.id} {dtype}: output or gradient {i} is off by {error}"
                 digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
+            sparse(case, dtype, digest)
     mixed_dtypes()
     layouts()
     print("digest", digest.hexdigest())
@@ -102,6 +179,7 @@ def layouts() -> None:
 
 def bad_ids() -> None:
     """Ids outside the table and offsets outside the ids are not followed, forward or backward."""
+    call_cuda()
     weight = torch.randn(5, 4, requires_grad=True)
     ids = torch.tensor([[0, 5, 1], [-1, 2, 2**40], [4, 4, -(2**62)]])
     out = ops.embedding_bag(weight, ids, mode="sum")
@@ -118,6 +196,7 @@ def bad_ids() -> None:
 
 
 def bad_arguments() -> None:
+    call_cuda()
     weight, ids = torch.randn(5, 4), torch.tensor([[0, 1], [2, 3]])
     for arguments, expected in (
         ({"indices": ids.float()}, "embedding_bag: indices must be int32 or int64, got"),
@@ -142,6 +221,4 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for name in ("embedding_bag", "embedding_bag_backward"):
-        call_cuda(name)
     {"accuracy": accuracy, "bad_ids": bad_ids, "bad_arguments": bad_arguments}[sys.argv[2]]()

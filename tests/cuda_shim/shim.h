@@ -1,10 +1,11 @@
-// CUDA C++ kernels on the CPU, for tests: a fiber for each CUDA thread, one block after another, one OS thread.
+// CUDA C++ kernels on the CPU, for tests: a fiber for each CUDA thread, one block after another, one OS
+// thread.
 //
-// What it finds, with the sanitizers: reads and writes out of bounds, of shared memory too, which is a heap buffer
-// of the launch's exact size (ASan); misaligned vector accesses (UBSan); barriers and shuffles that not all threads
-// reach (reported here as a deadlock); shared memory read before it is written (it starts as NaN bytes); and races,
-// because threads run in the order SHIM_ORDER, forward, reverse or a number that seeds a random one, each as far as
-// its next barrier or shuffle, and the blocks in that order too.
+// What it finds, with the sanitizers: reads and writes out of bounds, of shared memory too, which is a heap
+// buffer of the launch's exact size (ASan); misaligned vector accesses (UBSan); barriers and shuffles that
+// not all threads reach (reported here as a deadlock); shared memory read before it is written (it starts as
+// NaN bytes); and races, because threads run in the order SHIM_ORDER, forward, reverse or a number that seeds
+// a random one, each as far as its next barrier or shuffle, and the blocks in that order too.
 #pragma once
 
 #include <sanitizer/common_interface_defs.h>
@@ -39,8 +40,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
-  unsigned mask;         // of the shuffle it waits at
-  uint64_t values[2];    // given to this shuffle and to the one before, which others may still read
+  unsigned mask;       // of the shuffle it waits at
+  uint64_t values[2];  // given to this shuffle and to the one before, which others may still read
   unsigned shuffles;   // so far
 };
 
@@ -175,7 +176,8 @@ inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, std::
         if (b.fibers[t]->state == State::kRuns) resume(t);
     } while (release_shuffles() || release_barrier());
     for (unsigned t = 0; t < threads; ++t)
-      if (b.fibers[t]->state != State::kDone) fail("deadlock: a barrier or shuffle that not all threads reach", t);
+      if (b.fibers[t]->state != State::kDone)
+        fail("deadlock: a barrier or shuffle that not all threads reach", t);
   }
 }
 
@@ -193,7 +195,8 @@ T __shfl_xor_sync(unsigned mask, T value, int offset, int width) {
   const unsigned me = b.current, lane = me % shim::kWarp, source = lane ^ offset;
   shim::Fiber& fiber = *b.fibers[me];
   if (!(mask >> lane & 1)) shim::fail("a lane is not in the mask of its own shuffle", me);
-  if (source / width != lane / width || !(mask >> source & 1)) shim::fail("a shuffle reads a lane that is not in its mask", me);
+  if (source / width != lane / width || !(mask >> source & 1))
+    shim::fail("a shuffle reads a lane that is not in its mask", me);
   const unsigned slot = fiber.shuffles++ % 2;
   std::memcpy(&fiber.values[slot], &value, sizeof(T));
   fiber.mask = mask;
