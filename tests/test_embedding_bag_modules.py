@@ -194,7 +194,23 @@ def test_bad_input_of_embedding_bag():
         module(torch.zeros(2, 3).long(), torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"input must be \[B, L\] without offsets or \[N\] with them"):
         module(torch.zeros(6).long())
-    with pytest.raises(ValueError, match="offsets end at 7, outside the 6 ids"):
-        module(torch.zeros(6).long(), torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match=r"offsets must be \[B \+ 1\], got \[0\]"):
+        module(torch.zeros(6).long(), torch.zeros(0).long())
     with pytest.raises(IndexError, match=r"input\[4\] = 5 is out of range for a table with 5 rows"):
         module(torch.arange(1, 7), torch.tensor([0, 6]))
+
+
+def test_modules_compile():
+    ids, offsets = torch.randint(0, 30, (9,)), torch.tensor([0, 2, 5, 9])
+    bag = rk.EmbeddingBag(30, 7, mode="sum", include_last_offset=True, padding_idx=2)
+    tables = rk.TableBatchedEmbeddingBag([30, 40], 8, modes=["sum", "mean"])
+    for module, inputs in ((bag, (ids, offsets)), (tables, ([ids.view(3, 3), ids.view(3, 3)],))):
+        torch._dynamo.reset()
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (module, compiled):
+            out = function(*inputs)
+            results.append([out, *torch.autograd.grad(out.sin().sum(), list(module.parameters()))])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+        exported = torch.export.export(module, inputs).module()
+        assert torch.equal(exported(*inputs), module(*inputs))

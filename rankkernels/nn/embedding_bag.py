@@ -25,7 +25,8 @@ class EmbeddingBag(nn.EmbeddingBag):
 
         Raises:
             IndexError: an id outside the table.
-            ValueError: offsets beside 2-D input, or none beside 1-D input.
+            ValueError: offsets beside 2-D input, or none beside 1-D input, or an empty list of them with
+                ``include_last_offset``.
             RuntimeError: shapes or dtypes that do not fit, offsets that decrease or end beyond the ids.
         """
         if self.scale_grad_by_freq:
@@ -35,19 +36,12 @@ class EmbeddingBag(nn.EmbeddingBag):
                 f"EmbeddingBag: input must be [B, L] without offsets or [N] with them, got shape {list(input.shape)} "
                 f"and {'none' if offsets is None else list(offsets.shape)}"
             )
-        if self.include_last_offset and offsets is not None:
-            if offsets.numel() == 0:
-                raise ValueError("EmbeddingBag: with include_last_offset, offsets must be [B + 1], got [0]")
-            if offsets.device.type == "cpu" and (end := int(offsets[-1])) != input.numel():
-                if not 0 <= end <= input.numel():
-                    raise ValueError(f"EmbeddingBag: offsets end at {end}, outside the {input.numel()} ids")
-                input = input[:end]
-                per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
-            offsets = offsets[:-1]
+        if self.include_last_offset and offsets is not None and offsets.numel() == 0:
+            raise ValueError("EmbeddingBag: with include_last_offset, offsets must be [B + 1], got [0]")
         if self.max_norm is not None:
             with torch.no_grad():
                 torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
-        return ops.table_batched_embedding_bag(
+        (out,) = ops.table_batched_embedding_bag(
             [self.weight],
             [input],
             modes=[self.mode],
@@ -58,7 +52,9 @@ class EmbeddingBag(nn.EmbeddingBag):
             names=["input"],
             sparse=self.sparse,
             optimizer=self.fused_optimizer,
-        )[0]
+        )
+        # The last offset ends the last bag: what comes after it is a bag of its own to the op.
+        return out[:-1] if self.include_last_offset and offsets is not None else out
 
 
 class TableBatchedEmbeddingBag(nn.Module):
