@@ -1,8 +1,8 @@
 """DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, share of the sgemm rate.
 
 Every contender computes the same attention on the same random inputs, and what they return is compared before anything
-is timed. The flops are those that the identity of csrc/cpu/din_attention.h needs. torch-rechub knows no lengths: where the
-histories are short it gets zeros for padding, which is what its users do.
+is timed. The flops are those that the identity of csrc/cpu/din_attention.h needs. torch-rechub knows no lengths: where
+the histories are short it gets zeros for padding, which is what its users do.
 """
 
 from __future__ import annotations

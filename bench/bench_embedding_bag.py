@@ -40,7 +40,7 @@ def make_ids(shape: Shape, skew: float) -> list[torch.Tensor]:
 
 
 def fbgemm(shape: Shape, weights, ids):
-    """FBGEMM's operator on copies of the tables, or None where it is not installed."""
+    """FBGEMM's operator on copies of the tables, with row-wise Adagrad, or None where it is not installed."""
     try:
         from fbgemm_gpu.split_embedding_configs import EmbOptimType
         from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
@@ -58,7 +58,12 @@ def fbgemm(shape: Shape, weights, ids):
         own.copy_(weight.detach())
     values = torch.cat([i.flatten() for i in ids])
     offsets = torch.arange(0, values.numel() + 1, shape.L)
-    return lambda: module(values, offsets)
+
+    def forward():
+        return module(values, offsets)
+
+    forward.weights = module.split_embedding_weights()
+    return forward
 
 
 def make(shape: Shape, skew: float):
@@ -104,6 +109,51 @@ def test_dense_gradient(shape, skew, threads, race):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     medians = race(lambda: step(ours), {"EmbeddingBag": lambda: step(contenders["EmbeddingBag"])})
     race.report(medians)
+
+
+@SHAPES
+@SKEWS
+def test_fused_step(shape, skew, threads, race):
+    """Forward, backward and row-wise Adagrad; our Adam beside it, and torch's sparse Adagrad."""
+    ids = make_ids(shape, skew)
+    grad_out = torch.randn(shape.B, shape.tables * shape.D)
+
+    def fused(optimizer):
+        module = rk.TableBatchedEmbeddingBag([shape.rows] * shape.tables, shape.D)
+        rk.optim.fuse(module, optimizer(module.parameters(), lr=0.01))
+        return module, lambda: module(ids).backward(grad_out)
+
+    module, ours = fused(rk.optim.RowWiseAdagrad)
+    _, adam = fused(rk.optim.Adam)
+    contenders = {"our Adam": adam}
+    theirs = fbgemm(shape, module.weights, ids)
+    if theirs is not None:
+        contenders = {"FBGEMM": lambda: theirs().backward(grad_out), **contenders}
+        contenders["FBGEMM"](), ours()
+        for a, b in zip(module.weights, theirs.weights):
+            torch.testing.assert_close(a.detach(), b)
+    bags = nn.ModuleList(nn.EmbeddingBag(shape.rows, shape.D, mode="sum", sparse=True) for _ in ids)
+    adagrad = torch.optim.Adagrad(bags.parameters(), lr=0.01)
+
+    def torchs():
+        adagrad.zero_grad()
+        torch.cat([bag(i) for bag, i in zip(bags, ids)], 1).backward(grad_out)
+        adagrad.step()
+
+    contenders["torch Adagrad"] = torchs
+    medians = race(ours, contenders)
+    race.report(ratios(medians, *contenders))
+
+
+@pytest.mark.parametrize("rows", [100_000, 1_000_000, 10_000_000])
+def test_time_does_not_grow_with_rows(rows, threads, race):
+    """The same lookups in larger tables: fused Adam on one table of width 16, 65536 ids."""
+    module = rk.TableBatchedEmbeddingBag([rows], 16)
+    rk.optim.fuse(module, rk.optim.Adam(module.parameters(), lr=0.01))
+    ids = [torch.randint(0, rows, (65536, 1))]
+    grad_out = torch.randn(65536, 16)
+    medians = race(lambda: module(ids).backward(grad_out), {})
+    race.report(ratios(medians))
 
 
 @pytest.mark.parametrize("B", [16, 4096])

@@ -1,5 +1,6 @@
 """Fused kernels for click-through-rate ranking models, behind layers that drop into torch-rechub models."""
 
+from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.accelerate import accelerate
 from rankkernels.models import DIN, DeepFM
@@ -10,12 +11,14 @@ from rankkernels.nn import (
     ActivationUnit,
     DenseFeature,
     Dice,
+    EmbeddingBag,
     EmbeddingLayer,
     Pretrained,
     RandomNormal,
     RandomUniform,
     SequenceFeature,
     SparseFeature,
+    TableBatchedEmbeddingBag,
     XavierNormal,
     XavierUniform,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "DeepFM",
     "DenseFeature",
     "Dice",
+    "EmbeddingBag",
     "EmbeddingLayer",
     "Pretrained",
     "RandomNormal",
@@ -38,6 +42,7 @@ __all__ = [
     "ReferenceWarning",
     "SequenceFeature",
     "SparseFeature",
+    "TableBatchedEmbeddingBag",
     "XavierNormal",
     "XavierUniform",
     "__version__",
@@ -45,5 +50,6 @@ __all__ = [
     "din_attention",
     "embedding_bag",
     "fm_interaction",
+    "optim",
     "table_batched_embedding_bag",
 ]

@@ -237,3 +237,13 @@ def test_layer_in_one_piece_is_the_features_apart():
             torch.autograd.grad(out, parameters, grad_out), torch.autograd.grad(apart, parameters, grad_out)
         ):
             assert torch.equal(a, b)
+
+
+def test_layer_compiles():
+    features = [rk.SparseFeature("a", 9, 4), rk.SparseFeature("b", 9, 4), rk.DenseFeature("d")]
+    layer = rk.EmbeddingLayer(features)
+    x = {"a": torch.randint(0, 9, (6,)), "b": torch.randint(0, 9, (6,)), "d": torch.rand(6)}
+    for squeeze_dim in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda x, s=squeeze_dim: layer(x, features, s), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x, features, squeeze_dim))

@@ -14,7 +14,7 @@ RK_DECLARE_ISA(template <class T, class I> void embedding_bags(const Bags&, cons
 static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
                                  const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                 bool concat) {
+                                 bool concat, bool /* sparse: how the backward is to be */) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        &names};
   Features features(args, weights.size());

@@ -40,11 +40,26 @@ struct Runs {
   }
 };
 
-// A table in the backward: key first_key + r is its row r.
+enum Optimizer : int64_t { kSGD = 0, kAdagrad = 1, kRowWiseAdagrad = 2, kAdam = 3, kAdamW = 4 };
+
+// An optimizer's step on a table; embedding_bag_update.h has the formulas.
+struct Update {
+  Optimizer optimizer;
+  void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr;
+  void *state1, *state2;  // [R, D], or [R] for row-wise Adagrad; null where there is none
+  double lr, beta1, beta2, eps, weight_decay, step, inverse_root;
+};
+
+// A table in the backward: key first_key + r is its row r. The sum of a row goes to grad_weight [R, D],
+// dense; or, with `rows`, to the next free row of grad_weight [number of distinct rows, D], r itself into
+// `rows`; or, with `update`, into the table.
 struct TableGrad {
   uint64_t first_key;
   int64_t D;
-  void* grad_weight;  // [R, D], contiguous
+  void* grad_weight;
+  int64_t* rows;
+  const Update* update;
 };
 
 }  // namespace rk

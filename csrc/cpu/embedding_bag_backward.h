@@ -15,6 +15,7 @@
 #pragma once
 
 #include "embedding_bag_args.h"
+#include "embedding_bag_update.h"
 #include "fm_interaction.h"
 #include "vec.h"
 
@@ -58,76 +59,78 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
   });
 }
 
-// Where a row of a dense gradient is summed: in place, or for 16-bit types in `scratch`, to be rounded once.
+RK_INLINE void narrow_row(float*, const float*, int64_t) {}  // was summed in place
+RK_INLINE void narrow_row(double*, const double*, int64_t) {}
 template <class T>
-struct DenseRows {
-  using A = typename Traits<T>::scalar;
-  T* grad_weight;
-  int64_t D;
-  A* scratch;
-
-  A* place(int64_t row) const { return place(grad_weight + row * D); }
-  void finish(int64_t row, const A* sum) const { finish(grad_weight + row * D, sum); }
-
- private:
-  A* place(A* row) const { return row; }
-  template <class Narrow>
-  A* place(Narrow*) const {
-    return scratch;
-  }
-  void finish(A*, const A*) const {}
-  template <class Narrow>
-  void finish(Narrow* row, const A* sum) const {
-    for (int64_t d = 0; d < D; ++d) assign(row[d], sum[d]);
-  }
-};
+RK_INLINE void narrow_row(T* row, const float* sum, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) assign(row[d], sum[d]);
+}
+RK_INLINE float* place_of(float* row, float*) { return row; }
+RK_INLINE double* place_of(double* row, double*) { return row; }
+template <class T>
+RK_INLINE float* place_of(T*, float* scratch) {
+  return scratch;
+}
 
 }  // namespace runs
 
-// Sorted lookups [p0, p1): the part of one tile that belongs to one table. carries [2, D].
+// Sorted lookups [p0, p1): the part of one tile that belongs to one table. carries [2, D]; `distinct` is the
+// number of the table's rows before the first run that starts here.
 template <class T>
-void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, void* carries,
-                      void* scratch) {
+void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t distinct,
+                      void* carries, void* scratch) {
   using A = typename Traits<T>::scalar;
   A *left = static_cast<A*>(carries), *right = left + table.D;
-  const runs::DenseRows<T> rows{static_cast<T*>(table.grad_weight), table.D, static_cast<A*>(scratch)};
   for (int64_t p = p0, q; p < p1; p = q) {
     const uint64_t key = runs.key(p);
     for (q = p + 1; q < p1 && runs.key(q) == key; ++q) {
     }
-    if (p > 0 && runs.key(p - 1) == key)
+    if (p > 0 && runs.key(p - 1) == key) {
       runs::sum_run<T>(runs, p, q, table.D, left);
-    else if (q < runs.n && runs.key(q) == key)
+      continue;
+    }
+    const int64_t row = static_cast<int64_t>(key - table.first_key), place = table.rows ? distinct++ : row;
+    if (table.rows) table.rows[place] = row;
+    if (q < runs.n && runs.key(q) == key) {
       runs::sum_run<T>(runs, p, q, table.D, right);
-    else {
-      const int64_t row = static_cast<int64_t>(key - table.first_key);
-      A* sum = rows.place(row);
+    } else if (table.update) {
+      if (p + runs::kAhead < p1)
+        update::prefetch<T>(*table.update, table.D,
+                            static_cast<int64_t>(runs.key(p + runs::kAhead) - table.first_key));
+      runs::sum_run<T>(runs, p, q, table.D, static_cast<A*>(scratch));
+      update::update_row<T>(*table.update, table.D, row, static_cast<const A*>(scratch));
+    } else {
+      T* grad = static_cast<T*>(table.grad_weight) + place * table.D;
+      A* sum = runs::place_of(grad, static_cast<A*>(scratch));
       runs::sum_run<T>(runs, p, q, table.D, sum);
-      rows.finish(row, sum);
+      runs::narrow_row(grad, sum, table.D);
     }
   }
 }
 
 // The run that starts in a tile and goes on after it, at p1: its carries, the first at `carries` ([2, D], one
-// tile's pair), added up. Tiles have `tile` lookups, pairs lie `stride` bytes apart.
+// tile's pair), added up. Tiles have `tile` lookups, pairs lie `stride` bytes apart; `distinct` is the number
+// of the table's rows before it.
 template <class T>
-void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_t tile, char* carries,
-                    int64_t stride) {
+void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_t tile, int64_t distinct,
+                    char* carries, int64_t stride) {
   using A = typename Traits<T>::scalar;
   const uint64_t key = runs.key(p1);
+  const int64_t row = static_cast<int64_t>(key - table.first_key);
   A* sum = reinterpret_cast<A*>(carries) + table.D;
   for (int64_t p = p1; p < runs.n && runs.key(p) == key; p += tile) {
     carries += stride;
     const A* left = reinterpret_cast<const A*>(carries);
     for (int64_t d = 0; d < table.D; ++d) sum[d] += left[d];
   }
-  T* row = static_cast<T*>(table.grad_weight) + static_cast<int64_t>(key - table.first_key) * table.D;
-  for (int64_t d = 0; d < table.D; ++d) assign(row[d], sum[d]);
+  if (table.update) return update::update_row<T>(*table.update, table.D, row, sum);
+  T* grad = static_cast<T*>(table.grad_weight) + (table.rows ? distinct : row) * table.D;
+  for (int64_t d = 0; d < table.D; ++d) assign(grad[d], sum[d]);
 }
 
-#define RK_INSTANTIATE(T)                                                                           \
-  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, void*, void*); \
-  template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, char*, int64_t);
+#define RK_INSTANTIATE(T)                                                                                    \
+  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, void*, void*); \
+  template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t);
 RK_INSTANTIATE(float)
 RK_INSTANTIATE(double)
 RK_INSTANTIATE(rk::fp16)

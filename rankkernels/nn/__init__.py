@@ -2,6 +2,7 @@
 
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer
+from rankkernels.nn.embedding_bag import EmbeddingBag, TableBatchedEmbeddingBag
 from rankkernels.nn.features import (
     DenseFeature,
     Pretrained,
@@ -21,12 +22,14 @@ __all__ = [
     "ActivationUnit",
     "DenseFeature",
     "Dice",
+    "EmbeddingBag",
     "EmbeddingLayer",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
     "SequenceFeature",
     "SparseFeature",
+    "TableBatchedEmbeddingBag",
     "XavierNormal",
     "XavierUniform",
 ]

@@ -87,6 +87,7 @@ class EmbeddingLayer(nn.Module):
             and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
     """
 
+    fused_optimizer = None  # see rankkernels.optim.fuse
     _plans: tuple[_Plan, ...] = ()
 
     def __init__(self, features: Sequence):
@@ -179,6 +180,7 @@ class EmbeddingLayer(nn.Module):
                 padding_idx=[plan.lookups[i].padding_idx for i in fused],
                 frozen_rows=[tables[t].padding_idx for t in place],
                 names=[plan.names[i] for i in fused],
+                optimizer=self.fused_optimizer,
             )
             for i, e in zip(fused, embeddings):
                 found[i] = e

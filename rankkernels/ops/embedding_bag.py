@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +16,26 @@ from rankkernels.ops._library import lib, notice_reference, vjp
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
 # without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
 # (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
-# ``names`` are the features' names for error messages. ``concat`` gives one tensor [B, sum of the widths] instead.
+# ``names`` are the features' names for error messages. ``concat`` gives one tensor [B, sum of the widths] instead,
+# ``sparse`` makes the tables' gradients sparse.
 # ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
 # as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
-_FEATURES = (
+FEATURES = (
     "Tensor[] indices, Tensor[] offsets, Tensor[] per_sample_weights, int[] tables, int[] modes, int[] padding_idx, "
     "int[] frozen_rows"
 )
-lib.define(f"embedding_bag(Tensor[] weights, {_FEATURES}, str[] names, *, bool concat=False) -> Tensor[]")
+lib.define(
+    f"embedding_bag(Tensor[] weights, {FEATURES}, str[] names, *, bool concat=False, bool sparse=False) -> Tensor[]"
+)
 # ``weights`` are given to the backward only where it needs their values: for max pooling and per-sample weights.
 lib.define(
-    f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {_FEATURES}) "
+    f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {FEATURES}) "
     "-> (Tensor[] grad_weights, Tensor[] grad_per_sample_weights)"
+)
+# The same gradients as rows that were looked up, ascending, and their values: coalesced.
+lib.define(
+    f"embedding_bag_backward_sparse(Tensor?[] grad_outs, Tensor[] weights, int[] rows, {FEATURES}) "
+    "-> (Tensor[] grad_rows, Tensor[] grad_values, Tensor[] grad_per_sample_weights)"
 )
 
 #: Pooling modes, by their number in the schema; "none" looks every id up on its own.
@@ -114,7 +123,20 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
 
 
 @torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False):
+def _(
+    weights,
+    indices,
+    offsets,
+    per_sample_weights,
+    tables,
+    modes,
+    padding_idx,
+    frozen_rows,
+    names,
+    *,
+    concat=False,
+    sparse=False,
+):
     _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     of_feature = [weights[t] for t in tables]
     bags = [_bags(f, ids, offsets, modes) if ids.dim() else 1 for f, ids in enumerate(indices)]
@@ -150,7 +172,20 @@ def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False):
+def _(
+    weights,
+    indices,
+    offsets,
+    per_sample_weights,
+    tables,
+    modes,
+    padding_idx,
+    frozen_rows,
+    names,
+    *,
+    concat=False,
+    sparse=False,
+):
     _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     notice_reference("embedding_bag", weights[0])
     for f, ids in enumerate(indices):
@@ -198,12 +233,28 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return [like.new_empty(0) if g is None else g.contiguous() for g in grad_weights], grad_per_sample_weights
 
 
+@torch.library.impl(lib, "embedding_bag_backward_sparse", "CompositeExplicitAutograd")
+def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    dense, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(
+        grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows
+    )
+    touched = [[] for _ in rows]
+    for f, t in enumerate(tables):
+        if grad_outs[f] is not None:
+            ids = indices[f].flatten().long()
+            padding = padding_idx[f] if MODES[modes[f]] != "none" else -1
+            touched[t].append(ids[(ids != padding) & (ids != frozen_rows[t])])
+    grad_rows = [torch.cat(ids).unique() if ids else dense[0].new_empty(0, dtype=torch.int64) for ids in touched]
+    return grad_rows, [g[r] for g, r in zip(dense, grad_rows)], grad_psw
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
     by_value = any(MODES[m] == "max" for m in modes) or any(w.numel() for w in lists[2])
     lists = [weights if by_value else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
+    ctx.sparse = keyword_only_inputs["sparse"]
     ctx.widths = [weights[t].size(1) for t in tables] if keyword_only_inputs["concat"] else None
     ctx.save_for_backward(*(t for values in lists for t in values))
 
@@ -216,9 +267,17 @@ def _backward(ctx, grad_outs):
     used = {ctx.features[0][f] for f, g in enumerate(grad_outs) if g is not None}
     grad_weights, grad_psw = [None] * len(ctx.rows), [None] * len(per_sample_weights)
     if used:
-        grad_weights, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(
-            grad_outs, weights, ctx.rows, indices, offsets, per_sample_weights, *ctx.features
-        )
+        arguments = grad_outs, weights, ctx.rows, indices, offsets, per_sample_weights, *ctx.features
+        if ctx.sparse:
+            grad_rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
+            grad_weights = [
+                torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
+                if t in used
+                else None
+                for t, (r, v, n) in enumerate(zip(grad_rows, values, ctx.rows))
+            ]
+        else:
+            grad_weights, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
     grad_weights = [g if t in used else None for t, g in enumerate(grad_weights)]
     return grad_weights, [None] * len(indices), [None] * len(offsets), grad_psw, *[None] * 5
 
@@ -226,12 +285,55 @@ def _backward(ctx, grad_outs):
 torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
 
 
-def call(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat):
+class Optimizer(Protocol):
+    """What ``table_batched_embedding_bag`` needs of an optimizer: see ``rankkernels.optim``."""
+
+    def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
+        """Steps on ``weights``; ``lists`` and ``features`` are the op's other arguments. -> its gradients."""
+
+
+class _Updating(torch.autograd.Function):
+    """The op with an optimizer's step in its backward; the tables themselves get no gradient."""
+
+    @staticmethod
+    def forward(ctx, optimizer, features, names, concat, lengths, *tensors):
+        it = iter(tensors)
+        lists = [[next(it) for _ in range(n)] for n in lengths]
+        ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
+        ctx.widths = [lists[0][t].size(1) for t in features[0]] if concat else None
+        ctx.set_materialize_grads(False)
+        by_value = any(MODES[m] == "max" for m in features[1]) or any(w.numel() for w in lists[3])
+        ctx.save_for_backward(*tensors[lengths[0] :], *(lists[0] if by_value else []))  # these must not have changed
+        return tuple(torch.ops.rankkernels.embedding_bag.default(*lists, *features, names, concat=concat))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grad_outs):
+        saved = iter(ctx.saved_tensors)
+        lists = [[next(saved) for _ in range(n)] for n in ctx.lengths[1:]]
+        if ctx.widths:
+            grad_outs = [None] * len(ctx.widths) if grad_outs[0] is None else grad_outs[0].split(ctx.widths, 1)
+        grad_psw = [None] * len(lists[2])
+        if any(g is not None for g in grad_outs):
+            grad_psw = ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
+        return *[None] * (5 + sum(ctx.lengths[:3])), *grad_psw
+
+
+def call(
+    weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=False,
+    sparse=False, optimizer=None,
+):  # fmt: skip
     """The op on arguments in the schema's own form."""
     try:
+        if optimizer is not None and torch.is_grad_enabled():
+            lists = weights, indices, offsets, per_sample_weights
+            features = tables, modes, padding_idx, frozen_rows
+            tensors = [t for values in lists for t in values]
+            return list(_Updating.apply(optimizer, features, names, concat, [len(v) for v in lists], *tensors))
         return torch.ops.rankkernels.embedding_bag.default(
-            weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=concat
-        )
+            weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
+            concat=concat, sparse=sparse,
+        )  # fmt: skip
     except RuntimeError as error:  # the C++ interface has this type alone; nn.Embedding raises an IndexError
         message = str(error)
         if "is out of range" not in message:
@@ -251,6 +353,8 @@ def table_batched_embedding_bag(
     frozen_rows: Sequence[int | None] | None = None,
     names: Sequence[str] | None = None,
     concat: bool = False,
+    sparse: bool = False,
+    optimizer: Optimizer | None = None,
 ) -> list[Tensor]:
     """Many features looked up in many tables, in one call.
 
@@ -263,11 +367,15 @@ def table_batched_embedding_bag(
         offsets: where the bags of a pooled feature start, [B], or None.
         per_sample_weights: factors of the shape of the indices for a sum or a mean, or None. The mean divides by the
             number of ids.
-        padding_idx: the id that a feature's pooling leaves out, or None.
-        frozen_rows: the row of a table that gets no gradient, or None.
+        padding_idx: the id that a feature's pooling leaves out, or None; negative ones count from the table's end.
+        frozen_rows: the row of a table that gets no gradient, or None; negative ones likewise.
         names: what error messages call the features; by default indices[0], indices[1], ...
         concat: write all features side by side into one tensor. Each must be pooled or have 1-D indices, with one
             number of bags and one dtype for all.
+        sparse: give the tables sparse gradients, coalesced, as ``torch.optim.SparseAdam``, ``Adagrad`` and ``SGD`` take
+            them.
+        optimizer: one of ``rankkernels.optim``, to step on the rows looked up in the backward itself; the tables get
+            no ``grad`` then.
 
     Returns:
         One tensor a feature: indices.shape + [D] for mode none, [B, D] otherwise; an empty bag is zeros. With
@@ -276,6 +384,7 @@ def table_batched_embedding_bag(
     Raises:
         IndexError: an id outside its table (on the CPU; other devices have their own report).
         RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: an unknown mode, a padding index that is no row.
     """
     n, absent = len(indices), weights[0].new_empty(0) if weights else None
     for mode in modes:
@@ -287,20 +396,32 @@ def table_batched_embedding_bag(
             return []
         return [absent if v is None else v for v in values]
 
-    def numbers(values, count):
-        return [-1] * count if values is None else [-1 if v is None else v for v in values]
+    tables = list(range(n)) if tables is None else tables
+
+    def rows(what, values, table_of):
+        if values is None:
+            return [-1] * len(table_of)
+        found = []
+        for value, t in zip(values, table_of):
+            R = weights[t].size(0) if weights[t].dim() == 2 else 0
+            if value is not None and not -R <= value < R:
+                raise ValueError(f"embedding_bag: {what} {value} is no row of a table with {R} rows")
+            found.append(-1 if value is None else value % R)
+        return found
 
     return call(
         weights,
         indices,
         tensors(offsets),
         tensors(per_sample_weights),
-        list(range(n)) if tables is None else tables,
+        tables,
         [MODES.index(m) for m in modes],
-        numbers(padding_idx, n),
-        numbers(frozen_rows, len(weights)),
+        rows("padding_idx", padding_idx, tables),
+        rows("frozen_rows", frozen_rows, range(len(weights))),
         [f"indices[{f}]" for f in range(n)] if names is None else names,
         concat,
+        sparse,
+        optimizer,
     )
 
 
@@ -312,6 +433,7 @@ def embedding_bag(
     mode: str = "mean",
     per_sample_weights: Tensor | None = None,
     padding_idx: int | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """Pooled rows of one table: weight [R, D], indices [B, L] or [N] with offsets [B] -> [B, D].
 
@@ -327,4 +449,5 @@ def embedding_bag(
         padding_idx=[padding_idx],
         frozen_rows=[padding_idx],
         names=["indices"],
+        sparse=sparse,
     )[0]

@@ -1,0 +1,256 @@
+// The kernels and the mathematics are in embedding_bag_backward.h and embedding_bag.h.
+#include "embedding_bag_runs.h"
+
+#include <cstring>
+
+#include "dispatch.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T, class I>
+               void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T, class I>
+               void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T>
+               void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, void*, void*))
+RK_DECLARE_ISA(template <class T>
+               void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t))
+
+// Lookups of a tile. A constant: the order of the sums follows from it.
+constexpr int64_t kTile = 256;
+
+static const Tensor& first_of(const OptionalTensors& tensors) {
+  const auto given = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return bool(t); });
+  STD_TORCH_CHECK(given != tensors.end(), "embedding_bag_backward: grad_outs has no gradient");
+  return **given;
+}
+
+BackwardArgs::BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows,
+                           const FeatureArgs& args)
+    : args(args), features(args, rows.size()), rows(rows), any(first_of(grad_outs)) {
+  const size_t n = args.indices.size();
+  STD_TORCH_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ",
+                  n, ", got ", grad_outs.size());
+  grads.assign(n, any);
+  for (const Tensor& w : weights) tables.push_back(unit_stride_rows(w));
+  widths.assign(rows.size(), 0);
+  like.assign(rows.size(), nullptr);
+  for (size_t f = 0; f < n; ++f) {
+    Bags& bag = features.bags[f];
+    bag.R = rows[args.tables[f]];
+    if (!grad_outs[f]) {
+      bag.B = 0;  // adds nothing
+      continue;
+    }
+    RK_CHECK_FLOATING("embedding_bag_backward", *grad_outs[f]);
+    grads[f] = unit_stride_rows(*grad_outs[f]);
+    const Tensor& grad = grads[f];
+    const int64_t D = grad.size(grad.dim() - 1), t = args.tables[f];
+    STD_TORCH_CHECK(grad.dim() > 1 && grad.numel() == bag.B * D && (!like[t] || D == widths[t]),
+                    "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B,
+                    " bags");
+    STD_TORCH_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(),
+                    "embedding_bag_backward: grad_outs[", f,
+                    "] has another dtype than the others of its table");
+    widths[t] = bag.D = D;
+    like[t] = &grad;
+    bag.out = const_cast<void*>(grad.const_data_ptr());
+    bag.stride_ob = grad.dim() == 2 ? grad.stride(0) : D;
+    if (bag.mode == kMax || bag.per_sample_weights) {
+      STD_TORCH_CHECK(weights.size() == rows.size(),
+                      "embedding_bag_backward: weights must have one entry a table, ", rows.size(), ", got ",
+                      weights.size());
+      const Tensor& w = tables[t];
+      STD_TORCH_CHECK(
+          w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
+          "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
+          name_of(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
+          " and dtype ", name_of(grad.scalar_type()));
+      bag.weight = w.const_data_ptr();
+      bag.stride_wr = w.stride(0);
+      features.check_factors(args, f, grad.scalar_type());
+    }
+  }
+}
+
+Tensors BackwardArgs::factor_grads() const {
+  Tensors grad_factors;
+  for (const Tensor& w : args.per_sample_weights)
+    grad_factors.push_back(torch::stable::new_empty(w, w.sizes()));
+  zero(grad_factors);
+  const BagTasks plan(features);
+  run_tasks(grad_factors.empty() ? 0 : plan.tasks.size(), plan.work, [&](int64_t task) {
+    const auto [f, b0, b1] = plan.tasks[task];
+    const Bags& bag = features.bags[f];
+    if (!bag.per_sample_weights) return;
+    dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
+      dispatch_floating(grads[f].scalar_type(), [&](auto* type) {
+        auto* grad_factor = static_cast<decltype(type)>(grad_factors[f].mutable_data_ptr());
+        RK_DISPATCH_ISA(embedding_factor_grad, bag, ids, grad_factor, b0, b1);
+      });
+    });
+  });
+  return grad_factors;
+}
+
+SortedLookups::SortedLookups(const BackwardArgs& backward) {
+  const FeatureArgs& args = backward.args;
+  const Features& features = backward.features;
+  const Tensors& grads = backward.grads;
+  const size_t n = features.bags.size();
+  first_key_.assign(1, 0);
+  for (const int64_t r : backward.rows) first_key_.push_back(first_key_.back() + r);
+  const uint64_t skipped = first_key_.back();
+  std::vector<int64_t> first(1, 0);  // lookup of each feature
+  bool scaled = false;
+  max_grad_rows_.resize(n, grads[0]);
+  Tensors kept;
+  std::vector<const double*> weights(n);
+  for (size_t f = 0; f < n; ++f) {
+    const Bags& bag = features.bags[f];
+    first.push_back(first.back() + (bag.B ? bag.N : 0));
+    scaled |= bag.mode == kMean || bag.per_sample_weights;
+    if (bag.per_sample_weights) {
+      kept.push_back(
+          torch::stable::contiguous(torch::stable::to(args.per_sample_weights[f], ScalarType::Double)));
+      weights[f] = static_cast<const double*>(kept.back().const_data_ptr());
+    }
+    if (bag.mode == kMax) max_grad_rows_[f] = torch::stable::new_empty(grads[f], {bag.N, bag.D});
+  }
+  const int64_t N = first.back();
+  const int key_bits = bits_of(skipped), shift = bits_of(N);
+  STD_TORCH_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ",
+                  N);
+  sorted_ = uninitialized<uint64_t>(N);
+  grad_rows_ = uninitialized<const void*>(N);
+  if (scaled) factors_ = uninitialized<double>(N);
+
+  const BagTasks plan(features);
+  std::atomic<bool> fit{true};
+  run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
+    const auto [f, b0, b1] = plan.tasks[task];
+    const Bags& bag = features.bags[f];
+    const int64_t frozen = args.frozen_rows[args.tables[f]];
+    const uint64_t first_key = first_key_[args.tables[f]];
+    const int64_t item = grads[f].element_size();
+    dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
+      if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) {
+        fit = false;
+        return;
+      }
+      if (bag.mode == kMax)
+        dispatch_floating(grads[f].scalar_type(), [&](auto* type) {
+          auto* grad_rows = static_cast<decltype(type)>(max_grad_rows_[f].mutable_data_ptr());
+          RK_DISPATCH_ISA(embedding_max_grad_rows, bag, ids, grad_rows, b0, b1);
+        });
+      const char* grad_rows =
+          static_cast<const char*>(bag.mode == kMax ? max_grad_rows_[f].const_data_ptr() : bag.out);
+      for (int64_t b = b0; b < b1; ++b) {
+        const int64_t p0 = bag.begin(b), p1 = bag.begin(b + 1);
+        int64_t count = 1;
+        if (bag.mode == kMean)
+          count = std::max<int64_t>(1, p1 - p0 - std::count(ids + p0, ids + p1, bag.padding_idx));
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t i = first[f] + p;
+          const bool skip = ids[p] == bag.padding_idx || ids[p] == frozen;
+          sorted_[i] = (skip ? skipped : first_key + ids[p]) << shift | i;
+          grad_rows_[i] = grad_rows + (bag.mode == kMax ? p * bag.D : b * bag.stride_ob) * item;
+          if (scaled) factors_[i] = (weights[f] ? weights[f][p] : 1.) / count;
+        }
+      }
+    });
+  });
+  if (!fit)
+    for (size_t f = 0; f < n; ++f) features.check_range(args, f);
+
+  radix_sort(sorted_, N, shift, key_bits);
+  const uint64_t* end = std::lower_bound(sorted_.get(), sorted_.get() + N, skipped << shift);
+  runs_ = {sorted_.get(), end - sorted_.get(), shift, grad_rows_.get(), factors_.get()};
+}
+
+int64_t SortedLookups::tiles() const { return (runs_.n + kTile - 1) / kTile; }
+
+int64_t SortedLookups::table_of(uint64_t key) const {
+  return std::upper_bound(first_key_.begin(), first_key_.end(), key) - first_key_.begin() - 1;
+}
+
+static int64_t count_starts(const Runs& runs, int64_t p0, int64_t p1) {
+  int64_t n = 0;
+  for (int64_t p = p0; p < p1; ++p) n += p == 0 || runs.key(p - 1) != runs.key(p);
+  return n;
+}
+
+int64_t SortedLookups::runs_before(int64_t p) const {
+  if (runs_before_tile_.empty()) return 0;
+  return runs_before_tile_[p / kTile] + count_starts(runs_, p / kTile * kTile, p);
+}
+
+Ints SortedLookups::count_rows() {
+  runs_before_tile_.assign(tiles() + 1, 0);
+  run_tasks(tiles(), runs_.n, [&](int64_t tile) {
+    runs_before_tile_[tile + 1] = count_starts(runs_, tile * kTile, std::min(runs_.n, (tile + 1) * kTile));
+  });
+  for (int64_t tile = 0; tile < tiles(); ++tile) runs_before_tile_[tile + 1] += runs_before_tile_[tile];
+  Ints counts;
+  for (const uint64_t key : first_key_) {
+    const uint64_t* at = std::lower_bound(runs_.sorted, runs_.sorted + runs_.n, key << runs_.shift);
+    runs_before_table_.push_back(runs_before(at - runs_.sorted));
+    if (runs_before_table_.size() > 1)
+      counts.push_back(runs_before_table_.back() - runs_before_table_[runs_before_table_.size() - 2]);
+  }
+  return counts;
+}
+
+void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes,
+                           const Ints& widths) const {
+  if (runs_.n == 0) return;
+  for (size_t t = 0; t < tables.size(); ++t) {
+    tables[t].first_key = first_key_[t];
+    tables[t].D = widths[t];
+  }
+  const int64_t width = *std::max_element(widths.begin(), widths.end());
+  const int64_t carry_bytes = 2 * width * sizeof(double);
+  auto carries = uninitialized<char>(tiles() * carry_bytes);
+  const auto rows_before = [&](int64_t t, int64_t p) {
+    return runs_before_table_.empty() ? 0 : runs_before(p) - runs_before_table_[t];
+  };
+  run_tasks(tiles(), runs_.n * (width + 16), [&](int64_t tile) {
+    auto scratch = uninitialized<double>(width);
+    const int64_t end = std::min(runs_.n, (tile + 1) * kTile);
+    for (int64_t p0 = tile * kTile, p1; p0 < end; p0 = p1) {
+      const int64_t t = table_of(runs_.key(p0));
+      const uint64_t next = first_key_[t + 1] << runs_.shift;
+      p1 = std::lower_bound(runs_.sorted + p0, runs_.sorted + end, next) - runs_.sorted;
+      dispatch_floating(dtypes[t], [&](auto* type) {
+        RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p0, p1,
+                        rows_before(t, p0), carries.get() + tile * carry_bytes, scratch.get());
+      });
+    }
+  });
+  run_tasks(tiles() - 1, runs_.n, [&](int64_t tile) {
+    const int64_t p0 = tile * kTile, p1 = p0 + kTile;
+    const uint64_t key = runs_.key(p1);
+    const bool goes_on = runs_.key(p1 - 1) == key, started_before = p0 > 0 && runs_.key(p0 - 1) == key;
+    if (!goes_on || started_before) return;
+    const int64_t t = table_of(key);
+    dispatch_floating(dtypes[t], [&](auto* type) {
+      RK_DISPATCH_ISA(embedding_join<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p1, kTile,
+                      rows_before(t, p1) - 1, carries.get() + tile * carry_bytes, carry_bytes);
+    });
+  });
+}
+
+void zero(const Tensors& tensors) {
+  constexpr int64_t kChunk = 1 << 20;
+  std::vector<std::pair<char*, int64_t>> chunks;
+  for (const Tensor& t : tensors) {
+    char* begin = static_cast<char*>(t.data_ptr());
+    const int64_t bytes = t.numel() * t.element_size();
+    for (int64_t i = 0; i < bytes; i += kChunk) chunks.emplace_back(begin + i, std::min(kChunk, bytes - i));
+  }
+  run_tasks(chunks.size(), chunks.size() * kChunk / 64,
+            [&](int64_t i) { std::memset(chunks[i].first, 0, chunks[i].second); });
+}
+
+}  // namespace rk

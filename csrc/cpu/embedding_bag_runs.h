@@ -1,0 +1,60 @@
+// A backward from the op's arguments to sorted lookups and the sums of their rows.
+#pragma once
+
+#include <optional>
+
+#include "embedding_bag_features.h"
+#include "embedding_bag_sort.h"
+
+namespace rk {
+
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+// The arguments of a backward, checked; `bags` have the gradients of the outputs as `out`.
+struct BackwardArgs {
+  FeatureArgs args;
+  Features features;
+  Tensors grads;                    // of each feature's output, rows of unit stride
+  Tensors tables;                   // rows of unit stride; empty if their values are not needed
+  Ints rows, widths;                // of each table
+  std::vector<const Tensor*> like;  // a gradient with the dtype of the table, null for one without
+  const Tensor& any;                // a gradient
+
+  BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows,
+               const FeatureArgs& args);
+  // The gradients of the per-sample weights.
+  Tensors factor_grads() const;
+};
+
+// The lookups of all features, sorted by (table, row); those without a gradient come last, after the n of
+// `runs`.
+class SortedLookups {
+ public:
+  explicit SortedLookups(const BackwardArgs& backward);
+  SortedLookups(const SortedLookups&) = delete;
+
+  // The rows of each table that were looked up.
+  Ints count_rows();
+  // Sums every row's gradient and brings the sum to where its table says; first_key and D are filled in here.
+  // With `rows` in a table, count_rows must have been called.
+  void reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes, const Ints& widths) const;
+
+ private:
+  int64_t tiles() const;
+  int64_t table_of(uint64_t key) const;
+  // The number of runs that start before p.
+  int64_t runs_before(int64_t p) const;
+
+  std::unique_ptr<uint64_t[]> sorted_;
+  std::unique_ptr<const void*[]> grad_rows_;
+  std::unique_ptr<double[]> factors_;
+  Tensors max_grad_rows_;
+  std::vector<uint64_t> first_key_;  // of each table, and the end of the last
+  std::vector<int64_t> runs_before_tile_, runs_before_table_;
+  Runs runs_;
+};
+
+// Fills with zeros.
+void zero(const Tensors& tensors);
+
+}  // namespace rk

@@ -1,0 +1,258 @@
+"""Optimizers for embedding tables: lazy, a step touches the rows that were looked up and no others.
+
+Each works in two ways. As a ``torch.optim.Optimizer`` its ``step`` takes the coalesced sparse gradients that
+``sparse=True`` gives: clip them, accumulate them, all-reduce them first if you like. Fused (``fuse``), the step happens
+in the backward, and no gradient is ever stored.
+
+The state is named and shaped like that of torch's optimizers ("step", "sum"; "step", "exp_avg", "exp_avg_sq"), so that
+``load_state_dict`` takes theirs; it is float32 for tables in 16 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS
+
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse"]
+
+
+def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, ascending, and values. Autograd drops the mark of a coalesced gradient where it stores it in ``grad``."""
+    rows = grad._indices()[0]
+    if not grad.is_coalesced() and not bool((rows[1:] > rows[:-1]).all()):
+        grad = grad.coalesce()
+    return grad._indices()[0], grad._values()
+
+
+class _RowOptimizer(torch.optim.Optimizer):
+    """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names its state, one value an element of the table or a row."""
+
+    _kind: str
+    _states: tuple[str, ...] = ()
+    _one_a_row = False
+    _initial = 0.0
+
+    def __init__(self, params: Iterable, **defaults):
+        for name in ("lr", "eps", "weight_decay"):
+            if float(defaults[name]) < 0:
+                raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {defaults[name]}")
+        for beta in defaults["betas"]:
+            if not 0 <= beta < 1:
+                raise ValueError(f"{type(self).__name__}: betas must be in [0, 1), got {defaults['betas']}")
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() != 2 or not p.is_floating_point():
+                    raise ValueError(
+                        f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}"
+                    )
+
+    def _advance(self, p: Tensor, group: dict) -> tuple[list[Tensor], list[float]]:
+        """Counts a step of ``p``; its state and the op's ``hyper``."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name in self._states:
+                shape = p.shape[:1] if self._one_a_row else p.shape
+                state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
+        state["step"] += 1
+        step = float(state["step"])
+        lr = self._learning_rate(group, step)
+        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], step]
+        return [state[name] for name in self._states], [float(h) for h in hyper]
+
+    def _learning_rate(self, group: dict, step: float) -> float:
+        return float(group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None):
+        """One step on the rows of every sparse gradient.
+
+        Raises:
+            RuntimeError: a gradient is dense: every row of it would have to be touched.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not p.grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: the gradient of a table of shape {list(p.shape)} is dense; make it "
+                        "with sparse=True, or take torch.optim's"
+                    )
+                rows, values = _coalesced(p.grad)
+                states, hyper = self._advance(p, group)
+                torch.ops.rankkernels.sparse_update.default(
+                    p, states, rows, values, OPTIMIZERS.index(self._kind), hyper
+                )
+                torch.autograd.graph.increment_version(p)
+        return loss
+
+    @torch.no_grad()
+    def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
+        """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
+        for t, weight in enumerate(weights):
+            if weight not in group_of:
+                raise ValueError(
+                    f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
+                )
+        if len(used) < len(weights):  # a table without a gradient takes no step
+            place = {t: i for i, t in enumerate(sorted(used))}
+            kept = [f for f, g in enumerate(grad_outs) if g is not None]
+            tables, modes, padding_idx, frozen_rows = features
+            features = (
+                [place[tables[f]] for f in kept],
+                [modes[f] for f in kept],
+                [padding_idx[f] for f in kept],
+                [frozen_rows[t] for t in place],
+            )
+            everywhere, lists = lists, [[values[f] for f in kept] if values else [] for values in lists]
+            grads = self.update([grad_outs[f] for f in kept], [weights[t] for t in place], lists, features)
+            found = dict(zip(kept, grads))
+            return [found.get(f, torch.zeros_like(w)) for f, w in enumerate(everywhere[2])]
+        states, hyper = [], []
+        for weight in weights:
+            own_states, own_hyper = self._advance(weight, group_of[weight])
+            states += own_states
+            hyper += own_hyper
+        grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
+            grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
+        )
+        torch.autograd.graph.increment_version(list(weights))
+        return grad_psw
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As ``torch.optim.Optimizer``, but state keeps its precision where the tables have less."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params):
+            saved = state_dict["state"].get(i)
+            if saved is None:
+                continue
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            for name in self._states:
+                self.state[p][name] = saved[name].to(device=p.device, dtype=dtype, copy=True).contiguous()
+            self.state[p]["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
+
+
+class SGD(_RowOptimizer):
+    """w -= lr g on the rows looked up; equal to ``torch.optim.SGD`` on sparse gradients.
+
+    Args:
+        params: tables [R, D] or groups of them.
+        lr: the learning rate, a number or a tensor.
+        weight_decay: adds weight_decay w to the gradient of each row looked up.
+    """
+
+    _kind = "sgd"
+
+    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0):
+        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay)
+
+
+class Adagrad(_RowOptimizer):
+    """Equal to ``torch.optim.Adagrad`` on sparse gradients.
+
+    s += g^2, w -= lr / (1 + (t - 1) lr_decay) g / (sqrt s + eps), elementwise.
+    """
+
+    _kind, _states = "adagrad", ("sum",)
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+    ):
+        self._initial = initial_accumulator_value
+        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, lr_decay=lr_decay)
+
+    def _learning_rate(self, group, step):
+        return float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+
+
+class RowWiseAdagrad(_RowOptimizer):
+    """One accumulator a row: s += mean g^2, w -= lr g / (sqrt s + eps); FBGEMM's EXACT_ROWWISE_ADAGRAD."""
+
+    _kind, _states, _one_a_row = "rowwise_adagrad", ("sum",), True
+
+    def __init__(self, params: Iterable, lr: float | Tensor = 1e-2, weight_decay: float = 0.0, eps: float = 1e-8):
+        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay)
+
+
+class Adam(_RowOptimizer):
+    """Equal to ``torch.optim.SparseAdam``: the moments of a row move only when it is looked up.
+
+    ``weight_decay`` adds weight_decay w to the gradient of each row looked up (SparseAdam has none).
+    """
+
+    _kind, _states = "adam", ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+class AdamW(Adam):
+    """``torch.optim.AdamW`` on the rows looked up; equal to it where a batch looks up every row."""
+
+    _kind = "adamw"
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
+    """Lets ``optimizer`` step in the backward of every ``EmbeddingLayer``, ``EmbeddingBag`` and
+    ``TableBatchedEmbeddingBag`` in ``module``, whose tables must all be among its params. Returns ``module``.
+
+    Each lookup's backward is a step of its tables, so look a table up once a batch; their ``grad`` stays None.
+    ``optimizer.state_dict`` holds the state, ``optimizer.step`` does nothing.
+
+    Raises:
+        ValueError: there is no such layer in ``module``, or one has a table that is frozen, not among the params, or
+            of a module that the op does not serve.
+    """
+    params = {p for group in optimizer.param_groups for p in group["params"]}
+    layers = {name: m for name, m in module.named_modules() if hasattr(type(m), "fused_optimizer")}
+    if not layers:
+        raise ValueError(f"fuse: {type(module).__name__} has no layer of embedding tables")
+    for layer_name, layer in layers.items():
+        for name, p in layer.named_parameters():
+            full = f"{layer_name}.{name}" if layer_name else name
+            if not p.requires_grad:
+                raise ValueError(f"fuse: table {full} is frozen")
+            if p not in params:
+                raise ValueError(f"fuse: table {full} is not among the optimizer's params")
+    for layer in layers.values():
+        layer.fused_optimizer = optimizer
+    return module
