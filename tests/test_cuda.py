@@ -118,19 +118,20 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
     """The kernels' headers alone, as PTX: rows are loaded and stored by 128 bits."""
     source = tmp_path / "kernels.cu"
     source.write_text(
-        '#include "embedding_bag_backward.cuh"\nnamespace rk::cuda {\n'
+        '#include "embedding_bag_backward.cuh"\n#include "embedding_bag_update.cuh"\nnamespace rk::cuda {\n'
         + "".join(
             f"template __global__ void embedding_bag<{t}>(const Batch<Bags>, Report*);\n"
             f"template __global__ void embedding_reduce<{t}>(const Batch<TableGrad>, const Lookups,"
             f" Carries<accumulate_t<{t}>>, int);\n"
+            f"template __global__ void embedding_update<{t}>(const Batch<Update>, const Gradients, Optimizer, int);\n"
             for t in DTYPES
         )
         + "}\n"
     )
     ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc/cuda", source, "-o", "-")
     entries = [text for text in ptx.split(".visible .entry ")[1:] if text.startswith("_ZN2rk4cuda")]
-    wide = [re.match(r"_ZN2rk4cuda\d+embedding_(?:bag|reduce)I", text) is not None for text in entries]
-    assert sum(wide) == 2 * len(DTYPES)
+    wide = [re.match(r"_ZN2rk4cuda\d+embedding_(?:bag|reduce|update)I", text) is not None for text in entries]
+    assert sum(wide) == 3 * len(DTYPES)
     for text in (text for text, w in zip(entries, wide) if w):
         name = text[:60]
         assert re.search(r"ld(\.global)?(\.nc)?\.(v4\.[bfu]32|v2\.[bfu]64)", text), name

@@ -142,6 +142,7 @@ def accuracy() -> None:
             sparse(case, dtype, digest)
     mixed_dtypes()
     layouts()
+    many_rows()
     print("digest", digest.hexdigest())
 
 
@@ -175,6 +176,17 @@ def layouts() -> None:
                 torch.autograd.grad(out, tables, given, True), torch.autograd.grad(expected, tables, given, True)
             ):
                 assert torch.allclose(a, e, atol=1e-6)
+
+
+def many_rows() -> None:
+    """More rows than 32 bits number."""
+    rows, ids = [2**31, 2**33], [torch.tensor([[2**31 - 1, 0], [2**31 - 1, 7]]), torch.tensor([[2**33 - 1, 2**32]])]
+    grad_outs = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]])]
+    grad_rows, values, _ = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
+        grad_outs, [], rows, ids, [], [], [0, 1], [1, 1], [-1, -1], [-1, -1]
+    )
+    assert [r.tolist() for r in grad_rows] == [[0, 7, 2**31 - 1], [2**32, 2**33 - 1]]
+    assert [v.tolist() for v in values] == [[[1, 2], [3, 4], [4, 6]], [[5, 6], [5, 6]]]
 
 
 def bad_ids() -> None:
@@ -213,6 +225,24 @@ def bad_arguments() -> None:
             assert expected in str(error), error
         else:
             raise AssertionError(f"{arguments} raised nothing")
+    update = torch.ops.rankkernels.embedding_bag_update.default
+    features = [ids], [], [], [0], [1], [-1], [-1]
+    for grad, states, kind, hyper, expected in (
+        (torch.ones(2, 4), [], 9, [0.1] * 6, "embedding_bag_update: unknown optimizer 9"),
+        (torch.ones(2, 4), [], 1, [0.1] * 6, "states must hold 1 tensors a table, got 0 for 1"),
+        (torch.ones(2, 4), [], 0, [0.1] * 5, "hyper must hold 6 numbers a table, got 5 for 1"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 6, "state 0 of a table of shape [5, 4] must be contiguous"),
+        (torch.ones(2, 3), [], 0, [0.1] * 6, "grad_outs[0] must have the dtype and the width of its table"),
+        (torch.ones(3, 4), [], 0, [0.1] * 6, "grad_outs[0] has shape [3, 4] for 2 bags"),
+    ):
+        before = weight.clone()
+        try:
+            update([grad], [weight], states, *features, kind, hyper)
+        except RuntimeError as error:
+            assert expected in str(error), error
+        else:
+            raise AssertionError(f"{expected!r} was not raised")
+        assert torch.equal(weight, before)
     print("arguments refused")
 
 
