@@ -55,18 +55,17 @@ class _RowOptimizer(torch.optim.Optimizer):
         """Counts a step of ``p``; its state and the op's ``hyper``."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = 0
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in self._states:
                 shape = p.shape[:1] if self._one_a_row else p.shape
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
         state["step"] += 1
-        step = float(state["step"])
-        lr = self._learning_rate(group, step)
-        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], step]
+        lr = self._learning_rate(group, state["step"])
+        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"]]
         return [state[name] for name in self._states], [float(h) for h in hyper]
 
-    def _learning_rate(self, group: dict, step: float) -> float:
+    def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
 
     @torch.no_grad()
@@ -145,7 +144,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in self._states:
                 self.state[p][name] = saved[name].to(device=p.device, dtype=dtype, copy=True).contiguous()
-            self.state[p]["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
+            self.state[p]["step"] = int(saved["step"])
 
 
 class SGD(_RowOptimizer):

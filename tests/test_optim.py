@@ -29,16 +29,16 @@ def tables(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> rk.T
                                        padding_idx=[3, None], dtype=dtype, **options)  # fmt: skip
 
 
-def batch(step: int):
+def batch(step: int, B: int = 200):
     generator = torch.Generator().manual_seed(step)
-    hot = torch.rand(200, 4, generator=generator) < 0.5
-    return [torch.where(hot, 7, torch.randint(0, rows, (200, 4), generator=generator)) for rows in (40, 600, 600)]
+    hot = torch.rand(B, 4, generator=generator) < 0.5
+    return [torch.where(hot, 7, torch.randint(0, rows, (B, 4), generator=generator)) for rows in (40, 600, 600)]
 
 
-def train(module, optimizer, steps, start: int = 0):
+def train(module, optimizer, steps, start: int = 0, B: int = 200):
     for step in range(start, start + steps):
         optimizer.zero_grad()
-        module(batch(step)).float().sin().sum().backward()
+        module(batch(step, B)).float().sin().sum().backward()
         optimizer.step()
 
 
@@ -106,7 +106,7 @@ def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name):
         optimizer = cls(module.parameters(), lr=0.05, **options)
         if fused:
             rk.optim.fuse(module, optimizer)
-        train(module, optimizer, 5)
+        train(module, optimizer, 5, B=2000)
         results.append(list(module.parameters()))
     torch.set_num_threads(before)
     if not rk.ops._library.no_extension:
