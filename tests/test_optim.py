@@ -95,6 +95,7 @@ def test_rowwise_adagrad_by_its_formula():
     torch.testing.assert_close(module.weight, nn.Parameter(weight), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
 @EVERY
 def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name):
     cls, options = OURS[name]
@@ -109,9 +110,7 @@ def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name):
         train(module, optimizer, 5, B=2000)
         results.append(list(module.parameters()))
     torch.set_num_threads(before)
-    if not rk.ops._library.no_extension:
-        assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
-    assert all(relative_error(a, b) < 1e-5 for other in results[1:] for a, b in zip(results[0], other))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @EVERY
