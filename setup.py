@@ -2,14 +2,16 @@
 
 Environment:
   RANKKERNELS_SKIP_EXT=1  no extension at all: the package runs its pure-PyTorch reference and says so once.
-  RANKKERNELS_CUDA=1      with CUDA_HOME set, also compiles csrc/cuda (architectures: TORCH_CUDA_ARCH_LIST).
+  RANKKERNELS_CUDA=1      also compiles csrc/cuda, with the nvcc of CUDA_HOME, for the architectures of
+                          TORCH_CUDA_ARCH_LIST ("8.0;9.0;10.0+PTX"). Any build of torch will do, a CPU one too.
   MAX_JOBS                parallel compilations.
 """
 
 import os
+import sys
 from glob import glob
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
 
@@ -18,20 +20,47 @@ def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() not in ("", "0", "false", "off", "no")
 
 
+def add_cuda(module: Extension, defines: list[str]) -> None:
+    """Adds csrc/cuda. CUDAExtension would link libraries that only a CUDA build of torch has."""
+    from torch.utils import cpp_extension
+
+    home = os.environ.get("CUDA_HOME", "")
+    if not os.path.exists(os.path.join(home, "bin", "nvcc")):
+        sys.exit(f"RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit with bin/nvcc, got CUDA_HOME={home!r}")
+    cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+    module.sources += sorted(glob("csrc/cuda/*.cu"))
+    module.extra_compile_args["nvcc"] = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", *defines]
+    module.include_dirs.append(os.path.join(home, "include"))
+    module.library_dirs += [os.path.join(home, lib) for lib in ("lib64", "lib")]
+    module.libraries += ["cudart_static", "rt", "dl", "pthread"]
+
+
 def extension() -> dict:
     if enabled("RANKKERNELS_SKIP_EXT"):
         return {}
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    cxx = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-ignored-attributes", "-Wno-psabi", *defines]
+    cxx = [
+        "-O3",
+        "-g0",
+        "-std=c++17",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-ignored-attributes",
+        "-Wno-psabi",
+        *defines,
+    ]
     module = CppExtension(
         "rankkernels._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         extra_compile_args={"cxx": cxx},
         py_limited_api=True,
     )
+    if enabled("RANKKERNELS_CUDA"):
+        add_cuda(module, defines)
     return {
         "ext_modules": [module],
         "cmdclass": {"build_ext": BuildExtension},

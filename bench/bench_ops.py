@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ratios
 
 from rankkernels.testing import BENCH_CASES, TOLERANCE, relative_error
 
@@ -21,7 +20,7 @@ def shares(case, medians, passes: int = 1) -> str:
     size = 4 * case.elements
     read = min(medians["read_sum"], medians["read_dot"])
     return (
-        f"   {passes * size / medians['ours'] / 1e9:6.1f} GB/s = {100 * passes * read / medians['ours']:3.0f} % of read"
+        f"{passes * size / medians['ours'] / 1e9:6.1f} GB/s = {100 * passes * read / medians['ours']:3.0f} % of read"
         f"   {passes * case.flops / medians['ours'] / 1e9:6.1f} GFLOP/s"
     )
 
@@ -37,8 +36,10 @@ def test_forward(case, threads, race, benchmark):
             lambda: case.function(*inputs),
             {"eager": lambda: case.reference(*inputs), "compile": lambda: compiled(*inputs), **readers(inputs)},
         )
-    benchmark.extra_info.update(elements=case.elements, flops=case.flops, threads=threads)
-    race.report(ratios(medians, "eager", "compile") + shares(case, medians))
+    benchmark.extra_info.update(
+        case=case.id.replace("-", " "), training=False, elements=case.elements, flops=case.flops, threads=threads
+    )
+    race.report(medians, shares(case, medians))
 
 
 @CASES
@@ -61,6 +62,8 @@ def test_forward_backward(case, threads, race, benchmark):
         lambda: step(case.function),
         {"eager": lambda: step(case.reference), "compile": lambda: step(compiled), **readers(inputs)},
     )
-    benchmark.extra_info.update(elements=case.elements, flops=case.flops, threads=threads)
+    benchmark.extra_info.update(
+        case=case.id.replace("-", " "), training=True, elements=case.elements, flops=case.flops, threads=threads
+    )
     # Forward and backward read the input once each and write its gradient once: three passes over it.
-    race.report(ratios(medians, "eager", "compile") + shares(case, medians, passes=3))
+    race.report(medians, shares(case, medians, passes=3))

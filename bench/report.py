@@ -16,76 +16,85 @@ from pathlib import Path
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
-def load(path: Path) -> tuple[str, list[dict]]:
-    """The conditions in one line, and a row for each benchmark that raced against eager."""
+def load(path: Path) -> tuple[str, list[dict], list[dict]]:
+    """The conditions in one line, the races against eager and torch.compile, and the peaks of memory."""
     record = json.loads(path.read_text())
-    rows = []
-    for b in record["benchmarks"]:
-        extra, medians = b["extra_info"], b["extra_info"].get("medians_s", {})
-        if "eager" not in medians:
-            continue
-        case = b["name"].split("[")[1].rstrip("]").split("-", 1)[1]
-        rows.append(
-            {
-                "case": case,
-                "pass": "forward + backward" if "forward_backward" in b["name"] else "forward",
-                "threads": extra["threads"],
-                "ours": medians["ours"],
-                "eager": medians["eager"] / medians["ours"],
-                "compile": medians["compile"] / medians["ours"],
-                "read": min(medians["read_sum"], medians["read_dot"]) / medians["ours"],
-            }
-        )
-    info = record["benchmarks"][0]["extra_info"]
+    races, peaks = [], []
+    for extra in (b["extra_info"] for b in record["benchmarks"]):
+        medians = extra.get("medians_s", {})
+        if "eager" in medians and "compile" in medians:
+            ours = medians["ours"]
+            reading = [medians[name] for name in ("read_sum", "read_dot") if name in medians]
+            races.append(
+                {
+                    "case": extra["case"],
+                    "pass": "forward + backward" if extra["training"] else "forward",
+                    "threads": extra["threads"],
+                    "ours": ours,
+                    "eager": medians["eager"] / ours,
+                    "compile": medians["compile"] / ours,
+                    "read": min(reading) / ours if reading and not extra["training"] else None,
+                }
+            )
+        elif "peak_mib" in extra:
+            peaks.append({"case": extra["case"], **extra["peak_mib"]})
+    info = next(b["extra_info"] for b in record["benchmarks"] if "isa" in b["extra_info"])
     cpu = record["machine_info"]["cpu"].get("brand_raw", record["machine_info"]["processor"])
-    conditions = (
-        f"{cpu}, {info['isa']} kernels, torch {info['torch']}, Python {record['machine_info']['python_version']}"
-    )
-    return conditions, rows
+    return f"{cpu}, {info['isa']} kernels, torch {info['torch']}", races, peaks
 
 
-def tables(conditions: str, rows: list[dict]) -> str:
+def tables(conditions: str, races: list[dict], peaks: list[dict]) -> str:
     lines = [
-        f"float32, medians of interleaved rounds, results checked before timing. {conditions}.",
+        f"float32, medians of interleaved rounds, results compared before timing. {conditions}.",
         "",
-        "| case | pass | threads | ours, ms | eager / ours | torch.compile / ours | of read bandwidth |",
+        "| case | pass | threads | ours, ms | faster than eager | than torch.compile | of read bandwidth |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for r in rows:
-        share = f"{100 * r['read']:.0f} %" if r["pass"] == "forward" else ""
+    for r in races:
+        share = "" if r["read"] is None else f"{100 * r['read']:.0f} %"
         lines.append(
-            f"| {r['case'].replace('-', ' ')} | {r['pass']} | {r['threads']} | {r['ours'] * 1e3:.2f} "
-            f"| {r['eager']:.1f} × | {r['compile']:.1f} × | {share} |"
+            f"| {r['case']} | {r['pass']} | {r['threads']} | {r['ours'] * 1e3:.2f} | {r['eager']:.1f} × "
+            f"| {r['compile']:.1f} × | {share} |"
         )
+    if peaks:
+        lines += [
+            "",
+            "Peak memory of a training step beyond inputs, outputs and gradients:",
+            "",
+            "| case | ours, MiB | eager, MiB | ours / eager |",
+            "| --- | --- | --- | --- |",
+            *(f"| {p['case']} | {p['ours']:.1f} | {p['eager']:.1f} | {p['ours'] / p['eager']:.3f} |" for p in peaks),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def chart(conditions: str, rows: list[dict], path: Path) -> None:
+def chart(conditions: str, races: list[dict], path: Path) -> None:
     """Speed-ups over eager at the most threads measured, torch.compile's beside ours."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    threads = max(r["threads"] for r in rows)
-    rows = [r for r in rows if r["threads"] == threads][::-1]
+    threads = max(r["threads"] for r in races)
+    races = [r for r in races if r["threads"] == threads][::-1]
     ink, ours, compiled = "#808080", "#0072b2", "#e69f00"  # Okabe and Ito's palette; the grey shows on light and dark
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10})
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rankkernels", "font.size": 10})
     plt.rcParams.update({key: ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")})
-    figure, axes = plt.subplots(figsize=(9, 0.62 * len(rows) + 1.6), layout="constrained")
-    for y, r in enumerate(rows):
+    figure, axes = plt.subplots(figsize=(10, 0.56 * len(races) + 1.6), layout="constrained")
+    for y, r in enumerate(races):
         for offset, value, colour in ((0.2, r["eager"], ours), (-0.2, r["eager"] / r["compile"], compiled)):
             axes.barh(y + offset, value, 0.36, color=colour)
             axes.annotate(f"{value:.1f}×", (value, y + offset), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(rows)), [f"{r['case'].replace('-', ' ')}\n{r['pass']}" for r in rows])
+    axes.set_yticks(range(len(races)), [f"{r['case']}\n{r['pass']}" for r in races])
     axes.axvline(1, color=ink, linewidth=1)
     axes.set_xlabel("times faster than eager PyTorch (1 = eager)")
-    axes.set_xlim(0, 1.12 * max(max(r["eager"], r["eager"] / r["compile"]) for r in rows))
+    axes.set_xlim(0, 1.12 * max(max(r["eager"], r["eager"] / r["compile"]) for r in races))
+    axes.set_ylim(-0.6, len(races) - 0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(ink)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (ours, compiled)]
-    axes.legend(handles, ["rankkernels", "torch.compile"], loc="lower right", frameon=False)
-    figure.suptitle(f"float32, {threads} threads, {conditions}", fontsize=9, color=ink)
+    figure.legend(handles, ["rankkernels", "torch.compile"], loc="outside upper right", ncols=2, frameon=False)
+    figure.suptitle(f"float32, {threads} threads, {conditions}", x=0.01, ha="left", fontsize=9, color=ink)
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
@@ -96,10 +105,10 @@ def main() -> int:
     parser.add_argument("--into", type=Path, help="write the tables between the markers of this file")
     parser.add_argument("--check", action="store_true", help="with --into: change nothing, exit 1 if they differ")
     arguments = parser.parse_args()
-    conditions, rows = load(arguments.record)
-    text = tables(conditions, rows)
+    conditions, races, peaks = load(arguments.record)
+    text = tables(conditions, races, peaks)
     if arguments.chart:
-        chart(conditions, rows, arguments.chart)
+        chart(conditions, races, arguments.chart)
     if not arguments.into:
         print(text)
         return 0

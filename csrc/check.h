@@ -21,8 +21,8 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
-// As Python writes it: torch.float32.
-inline std::string dtype_name(ScalarType dtype) {
+// As Python prints it.
+inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
       return "torch.float32";
@@ -57,12 +57,13 @@ inline std::string dtype_name(ScalarType dtype) {
     const auto rk_dtype = (t).scalar_type();                                                      \
     STD_TORCH_CHECK(rk_dtype == rk::ScalarType::Float || rk_dtype == rk::ScalarType::Double ||    \
                         rk_dtype == rk::ScalarType::Half || rk_dtype == rk::ScalarType::BFloat16, \
-                    op ": " #t " must be float32, float64, float16 or bfloat16, got ", rk_dtype); \
+                    op ": " #t " must be float32, float64, float16 or bfloat16, got ",            \
+                    rk::name_of(rk_dtype));                                                       \
   } while (false)
 
 #define RK_CHECK_SAME_DTYPE(op, t, u)                                                                    \
   STD_TORCH_CHECK((t).scalar_type() == (u).scalar_type(), op ": " #t " must have the dtype of " #u ", ", \
-                  (u).scalar_type(), ", got ", (t).scalar_type())
+                  rk::name_of((u).scalar_type()), ", got ", rk::name_of((t).scalar_type()))
 
 #define RK_CHECK_SIZE(op, t, d, n)                                                                 \
   STD_TORCH_CHECK((t).size(d) == (n), op ": " #t ".size(" #d ") must be " #n " = ", (n), ", got ", \

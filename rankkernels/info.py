@@ -16,9 +16,9 @@ def backend(op: str, device: str) -> str:
     """What runs ``op`` on tensors of a device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", key):
-        return "PyTorch (ATen)" if op == "embedding_bag" else "PyTorch reference"
+        return "PyTorch reference"
     if device == "cuda":
-        return "Triton"
+        return "CUDA C++" if op == "embedding_bag" else "Triton"
     return f"C++ ({_library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]})"
 
 

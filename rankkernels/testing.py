@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import ops, reference
-from rankkernels.ops.din_attention import norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.din_attention import ACTIVATIONS, norms_per_layer, params_per_layer, unflatten
 from rankkernels.ops.embedding_bag import MODES
 
 #: Largest relative error of a result or a gradient (norm of the difference over the norm), by the dtype of the inputs.
@@ -100,7 +100,7 @@ def din_attention_case(
         for _ in range(norms)
         for t in (torch.linspace(-0.5, 0.5, w), torch.linspace(0.5, 2, w))
     ]
-    flags = (activation, batch_norm, use_softmax, training, 1e-5, 1e-3)
+    flags = (list(ACTIVATIONS).index(activation), batch_norm, use_softmax, training, 1e-5, 1e-3)
 
     def make(dtype, generator):
         history = randn((N, D) if form == "offsets" else (B, L, D), dtype, generator)

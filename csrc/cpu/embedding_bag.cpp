@@ -25,7 +25,7 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
     const auto type = w.scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                         type == ScalarType::BFloat16,
-                    "embedding_bag: weights[", t, "] must be floating-point, got ", dtype_name(type));
+                    "embedding_bag: weights[", t, "] must be floating-point, got ", name_of(type));
     STD_TORCH_CHECK(w.is_cpu(), "embedding_bag: weights[", t, "] must be on cpu like the others");
     tables_kept.push_back(unit_stride_rows(w));
   }

@@ -86,9 +86,9 @@ static Update make_update(int64_t optimizer, const double* hyper, Tensor weight,
     Tensor state = states[i];
     STD_TORCH_CHECK(state.is_contiguous() && state.scalar_type() == accumulated &&
                         state.numel() == (optimizer == kRowWiseAdagrad ? weight.size(0) : weight.numel()),
-                    "embedding_bag_update: state ", i, " must be contiguous, ", dtype_name(accumulated),
-                    " and fit the table of shape ", shape_of(weight), ", got ",
-                    dtype_name(state.scalar_type()), " of shape ", shape_of(state));
+                    "embedding_bag_update: state ", i, " must be contiguous, ", name_of(accumulated),
+                    " and fit the table of shape ", shape_of(weight), ", got ", name_of(state.scalar_type()),
+                    " of shape ", shape_of(state));
     *pointers[i] = state.mutable_data_ptr();
   }
   return u;

@@ -53,7 +53,7 @@ static bool same_shape(const Tensor& a, const Tensor& b) {
 static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t N) {
   const auto type = args.offsets[f].scalar_type();
   RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, "offsets of ", args.name(f),
-               " must be int32 or int64, got ", dtype_name(type));
+               " must be int32 or int64, got ", name_of(type));
   const Tensor offsets = torch::stable::contiguous(args.offsets[f]);
   const int64_t B = offsets.size(0);
   std::vector<int64_t> starts(B + 1, N);
@@ -96,7 +96,7 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
                  args.modes[f]);
     RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),
-                 " must be int32 or int64, got ", dtype_name(type));
+                 " must be int32 or int64, got ", name_of(type));
     RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
     const bool pooled = args.modes[f] != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
     RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
@@ -132,7 +132,7 @@ void Features::check_factors(const FeatureArgs& args, size_t f, ScalarType dtype
   if (!bags[f].per_sample_weights) return;
   const auto got = args.per_sample_weights[f].scalar_type();
   RK_CHECK_BAG(got == dtype, "per_sample_weights of ", args.name(f), " must have the dtype of its table, ",
-               dtype_name(dtype), ", got ", dtype_name(got));
+               name_of(dtype), ", got ", name_of(got));
 }
 
 void Features::check_range(const FeatureArgs& args, size_t f) const {

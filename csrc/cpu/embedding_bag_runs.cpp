@@ -65,8 +65,8 @@ BackwardArgs::BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weig
       STD_TORCH_CHECK(
           w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
           "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
-          dtype_name(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
-          " and dtype ", dtype_name(grad.scalar_type()));
+          name_of(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
+          " and dtype ", name_of(grad.scalar_type()));
       bag.weight = w.const_data_ptr();
       bag.stride_wr = w.stride(0);
       features.check_factors(args, f, grad.scalar_type());

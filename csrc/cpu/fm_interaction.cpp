@@ -17,11 +17,6 @@ RK_DECLARE_ISA(template <class T> void fm_interaction_backward(const T*, int64_t
 // A chunk of work worth waking a thread for, in elements of x: about 10 us.
 constexpr int64_t kGrain = 32768;
 
-static Tensor unit_stride_last(const Tensor& t) {
-  const int64_t d = t.dim() - 1;
-  return t.stride(d) == 1 || t.size(d) == 1 ? t : torch::stable::contiguous(t);
-}
-
 static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
   RK_CHECK_DIM("fm_interaction", x, 3);
   RK_CHECK_FLOATING("fm_interaction", x);

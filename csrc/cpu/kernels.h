@@ -1,4 +1,5 @@
 // Every kernel of the library, for the instruction set RK_ISA.
-#include "fm_interaction.h"
+#include "din_attention.h"
 #include "embedding_bag.h"
 #include "embedding_bag_backward.h"
+#include "fm_interaction.h"

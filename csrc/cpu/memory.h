@@ -1,4 +1,4 @@
-// Output buffers of many megabytes.
+// Memory of tensors: output buffers of many megabytes, inputs with rows that lie together.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,10 +20,15 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (begin + t.numel() * t.element_size()) & ~(kHugePage - 1);
-  if (last >= first + kHugePage)
-    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  if (last >= first + kHugePage) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return t;
+}
+
+// A tensor whose rows the kernels can read: itself where its last dimension has unit stride, else a copy.
+inline torch::stable::Tensor unit_stride_last(const torch::stable::Tensor& t) {
+  const int64_t d = t.dim() - 1;
+  return t.stride(d) == 1 || t.size(d) == 1 ? t : torch::stable::contiguous(t);
 }
 
 }  // namespace rk

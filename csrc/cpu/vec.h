@@ -39,6 +39,7 @@ using f32v = VectorOf<float, kFloats>::type;
 using f64v = VectorOf<double, kDoubles>::type;
 using u32v = VectorOf<uint32_t, kFloats>::type;
 using i32v = VectorOf<int32_t, kFloats>::type;
+using i64v = VectorOf<int64_t, kDoubles>::type;
 using u16v = VectorOf<uint16_t, kFloats>::type;
 
 #define RK_INLINE static inline __attribute__((always_inline))
@@ -193,15 +194,58 @@ struct Tail<double> {
 };
 #endif
 
+template <int... j>
+struct Lanes {};
+RK_INLINE auto lanes_of(f32v) {
+#if RK_VECTOR_BYTES == 64
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>();
+#elif RK_VECTOR_BYTES == 32
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7>();
+#else
+  return Lanes<0, 1, 2, 3>();
+#endif
+}
+RK_INLINE auto lanes_of(f64v) {
+#if RK_VECTOR_BYTES == 64
+  return Lanes<0, 1, 2, 3, 4, 5, 6, 7>();
+#elif RK_VECTOR_BYTES == 32
+  return Lanes<0, 1, 2, 3>();
+#else
+  return Lanes<0, 1>();
+#endif
+}
+
+// Lane j of a plus lane j ^ half of it, where j has no bit `half`; the same of b elsewhere.
+template <int half, class V, int... j>
+RK_INLINE V fold_lanes(V a, V b, Lanes<j...>) {
+  constexpr int n = sizeof...(j);
+  return __builtin_shufflevector(a, b, (j & half ? n + j : j)...) +
+         __builtin_shufflevector(a, b, (j & half ? n + (j ^ half) : j ^ half)...);
+}
+
 // The sum of the lanes, in a fixed order (halves, then quarters, ...).
 template <class T>
 RK_INLINE typename Traits<T>::scalar sum_lanes(typename Traits<T>::vec v) {
-  typename Traits<T>::scalar lane[Traits<T>::lanes];
-  store_vector(lane, v);
+  constexpr int n = Traits<T>::lanes;
+  if constexpr (n >= 16) v = fold_lanes<8>(v, v, lanes_of(v));
+  if constexpr (n >= 8) v = fold_lanes<4>(v, v, lanes_of(v));
+  if constexpr (n >= 4) v = fold_lanes<2>(v, v, lanes_of(v));
+  return v[0] + v[1];
+}
+
+// Lane i of the result is the sum of the lanes of x[i], in the order of sum_lanes; x is overwritten.
+template <int half, class V>
+RK_INLINE V sum_each_from(V* x) {
 #pragma GCC unroll 8
-  for (int half = Traits<T>::lanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  for (int i = 0; i < half; ++i) x[i] = fold_lanes<half>(x[i], x[i + half], lanes_of(V()));
+  if constexpr (half > 1)
+    return sum_each_from<half / 2>(x);
+  else
+    return x[0];
+}
+template <class V>
+RK_INLINE V sum_each(V* x) {
+  return sum_each_from<sizeof(V) / sizeof(x[0][0]) / 2>(x);
 }
 
 // One value converted to and from its storage type.
@@ -217,6 +261,90 @@ template <class T>
 RK_INLINE void assign(T& p, float v) {
   p.bits = narrow(f32v{} + v, T())[0];
 }
+
+// ---- elementary functions of a vector of accumulators
+// -----------------------------------------------------------
+
+// 1 / x of finite x.
+RK_INLINE f32v reciprocal(f32v x) {
+#if RK_VECTOR_BYTES == 64
+  // The divider takes 16 cycles a vector; 14 good bits and one step of Newton's iteration are exact to an
+  // ulp.
+  const f32v r = (f32v)_mm512_rcp14_ps((__m512)x);
+  return r * (2.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+RK_INLINE f64v reciprocal(f64v x) { return 1. / x; }
+
+// 1 / sqrt(x) of positive finite x.
+RK_INLINE f32v inverse_root(f32v x) {
+#if RK_VECTOR_BYTES == 64
+  const f32v r = (f32v)_mm512_rsqrt14_ps((__m512)x);
+  return r * (1.5f - .5f * x * r * r);
+#else
+  f32v r;
+  for (int i = 0; i < kFloats; ++i) r[i] = 1.f / __builtin_sqrtf(x[i]);
+  return r;
+#endif
+}
+RK_INLINE f64v inverse_root(f64v x) {
+  f64v r;
+  for (int i = 0; i < kDoubles; ++i) r[i] = 1. / __builtin_sqrt(x[i]);
+  return r;
+}
+
+template <class V>
+RK_INLINE V clamp(V x, V low, V high) {  // a NaN stays
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+template <class V, class A, int n>
+RK_INLINE V horner(V x, const A (&coefficient)[n]) {
+  V y = x * coefficient[n - 1] + coefficient[n - 2];
+#pragma GCC unroll 16
+  for (int i = n - 3; i >= 0; --i) y = y * x + coefficient[i];
+  return y;
+}
+
+// e^x = 2^n 2^f with n the integer nearest to x log2(e): adding 1.5 * 2^(bits of the mantissa) leaves n in
+// the low bits. 2^f, |f| <= 1/2, is a polynomial: for float interpolated at Chebyshev nodes (relative error
+// 3e-9), for double Taylor's (2e-17).
+RK_INLINE f32v exp(f32v x) {
+  static constexpr float kExp2[] = {1.f,           .693147206703f, .240226509223f, .0555032722667f,
+                                    .00961805668f, .00134004282f,  .000154614447f};
+  const f32v magic = splat<float>(0x1.8p23f), log2e = splat<float>(1.44269504089f);
+  x = clamp(x, splat<float>(-87.f), splat<float>(88.f));
+  const f32v t = x * log2e + magic, n = t - magic;
+  return (f32v)((i32v)horner(x * log2e - n, kExp2) + ((i32v)t << 23));
+}
+RK_INLINE f64v exp(f64v x) {
+  static constexpr double kTaylor[] = {
+      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  // ln 2 in two parts, the first with so few bits that n times it is exact.
+  const double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
+  const f64v magic = splat<double>(0x1.8p52);
+  x = clamp(x, splat<double>(-708.), splat<double>(709.));
+  const f64v t = x * 1.4426950408889634 + magic, n = t - magic;
+  return (f64v)((i64v)horner(x - n * ln2_high - n * ln2_low, kTaylor) + ((i64v)t << 52));
+}
+
+template <class V>
+RK_INLINE V sigmoid(V x) {
+  return reciprocal(1 + exp(-x));
+}
+
+// The sigmoid of |x| <= 1, where its nearest poles, +-i pi, leave little for a polynomial to do: 1/2 + x
+// q(x^2), error 3e-9.
+RK_INLINE f32v sigmoid_unit(f32v x) {
+  static constexpr float kQ[] = {.249999996689f, -.0208331674653f, .00208199226637f, -.000206969682910f,
+                                 .0000167298285393f};
+  return x * horner(x * x, kQ) + .5f;
+}
+RK_INLINE f64v sigmoid_unit(f64v x) { return sigmoid(x); }
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one file an op. Imported by ``ops`` when a CUDA tensor first needs them."""

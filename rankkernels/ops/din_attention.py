@@ -16,20 +16,23 @@ from rankkernels.ops._library import lib, notice_reference, vjp
 # layer's own comes before its Dice's. ``batch_stats``: in training, mean and unbiased variance of each of them in the
 # same order, one after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running
 # statistics.
+# ``activation``: its place in ACTIVATIONS (a str argument of a C++ op leaks a copy at every call, torch 2.13).
+# ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``_saved_size``.
 _SIGNATURE = (
     "Tensor history, Tensor target, Tensor? lengths, Tensor? mask, Tensor? offsets, Tensor[] params, "
-    "Tensor[] running_stats, str activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
+    "Tensor[] running_stats, int activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
     "float dice_eps"
 )
-lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
+lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
 lib.define(
-    f"din_attention_backward(Tensor grad_out, Tensor batch_stats, {_SIGNATURE}) "
+    f"din_attention_backward(Tensor grad_out, Tensor batch_stats, Tensor saved, {_SIGNATURE}) "
     "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
 )
 
 #: Activations of the hidden layers, and how many tensors each adds to ``params`` per layer: prelu its slope and dice
 #: its alpha, [1] or [H]; dice_batch_norm alpha, weight and bias [H] of its normalization.
 ACTIVATIONS = {"linear": 0, "sigmoid": 0, "relu": 0, "leakyrelu": 0, "prelu": 1, "dice": 1, "dice_batch_norm": 3}
+_NAMES = list(ACTIVATIONS)
 
 
 def params_per_layer(activation: str, batch_norm: bool) -> int:
@@ -108,10 +111,7 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
     for name, t in (("lengths", lengths), ("offsets", offsets)):
         if t is not None:
             check(t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
-    check(
-        activation in ACTIVATIONS,
-        lambda: f"{op}: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}",
-    )
+    activation = _NAMES[activation]
     per_layer = params_per_layer(activation, batch_norm)
     layers, rest = divmod(len(params) - 2, per_layer)
     check(
@@ -177,9 +177,18 @@ def _check_values(op, history, lengths, offsets):
 def _stats_size(params, activation, batch_norm, training):
     if not training:
         return 0
-    per_layer = params_per_layer(activation, batch_norm)
+    per_layer = params_per_layer(_NAMES[activation], batch_norm)
     widths = sum(p.size(0) for p in params[:-2:per_layer])
-    return 2 * widths * norms_per_layer(activation, batch_norm)
+    return 2 * widths * norms_per_layer(_NAMES[activation], batch_norm)
+
+
+def _saved_size(history, params, activation, batch_norm, training):
+    """The weight of each row in the sum and, in training, z of the normalized layers behind the first."""
+    rows = history.size(0) * (history.size(1) if history.dim() == 3 else 1)
+    per_layer = params_per_layer(_NAMES[activation], batch_norm)
+    if not (training and norms_per_layer(_NAMES[activation], batch_norm)):
+        return rows
+    return rows * (1 + sum(p.size(0) for p in params[per_layer:-2:per_layer]))
 
 
 @torch.library.register_fake("rankkernels::din_attention", lib=lib)
@@ -189,19 +198,22 @@ def _(history, target, lengths, mask, offsets, params, running_stats, activation
            training)  # fmt: skip
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     stats = history.new_empty(_stats_size(params, activation, batch_norm, training), dtype=stats_dtype)
-    return target.new_empty(target.shape), stats
+    saved = history.new_empty(_saved_size(history, params, activation, batch_norm, training), dtype=stats_dtype)
+    return target.new_empty(target.shape), stats, saved
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
-def _(grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-      use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
+      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
     return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
 
 
 def _reference(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
                training, norm_eps, dice_eps):  # fmt: skip
     accumulated = [reference.accumulator(p) for p in params]
-    hidden, out_weight, out_bias = unflatten(accumulated, running_stats, activation, batch_norm, norm_eps, dice_eps)
+    hidden, out_weight, out_bias = unflatten(
+        accumulated, running_stats, _NAMES[activation], batch_norm, norm_eps, dice_eps
+    )
     return reference.din_attention(
         history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
         use_softmax=use_softmax, training=training,
@@ -221,12 +233,14 @@ def _(history, target, lengths, mask, offsets, params, running_stats, activation
     )  # fmt: skip
     flat = [t for stats in all_stats if stats is not None for t in stats]
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
-    return out, torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
+    stats = torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
+    size = _saved_size(history, params, activation, batch_norm, training)
+    return out, stats, history.new_zeros(size, dtype=stats_dtype)
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
-def _(grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-      use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
+      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
     def forward(history, target, *params):
         return _reference(
             history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
@@ -239,18 +253,21 @@ def _(grad_out, batch_stats, history, target, lengths, mask, offsets, params, ru
 
 def _setup_context(ctx, inputs, output):
     history, target, lengths, mask, offsets, params, running_stats, *ctx.flags = inputs
-    ctx.num_params = len(params)
-    ctx.save_for_backward(output[1], history, target, lengths, mask, offsets, *params, *running_stats)
-    ctx.mark_non_differentiable(output[1])
+    ctx.num_params, ctx.num_stats = len(params), len(running_stats)
+    training = ctx.flags[3]
+    # In training nothing reads the running statistics, and the caller updates them in place before the backward.
+    saved_stats = [] if training else running_stats
+    ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, *params, *saved_stats)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_out, _grad_batch_stats):
-    batch_stats, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
+def _backward(ctx, grad_out, *_):
+    batch_stats, saved, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
     grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
-        grad_out, batch_stats, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
+        grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
     )
-    return grad_history, grad_target, None, None, None, grad_params, [None] * len(running_stats), *[None] * 6
+    return grad_history, grad_target, None, None, None, grad_params, [None] * ctx.num_stats, *[None] * 6
 
 
 torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
@@ -303,7 +320,10 @@ def din_attention(
         ValueError: lengths outside 0 .. L, offsets that decrease or do not run from 0 to N, fewer than two valid rows
             in training with a normalization.
     """
-    return torch.ops.rankkernels.din_attention.default(
-        history, target, lengths, mask, offsets, list(params), list(running_stats), activation, batch_norm,
-        use_softmax, training, norm_eps, dice_eps,
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
+        history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
+        batch_norm, use_softmax, training, norm_eps, dice_eps,
     )  # fmt: skip
+    return out, batch_stats

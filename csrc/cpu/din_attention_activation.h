@@ -1,0 +1,236 @@
+// Activations of DIN's attention MLP on a block of rows, forward and backward, for one instruction set. Rows
+// have padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The
+// structures of pointers come by value: as the stores may alias anything, through a reference each pointer
+// would be read again after each.
+//
+// With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
+//
+//   leaky            a = y > 0 ? y : alpha y
+//   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
+//   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 +
+//   epsilon
+//
+// Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
+// Backward, with da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,
+//
+//   dL/dy = da (alpha + (1 - alpha) p) + (w - mean(w) - u sum_j w_j u_j) / s.
+#pragma once
+
+#include "din_attention_args.h"
+#include "vec.h"
+
+namespace rk {
+namespace RK_ISA {
+
+template <class A>
+RK_INLINE int64_t vectors(int64_t n) {
+  return (n + Traits<A>::lanes - 1) / Traits<A>::lanes;
+}
+
+// g -> y of one vector.
+template <class A>
+RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename Traits<A>::vec g, int64_t n) {
+  using X = Traits<A>;
+  return f.y_scale ? g * X::load(f.y_scale + n) + X::load(f.y_shift + n) : g;
+}
+
+// Calls each(row) -> vector on the rows of a group, and store(first row, their sums) on groups of as many
+// rows as lanes.
+template <class A, class Each, class Store>
+RK_INLINE void sum_rows(int64_t rows, const Each& each, const Store& store) {
+  using X = Traits<A>;
+  for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
+    const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
+    typename X::vec x[X::lanes];
+    for (int64_t i = 0; i < group; ++i) x[i] = each(r0 + i);
+    for (int64_t i = group; i < X::lanes; ++i) x[i] = typename X::vec{};
+    store(r0, sum_each(x));
+  }
+}
+
+// (y - mean) of a row's units and 0 elsewhere: absent units have y = 0.
+template <class A>
+RK_INLINE typename Traits<A>::vec centred(const DinLayer<A>& f, const A* g, A mean, int64_t n) {
+  return pre_activation(f, Traits<A>::load(g + n), n) - mean * Traits<A>::load(f.unit + n);
+}
+
+template <class A>
+static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
+  using X = Traits<A>;
+  using V = typename X::vec;
+  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
+  sum_rows<A>(
+      rows,
+      [&](int64_t r) {
+        V sum = {};
+        for (int64_t n = 0; n < end; n += X::lanes) sum += pre_activation(f, X::load(s.g + r * ld + n), n);
+        return sum;
+      },
+      [&](int64_t r, V sum) { X::store(s.mean + r, sum / static_cast<A>(f.out)); });
+  sum_rows<A>(
+      rows,
+      [&](int64_t r) {
+        V squares = {};
+        for (int64_t n = 0; n < end; n += X::lanes) {
+          const V c = centred(f, s.g + r * ld, s.mean[r], n);
+          squares += c * c;
+        }
+        return squares;
+      },
+      [&](int64_t r, V squares) { X::store(s.inverse + r, inverse_root(squares + f.epsilon)); });
+}
+
+// g -> a; with dice also its statistics, and without need_a them alone.
+template <class A>
+static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a) {
+  using X = Traits<A>;
+  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
+  if (f.activation == DinActivation::dice) dice_statistics(f, rows, s);
+  if (!need_a) return;
+  const auto each = [&](const auto& function) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < end; n += X::lanes) {
+        const auto g = X::load(s.g + r * ld + n);
+        X::store(s.a + r * ld + n, function(g, pre_activation(f, g, n), n, r));
+      }
+  };
+  using V = typename X::vec;
+  switch (f.activation) {
+    case DinActivation::leaky:
+      return each([&](V, V y, int64_t n, int64_t) { return y > 0 ? y : y * X::load(f.alpha + n); });
+    case DinActivation::sigmoid:
+      return each([&](V, V y, int64_t, int64_t) { return sigmoid(y); });
+    case DinActivation::dice_batch_norm:
+      return each([&](V g, V y, int64_t n, int64_t) {
+        const V alpha = X::load(f.alpha + n);
+        return y * (alpha + (1 - alpha) * sigmoid(g * X::load(f.v_scale + n) + X::load(f.v_shift + n)));
+      });
+    case DinActivation::dice:
+      return each([&](V, V y, int64_t n, int64_t r) {
+        const V u = (y - s.mean[r] * X::load(f.unit + n)) * s.inverse[r];
+        const V alpha = X::load(f.alpha + n);
+        return y * (alpha + (1 - alpha) * sigmoid_unit(u));
+      });
+  }
+}
+
+// Dice: d = dL/da -> dL/dy in place; adds to alpha's gradient.
+template <class A>
+static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
+  using X = Traits<A>;
+  using V = typename X::vec;
+  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
+  A mean_w[X::lanes], along_u[X::lanes];
+  for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
+    const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
+    V sum_w[X::lanes], sum_wu[X::lanes];
+    for (int64_t i = group; i < X::lanes; ++i) sum_w[i] = sum_wu[i] = V{};
+    for (int64_t i = 0; i < group; ++i) {
+      const A *g = s.g + (r0 + i) * ld, mean = s.mean[r0 + i], inverse = s.inverse[r0 + i];
+      A* dp = d + (r0 + i) * ld;
+      V w_of_row = {}, wu_of_row = {};
+      for (int64_t n = 0; n < end; n += X::lanes) {
+        const V c = centred(f, g, mean, n), y = pre_activation(f, X::load(g + n), n), u = c * inverse;
+        const V alpha = X::load(f.alpha + n), p = sigmoid_unit(u), da = X::load(dp + n), day = da * y;
+        const V w = (1 - alpha) * day * (p - p * p);
+        w_of_row += w;
+        wu_of_row += w * u;
+        X::store(grad_alpha + n, X::load(grad_alpha + n) + day * (1 - p));
+        X::store(dp + n, da * (alpha + (1 - alpha) * p) + w * inverse);
+      }
+      sum_w[i] = w_of_row;
+      sum_wu[i] = wu_of_row;
+    }
+    const V inverse = X::load(s.inverse + r0);
+    X::store(mean_w, sum_each(sum_w) * inverse / static_cast<A>(f.out));
+    X::store(along_u, sum_each(sum_wu) * inverse * inverse);
+    for (int i = 0; i < group; ++i) {
+      A* dp = d + (r0 + i) * ld;
+      for (int64_t n = 0; n < end; n += X::lanes) {
+        const V c = centred(f, s.g + (r0 + i) * ld, s.mean[r0 + i], n);
+        X::store(dp + n, X::load(dp + n) - mean_w[i] - c * along_u[i]);
+      }
+    }
+  }
+}
+
+// Unit by unit: d = dL/da (for dice dL/dy) -> dL/dz in place, unless only the sums are wanted; adds to the
+// gradients of the bias (dL/dz), alpha and the sums.
+template <DinActivation kind, bool kNormalized, class A>
+static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
+                           A* grad_bias, DinLayerGrad<A> grad) {
+  using X = Traits<A>;
+  using V = typename X::vec;
+  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
+  const auto constant = [](const A* p, int64_t n) { return p ? X::load(p + n) : V{}; };
+  for (int64_t n = 0; n < end; n += X::lanes) {
+    const V y_scale = constant(f.y_scale, n), y_shift = constant(f.y_shift, n),
+            v_scale = constant(f.v_scale, n), v_shift = constant(f.v_shift, n), alpha = constant(f.alpha, n),
+            r = constant(f.r, n), c1 = constant(f.c1, n), c2 = constant(f.c2, n);
+    V bias = {}, grad_alpha = {}, sum_y = {}, sum_yg = {}, sum_v = {}, sum_vg = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      A* dp = d + row * ld + n;
+      const V da = X::load(dp), g = X::load(s.g + row * ld + n), y = kNormalized ? y_scale * g + y_shift : g;
+      V dy = da, dv = {};
+      if (kind == DinActivation::leaky) {
+        dy = y > 0 ? da : da * alpha;
+        grad_alpha += y > 0 ? V{} : da * y;
+      } else if (kind == DinActivation::sigmoid) {
+        const V a = X::load(s.a + row * ld + n);
+        dy = da * (a - a * a);
+      } else if (kind == DinActivation::dice_batch_norm) {
+        const V p = sigmoid(v_scale * g + v_shift);
+        dy = da * (alpha + (1 - alpha) * p);
+        dv = (1 - alpha) * da * y * (p - p * p);
+        grad_alpha += da * y * (1 - p);
+      }
+      if (kNormalized) {
+        sum_y += dy;
+        sum_yg += dy * g;
+        dy *= y_scale;
+        if (kind == DinActivation::dice_batch_norm) {
+          sum_v += dv;
+          sum_vg += dv * g;
+          dy += dv * v_scale;
+        }
+        dy = r * (dy - c1 - c2 * g);
+      }
+      bias += dy;
+      if (!only_sums) X::store(dp, dy);
+    }
+    const auto add = [&](A* p, V v) { X::store(p + n, X::load(p + n) + v); };
+    if (!only_sums) add(grad_bias, bias);
+    if (kind != DinActivation::dice && kind != DinActivation::sigmoid) add(grad.alpha, grad_alpha);
+    if (kNormalized) {
+      add(grad.sums[0], sum_y);
+      add(grad.sums[1], sum_yg);
+      add(grad.sums[2], sum_v);
+      add(grad.sums[3], sum_vg);
+    }
+  }
+}
+
+// d = dL/da -> dL/dz in place, or with only_sums nothing but the sums.
+template <class A>
+static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
+                                A* grad_bias, DinLayerGrad<A> grad) {
+  using Kind = DinActivation;
+  switch (f.activation) {
+    case Kind::leaky:
+      return f.r ? units_backward<Kind::leaky, true>(f, rows, s, d, only_sums, grad_bias, grad)
+                 : units_backward<Kind::leaky, false>(f, rows, s, d, only_sums, grad_bias, grad);
+    case Kind::sigmoid:
+      return f.r ? units_backward<Kind::sigmoid, true>(f, rows, s, d, only_sums, grad_bias, grad)
+                 : units_backward<Kind::sigmoid, false>(f, rows, s, d, only_sums, grad_bias, grad);
+    case Kind::dice_batch_norm:
+      return units_backward<Kind::dice_batch_norm, true>(f, rows, s, d, only_sums, grad_bias, grad);
+    case Kind::dice:
+      dice_backward(f, rows, s, d, grad.alpha);
+      return f.r ? units_backward<Kind::dice, true>(f, rows, s, d, only_sums, grad_bias, grad)
+                 : units_backward<Kind::dice, false>(f, rows, s, d, only_sums, grad_bias, grad);
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

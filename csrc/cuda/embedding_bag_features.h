@@ -1,0 +1,190 @@
+// The arguments of the embedding op and its backward, checked and turned into the kernels' `Bags`.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "../names.h"
+#include "embedding_bag.cuh"
+#include "launch.h"
+
+namespace rk {
+namespace cuda {
+
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+#define RK_CHECK_BAG(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
+
+// What the op and its backward share; the backward has no names.
+struct FeatureArgs {
+  const Tensors &indices, &offsets, &per_sample_weights;
+  const Ints &tables, &modes, &padding_idx, &frozen_rows;
+  const NameList* names;
+
+  size_t size() const { return indices.size(); }
+  std::string name(size_t f) const { return names ? (*names)[f] : "indices[" + std::to_string(f) + "]"; }
+  bool has_factors(size_t f) const {
+    return !per_sample_weights.empty() &&
+           !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
+  }
+};
+
+// t, or a contiguous copy of it if it is not a matrix with elements side by side.
+inline Tensor unit_stride_rows(const Tensor& t) {
+  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
+}
+
+// Whether every row of the matrix starts at a multiple of 16 bytes.
+inline bool rows_aligned(const Tensor& t) {
+  const int64_t stride = t.dim() == 2 ? t.stride(0) : t.size(t.dim() - 1);
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && stride * t.element_size() % 16 == 0;
+}
+
+inline uint8_t log2_lanes(int64_t pieces) {
+  uint8_t log2 = 0;
+  while ((1 << log2) < pieces && (1 << log2) < kLanes) ++log2;
+  return log2;
+}
+
+inline int32_t checked_int32(int64_t n, const char* what) {
+  RK_CHECK_BAG(n <= INT32_MAX, what, " must be less than 2^31, got ", n);
+  return static_cast<int32_t>(n);
+}
+
+inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
+  const size_t n = args.size();
+  RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
+  const auto one_each = [&](const char* what, size_t size, bool optional) {
+    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
+                 size);
+  };
+  one_each("offsets", args.offsets.size(), true);
+  one_each("per_sample_weights", args.per_sample_weights.size(), true);
+  one_each("tables", args.tables.size(), false);
+  one_each("modes", args.modes.size(), false);
+  one_each("padding_idx", args.padding_idx.size(), false);
+  if (args.names) one_each("names", args.names->size(), false);
+  RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
+               ", got ", args.frozen_rows.size());
+  for (size_t f = 0; f < n; ++f)
+    RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
+                 " has table ", args.tables[f], " of ", num_tables);
+}
+
+// The fields of feature f that do not depend on its table; `like` is the table, or in the backward the
+// gradient: what is not on its device or has another dtype is an error. `kept` gets the copies that pointers
+// point into.
+inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tensors& kept) {
+  const auto check_integers = [&](const Tensor& t, const std::string& what) {
+    const auto dtype = t.scalar_type();
+    RK_CHECK_BAG(dtype == ScalarType::Long || dtype == ScalarType::Int, what, " must be int32 or int64, got ",
+                 dtype);
+    RK_CHECK_BAG(on_device(t) && t.get_device_index() == like.get_device_index(), what,
+                 " must be on the device of its table, ", like.get_device_index(), ", got ",
+                 t.get_device_index());
+    kept.push_back(torch::stable::contiguous(t));
+    return kept.back().const_data_ptr();
+  };
+  const Tensor& ids = args.indices[f];
+  Bags bags{};
+  RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
+               args.modes[f]);
+  bags.mode = static_cast<uint8_t>(args.modes[f]);
+  const bool pooled = bags.mode != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
+  RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
+               " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
+               jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+  bags.ids = check_integers(ids, args.name(f));
+  bags.wide_ids = ids.scalar_type() == ScalarType::Long;
+  bags.padding_idx = pooled ? args.padding_idx[f] : -1;
+  if (jagged) {
+    bags.offsets = check_integers(args.offsets[f], "offsets of " + args.name(f));
+    bags.wide_offsets = args.offsets[f].scalar_type() == ScalarType::Long;
+    bags.B = args.offsets[f].size(0);
+    bags.L = ids.numel();
+  } else {
+    bags.B = pooled ? ids.size(0) : ids.numel();
+    bags.L = pooled ? ids.size(1) : 1;
+  }
+  if (args.has_factors(f)) {
+    const Tensor& factors = args.per_sample_weights[f];
+    const auto shape = ids.sizes(), got = factors.sizes();
+    constexpr const char* kModes[] = {"none", "sum", "mean", "max"};
+    RK_CHECK_BAG((bags.mode == kSum || bags.mode == kMean) &&
+                     std::equal(shape.begin(), shape.end(), got.begin(), got.end()),
+                 "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
+                 " and mode sum or mean, got ", shape_of(factors), " and ", kModes[bags.mode]);
+    RK_CHECK_BAG(factors.scalar_type() == like.scalar_type() && on_device(factors) &&
+                     factors.get_device_index() == like.get_device_index(),
+                 "per_sample_weights of ", args.name(f), " must be like its table, ", like.scalar_type(),
+                 " on device ", like.get_device_index(), ", got ", factors.scalar_type(), " on device ",
+                 factors.get_device_index());
+    kept.push_back(torch::stable::contiguous(factors));
+    bags.per_sample_weights = kept.back().const_data_ptr();
+  }
+  return bags;
+}
+
+inline int64_t ids_of(const Bags& bags) { return bags.B == 0 ? 0 : bags.offsets ? bags.L : bags.B * bags.L; }
+
+// Puts items into as few launches as their number allows. `add` says how many blocks an item takes; whoever
+// adds calls `flush` at the end.
+template <class Item, class Launch>
+class Batches {
+ public:
+  explicit Batches(const Launch& launch) : launch_(launch) {}
+
+  void add(Item item, int64_t blocks) {
+    if (blocks == 0) return;
+    if (batch_.n == Batch<Item>::kItems) flush();
+    item.first_block = checked_int32(blocks_, "blocks of a launch");
+    batch_.items[batch_.n++] = item;
+    blocks_ += blocks;
+  }
+
+  void flush() {
+    if (batch_.n) launch_(batch_, blocks_);
+    batch_.n = 0;
+    blocks_ = 0;
+  }
+
+ private:
+  const Launch& launch_;
+  Batch<Item> batch_;
+  int64_t blocks_ = 0;
+};
+
+inline int64_t blocks_for(int64_t groups, uint8_t log2_lanes) {
+  const int64_t per_block = kThreads >> log2_lanes;
+  return (groups + per_block - 1) / per_block;
+}
+
+constexpr ScalarType kFloating[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half,
+                                    ScalarType::BFloat16};
+
+inline bool is_floating(ScalarType dtype) {
+  return std::find(std::begin(kFloating), std::end(kFloating), dtype) != std::end(kFloating);
+}
+
+// Calls body with a null pointer to the type of a floating-point dtype.
+template <class Body>
+void dispatch_floating(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return body(static_cast<double*>(nullptr));
+    case ScalarType::Half:
+      return body(static_cast<fp16*>(nullptr));
+    case ScalarType::BFloat16:
+      return body(static_cast<bf16*>(nullptr));
+    default:
+      return body(static_cast<float*>(nullptr));
+  }
+}
+
+}  // namespace cuda
+}  // namespace rk

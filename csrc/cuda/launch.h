@@ -1,0 +1,71 @@
+// Devices, streams and launches.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "device.cuh"
+
+namespace rk {
+namespace cuda {
+
+using torch::stable::Tensor;
+
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+
+inline void check(cudaError_t error) {
+  STD_TORCH_CHECK(error == cudaSuccess, "rankkernels: CUDA error: ", cudaGetErrorString(error));
+}
+
+// torch's current stream. The function is in a library that only a CUDA build of torch has, and has loaded by
+// now: it is looked up there, so that this extension links, and is imported, beside every build of torch.
+inline cudaStream_t current_stream(int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const GetStream get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
+  }();
+  STD_TORCH_CHECK(get_stream, "rankkernels: this build of torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The device of a tensor, made torch's and this library's current one as long as this lives, and its stream.
+class Device {
+ public:
+  explicit Device(const Tensor& like) : guard_(like.get_device_index()) {
+    check(cudaSetDevice(like.get_device_index()));
+    stream_ = current_stream(like.get_device_index());
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
+              Arguments&&... arguments) const {
+    STD_TORCH_CHECK(blocks <= INT32_MAX, "rankkernels: too much work for one launch, ", blocks, " blocks");
+    if (blocks == 0) return;
+    kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream_>>>(
+        std::forward<Arguments>(arguments)...);
+    check(cudaGetLastError());
+  }
+
+  // What is at `p` when all that was launched before is done; waits for it.
+  template <class T>
+  T read(const T* p) const {
+    T value;
+    check(cudaMemcpyAsync(&value, p, sizeof(T), cudaMemcpyDeviceToHost, stream_));
+    check(cudaStreamSynchronize(stream_));
+    return value;
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace cuda
+}  // namespace rk

@@ -1,0 +1,23 @@
+"""Vector loads of rows whose width and strides Triton does not see to be aligned."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def aligned(value, ALIGN: tl.constexpr):
+    """``value`` in 64 bits, known to the compiler as a multiple of ALIGN."""
+    return tl.multiple_of(tl.cast(value, tl.int64), ALIGN)
+
+
+def alignment(x: Tensor) -> int:
+    """The power of two, up to 128 bits, that the row starts and the width of ``x`` are multiples of, in items.
+
+    Triton sees by itself only multiples of 16 items: this makes vector loads of D = 8 and D = 10, too.
+    """
+    return math.gcd(16 // x.element_size(), *x.stride()[:-1], x.size(-1))

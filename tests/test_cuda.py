@@ -1,0 +1,271 @@
+"""The CUDA C++ part without a GPU: nvcc builds it, and the kernels run on the CPU under the shim in cuda_shim/.
+
+The shim tests compile csrc/cuda with g++ and sanitizers, csrc/cuda/launch.h replaced by the shim's, and run the ops in
+a process of their own; see cuda_shim/shim.h for what they find. Planted faults show that they do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHIM = Path(__file__).parent / "cuda_shim"
+TORCH = Path(torch.__file__).parent
+ARCHITECTURES = ("80", "90", "100")
+DTYPES = ("float", "double", "__half", "__nv_bfloat16")
+KERNELS = ("embedding_bag", "embedding_lookups", "embedding_max_grad_rows", "embedding_factor_grad",
+           "embedding_reduce", "embedding_join")  # fmt: skip
+MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
+
+
+def cuda_home() -> Path | None:
+    nvcc = os.environ.get("CUDA_HOME") and Path(os.environ["CUDA_HOME"], "bin/nvcc")
+    if not nvcc and shutil.which("nvcc"):
+        nvcc = Path(shutil.which("nvcc")).resolve()
+    return nvcc.parent.parent if nvcc and nvcc.exists() else None
+
+
+CUDA_HOME = cuda_home()
+needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
+
+
+def run(*command: str | Path, check: bool = True, cwd: Path = ROOT, **environment: str) -> str:
+    """What a command prints, both streams."""
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == 0 if check else result.returncode != 0, result.stdout[-8000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> tuple[Path, str]:
+    """The package with its CUDA part, built for every architecture, and what the build printed."""
+    target = tmp_path_factory.mktemp("cuda")
+    log = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", target / "lib", "--build-temp", target / "temp",
+        RANKKERNELS_CUDA="1", CUDA_HOME=str(CUDA_HOME), NVCC_APPEND_FLAGS="-Xptxas=-v", MAX_JOBS="2",
+        TORCH_CUDA_ARCH_LIST=";".join(f"{a[:-1]}.{a[-1]}" for a in ARCHITECTURES),
+    )  # fmt: skip
+    shutil.copytree(
+        ROOT / "rankkernels", target / "lib/rankkernels", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
+    )
+    return target / "lib", log
+
+
+@needs_nvcc
+def test_imports_beside_any_torch(build):
+    """The implementations are registered, and answer; none of the libraries of a CUDA build of torch is needed."""
+    library, _ = build
+    out = run(
+        sys.executable, "-c",
+        "import torch, rankkernels.ops._library as library\n"
+        "assert library.no_extension is None, library.no_extension\n"
+        "import rankkernels; print(rankkernels.__file__)\n"
+        "for op in ('embedding_bag', 'embedding_bag_backward'):\n"
+        "    print(op, torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'))\n"
+        "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "op = torch.ops.rankkernels.embedding_bag.default\n"
+        "w, ids = torch.ones(2, 3), torch.tensor([[0]])\n"
+        "try: op.redispatch(keys, [w], [ids], [], [], [0], [1], [-1], [-1], ['item_id'], concat=True)\n"
+        "except RuntimeError as error: print(error)\n",
+        cwd=library, PYTHONPATH=str(library),
+    )  # fmt: skip
+    assert str(library) in out
+    assert "embedding_bag True\nembedding_bag_backward True" in out
+    assert "weights[0] must be on a GPU" in out
+    if shutil.which("readelf"):
+        dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/_C.abi3.so")
+        assert "libtorch_cuda" not in dynamic and "libcudart" not in dynamic
+        assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
+
+
+def resources(log: str) -> dict[tuple[str, str], str]:
+    """What ptxas says of each (kernel's mangled name, architecture)."""
+    entry = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'(.*?)(?=Compiling entry|\Z)", re.DOTALL)
+    return {(name, sm): text for name, sm, text in entry.findall(log)}
+
+
+@needs_nvcc
+def test_no_kernel_spills(build):
+    found = resources(build[1])
+    for sm in ARCHITECTURES:
+        for kernel in KERNELS:
+            assert sum(f"{len(kernel)}{kernel}I" in name and sm == s for name, s in found) == len(DTYPES), (kernel, sm)
+    assert len(found) == len(ARCHITECTURES) * (len(KERNELS) * len(DTYPES) + 1)  # and `zero`
+    print("\nkernel, architecture: registers")
+    for (name, sm), text in sorted(found.items()):
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, sm, text)
+        assert "lmem" not in text, (name, sm, text)
+        registers = int(re.search(r"Used (\d+) registers", text)[1])
+        assert registers <= MAX_REGISTERS, (name, sm, registers)
+        print(f"{name[:60]} sm_{sm}: {registers}")
+
+
+@needs_nvcc
+def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
+    """The kernels' headers alone, as PTX: rows are loaded and stored by 128 bits."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        '#include "embedding_bag_backward.cuh"\nnamespace rk::cuda {\n'
+        + "".join(
+            f"template __global__ void embedding_bag<{t}>(const Batch<Bags>, Report*);\n"
+            f"template __global__ void embedding_reduce<{t}>(const Batch<TableGrad>, const Lookups,"
+            f" Carries<accumulate_t<{t}>>, int);\n"
+            for t in DTYPES
+        )
+        + "}\n"
+    )
+    ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc/cuda", source, "-o", "-")
+    entries = [text for text in ptx.split(".visible .entry ")[1:] if text.startswith("_ZN2rk4cuda")]
+    wide = [re.match(r"_ZN2rk4cuda\d+embedding_(?:bag|reduce)I", text) is not None for text in entries]
+    assert sum(wide) == 2 * len(DTYPES)
+    for text in (text for text, w in zip(entries, wide) if w):
+        name = text[:60]
+        assert re.search(r"ld(\.global)?(\.nc)?\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
+        assert re.search(r"st\.global\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
+
+
+def test_cuda_without_a_toolkit(tmp_path):
+    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path,
+              check=False, RANKKERNELS_CUDA="1", CUDA_HOME="")  # fmt: skip
+    assert out.splitlines()[-1].startswith("RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit")
+    assert "Traceback" not in out
+
+
+def sanitizer(name: str) -> str | None:
+    """The path of g++'s run-time library, or None where g++ does not have it."""
+    if shutil.which("g++") is None:
+        return None
+    path = run("g++", f"-print-file-name={name}").strip()
+    return path if os.path.isabs(path) else None
+
+
+needs_sanitizers = pytest.mark.skipif(sanitizer("libasan.so") is None, reason="no g++ with the address sanitizer")
+FLAGS = ("-x", "c++", "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip
+SANITIZE = ("-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def compile_shim(source: Path, optimize: str) -> Path:
+    """One .cu of a copy of csrc, for the CPU."""
+    target = source.with_suffix(".o")
+    run("g++", *FLAGS, optimize, *SANITIZE, "-I", SHIM, "-isystem", TORCH / "include", "-c", source, "-o", target)
+    return target
+
+
+def link_shim(objects: Sequence[Path], target: Path) -> Path:
+    run("g++", "-shared", *SANITIZE, *objects, "-o", target, "-L", TORCH / "lib", "-ltorch", "-ltorch_cpu", "-lc10")
+    return target
+
+
+def copy_sources(target: Path) -> Path:
+    shutil.copytree(ROOT / "csrc", target)
+    shutil.copy(SHIM / "launch.h", target / "cuda/launch.h")
+    return target / "cuda"
+
+
+def run_shim(library: Path, what: str, check: bool = True, **environment: str) -> str:
+    """cuda_shim/run.py; RANKKERNELS_REFERENCE leaves the CPU's own kernels out."""
+    preload = f"{sanitizer('libasan.so')} {sanitizer('libstdc++.so')}"
+    options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "RANKKERNELS_REFERENCE": "1"}
+    return run(sys.executable, SHIM / "run.py", library, what, check=check,
+               **{"PYTHONPATH": str(ROOT), **options, **environment})  # fmt: skip
+
+
+UNITS = ("embedding_bag", "embedding_bag_backward")
+# What is wrong: in which file, of which unit, the text and what it becomes, what to run, and what must be said.
+FAULTS = {
+    "no barrier": (
+        "embedding_bag_backward.cuh", "embedding_bag_backward", "__syncthreads();", "",
+        "accuracy", "output or gradient 1 is off by",
+    ),
+    "shared memory too small": (
+        "embedding_bag_backward.cu", "embedding_bag_backward", "* sizeof(Staged<A>);", "* sizeof(Staged<A>) - 1;",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_reduce<",
+    ),
+    "shuffle among too many lanes": (
+        "device.cuh", "embedding_bag_backward", "return ones << (threadIdx.x & (kLanes - 1) & ~(lanes() - 1));",
+        "return ones ? ~0u : 0;", "accuracy", "shim: deadlock",
+    ),
+    "misaligned vector load": (
+        "embedding_bag.cu", "embedding_bag", "&& rows_aligned(w) && out_aligned", "&& out_aligned",
+        "accuracy", "runtime error: .* misaligned address",
+    ),
+    "tail not masked": (
+        "embedding_bag.cuh", "embedding_bag", "if (b >= bags.B) return;", "",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
+    ),
+    "id not checked": (
+        "embedding_bag.cuh", "embedding_bag", "return id >= 0 && id < R;", "return id >= 0 || id < R;",
+        "bad_ids", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory) -> dict[str, Path]:
+    """The library for the shim, without a fault and with each."""
+    folder = tmp_path_factory.mktemp("shim")
+    sources = {"sound": copy_sources(folder / "sound")}
+    for fault, (file, _, text, replacement, *_) in FAULTS.items():
+        sources[fault] = copy_sources(folder / fault.replace(" ", "_"))
+        original = (sources[fault] / file).read_text()
+        assert original.count(text) == 1, f"{fault}: {text!r} must be in {file} once"
+        (sources[fault] / file).write_text(original.replace(text, replacement))
+    with ThreadPoolExecutor(2) as pool:
+        sound = [pool.submit(compile_shim, sources["sound"] / f"{unit}.cu", "-O1") for unit in UNITS]
+        # Only the unit with the fault is compiled again, and fast rather than to be fast.
+        faulty = {
+            fault: (unit, pool.submit(compile_shim, sources[fault] / f"{unit}.cu", "-O0"))
+            for fault, (_, unit, *_) in FAULTS.items()
+        }
+    libraries = {"sound": link_shim([job.result() for job in sound], folder / "sound/shim.so")}
+    for fault, (unit, job) in faulty.items():
+        others = [job.result() for other, job in zip(UNITS, sound) if other != unit]
+        libraries[fault] = link_shim([job.result(), *others], sources[fault] / "shim.so")
+    return libraries
+
+
+@needs_sanitizers
+def test_kernels_under_the_shim(shim):
+    """Right in every dtype, without a word of the sanitizers, and the same bits in every order."""
+    orders = ("forward", "reverse", "1")
+    with ThreadPoolExecutor(2) as pool:
+        outs = list(pool.map(lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order), orders))
+    assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
+
+
+@needs_sanitizers
+def test_bad_arguments_under_the_shim(shim):
+    assert "arguments refused" in run_shim(shim["sound"], "bad_arguments")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal", "never"])
+def test_bad_ids_under_the_shim(shim, mode):
+    """Never followed; said as RANKKERNELS_CHECK_IDS asks."""
+    message = "embedding_bag: indices[0, 1] = 5 is out of range for a table with 5 rows"
+    out = run_shim(shim["sound"], "bad_ids", check=mode in ("ignore", "warn"), RANKKERNELS_CHECK_IDS=mode)
+    assert ("ids not followed" in out) == (mode in ("ignore", "warn"))
+    assert (message in out) == (mode in ("warn", "fatal"))
+    assert ("offsets[0] = 3 is before 1" in out) == (mode == "warn")
+    assert ("RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got never" in out) == (mode == "never")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(shim, fault):
+    *_, what, expected = FAULTS[fault]
+    assert re.search(expected, run_shim(shim[fault], what, check=False))

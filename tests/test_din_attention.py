@@ -1,0 +1,126 @@
+"""The DIN attention op against ``rankkernels.reference`` in float64, in random configurations."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from rankkernels import reference
+from rankkernels.ops.din_attention import ACTIVATIONS, din_attention, unflatten
+
+FORMS = ("padded", "lengths", "mask", "offsets")
+#: Relative error, by norm, of the output and of each gradient.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def make_params(D, dims, activation, batch_norm, dtype, generator):
+    """Parameters and running statistics in the order of the schema, in float64 rounded to ``dtype``."""
+
+    def rand(*shape, scale=1.0, shift=0.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale + shift).to(dtype)
+
+    params, stats, width = [], [], 4 * D
+    for H in dims:
+        params += [rand(H, width, scale=width**-0.5), rand(H, scale=0.3)]
+        if batch_norm:
+            params += [rand(H, scale=0.3, shift=1), rand(H, scale=0.3)]
+            stats += [rand(H, scale=0.2), rand(H).square() + 0.5]
+        if activation in ("prelu", "dice"):
+            params += [rand(1 if torch.rand((), generator=generator) < 0.5 else H, scale=0.5)]
+        if activation == "dice_batch_norm":
+            params += [rand(H, scale=0.5), rand(H, scale=0.3, shift=1), rand(H, scale=0.3)]
+            stats += [rand(H, scale=0.2), rand(H).square() + 0.5]
+        width = H
+    return params + [rand(1, width, scale=width**-0.5), rand(1, scale=0.3)], stats
+
+
+def make_inputs(form, B, L, D, dtype, generator):
+    """history, target and the keyword that tells the valid rows. Padding is NaN, and must not be seen."""
+    target = torch.randn(B, D, generator=generator, dtype=torch.float64).to(dtype)
+    lengths = torch.randint(0, L + 1, (B,), generator=generator)
+    if form == "offsets":
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        history = torch.randn(int(offsets[-1]), D, generator=generator, dtype=torch.float64).to(dtype)
+        return history, target, {"offsets": offsets.int()}
+    history = torch.randn(B, L, D, generator=generator, dtype=torch.float64).to(dtype)
+    if form == "padded":
+        return history, target, {}
+    mask = torch.arange(L) < lengths[:, None] if form == "lengths" else torch.rand(B, L, generator=generator) < 0.6
+    history[~mask] = torch.nan
+    return history, target, {form: lengths if form == "lengths" else mask}
+
+
+def run(attention, history, target, params, grad_out):
+    """Output, batch statistics and all gradients of one implementation."""
+    leaves = [x.detach().clone().requires_grad_() for x in (history, target, *params)]
+    out, stats = attention(*leaves[:2], leaves[2:])
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
+    return out.detach(), stats, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves)]
+
+
+def expected(history, target, params, grad_out, rows, stats, flags):
+    def attention(history, target, params):
+        hidden, weight, bias = unflatten(
+            params,
+            [s.double() for s in stats],
+            flags["activation"],
+            flags["batch_norm"],
+            flags["norm_eps"],
+            flags["dice_eps"],
+        )
+        out, all_stats = reference.din_attention(
+            history, target, hidden, weight, bias, **rows, use_softmax=flags["use_softmax"], training=flags["training"]
+        )
+        flat = [t for s in all_stats if s is not None for t in s]
+        return out, torch.cat(flat) if flat else None
+
+    return run(attention, history.double(), target.double(), [p.double() for p in params], grad_out.double())
+
+
+def check(history, target, params, grad_out, rows, stats, flags):
+    ref_out, ref_stats, ref_grads = expected(history, target, params, grad_out, rows, stats, flags)
+
+    def attention(history, target, params):
+        return din_attention(history, target, params, stats, **rows, **flags)
+
+    out, batch_stats, grads = run(attention, history, target, params, grad_out)
+    assert out.dtype == history.dtype and out.shape == target.shape
+    tolerance = TOLERANCE[history.dtype]
+
+    def close(name, actual, ref, floor=0.0):
+        error, scale = (actual.double() - ref).norm(), max(float(ref.norm()), floor)
+        assert torch.isfinite(actual).all(), f"{name} is not finite"
+        assert error <= tolerance * scale + 1e-30, f"{name}: relative error {error / scale:.2e}"
+
+    close("out", out, ref_out)
+    if flags["training"] and ref_stats is not None:
+        assert_close(batch_stats.double(), ref_stats, rtol=1e-4 if history.dtype != torch.float64 else 1e-9, atol=1e-5)
+    # Gradients that a softmax or a normalization nearly cancels are sums of large terms: held to the rounding of those.
+    largest = max((float(g.norm()) for g in ref_grads[2:]), default=0.0)
+    for i, (actual, ref) in enumerate(zip(grads, ref_grads)):
+        close(f"grad {i}", actual, ref, floor=0.1 * largest if i > 1 else 0.0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_against_reference(form, activation):
+    chooser = random.Random(f"{form} {activation}")
+    generator = torch.Generator().manual_seed(chooser.randrange(1 << 30))
+    for use_softmax, batch_norm, training, dtype in itertools.product(*[(False, True)] * 3, TOLERANCE):
+        B, L = chooser.choice([1, 3, 9]), chooser.choice([0, 1, 5, 49, 150])
+        if training:  # of few rows' statistics, the gradient is a difference of nearly equal numbers in any precision
+            B, L = 9, chooser.choice([49, 150])
+        D, dims = chooser.choice([1, 7, 10, 16, 64, 200]), chooser.choice([[], [1], [36], [130], [80, 40], [8, 9, 10]])
+        params, stats = make_params(D, dims, activation, batch_norm, dtype, generator)
+        history, target, rows = make_inputs(form, B, L, D, dtype, generator)
+        grad_out = torch.randn(B, D, generator=generator).to(dtype)
+        flags = dict(activation=activation, batch_norm=batch_norm, use_softmax=use_softmax, training=training,
+                     norm_eps=1e-5, dice_eps=1e-3)  # fmt: skip
+        try:
+            check(history, target, params, grad_out, rows, stats, flags)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            if "more than one valid row" in str(error):
+                continue
+            raise AssertionError(f"B {B} L {L} D {D} dims {dims} {dtype} {flags}: {error}") from error

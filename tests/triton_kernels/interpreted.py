@@ -1,0 +1,206 @@
+"""Every Triton kernel under Triton's interpreter, on the CPU. test_triton_interpreter.py runs this file in a process of
+its own: the interpreter has to be chosen before a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from cases import DOUBLE, OPS, SINGLE, Op, error, strided
+from triton.runtime.errors import InterpreterError
+
+assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
+interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_is_nan():
+    """torch.empty gives NaN: an element that no program stores is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def errors(op: Op, module: ModuleType, config: dict, dtype: torch.dtype) -> list[float]:
+    """Errors of the launchers' results, in units of what the op tolerates."""
+    torch.manual_seed(0)
+    arguments = op.make(config, dtype)
+    in_float64 = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    expected = op.expected(**in_float64)
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    actual = op.launch(module, **arguments)
+    for name, value in before.items():
+        assert torch.equal(value, arguments[name]), f"{name} was written to"
+    assert [a.shape for a in actual] == [e.shape for e in expected]
+    assert all(a.dtype == dtype for a in actual)
+    return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
+
+
+def described(value) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" if isinstance(v, bool) else str(v) for k, v in value.items()).replace(" ", "")
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(
+    "op, config, dtype",
+    [(op, config, dtype) for op in OPS for config in op.configs for dtype in op.dtypes],
+    ids=lambda v: v.module if isinstance(v, Op) else described(v),
+)
+def test_kernel_equals_reference(op, config, dtype):
+    module = importlib.import_module(f"rankkernels._triton.{op.module}")
+    assert max(errors(op, module, config, dtype)) <= 1
+
+
+def edited(module: str, old: str, new: str, folder: Path) -> ModuleType:
+    """A copy of a kernels' module with ``new`` for ``old`` in its source."""
+    source = Path(importlib.util.find_spec(f"rankkernels._triton.{module}").origin).read_text()
+    assert source.count(old) == 1, f"the edit has to match once, and {old!r} matches {source.count(old)} times"
+    path = folder / f"edited_{module}.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    copy = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.module)
+def test_unbroken_copy_passes(op, tmp_path):
+    copy = edited(op.module, "import triton\n", "import triton\n", tmp_path)
+    assert max(errors(op, copy, op.configs[0], SINGLE)) <= 1
+
+
+@pytest.mark.parametrize(
+    "op, old, new",
+    [
+        pytest.param(op, old, new, id=f"{op.module}-{what.replace(' ', '_')}")
+        for op in OPS
+        for what, old, new in op.mutations
+    ],
+)
+def test_broken_copy_is_noticed(op, old, new, tmp_path):
+    broken = edited(op.module, old, new, tmp_path)
+    for config in op.configs:
+        try:
+            if max(errors(op, broken, config, SINGLE)) > 1:
+                return
+        except InterpreterError:
+            return
+    pytest.fail("no config of the op notices the edit")
+
+
+# The bench itself.
+
+
+def test_bfloat16_conversions_are_torchs():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    wide = torch.from_numpy(interpreter.bf16_to_float32(every.numpy().view(np.uint16)))
+    assert torch.equal(wide.view(torch.int32), every.view(torch.bfloat16).float().view(torch.int32))
+    bits = torch.randint(-(2**31), 2**31, (1 << 20,)).to(torch.int32)
+    ties = (bits & ~0xFFFF) | 0x8000
+    for x in (bits.view(torch.float32), ties.view(torch.float32), wide):
+        actual = torch.from_numpy(interpreter.float32_to_bf16(x.numpy()).view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(actual.isnan(), x.isnan())
+        assert torch.equal(actual[~x.isnan()], x[~x.isnan()].to(torch.bfloat16))
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o, mask=o < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + o, x * 1.5, mask=o < N)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, SINGLE])
+def test_casts_in_a_kernel_are_torchs(dtype):
+    x, out = torch.randn(1000).to(dtype), torch.empty(1000, dtype=dtype)
+    cast_kernel[(1,)](x, out, 1000, BLOCK=1024)
+    assert torch.equal(out, (x.float() * 1.5).to(dtype))
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    o = tl.arange(0, 16)
+    tile = o[:, None] * 16 + o[None, :]
+    a, b = tl.load(a_ptr + tile), tl.load(b_ptr + tile)
+    tl.store(out_ptr + tile, tl.dot(a, b, input_precision=PRECISION))
+
+
+def test_dots_have_the_precision_of_tensor_cores():
+    a, b, out = torch.randn(16, 16), torch.randn(16, 16), torch.empty(16, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        dot_kernel[(1,)](a.to(dtype), b.to(dtype), out, PRECISION="ieee")
+        assert error(out, a.to(dtype).double() @ b.to(dtype).double()) < 1e-6
+    dot_kernel[(1,)](a, b, out, PRECISION="ieee")
+    assert error(out, a.double() @ b.double()) < 1e-6
+    dot_kernel[(1,)](a, b, out, PRECISION="tf32")
+    assert 1e-4 < error(out, a.double() @ b.double()) < 1e-3
+
+
+@triton.jit
+def misbehaving_kernel(x_ptr, out_ptr, N, stride, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    o = pid * BLOCK + tl.arange(0, BLOCK)
+    if WHAT == "past the end":
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N + 1, other=0.0), mask=o < N)
+    elif WHAT == "in a gap":
+        tl.store(out_ptr + o, tl.load(x_ptr + o, mask=o < N, other=0.0), mask=o < N)
+    elif WHAT == "store past the end":
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0))
+    elif WHAT == "stored twice":
+        tl.store(out_ptr + o % BLOCK, o * 1.0)
+    elif WHAT == "read what is stored":
+        tl.store(out_ptr + o, o * 1.0, mask=o < N)
+        tl.store(out_ptr + o, tl.load(out_ptr + o, mask=o < N), mask=o < N)
+    elif WHAT == "store what another reads":
+        tl.store(out_ptr + o, tl.load(out_ptr + (N - 1 - o), mask=o < N, other=0.0), mask=o < N)
+    elif WHAT == "atomic":
+        tl.atomic_add(out_ptr + o, 1.0, mask=o < N)
+    elif WHAT == "arithmetic in bfloat16":
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0).to(tl.bfloat16) * 2.0, mask=o < N)
+    else:
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0), mask=o < N)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("past the end", "load outside"),
+        ("in a gap", "load outside"),
+        ("store past the end", "store outside"),
+        ("stored twice", "stores what another one stores"),
+        ("read what is stored", "loads what was stored"),
+        ("store what another reads", "stores what another one loads|loads what was stored"),
+        ("atomic", "atomic"),
+        ("arithmetic in bfloat16", "convert to float32"),
+        ("nothing", None),
+    ],
+)
+def test_the_interpreter_objects(what, message):
+    x, out = strided([30], SINGLE, "stepped"), torch.empty(30)
+    launch = lambda: misbehaving_kernel[(4,)](x, out, 30, 2, WHAT=what, BLOCK=8)  # noqa: E731
+    if message is None:
+        launch()
+        assert torch.equal(out, x)
+    else:
+        with pytest.raises(InterpreterError, match=message):
+            launch()
+
+
+def test_error_is_infinite_for_nan():
+    assert error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == float("inf")
+    assert error(torch.full((3,), 1.5), torch.ones(3, dtype=DOUBLE)) == 0.5
