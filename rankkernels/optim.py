@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from rankkernels.nn.embedding import fused_weight
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse"]
@@ -106,6 +107,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
+            if not weight.requires_grad:
+                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is frozen")
         if len(used) < len(weights):  # a table without a gradient takes no step
             place = {t: i for i, t in enumerate(sorted(used))}
             kept = [f for f, g in enumerate(grad_outs) if g is not None]
@@ -239,7 +242,7 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
 
     Raises:
         ValueError: there is no such layer in ``module``, or one has a table that is frozen, not among the params, or
-            of a module that the op does not serve.
+            looked up by a module of its own (``max_norm`` in an ``nn.Embedding``, ``scale_grad_by_freq``, subclasses).
     """
     params = {p for group in optimizer.param_groups for p in group["params"]}
     layers = {name: m for name, m in module.named_modules() if hasattr(type(m), "fused_optimizer")}
@@ -247,11 +250,15 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
         raise ValueError(f"fuse: {type(module).__name__} has no layer of embedding tables")
     for layer_name, layer in layers.items():
         for name, p in layer.named_parameters():
-            full = f"{layer_name}.{name}" if layer_name else name
+            full = ".".join(part for part in (layer_name, name) if part)
             if not p.requires_grad:
                 raise ValueError(f"fuse: table {full} is frozen")
             if p not in params:
                 raise ValueError(f"fuse: table {full} is not among the optimizer's params")
+        for name, m in layer.named_modules():
+            full = ".".join(part for part in (layer_name, name) if part)
+            if (isinstance(m, nn.Embedding) and fused_weight(m) is None) or getattr(m, "scale_grad_by_freq", False):
+                raise ValueError(f"fuse: table {full} is looked up by a module of its own: {m}")
     for layer in layers.values():
         layer.fused_optimizer = optimizer
     return module

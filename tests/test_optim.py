@@ -243,6 +243,13 @@ def test_what_cannot_be_fused():
     with pytest.raises(ValueError, match="fuse: Linear has no layer of embedding tables"):
         rk.optim.fuse(nn.Linear(2, 3), optimizer)
     assert module.fused_optimizer is None
+    layer = rk.EmbeddingLayer([rk.SparseFeature("a", 9, 4)])
+    layer.embed_dict["a"] = nn.Embedding(9, 4, max_norm=1.0)
+    with pytest.raises(ValueError, match="fuse: table embed_dict.a is looked up by a module of its own"):
+        rk.optim.fuse(layer, rk.optim.SGD(layer.parameters()))
+    bag = rk.EmbeddingBag(9, 4, scale_grad_by_freq=True)
+    with pytest.raises(ValueError, match="is looked up by a module of its own: EmbeddingBag"):
+        rk.optim.fuse(bag, rk.optim.SGD(bag.parameters()))
     with pytest.raises(RuntimeError, match=r"SGD: the gradient of a table of shape \[40, 5\] is dense"):
         module(batch(0)).sum().backward()
         optimizer.step()
@@ -252,3 +259,13 @@ def test_what_cannot_be_fused():
         rk.optim.Adam(module.parameters(), lr=-1.0)
     with pytest.raises(ValueError, match=r"SGD: tables must be floating-point \[R, D\], got \[3\]"):
         rk.optim.SGD([torch.randn(3)])
+
+
+def test_a_table_frozen_after_it_was_fused():
+    module = tables()
+    rk.optim.fuse(module, rk.optim.SGD(module.parameters()))
+    module.weights[1].requires_grad_(False)
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"SGD: table 1 of shape \[600, 16\] is frozen"):
+        module(batch(0)).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))

@@ -8,8 +8,8 @@
 
 namespace rk {
 
-// Work not worth waking a thread for, in elements read: some 50 us. Two threads gain from half of that on, but
-// only where both cores are free: waiting for one that is not takes milliseconds.
+// Work not worth waking a thread for, in elements read: some 50 us. Two threads gain from half of that on,
+// but only where both cores are free: waiting for one that is not takes milliseconds.
 constexpr int64_t kSerialWork = 131072;
 
 // Calls body(task) for every task in [0, tasks). Each thread takes the next task when it is done with its
