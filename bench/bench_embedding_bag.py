@@ -142,7 +142,7 @@ def test_fused_step(shape, skew, threads, race):
 
     contenders["torch Adagrad"] = torchs
     medians = race(ours, contenders)
-    race.report(ratios(medians, *contenders))
+    race.report(medians)
 
 
 @pytest.mark.parametrize("rows", [100_000, 1_000_000, 10_000_000])
@@ -153,7 +153,7 @@ def test_time_does_not_grow_with_rows(rows, threads, race):
     ids = [torch.randint(0, rows, (65536, 1))]
     grad_out = torch.randn(65536, 16)
     medians = race(lambda: module(ids).backward(grad_out), {})
-    race.report(ratios(medians))
+    race.report(medians)
 
 
 @pytest.mark.parametrize("B", [16, 4096])

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from rankkernels.nn.embedding import fused_weight
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse"]
@@ -55,18 +56,17 @@ class _RowOptimizer(torch.optim.Optimizer):
         """Counts a step of ``p``; its state and the op's ``hyper``."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = 0
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in self._states:
                 shape = p.shape[:1] if self._one_a_row else p.shape
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
         state["step"] += 1
-        step = float(state["step"])
-        lr = self._learning_rate(group, step)
-        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], step]
+        lr = self._learning_rate(group, state["step"])
+        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"]]
         return [state[name] for name in self._states], [float(h) for h in hyper]
 
-    def _learning_rate(self, group: dict, step: float) -> float:
+    def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
 
     @torch.no_grad()
@@ -107,6 +107,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
+            if not weight.requires_grad:
+                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is frozen")
         if len(used) < len(weights):  # a table without a gradient takes no step
             place = {t: i for i, t in enumerate(sorted(used))}
             kept = [f for f, g in enumerate(grad_outs) if g is not None]
@@ -145,7 +147,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in self._states:
                 self.state[p][name] = saved[name].to(device=p.device, dtype=dtype, copy=True).contiguous()
-            self.state[p]["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone()
+            self.state[p]["step"] = int(saved["step"])
 
 
 class SGD(_RowOptimizer):
@@ -240,7 +242,7 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
 
     Raises:
         ValueError: there is no such layer in ``module``, or one has a table that is frozen, not among the params, or
-            of a module that the op does not serve.
+            looked up by a module of its own (``max_norm`` in an ``nn.Embedding``, ``scale_grad_by_freq``, subclasses).
     """
     params = {p for group in optimizer.param_groups for p in group["params"]}
     layers = {name: m for name, m in module.named_modules() if hasattr(type(m), "fused_optimizer")}
@@ -248,11 +250,15 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
         raise ValueError(f"fuse: {type(module).__name__} has no layer of embedding tables")
     for layer_name, layer in layers.items():
         for name, p in layer.named_parameters():
-            full = f"{layer_name}.{name}" if layer_name else name
+            full = ".".join(part for part in (layer_name, name) if part)
             if not p.requires_grad:
                 raise ValueError(f"fuse: table {full} is frozen")
             if p not in params:
                 raise ValueError(f"fuse: table {full} is not among the optimizer's params")
+        for name, m in layer.named_modules():
+            full = ".".join(part for part in (layer_name, name) if part)
+            if (isinstance(m, nn.Embedding) and fused_weight(m) is None) or getattr(m, "scale_grad_by_freq", False):
+                raise ValueError(f"fuse: table {full} is looked up by a module of its own: {m}")
     for layer in layers.values():
         layer.fused_optimizer = optimizer
     return module

@@ -76,7 +76,7 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
     dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
       if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) {
         fit = false;
-      } else if (bag.mode == kNone) {
+      } else if (bag.L == 1 && !bag.per_sample_weights && bag.padding_idx < 0) {  // every bag is one row
         RK_DISPATCH_ISA(embedding_rows, bag, ids, tables_kept[tables[f]].element_size(), b0, b1);
       } else {
         dispatch_floating(dtypes[f], [&](auto* type) {

@@ -64,7 +64,7 @@ bool embedding_ids_fit(const Bags& f, const I* ids, int64_t p0, int64_t p1) {
   return !bad;
 }
 
-// Ids [p0, p1) of mode none: rows are copied as they are, row_bytes each.
+// Bags [p0, p1) of one id each, without factors or padding: rows are copied as they are.
 template <class I>
 void embedding_rows(const Bags& f, const I* ids, int64_t item_bytes, int64_t p0, int64_t p1) {
   const char* weight = static_cast<const char*>(f.weight);

@@ -63,7 +63,10 @@ RK_INLINE void narrow_row(float*, const float*, int64_t) {}  // was summed in pl
 RK_INLINE void narrow_row(double*, const double*, int64_t) {}
 template <class T>
 RK_INLINE void narrow_row(T* row, const float* sum, int64_t D) {
-  for (int64_t d = 0; d < D; ++d) assign(row[d], sum[d]);
+  int64_t d = 0;
+  for (; d + kFloats <= D; d += kFloats) Traits<T>::store(row + d, Traits<float>::load(sum + d));
+  const int left = static_cast<int>(D - d);
+  Tail<T>(left).store(row + d, Tail<float>(left).load(sum + d));
 }
 RK_INLINE float* place_of(float* row, float*) { return row; }
 RK_INLINE double* place_of(double* row, double*) { return row; }

@@ -137,7 +137,12 @@ void embedding_update(const Update& u, const int64_t* rows, const T* values, int
   constexpr int64_t kAhead = 8;
   for (int64_t i = i0; i < i1; ++i) {
     if (i + kAhead < i1) update::prefetch<T>(u, D, rows[i + kAhead]);
-    for (int64_t d = 0; d < D; ++d) scratch[d] = to_scalar(values[i * D + d]);
+    const T* grad = values + i * D;
+    int64_t d = 0;
+    for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+      Traits<A>::store(scratch + d, Traits<T>::load(grad + d));
+    const int left = static_cast<int>(D - d);
+    Tail<A>(left).store(scratch + d, Tail<T>(left).load(grad + d));
     update::update_row<T>(u, D, rows[i], scratch);
   }
 }

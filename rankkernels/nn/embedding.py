@@ -15,7 +15,7 @@ from rankkernels.ops.embedding_bag import MODES, call
 _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
 
-def _fused_weight(table: nn.Module) -> Tensor | None:
+def fused_weight(table: nn.Module) -> Tensor | None:
     """The table's weight, if the op looks it up and trains it as the module does."""
     if type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse:
         return table._parameters.get("weight")
@@ -44,9 +44,9 @@ def _lookup_of(feature) -> _Lookup | str:
 class _Plan:
     """What a list of features asks for, whatever the batch: the op's arguments that are no tensors."""
 
-    def __init__(self, features: Sequence):
+    def __init__(self, features: list):
         keys = [_lookup_of(f) for f in features]
-        self.features = list(features)
+        self.features = features
         self.lookups = list(dict.fromkeys(k for k in keys if isinstance(k, _Lookup)))
         self.dense = list(dict.fromkeys(k for k in keys if isinstance(k, str)))
         self.tables = list(dict.fromkeys(k.table for k in self.lookups))
@@ -123,6 +123,7 @@ class EmbeddingLayer(nn.Module):
 
     def _plan(self, features: Sequence) -> _Plan:
         """The plan of ``features``, made once for each list of the same objects."""
+        features = list(features)
         for plan in self._plans:
             if plan.features == features:
                 return plan
@@ -164,7 +165,7 @@ class EmbeddingLayer(nn.Module):
         ids = self._ids(x, plan)
         modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
         tables = [modules[t] for t in plan.tables]
-        weights = [_fused_weight(t) for t in tables]
+        weights = [fused_weight(t) for t in tables]
         found = [
             _pool(tables[t](i), i, lookup) if weights[t] is None else None
             for t, i, lookup in zip(plan.table_of, ids, plan.lookups)
@@ -198,7 +199,7 @@ class EmbeddingLayer(nn.Module):
             return None
         modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
         tables = [modules[t] for t in plan.tables]
-        weights = [_fused_weight(t) for t in tables]
+        weights = [fused_weight(t) for t in tables]
         if any(w is None for w in weights) or len({(w.dtype, squeeze_dim or w.size(1)) for w in weights}) > 1:
             return None
         ids = self._ids(x, plan)
