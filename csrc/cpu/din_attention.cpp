@@ -238,7 +238,7 @@ struct DinWorkspace {
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
       widest = std::max(widest, ld);
-      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R)});
+      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R), arena.take(R), arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(ldD);

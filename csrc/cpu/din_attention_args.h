@@ -106,8 +106,9 @@ constexpr int64_t kDinRows = 128;
 // Memory of one thread.
 template <class A>
 struct DinLayerScratch {
-  A *g, *a;            // [kDinRows, padded(out)]: product and activation
-  A *mean, *inverse;   // [kDinRows]: dice's mean and 1 / denominator
+  A *g, *a;              // [kDinRows, padded(out)]: product and activation
+  A *mean, *inverse;     // [kDinRows]: dice's mean and 1 / denominator
+  A *mean_w, *along_u;  // [kDinRows]: and see dice_backward
 };
 template <class A>
 struct DinScratch {
