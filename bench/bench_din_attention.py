@@ -2,11 +2,12 @@
 
     python bench/bench_din_attention.py [--threads 2] [--shapes 1 2] [--modes eval train] [--memory]
 
-Every contender computes the same attention on the same random inputs; what they return is compared before anything is timed.
-Times are medians of interleaved runs. The flops are those the identity of csrc/cpu/din_attention.h needs.
+Every contender computes the same attention on the same random inputs; what they return is compared before anything is
+timed. Times are medians of interleaved runs. The flops are those the identity of csrc/cpu/din_attention.h needs.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -45,9 +46,7 @@ class Fused(torch.nn.Module):
         self.flags = dict(activation=activation, batch_norm=True, use_softmax=use_softmax, lengths=lengths)
 
     def forward(self, history, target):
-        out, batch_stats = din_attention(
-            history, target, self.params, self.stats, training=self.training, **self.flags
-        )
+        out, batch_stats = din_attention(history, target, self.params, self.stats, training=self.training, **self.flags)
         if self.training:
             news = batch_stats.split([s.numel() for s in self.stats])
             torch._foreach_lerp_(self.stats, news, 0.1)
@@ -143,12 +142,15 @@ def peak_bytes(case, module):
 
 
 def print_memory(number):
-    """One process a contender, so that none sees what another's allocator kept."""
-    mib = {}
+    """One process a contender, so that none sees what another's allocator kept; freed buffers go back to the system."""
+    mib, environment = {}, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name in ("fused", "eager"):
         command = [sys.executable, __file__, "--shapes", str(number), "--contenders", name, "--peak-of-this-process"]
-        mib[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(f"  peak   fused {mib['fused']:8.1f} MiB   eager {mib['eager']:8.1f} MiB = {mib['eager'] / mib['fused']:.0f} x")
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        mib[name] = float(result.stdout)
+    print(
+        f"  peak   fused {mib['fused']:8.1f} MiB   eager {mib['eager']:8.1f} MiB = {mib['eager'] / mib['fused']:.0f} x"
+    )
 
 
 def main():

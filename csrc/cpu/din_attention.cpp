@@ -1,5 +1,5 @@
-// Checks, passes, threads and registration of DIN attention; the kernels and their mathematics are in din_attention.h,
-// the preparation of the parameters in din_attention_plan.h.
+// Checks, passes, threads and registration of DIN attention; the kernels and their mathematics are in
+// din_attention.h, the preparation of the parameters in din_attention_plan.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,12 +14,12 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T>
-               void din_forward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t,
-                                const DinScratch<Accumulator<T>>&, DinStats*))
-RK_DECLARE_ISA(template <class T>
-               void din_backward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t, int64_t,
-                                 const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&))
+RK_DECLARE_ISA(template <class T> void din_forward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t,
+                                                   int64_t, int64_t, const DinScratch<Accumulator<T>>&,
+                                                   DinStats*))
+RK_DECLARE_ISA(template <class T> void din_backward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t,
+                                                    bool, int64_t, int64_t, const DinScratch<Accumulator<T>>&,
+                                                    const DinGrad<Accumulator<T>>&))
 
 using OptionalTensor = std::optional<Tensor>;
 
@@ -45,14 +45,14 @@ static void check_history(const DinArguments& a) {
                "give one of lengths, mask and offsets");
   RK_DIN_CHECK(target.dim() == 2, "target must be [B, D], got shape ", shape_of(target));
   const bool jagged = a.offsets.has_value();
-  RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ", jagged ? "[N, D] beside offsets" : "[B, L, D]",
-               ", got shape ", shape_of(history));
+  RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ",
+               jagged ? "[N, D] beside offsets" : "[B, L, D]", ", got shape ", shape_of(history));
   RK_DIN_CHECK(history.size(history.dim() - 1) == a.D(), "history and target must have one width D, got ",
                history.size(history.dim() - 1), " and ", a.D());
   RK_CHECK_FLOATING("din_attention", history);
   RK_DIN_CHECK(history.scalar_type() == target.scalar_type(),
-               "history and target must have one floating-point dtype, got ", name_of(history.scalar_type()), " and ",
-               name_of(target.scalar_type()));
+               "history and target must have one floating-point dtype, got ", name_of(history.scalar_type()),
+               " and ", name_of(target.scalar_type()));
   RK_DIN_CHECK(target.is_cpu() && history.is_cpu(), "all arguments must be on one device");
   const auto check_integers = [](const Tensor& t, const char* name) {
     RK_DIN_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
@@ -60,13 +60,13 @@ static void check_history(const DinArguments& a) {
     RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
   };
   if (jagged) {
-    RK_DIN_CHECK(a.offsets->dim() == 1 && a.offsets->size(0) == a.B() + 1, "offsets must be [B + 1] = [", a.B() + 1,
-                 "], got shape ", shape_of(*a.offsets));
+    RK_DIN_CHECK(a.offsets->dim() == 1 && a.offsets->size(0) == a.B() + 1, "offsets must be [B + 1] = [",
+                 a.B() + 1, "], got shape ", shape_of(*a.offsets));
     check_integers(*a.offsets, "offsets");
     return;
   }
-  RK_DIN_CHECK(history.size(0) == a.B(), "history and target must have one batch size B, got ", history.size(0), " and ",
-               a.B());
+  RK_DIN_CHECK(history.size(0) == a.B(), "history and target must have one batch size B, got ",
+               history.size(0), " and ", a.B());
   if (a.lengths) {
     RK_DIN_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == a.B(), "lengths must be [B] = [", a.B(),
                  "], got shape ", shape_of(*a.lengths));
@@ -91,26 +91,28 @@ static void check_params(const DinArguments& a) {
       RK_CHECK_FLOATING("din_attention", t);
       RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
     }
-  const bool has_slope = config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
+  const bool has_slope =
+      config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
   int64_t width = 4 * a.D();
   for (int64_t i = 0; i < a.layers(); ++i) {
     const Tensor* layer = &a.params[i * per_layer];
-    RK_DIN_CHECK(layer->dim() == 2 && layer->size(1) == width, "the weight of hidden layer ", i, " must be [H, ", width,
-                 "], got shape ", shape_of(*layer));
+    RK_DIN_CHECK(layer->dim() == 2 && layer->size(1) == width, "the weight of hidden layer ", i,
+                 " must be [H, ", width, "], got shape ", shape_of(*layer));
     width = layer->size(0);
     for (int64_t j = 1; j < per_layer; ++j) {
       const bool slope = has_slope && j == per_layer - 1;
       RK_DIN_CHECK(layer[j].dim() == 1 && (layer[j].size(0) == width || (slope && layer[j].size(0) == 1)),
-                   "hidden layer ", i, " needs vectors of ", width, " values", slope ? ", its slope may have one" : "",
-                   ", got ", shape_of(layer[j]));
+                   "hidden layer ", i, " needs vectors of ", width, " values",
+                   slope ? ", its slope may have one" : "", ", got ", shape_of(layer[j]));
     }
     if (config.training) continue;
     const int64_t stats = 2 * config.norms();
-    RK_DIN_CHECK(static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(), "running_stats must hold 2 tensors for each of ",
-                 config.norms() * a.layers(), " norms, got ", a.running_stats.size());
+    RK_DIN_CHECK(static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
+                 "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(),
+                 " norms, got ", a.running_stats.size());
     for (int64_t j = 0; j < stats; ++j)
-      RK_DIN_CHECK(a.running_stats[i * stats + j].numel() == width, "running_stats of hidden layer ", i, " must have ",
-                   width, " values, got ", shape_of(a.running_stats[i * stats + j]));
+      RK_DIN_CHECK(a.running_stats[i * stats + j].numel() == width, "running_stats of hidden layer ", i,
+                   " must have ", width, " values, got ", shape_of(a.running_stats[i * stats + j]));
   }
   const Tensor &weight = a.params[n - 2], &bias = a.params[n - 1];
   RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
@@ -142,11 +144,12 @@ static DinGeometry geometry_of(const DinArguments& a) {
   if (a.offsets) {
     g.first = integers_of(*a.offsets);
     const int64_t N = a.history.size(0);
-    RK_DIN_CHECK(g.first[0] == 0 && g.first[B] == N, "offsets must run from 0 to N = ", N, ", got ", g.first[0], " .. ",
-                 g.first[B]);
+    RK_DIN_CHECK(g.first[0] == 0 && g.first[B] == N, "offsets must run from 0 to N = ", N, ", got ",
+                 g.first[0], " .. ", g.first[B]);
     for (int64_t b = 0; b < B; ++b) {
       g.count[b] = g.first[b + 1] - g.first[b];
-      RK_DIN_CHECK(g.count[b] >= 0, "offsets decrease from ", g.first[b], " to ", g.first[b + 1], " at ", b + 1);
+      RK_DIN_CHECK(g.count[b] >= 0, "offsets decrease from ", g.first[b], " to ", g.first[b + 1], " at ",
+                   b + 1);
     }
   } else {
     const int64_t L = a.history.size(1);
@@ -155,8 +158,8 @@ static DinGeometry geometry_of(const DinArguments& a) {
     if (a.lengths) {
       g.count = integers_of(*a.lengths);
       for (int64_t b = 0; b < B; ++b)
-        RK_DIN_CHECK(g.count[b] >= 0 && g.count[b] <= L, "lengths[", b, "] = ", g.count[b], " is outside 0 .. ", L,
-                     ", the history's positions");
+        RK_DIN_CHECK(g.count[b] >= 0 && g.count[b] <= L, "lengths[", b, "] = ", g.count[b],
+                     " is outside 0 .. ", L, ", the history's positions");
     } else if (a.mask) {
       g.mask = torch::stable::contiguous(*a.mask);
       const bool* mask = static_cast<const bool*>(g.mask.const_data_ptr());
@@ -194,8 +197,8 @@ DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometr
   return rows;
 }
 
-// Rows are divided among threads in chunks of samples of about equal work, which depend on the input alone: statistics are
-// summed by chunk, so that the forward has the same bits on any number of threads.
+// Rows are divided among threads in chunks of samples of about equal work, which depend on the input alone:
+// statistics are summed by chunk, so that the forward has the same bits on any number of threads.
 class DinChunks {
  public:
   template <class A>
@@ -233,12 +236,14 @@ class DinChunks {
 template <class A>
 struct DinWorkspace {
   DinWorkspace(const Din<A>& net, const DinGeometry& g, bool backward) {
-    const int64_t R = std::min(kDinRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out, ldH = padded<A>(H);
+    const int64_t R = std::min(kDinRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out,
+                  ldH = padded<A>(H);
     int64_t widest = 0;
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
       widest = std::max(widest, ld);
-      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R), arena.take(R), arena.take(R)});
+      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R), arena.take(R),
+                        arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(ldD);
@@ -314,8 +319,8 @@ void take_statistics(DinPlan<A>& plan, const DinArguments& a, const DinGeometry&
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     DinWorkspace<A> workspace(plan.net(), g, false);
     for (int64_t c = c0; c < c1; ++c)
-      RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, i, chunks.begin(c), chunks.begin(c + 1), workspace.scratch,
-                      &stats[c]);
+      RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, i, chunks.begin(c), chunks.begin(c + 1),
+                      workspace.scratch, &stats[c]);
   });
   std::vector<double> mean(H), var(H);
   for (int64_t h = 0; h < H; ++h) {
@@ -370,7 +375,8 @@ struct DinPartial {
     for (int64_t i = 0; i < net.layers; ++i) {
       const DinLayer<A>& f = net.layer[i];
       const int64_t ld = padded<A>(f.out), size = f.out * padded<A>(i == 0 ? net.D : f.in);
-      DinLayerGrad<A> grad{take(size), nullptr, nullptr, take(ld), take(ld), {take(ld), take(ld), take(ld), take(ld)}};
+      DinLayerGrad<A> grad{take(size), nullptr,  nullptr,
+                           take(ld),   take(ld), {take(ld), take(ld), take(ld), take(ld)}};
       if (i == 0) {
         grad.weight_product = take(size);
         grad.weight_target = take(size);
@@ -507,12 +513,19 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
 static DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
                               const OptionalTensor& mask, const OptionalTensor& offsets,
                               const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
-                              int64_t activation, bool batch_norm, bool use_softmax, bool training, double norm_eps,
-                              double dice_eps) {
+                              int64_t activation, bool batch_norm, bool use_softmax, bool training,
+                              double norm_eps, double dice_eps) {
   RK_DIN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(ActivationName::dice_batch_norm),
                "unknown activation ", activation);
-  const DinArguments a{history, target, lengths, mask, offsets, params, running_stats,
-                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, training, norm_eps, dice_eps}};
+  const DinArguments a{
+      history,
+      target,
+      lengths,
+      mask,
+      offsets,
+      params,
+      running_stats,
+      {static_cast<ActivationName>(activation), batch_norm, use_softmax, training, norm_eps, dice_eps}};
   check_history(a);
   check_params(a);
   return a;
@@ -520,10 +533,11 @@ static DinArguments arguments(const Tensor& history, const Tensor& target, const
 
 static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
-    const OptionalTensor& offsets, const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
-    int64_t activation, bool batch_norm, bool use_softmax, bool training, double norm_eps, double dice_eps) {
-  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-                                   use_softmax, training, norm_eps, dice_eps);
+    const OptionalTensor& offsets, const std::vector<Tensor>& params,
+    const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
+    bool training, double norm_eps, double dice_eps) {
+  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
+                                   batch_norm, use_softmax, training, norm_eps, dice_eps);
   const DinGeometry g = geometry_of(a);
   const auto wide = history.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   int64_t stats = 0;
@@ -540,12 +554,13 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
 }
 
 static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
-    const Tensor& grad_out, const Tensor& batch_stats, const Tensor& saved, const Tensor& history, const Tensor& target,
-    const OptionalTensor& lengths, const OptionalTensor& mask, const OptionalTensor& offsets,
-    const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm,
-    bool use_softmax, bool training, double norm_eps, double dice_eps) {
-  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-                                   use_softmax, training, norm_eps, dice_eps);
+    const Tensor& grad_out, const Tensor& batch_stats, const Tensor& saved, const Tensor& history,
+    const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
+    const OptionalTensor& offsets, const std::vector<Tensor>& params,
+    const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
+    bool training, double norm_eps, double dice_eps) {
+  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
+                                   batch_norm, use_softmax, training, norm_eps, dice_eps);
   const DinGeometry g = geometry_of(a);
   RK_CHECK_DIM("din_attention_backward", grad_out, 2);
   RK_CHECK_CPU("din_attention_backward", grad_out);
@@ -558,8 +573,8 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cp
   Tensor grad_target = torch::stable::new_empty(target, {B, D});
   std::vector<Tensor> grad_params;
   dispatch_floating(history.scalar_type(), [&](auto* type) {
-    grad_params = backward<std::remove_pointer_t<decltype(type)>>(a, g, grad_out, batch_stats, saved, grad_history,
-                                                                  grad_target);
+    grad_params = backward<std::remove_pointer_t<decltype(type)>>(a, g, grad_out, batch_stats, saved,
+                                                                  grad_history, grad_target);
   });
   return {grad_history, grad_target, grad_params};
 }

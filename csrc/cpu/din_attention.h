@@ -1,11 +1,12 @@
 // DIN attention, for one instruction set.
 //
-// Of a sample with target t [D] and valid rows h_l [D], the first layer of the attention MLP is W = [Wt | Wh | Wd | Wp] on
-// [t, h, t - h, t * h]. Hence
+// Of a sample with target t [D] and valid rows h_l [D], the first layer of the attention MLP is W = [Wt | Wh
+// | Wd | Wp] on [t, h, t - h, t * h]. Hence
 //
 //   z_l = c + M h_l,   M = (Wh - Wd) + Wp diag(t)  [H, D],   c = (Wt + Wd) t + b
 //
-// then come the other layers, z' = W' a + b', each with its normalization and activation (din_attention_activation.h), and
+// then come the other layers, z' = W' a + b', each with its normalization and activation
+// (din_attention_activation.h), and
 //
 //   score_l = w_out a_l + b_out,   w = score or softmax(score) over the sample's rows,   out = sum_l w_l h_l.
 //
@@ -17,13 +18,15 @@
 //   dWh += dM,   dWp += dM diag(t),   dWt += dc t^T,   dWd += dc t^T - dM,   db += dc
 //   dt = (Wt + Wd)^T dc + sum_H Wp * dM
 //
-// A normalization in training needs sums over all rows before it can be applied, forward (mean and variance of z) and
-// backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down and back up, which
-// computes z = c + M h again. Recomputing costs 2 D flops a value where keeping costs 4 bytes written and several times read.
-// The layers behind the first have more inputs, and the layers before them besides: their z is kept.
+// A normalization in training needs sums over all rows before it can be applied, forward (mean and variance
+// of z) and backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down
+// and back up, which computes z = c + M h again. Recomputing costs 2 D flops a value where keeping costs 4
+// bytes written and several times read. The layers behind the first have more inputs, and the layers before
+// them besides: their z is kept.
 //
-// Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a pass; D loads
-// a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients. Bound by the multipliers.
+// Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a
+// pass; D loads a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients.
+// Bound by the multipliers.
 #pragma once
 
 #include "din_attention_activation.h"
@@ -57,24 +60,27 @@ RK_INLINE void for_each_block(int64_t n, const Body& body) {
 template <class T, class A>
 RK_INLINE void convert_row(const T* from, A* to, int64_t D, const Tail<T>& tail) {
   int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes) Traits<A>::store(to + d, Traits<T>::load(from + d));
+  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+    Traits<A>::store(to + d, Traits<T>::load(from + d));
   if (d < D) Traits<A>::store(to + d, tail.load(from + d));
 }
 template <class T, class A>
 RK_INLINE void convert_row_back(const A* from, T* to, int64_t D, const Tail<T>& tail) {
   int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes) Traits<T>::store(to + d, Traits<A>::load(from + d));
+  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+    Traits<T>::store(to + d, Traits<A>::load(from + d));
   if (d < D) tail.store(to + d, Traits<A>::load(from + d));
 }
 
 // Rows [r0, r0 + n) of sample b into s.history.
 template <class T, class A>
-static void gather(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0, int64_t n, int64_t D,
-                   const DinScratch<A>& s) {
+static void gather(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0, int64_t n,
+                   int64_t D, const DinScratch<A>& s) {
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   const T* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
   for (int64_t r = 0; r < n; ++r)
-    convert_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D), D, tail);
+    convert_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D),
+                D, tail);
 }
 
 // M [D, H] and c of a target.
@@ -104,15 +110,18 @@ static void form_operand_rows(const Din<A>& net, const DinScratch<A>& s) {
                X::load(history_rows + j + d) + X::load(t + d) * X::load(product_rows + j + d));
 }
 
-// g of layer i for the rows in scratch: from z where it was kept, from the history or the activation before otherwise.
+// g of layer i for the rows in scratch: from z where it was kept, from the history or the activation before
+// otherwise.
 template <class A>
-static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, int64_t n, const DinScratch<A>& s) {
+static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, int64_t n,
+                    const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[i];
   const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out);
   A* g = s.layer[i].g;
   if (!from_kept) {
-    if (i == 0) return gemm<A>(n, vecs, net.D, {s.history, padded<A>(net.D), 1}, s.operand, ld, g, ld, s.bias, 0);
+    if (i == 0)
+      return gemm<A>(n, vecs, net.D, {s.history, padded<A>(net.D), 1}, s.operand, ld, g, ld, s.bias, 0);
     return gemm<A>(n, vecs, f.in, {s.layer[i - 1].a, padded<A>(f.in), 1}, f.weight, ld, g, ld, f.bias, 0);
   }
   const Tail<A> tail(static_cast<int>(f.out % X::lanes));
@@ -125,7 +134,8 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
   }
 }
 
-// Merges n rows of z into the statistics: Chan, Golub and LeVeque (1983), so that the variance loses nothing to the mean.
+// Merges n rows of z into the statistics: Chan, Golub and LeVeque (1983), so that the variance loses nothing
+// to the mean.
 template <class A>
 static void add_statistics(const DinLayer<A>& f, int64_t n, const A* z, DinStats& stats) {
   using X = Traits<A>;
@@ -199,13 +209,14 @@ RK_INLINE int64_t lowest(const Din<A>& net, int64_t i) {
 
 }  // namespace din
 
-// Samples [b0, b1). With until < layers, the statistics of z of layer `until` (whose gs is 1, go 0), which is kept if
-// there is room for it; with until = layers, the output.
+// Samples [b0, b1). With until < layers, the statistics of z of layer `until` (whose gs is 1, go 0), which is
+// kept if there is room for it; with until = layers, the output.
 template <class T>
-void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, int64_t b0, int64_t b1,
-                 const DinScratch<Accumulator<T>>& s, DinStats* stats) {
+void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, int64_t b0,
+                 int64_t b1, const DinScratch<Accumulator<T>>& s, DinStats* stats) {
   using A = Accumulator<T>;
-  const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D), last = until < net.layers ? until : net.layers - 1;
+  const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D),
+                last = until < net.layers ? until : net.layers - 1;
   const bool pooling = until == net.layers;
   const int64_t low = pooling ? din::lowest(net, last) : until > 0 ? din::lowest(net, until - 1) : 0;
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
@@ -285,8 +296,8 @@ static void grad_score(const Din<A>& net, const DinRows<T>& rows, int64_t b, con
   for (int64_t r = 0; r < count; ++r) grad[r] = w[r] * (grad[r] - mean);
 }
 
-// One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of which those by M,
-// c and the rows are left in scratch.
+// One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
+// which those by M, c and the rows are left in scratch.
 template <class A>
 static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_t n, const DinScratch<A>& s,
                            const DinGrad<A>& grad) {
@@ -304,7 +315,8 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_
   const int64_t H = net.layer[last].out, ldH = padded<A>(H), vecsH = vectors<A>(H);
   const A* out_weight = net.out_weight;
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t h = 0; h < vecsH * X::lanes; h += X::lanes) X::store(d + r * ldH + h, ds[r] * X::load(out_weight + h));
+    for (int64_t h = 0; h < vecsH * X::lanes; h += X::lanes)
+      X::store(d + r * ldH + h, ds[r] * X::load(out_weight + h));
   if (!only_sums) {
     gemm<A>(1, vecsH, n, {ds, 0, 1}, s.layer[last].a, ldH, grad.out_weight, ldH, grad.out_weight, ldH);
     for (int64_t r = 0; r < n; ++r) *grad.out_bias += ds[r];
@@ -312,8 +324,8 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_
   for (int64_t i = last; i >= lowest_grad; --i) {
     const DinLayer<A>& f = net.layer[i];
     const int64_t ld = padded<A>(f.out), ldk = padded<A>(f.in);
-    activation_backward(f, n, s.layer[i], d, only_sums && i == until, i == 0 ? s.grad_bias : grad.layer[i].bias,
-                        grad.layer[i]);
+    activation_backward(f, n, s.layer[i], d, only_sums && i == until,
+                        i == 0 ? s.grad_bias : grad.layer[i].bias, grad.layer[i]);
     if (i == lowest_grad) break;
     if (!only_sums)
       gemm<A>(f.out, vectors<A>(f.in), n, {d, 1, ld}, s.layer[i - 1].a, ldk, grad.layer[i].weight, ldk,
@@ -347,7 +359,8 @@ static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayer
     for (int64_t d = 0; d < end; d += X::lanes) {
       const int64_t i = h * ld + d;
       const auto dM = X::load(grad_operand + i), td = X::load(t + d);
-      X::store(grad_t + d, X::load(grad_t + d) + dc * X::load(target_rows + i) + dM * X::load(product_rows + i));
+      X::store(grad_t + d,
+               X::load(grad_t + d) + dc * X::load(target_rows + i) + dM * X::load(product_rows + i));
       X::store(grad.weight + i, X::load(grad.weight + i) + dM);
       X::store(grad.weight_product + i, X::load(grad.weight_product + i) + dM * td);
       X::store(grad.weight_target + i, X::load(grad.weight_target + i) + dc * td);
@@ -358,10 +371,12 @@ static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayer
 
 }  // namespace din
 
-// Samples [b0, b1). With until >= 0, the sums of layer `until`; otherwise all gradients. With need_score, dL/dscore first.
+// Samples [b0, b1). With until >= 0, the sums of layer `until`; otherwise all gradients. With need_score,
+// dL/dscore first.
 template <class T>
-void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, bool need_score, int64_t b0,
-                  int64_t b1, const DinScratch<Accumulator<T>>& s, const DinGrad<Accumulator<T>>& grad) {
+void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, bool need_score,
+                  int64_t b0, int64_t b1, const DinScratch<Accumulator<T>>& s,
+                  const DinGrad<Accumulator<T>>& grad) {
   using A = Accumulator<T>;
   const bool only_sums = until >= 0;
   const int64_t D = net.D, ld = padded<A>(D), H = net.layer[0].out, ldH = padded<A>(H);
@@ -391,8 +406,9 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
       din::backward_block(net, until, first + r0, n, s, grad);
       if (only_sums) return;
       for (int64_t r = 0; r < n; ++r)
-        din::convert_row_back(s.grad_history + r * ld, rows.grad_history + (first + (position ? position[r0 + r] : r0 + r)) * D,
-                              D, tail);
+        din::convert_row_back(s.grad_history + r * ld,
+                              rows.grad_history + (first + (position ? position[r0 + r] : r0 + r)) * D, D,
+                              tail);
     });
     if (only_sums) continue;
     din::backward_operand(net, s, grad.layer[0]);
@@ -400,11 +416,11 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
   }
 }
 
-#define RK_INSTANTIATE(T)                                                                                            \
-  template void din_forward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t,             \
-                               const DinScratch<Accumulator<T>>&, DinStats*);                                        \
-  template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t, int64_t,      \
-                                const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&);
+#define RK_INSTANTIATE(T)                                                                                \
+  template void din_forward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t, \
+                               const DinScratch<Accumulator<T>>&, DinStats*);                            \
+  template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t,   \
+                                int64_t, const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&);
 RK_INSTANTIATE(float)
 RK_INSTANTIATE(double)
 RK_INSTANTIATE(rk::fp16)

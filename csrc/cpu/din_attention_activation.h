@@ -1,16 +1,18 @@
-// Activations of DIN's attention MLP on a block of rows, forward and backward, for one instruction set. Rows have
-// padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The structures of
-// pointers come by value: as the stores may alias anything, through a reference each pointer would be read again after each.
+// Activations of DIN's attention MLP on a block of rows, forward and backward, for one instruction set. Rows
+// have padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The
+// structures of pointers come by value: as the stores may alias anything, through a reference each pointer
+// would be read again after each.
 //
 // With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
 //
 //   leaky            a = y > 0 ? y : alpha y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
 //   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
-//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 + epsilon
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 +
+//   epsilon
 //
-// Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial. Backward, with
-// da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,
+// Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
+// Backward, with da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,
 //
 //   dL/dy = da (alpha + (1 - alpha) p) + (w - mean(w) - u sum_j w_j u_j) / s.
 #pragma once
@@ -33,7 +35,8 @@ RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename 
   return f.y_scale ? g * X::load(f.y_scale + n) + X::load(f.y_shift + n) : g;
 }
 
-// Calls each(row) -> vector on the rows of a group, and store(first row, their sums) on groups of as many rows as lanes.
+// Calls each(row) -> vector on the rows of a group, and store(first row, their sums) on groups of as many
+// rows as lanes.
 template <class A, class Each, class Store>
 RK_INLINE void sum_rows(int64_t rows, const Each& each, const Store& store) {
   using X = Traits<A>;
@@ -113,8 +116,8 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
 }
 
 // Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place. What is left of dL/dy, - mean(w) / s and
-// - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and s.along_u. Adds to
-// alpha's gradient.
+// - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and
+// s.along_u. Adds to alpha's gradient.
 template <class A>
 static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
   using X = Traits<A>;
@@ -146,8 +149,8 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
   }
 }
 
-// Unit by unit: d = dL/da (for dice what dice_backward left) -> dL/dz in place, unless only the sums are wanted; adds to the gradients of
-// the bias (dL/dz), alpha and the sums.
+// Unit by unit: d = dL/da (for dice what dice_backward left) -> dL/dz in place, unless only the sums are
+// wanted; adds to the gradients of the bias (dL/dz), alpha and the sums.
 template <DinActivation kind, bool kNormalized, class A>
 static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
                            A* grad_bias, DinLayerGrad<A> grad) {
@@ -156,9 +159,9 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   const auto constant = [](const A* p, int64_t n) { return p ? X::load(p + n) : V{}; };
   for (int64_t n = 0; n < end; n += X::lanes) {
-    const V y_scale = constant(f.y_scale, n), y_shift = constant(f.y_shift, n), v_scale = constant(f.v_scale, n),
-            v_shift = constant(f.v_shift, n), alpha = constant(f.alpha, n), r = constant(f.r, n),
-            c1 = constant(f.c1, n), c2 = constant(f.c2, n);
+    const V y_scale = constant(f.y_scale, n), y_shift = constant(f.y_shift, n),
+            v_scale = constant(f.v_scale, n), v_shift = constant(f.v_shift, n), alpha = constant(f.alpha, n),
+            r = constant(f.r, n), c1 = constant(f.c1, n), c2 = constant(f.c2, n);
     V bias = {}, grad_alpha = {}, sum_y = {}, sum_yg = {}, sum_v = {}, sum_vg = {};
     for (int64_t row = 0; row < rows; ++row) {
       A* dp = d + row * ld + n;

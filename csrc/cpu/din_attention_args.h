@@ -1,5 +1,6 @@
-// What the DIN attention kernels are called with: plain data, prepared by din_attention.cpp and read by the copies
-// of din_attention.h for each instruction set. Neither STL nor a function with external linkage (see vec.h).
+// What the DIN attention kernels are called with: plain data, prepared by din_attention.cpp and read by the
+// copies of din_attention.h for each instruction set. Neither STL nor a function with external linkage (see
+// vec.h).
 #pragma once
 
 #include <stdint.h>
@@ -18,8 +19,8 @@ struct AccumulatorOf<double> {
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// Rows of operands start at multiples of 64 bytes, an odd number of them, so that a column of a wide matrix spreads
-// over all sets of the caches.
+// Rows of operands start at multiples of 64 bytes, an odd number of them, so that a column of a wide matrix
+// spreads over all sets of the caches.
 template <class A>
 static inline int64_t padded(int64_t n) {
   constexpr int64_t line = 64 / sizeof(A);
@@ -29,14 +30,15 @@ static inline int64_t padded(int64_t n) {
 // linear, relu, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise.
 enum class DinActivation : int64_t { leaky, sigmoid, dice, dice_batch_norm };
 
-// One hidden layer, z = W x + b. Its product is computed as g = gs z + go, an affine function of each channel that is
-// folded into the weight; from it come y = ys g + yo, what the activation is of, and for dice_batch_norm the sigmoid's
-// argument v = vs g + vo. Vectors have padded(out) values, absent channels zero.
+// One hidden layer, z = W x + b. Its product is computed as g = gs z + go, an affine function of each channel
+// that is folded into the weight; from it come y = ys g + yo, what the activation is of, and for
+// dice_batch_norm the sigmoid's argument v = vs g + vo. Vectors have padded(out) values, absent channels
+// zero.
 template <class A>
 struct DinLayer {
   int64_t in, out;
-  const A *weight, *bias;      // the operand of the product, [in, padded(out)], and its bias, both with gs and go
-  const A* weight_rows;        // W itself, [out, padded(in)], for the backward
+  const A *weight, *bias;  // the operand of the product, [in, padded(out)], and its bias, both with gs and go
+  const A* weight_rows;    // W itself, [out, padded(in)], for the backward
   const A *g_scale, *g_shift;  // gs and go, for a kept z; null: 1 and 0
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
@@ -45,16 +47,16 @@ struct DinLayer {
   A epsilon;       // out * dice's epsilon
   const A* unit;   // 1 for the channels there are
   A* kept;         // [rows, out]: z of each valid row, or null where the backward computes it again
-  // Backward through a normalization: dL/dz = r (e - c1 - c2 g) with e the derivative by g that leaves the statistics
-  // fixed (in eval c1 = c2 = 0). Null r: no normalization.
+  // Backward through a normalization: dL/dz = r (e - c1 - c2 g) with e the derivative by g that leaves the
+  // statistics fixed (in eval c1 = c2 = 0). Null r: no normalization.
   const A *r, *c1, *c2;
 };
 
 // Gradients of one layer's parameters, summed over a range of samples.
 template <class A>
 struct DinLayerGrad {
-  // [out, padded(in)]; the first layer, with G_b the gradient by M of sample b: sums of G, of G diag(t), of G's row
-  // sums (those of dL/dz) times t.
+  // [out, padded(in)]; the first layer, with G_b the gradient by M of sample b: sums of G, of G diag(t), of
+  // G's row sums (those of dL/dz) times t.
   A *weight, *weight_product, *weight_target;
   A *bias, *alpha;  // [padded(out)]; where the units share one alpha its gradient is the sum
   A* sums[4];       // [padded(out)]: of dL/dy, dL/dy g, dL/dv, dL/dv g over the rows
@@ -80,8 +82,8 @@ struct Din {
   A* grad_score;  // [rows]: and in the backward its gradient before any softmax
 };
 
-// Where the samples' rows are. Sample b has count[b] valid rows; the storage of what belongs to its rows begins at
-// first[b] and has positions[b] = first[b + 1] - first[b] places.
+// Where the samples' rows are. Sample b has count[b] valid rows; the storage of what belongs to its rows
+// begins at first[b] and has positions[b] = first[b + 1] - first[b] places.
 template <class T>
 struct DinRows {
   const T *history, *target;
@@ -100,14 +102,15 @@ struct DinGrad {
   A *out_weight, *out_bias;  // [padded(H)], [1]
 };
 
-// Rows are processed in blocks of at most this many, whose intermediate values stay in the second-level cache.
+// Rows are processed in blocks of at most this many, whose intermediate values stay in the second-level
+// cache.
 constexpr int64_t kDinRows = 128;
 
 // Memory of one thread.
 template <class A>
 struct DinLayerScratch {
-  A *g, *a;              // [kDinRows, padded(out)]: product and activation
-  A *mean, *inverse;     // [kDinRows]: dice's mean and 1 / denominator
+  A *g, *a;             // [kDinRows, padded(out)]: product and activation
+  A *mean, *inverse;    // [kDinRows]: dice's mean and 1 / denominator
   A *mean_w, *along_u;  // [kDinRows]: and see dice_backward
 };
 template <class A>
@@ -116,7 +119,7 @@ struct DinScratch {
   A *target, *grad_out, *out, *grad_target;  // [padded(D)]
   A* history;                                // [kDinRows, padded(D)]
   A *operand, *bias;                         // M [D, padded(H)] and c [padded(H)] of a sample
-  A *operand_rows;                           // M [H, padded(D)]
+  A* operand_rows;                           // M [H, padded(D)]
   A *grad_operand, *grad_bias;               // and their gradients, [H, padded(D)] and [padded(H)]
   A *grad, *grad_below;                      // [kDinRows, the widest layer]
   A* grad_history;                           // [kDinRows, padded(D)]

@@ -1,10 +1,12 @@
-// The matrix product of the DIN attention kernels, for one instruction set: small operands that stay in the caches.
+// The matrix product of the DIN attention kernels, for one instruction set: small operands that stay in the
+// caches.
 //
 //   C[m, n] = init[m, n] + sum_k A[m, k] B[k, n],   m < M, k < K, n < vecs * lanes
 //
-// A tile of C of kRows x up to three vectors stays in registers over k: with AVX-512 24 multiply-adds a step against 3
-// vector loads of B and 8 broadcast loads of A, so both multipliers are busy. Each element of C is summed over k in order,
-// wherever the tiles fall, so its bits do not depend on M; init comes last, so that long sums are sums of partial sums.
+// A tile of C of kRows x up to three vectors stays in registers over k: with AVX-512 24 multiply-adds a step
+// against 3 vector loads of B and 8 broadcast loads of A, so both multipliers are busy. Each element of C is
+// summed over k in order, wherever the tiles fall, so its bits do not depend on M; init comes last, so that
+// long sums are sums of partial sums.
 #pragma once
 
 #include "vec.h"
@@ -19,8 +21,8 @@ struct Operand {
 };
 
 template <class A, int kRows, int kVecs>
-static inline void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c, int64_t ldc, const A* init,
-                             int64_t ldi) {
+static __attribute__((noinline)) void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c,
+                                                int64_t ldc, const A* init, int64_t ldi) {
   using X = Traits<A>;
   typename X::vec acc[kRows][kVecs] = {};
   const A* a4 = a.p + 4 * a.stride_m;  // so that the eight rows need four address registers

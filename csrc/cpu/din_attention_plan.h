@@ -1,9 +1,11 @@
-// From the parameters of DIN attention to the operands of its kernels: precision, layout and folded normalizations.
+// From the parameters of DIN attention to the operands of its kernels: precision, layout and folded
+// normalizations.
 //
-// A normalization is an affine function of each channel once its mean m and variance are known, and is folded into the
-// product before it: forward g = y; backward g = n = (z - m) r, r = 1 / sqrt(var + eps), which the gradient needs. With own
-// normalization (weight gamma, bias beta) y = gamma n + beta; Dice's (gamma', beta', m', r') gives v = gamma' (y - m') r' + beta'.
-// Where both take the batch's statistics, those of y follow from those of z: m' = beta, var' = gamma^2 var / (var + eps).
+// A normalization is an affine function of each channel once its mean m and variance are known, and is folded
+// into the product before it: forward g = y; backward g = n = (z - m) r, r = 1 / sqrt(var + eps), which the
+// gradient needs. With own normalization (weight gamma, bias beta) y = gamma n + beta; Dice's (gamma', beta',
+// m', r') gives v = gamma' (y - m') r' + beta'. Where both take the batch's statistics, those of y follow
+// from those of z: m' = beta, var' = gamma^2 var / (var + eps).
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -199,7 +201,8 @@ class DinPlan {
         if (!config_.dice_norm()) continue;
         if (config_.batch_norm) {
           v_scale[h] = f.dice.weight[h] * f.dice.inverse(h) * f.own.weight[h];
-          v_shift[h] = f.dice.weight[h] * f.dice.inverse(h) * (f.own.bias[h] - f.dice.mean[h]) + f.dice.bias[h];
+          v_shift[h] =
+              f.dice.weight[h] * f.dice.inverse(h) * (f.own.bias[h] - f.dice.mean[h]) + f.dice.bias[h];
         } else {
           v_scale[h] = f.dice.weight[h];
           v_shift[h] = f.dice.bias[h];
@@ -224,7 +227,8 @@ class DinPlan {
         for (int64_t k = 0; k < f.in; ++k) rows[h * ld + k] = f.weight[h * f.in + k];
       layer.weight_rows = rows;
     } else {
-      first_layer_parts(std::vector<double>(f.out, 1), ld, 1, &net_.target_rows, &net_.history_rows, &net_.product_rows);
+      first_layer_parts(std::vector<double>(f.out, 1), ld, 1, &net_.target_rows, &net_.history_rows,
+                        &net_.product_rows);
     }
   }
 
@@ -249,7 +253,8 @@ class DinPlan {
   }
 
   // Gradients of the normalizations' parameters from the same sums.
-  void norm_gradients(int64_t i, const A* const (&sums)[4], std::vector<double> (&own)[2], std::vector<double> (&dice)[2]) {
+  void norm_gradients(int64_t i, const A* const (&sums)[4], std::vector<double> (&own)[2],
+                      std::vector<double> (&dice)[2]) {
     const DinHidden<A>& f = hidden_[i];
     for (int64_t h = 0; h < f.out; ++h) {
       const double y = sums[0][h], yn = sums[1][h], v = sums[2][h], vn = sums[3][h];
@@ -269,9 +274,10 @@ class DinPlan {
         own[1].push_back(bias);
       }
       if (config_.dice_norm()) {
-        const double weight = config_.batch_norm
-                                  ? f.dice.inverse(h) * (f.own.weight[h] * vn + (f.own.bias[h] - f.dice.mean[h]) * v)
-                                  : vn;
+        const double weight =
+            config_.batch_norm
+                ? f.dice.inverse(h) * (f.own.weight[h] * vn + (f.own.bias[h] - f.dice.mean[h]) * v)
+                : vn;
         dice[0].push_back(weight);
         dice[1].push_back(v);
       }
@@ -314,8 +320,8 @@ class DinPlan {
   }
 
   // scale (Wt + Wd), scale (Wh - Wd) and scale Wp with unit h and column d at h * stride_h + d * stride_d.
-  void first_layer_parts(const std::vector<double>& scale, int64_t stride_h, int64_t stride_d, const A** target,
-                         const A** history, const A** product) {
+  void first_layer_parts(const std::vector<double>& scale, int64_t stride_h, int64_t stride_d,
+                         const A** target, const A** history, const A** product) {
     const DinHidden<A>& f = hidden_[0];
     const int64_t D = net_.D, size = stride_h > stride_d ? f.out * stride_h : D * stride_d;
     A *t = arena_.take(size), *h_ = arena_.take(size), *p = arena_.take(size);
@@ -346,7 +352,8 @@ class DinPlan {
       return first_layer_parts(scale, 1, ld, &net_.target_weight, &net_.history_weight, &net_.product_weight);
     A* weight = arena_.take(f.in * ld);
     for (int64_t h = 0; h < f.out; ++h)
-      for (int64_t k = 0; k < f.in; ++k) weight[k * ld + h] = static_cast<A>(scale[h]) * f.weight[h * f.in + k];
+      for (int64_t k = 0; k < f.in; ++k)
+        weight[k * ld + h] = static_cast<A>(scale[h]) * f.weight[h * f.in + k];
     layer.weight = weight;
   }
 

@@ -268,7 +268,8 @@ RK_INLINE void assign(T& p, float v) {
 // 1 / x of finite x.
 RK_INLINE f32v reciprocal(f32v x) {
 #if RK_VECTOR_BYTES == 64
-  // The divider takes 16 cycles a vector; 14 good bits and one step of Newton's iteration are exact to an ulp.
+  // The divider takes 16 cycles a vector; 14 good bits and one step of Newton's iteration are exact to an
+  // ulp.
   const f32v r = (f32v)_mm512_rcp14_ps((__m512)x);
   return r * (2.f - x * r);
 #else
@@ -308,11 +309,11 @@ RK_INLINE V horner(V x, const A (&coefficient)[n]) {
   return y;
 }
 
-// e^x = 2^n 2^f with n the integer nearest to x log2(e): adding 1.5 * 2^(bits of the mantissa) leaves n in the
-// low bits. 2^f, |f| <= 1/2, is a polynomial: for float interpolated at Chebyshev nodes (relative error 3e-9),
-// for double Taylor's (2e-17).
+// e^x = 2^n 2^f with n the integer nearest to x log2(e): adding 1.5 * 2^(bits of the mantissa) leaves n in
+// the low bits. 2^f, |f| <= 1/2, is a polynomial: for float interpolated at Chebyshev nodes (relative error
+// 3e-9), for double Taylor's (2e-17).
 RK_INLINE f32v exp(f32v x) {
-  static constexpr float kExp2[] = {1.f,           .693147206703f, .240226509223f,  .0555032722667f,
+  static constexpr float kExp2[] = {1.f,           .693147206703f, .240226509223f, .0555032722667f,
                                     .00961805668f, .00134004282f,  .000154614447f};
   const f32v magic = splat<float>(0x1.8p23f), log2e = splat<float>(1.44269504089f);
   x = clamp(x, splat<float>(-87.f), splat<float>(88.f));
@@ -320,9 +321,9 @@ RK_INLINE f32v exp(f32v x) {
   return (f32v)((i32v)horner(x * log2e - n, kExp2) + ((i32v)t << 23));
 }
 RK_INLINE f64v exp(f64v x) {
-  static constexpr double kTaylor[] = {1.,      1.,       1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,
-                                       1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600,
-                                       1. / 6227020800};
+  static constexpr double kTaylor[] = {
+      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   // ln 2 in two parts, the first with so few bits that n times it is exact.
   const double ln2_high = 0x1.62e42feep-1, ln2_low = 0x1.a39ef35793c76p-33;
   const f64v magic = splat<double>(0x1.8p52);
@@ -336,8 +337,8 @@ RK_INLINE V sigmoid(V x) {
   return reciprocal(1 + exp(-x));
 }
 
-// The sigmoid of |x| <= 1, where its nearest poles, +-i pi, leave little for a polynomial to do: 1/2 + x q(x^2),
-// error 3e-9.
+// The sigmoid of |x| <= 1, where its nearest poles, +-i pi, leave little for a polynomial to do: 1/2 + x
+// q(x^2), error 3e-9.
 RK_INLINE f32v sigmoid_unit(f32v x) {
   static constexpr float kQ[] = {.249999996689f, -.0208331674653f, .00208199226637f, -.000206969682910f,
                                  .0000167298285393f};

@@ -211,7 +211,9 @@ def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, par
 def _reference(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
                training, norm_eps, dice_eps):  # fmt: skip
     accumulated = [reference.accumulator(p) for p in params]
-    hidden, out_weight, out_bias = unflatten(accumulated, running_stats, _NAMES[activation], batch_norm, norm_eps, dice_eps)
+    hidden, out_weight, out_bias = unflatten(
+        accumulated, running_stats, _NAMES[activation], batch_norm, norm_eps, dice_eps
+    )
     return reference.din_attention(
         history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
         use_softmax=use_softmax, training=training,
@@ -319,9 +321,7 @@ def din_attention(
             in training with a normalization.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
         history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
         batch_norm, use_softmax, training, norm_eps, dice_eps,
