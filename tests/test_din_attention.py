@@ -97,8 +97,8 @@ def check(history, target, params, grad_out, rows, stats, flags):
     close("out", out, ref_out)
     if flags["training"] and ref_stats is not None:
         assert_close(batch_stats.double(), ref_stats, rtol=1e-4 if history.dtype != torch.float64 else 1e-9, atol=1e-5)
-    # Parameter gradients that nearly cancel are held to the rounding of larger ones: with a softmax all of them do, since
-    # the gradients by a sample's scores sum to zero.
+    # Parameter gradients that nearly cancel are held to the rounding of larger ones. With a softmax all of them do,
+    # since the gradients by a sample's scores sum to zero.
     largest = max((float(g.norm()) for g in ref_grads[2:]), default=0.0)
     for i, (actual, ref) in enumerate(zip(grads, ref_grads)):
         close(f"grad {i}", actual, ref, floor=(1.0 if flags["use_softmax"] else 0.1) * largest if i > 1 else 0.0)

@@ -1,7 +1,7 @@
 // DIN attention, for one instruction set.
 //
-// Of a sample with target t [D] and valid rows h_l [D], the first layer of the attention MLP is W = [Wt | Wh
-// | Wd | Wp] on [t, h, t - h, t * h]. Hence
+// A sample has a target t [D] and valid rows h_l [D]; the first layer of the attention MLP is
+// W = [Wt | Wh | Wd | Wp] on [t, h, t - h, t * h]. Hence
 //
 //   z_l = c + M h_l,   M = (Wh - Wd) + Wp diag(t)  [H, D],   c = (Wt + Wd) t + b
 //
@@ -21,8 +21,8 @@
 // A normalization in training needs sums over all rows before it can be applied, forward (mean and variance
 // of z) and backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down
 // and back up, which computes z = c + M h again. Recomputing costs 2 D flops a value where keeping costs 4
-// bytes written and several times read. The layers behind the first have more inputs, and the layers before
-// them besides: their z is kept.
+// bytes written and several times read, which was slower when tried (D 64, widths 80 and 36). The layers
+// behind the first have more inputs, and the layers before them besides: their z is kept.
 //
 // Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a
 // pass; D loads a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients.

@@ -8,8 +8,8 @@
 //   leaky            a = y > 0 ? y : alpha y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
 //   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
-//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 +
-//   epsilon
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
+//                    s^2 = sum_j ((y_j - mean)^2 + epsilon)
 //
 // Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
 // Backward, with da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,

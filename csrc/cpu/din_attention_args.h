@@ -39,7 +39,7 @@ struct DinLayer {
   int64_t in, out;
   const A *weight, *bias;  // the operand of the product, [in, padded(out)], and its bias, both with gs and go
   const A* weight_rows;    // W itself, [out, padded(in)], for the backward
-  const A *g_scale, *g_shift;  // gs and go, for a kept z; null: 1 and 0
+  const A *g_scale, *g_shift;  // gs and go, for a kept z
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
   DinActivation activation;
