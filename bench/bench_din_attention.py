@@ -1,4 +1,4 @@
-"""DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, and the machine's ceilings.
+"""DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, share of sgemm's rate.
 
     python bench/bench_din_attention.py [--threads 2] [--shapes 1 2] [--modes eval train] [--memory]
 
