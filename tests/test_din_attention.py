@@ -97,10 +97,11 @@ def check(history, target, params, grad_out, rows, stats, flags):
     close("out", out, ref_out)
     if flags["training"] and ref_stats is not None:
         assert_close(batch_stats.double(), ref_stats, rtol=1e-4 if history.dtype != torch.float64 else 1e-9, atol=1e-5)
-    # Gradients that a softmax or a normalization nearly cancels are sums of large terms: held to the rounding of those.
+    # Parameter gradients that nearly cancel are held to the rounding of larger ones. With a softmax all of them do,
+    # since the gradients by a sample's scores sum to zero.
     largest = max((float(g.norm()) for g in ref_grads[2:]), default=0.0)
     for i, (actual, ref) in enumerate(zip(grads, ref_grads)):
-        close(f"grad {i}", actual, ref, floor=0.1 * largest if i > 1 else 0.0)
+        close(f"grad {i}", actual, ref, floor=(1.0 if flags["use_softmax"] else 0.1) * largest if i > 1 else 0.0)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,9 +110,9 @@ def test_against_reference(form, activation):
     chooser = random.Random(f"{form} {activation}")
     generator = torch.Generator().manual_seed(chooser.randrange(1 << 30))
     for use_softmax, batch_norm, training, dtype in itertools.product(*[(False, True)] * 3, TOLERANCE):
-        B, L = chooser.choice([1, 3, 9]), chooser.choice([0, 1, 5, 49, 150])
+        B, L = chooser.choice([1, 3, 9]), chooser.choice([0, 1, 5, 49])
         if training:  # of few rows' statistics, the gradient is a difference of nearly equal numbers in any precision
-            B, L = 9, chooser.choice([49, 150])
+            B, L = 9, chooser.choice([30, 49])
         D, dims = chooser.choice([1, 7, 10, 16, 64, 200]), chooser.choice([[], [1], [36], [130], [80, 40], [8, 9, 10]])
         params, stats = make_params(D, dims, activation, batch_norm, dtype, generator)
         history, target, rows = make_inputs(form, B, L, D, dtype, generator)
@@ -120,7 +121,80 @@ def test_against_reference(form, activation):
                      norm_eps=1e-5, dice_eps=1e-3)  # fmt: skip
         try:
             check(history, target, params, grad_out, rows, stats, flags)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            if "more than one valid row" in str(error):
-                continue
+        except AssertionError as error:
             raise AssertionError(f"B {B} L {L} D {D} dims {dims} {dtype} {flags}: {error}") from error
+
+
+FLAGS = dict(activation="dice", batch_norm=True, use_softmax=False, training=True, norm_eps=1e-5, dice_eps=1e-3)
+
+
+def inputs(form="lengths", B=7, L=9, D=10, dims=(12, 5), dtype=torch.float32, activation="dice", batch_norm=True):
+    generator = torch.Generator().manual_seed(3)
+    history, target, rows = make_inputs(form, B, L, D, dtype, generator)
+    params, stats = make_params(D, dims, activation, batch_norm, dtype, generator)
+    return history, target, params, torch.randn(B, D, generator=generator).to(dtype), rows, stats
+
+
+@pytest.mark.parametrize("use_softmax", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_long_history(use_softmax, training):
+    """More rows than a block of the kernel, so that the softmax's running maximum moves."""
+    check(*inputs("mask", 2, 1000, 16, [36]), {**FLAGS, "use_softmax": use_softmax, "training": training})
+
+
+def test_bits_do_not_depend_on_threads():
+    history, target, params, grad_out, rows, stats = inputs(B=300, dims=[36, 8])
+    results = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(run(lambda *x: din_attention(*x, stats, **rows, **FLAGS), history, target, params, grad_out))
+    torch.set_num_threads(2)
+    for out, batch_stats, _ in results:
+        assert torch.equal(out, results[0][0]) and torch.equal(batch_stats, results[0][1])
+    assert all(torch.equal(a, b) for a, b in zip(results[1][2], results[2][2]))
+
+
+def test_parameters_of_another_dtype():
+    history, target, _, grad_out, rows, _ = inputs(dtype=torch.bfloat16, B=30)
+    _, _, params, _, _, stats = inputs(dtype=torch.float32)
+    check(history, target, params, grad_out, rows, stats, FLAGS)
+
+
+def test_views_of_stacked_embeddings():
+    """Slices and expanded tensors are read where they are; a stride along D is copied."""
+    _, _, params, _, _, stats = inputs(D=8, form="padded")
+    stacked = torch.randn(5, 12, 3, 16)
+    grad_out = torch.randn(5, 8)
+    for history, target in (
+        (stacked[:, 1:, 0, 4:12], stacked[:, 0, 1, :8]),
+        (stacked[:1, :, 1, :8].expand(5, -1, -1), stacked[0, 0, 0, :8].expand(5, -1)),
+        (stacked[:, :, 2, ::2], stacked[:, 2, 0, 1::2]),
+    ):
+        check(history, target, params, grad_out, {}, stats, FLAGS)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("use_softmax", [False, True])
+def test_nothing_valid(dtype, use_softmax):
+    history, target, params, grad_out, _, stats = inputs(dtype=dtype)
+    flags = {**FLAGS, "training": False, "use_softmax": use_softmax}
+    for rows in ({"lengths": torch.zeros(7, dtype=torch.int64)}, {"mask": torch.zeros(7, 9, dtype=torch.bool)}):
+        out, _, grads = run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out)
+        assert (out == 0).all() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("lengths", [[0] * 7, [0, 1, 0, 0, 0, 0, 0]])
+def test_too_few_rows_for_statistics(lengths):
+    history, target, params, _, _, stats = inputs()
+    with pytest.raises((ValueError, RuntimeError), match="more than one valid row"):
+        din_attention(history, target, params, stats, lengths=torch.tensor(lengths), **FLAGS)
+
+
+def test_running_statistics_may_change_before_the_backward():
+    history, target, params, grad_out, rows, stats = inputs()
+    target.requires_grad_()
+    out, _ = din_attention(history, target, params, stats, **rows, **FLAGS)
+    for s in stats:
+        s.mul_(2)
+    out.backward(grad_out)
+    assert target.grad.isfinite().all()

@@ -1,4 +1,4 @@
-// Checks, passes, threads and registration of DIN attention; the kernels and their mathematics are in
+// Passes, threads and registration of DIN attention; the kernels and their mathematics are in
 // din_attention.h, the preparation of the parameters in din_attention_plan.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "din_attention_arguments.h"
 #include "din_attention_plan.h"
 #include "dispatch.h"
 #include "memory.h"
@@ -20,162 +21,6 @@ RK_DECLARE_ISA(template <class T> void din_forward(const Din<Accumulator<T>>&, c
 RK_DECLARE_ISA(template <class T> void din_backward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t,
                                                     bool, int64_t, int64_t, const DinScratch<Accumulator<T>>&,
                                                     const DinGrad<Accumulator<T>>&))
-
-using OptionalTensor = std::optional<Tensor>;
-
-// ---- arguments
-
-struct DinArguments {
-  const Tensor &history, &target;
-  const OptionalTensor &lengths, &mask, &offsets;
-  const std::vector<Tensor>&params, &running_stats;
-  DinConfig config;
-
-  int64_t B() const { return target.size(0); }
-  int64_t D() const { return target.size(1); }
-  int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
-};
-
-#define RK_DIN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "din_attention: ", __VA_ARGS__)
-
-// Ranks, sizes and dtypes; the texts are those of ops/din_attention.py.
-static void check_history(const DinArguments& a) {
-  const Tensor &history = a.history, &target = a.target;
-  RK_DIN_CHECK(a.lengths.has_value() + a.mask.has_value() + a.offsets.has_value() < 2,
-               "give one of lengths, mask and offsets");
-  RK_DIN_CHECK(target.dim() == 2, "target must be [B, D], got shape ", shape_of(target));
-  const bool jagged = a.offsets.has_value();
-  RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ",
-               jagged ? "[N, D] beside offsets" : "[B, L, D]", ", got shape ", shape_of(history));
-  RK_DIN_CHECK(history.size(history.dim() - 1) == a.D(), "history and target must have one width D, got ",
-               history.size(history.dim() - 1), " and ", a.D());
-  RK_CHECK_FLOATING("din_attention", history);
-  RK_DIN_CHECK(history.scalar_type() == target.scalar_type(),
-               "history and target must have one floating-point dtype, got ", name_of(history.scalar_type()),
-               " and ", name_of(target.scalar_type()));
-  RK_DIN_CHECK(target.is_cpu() && history.is_cpu(), "all arguments must be on one device");
-  const auto check_integers = [](const Tensor& t, const char* name) {
-    RK_DIN_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
-                 " must be int32 or int64, got ", name_of(t.scalar_type()));
-    RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
-  };
-  if (jagged) {
-    RK_DIN_CHECK(a.offsets->dim() == 1 && a.offsets->size(0) == a.B() + 1, "offsets must be [B + 1] = [",
-                 a.B() + 1, "], got shape ", shape_of(*a.offsets));
-    check_integers(*a.offsets, "offsets");
-    return;
-  }
-  RK_DIN_CHECK(history.size(0) == a.B(), "history and target must have one batch size B, got ",
-               history.size(0), " and ", a.B());
-  if (a.lengths) {
-    RK_DIN_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == a.B(), "lengths must be [B] = [", a.B(),
-                 "], got shape ", shape_of(*a.lengths));
-    check_integers(*a.lengths, "lengths");
-  }
-  if (a.mask) {
-    RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == a.B() && a.mask->size(1) == history.size(1),
-                 "mask must be [B, L] = [", a.B(), ", ", history.size(1), "], got shape ", shape_of(*a.mask));
-    RK_DIN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
-                 name_of(a.mask->scalar_type()));
-    RK_DIN_CHECK(a.mask->is_cpu(), "all arguments must be on one device");
-  }
-}
-
-static void check_params(const DinArguments& a) {
-  const DinConfig& config = a.config;
-  const int64_t per_layer = config.params_per_layer(), n = static_cast<int64_t>(a.params.size());
-  RK_DIN_CHECK(n >= 2 && (n - 2) % per_layer == 0, "params must be ", per_layer,
-               " tensors a hidden layer and 2 of the output layer, got ", n);
-  for (const auto* list : {&a.params, &a.running_stats})
-    for (const Tensor& t : *list) {
-      RK_CHECK_FLOATING("din_attention", t);
-      RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
-    }
-  const bool has_slope =
-      config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
-  int64_t width = 4 * a.D();
-  for (int64_t i = 0; i < a.layers(); ++i) {
-    const Tensor* layer = &a.params[i * per_layer];
-    RK_DIN_CHECK(layer->dim() == 2 && layer->size(1) == width, "the weight of hidden layer ", i,
-                 " must be [H, ", width, "], got shape ", shape_of(*layer));
-    width = layer->size(0);
-    for (int64_t j = 1; j < per_layer; ++j) {
-      const bool slope = has_slope && j == per_layer - 1;
-      RK_DIN_CHECK(layer[j].dim() == 1 && (layer[j].size(0) == width || (slope && layer[j].size(0) == 1)),
-                   "hidden layer ", i, " needs vectors of ", width, " values",
-                   slope ? ", its slope may have one" : "", ", got ", shape_of(layer[j]));
-    }
-    if (config.training) continue;
-    const int64_t stats = 2 * config.norms();
-    RK_DIN_CHECK(static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
-                 "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(),
-                 " norms, got ", a.running_stats.size());
-    for (int64_t j = 0; j < stats; ++j)
-      RK_DIN_CHECK(a.running_stats[i * stats + j].numel() == width, "running_stats of hidden layer ", i,
-                   " must have ", width, " values, got ", shape_of(a.running_stats[i * stats + j]));
-  }
-  const Tensor &weight = a.params[n - 2], &bias = a.params[n - 1];
-  RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
-               "the output layer must be [1, ", width, "] with a bias [1], got ", shape_of(weight), " and ",
-               shape_of(bias));
-}
-
-// Where the rows of each sample are (see DinRows), with lengths and offsets checked against the history.
-struct DinGeometry {
-  std::vector<int64_t> first, count;
-  int64_t valid = 0, longest = 0;
-  Tensor mask;
-};
-
-static std::vector<int64_t> integers_of(const Tensor& t) {
-  const Tensor u = torch::stable::contiguous(t);
-  std::vector<int64_t> values(u.numel());
-  if (u.scalar_type() == ScalarType::Int)
-    std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
-  else
-    std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
-  return values;
-}
-
-static DinGeometry geometry_of(const DinArguments& a) {
-  DinGeometry g;
-  const int64_t B = a.B();
-  g.count.resize(B);
-  if (a.offsets) {
-    g.first = integers_of(*a.offsets);
-    const int64_t N = a.history.size(0);
-    RK_DIN_CHECK(g.first[0] == 0 && g.first[B] == N, "offsets must run from 0 to N = ", N, ", got ",
-                 g.first[0], " .. ", g.first[B]);
-    for (int64_t b = 0; b < B; ++b) {
-      g.count[b] = g.first[b + 1] - g.first[b];
-      RK_DIN_CHECK(g.count[b] >= 0, "offsets decrease from ", g.first[b], " to ", g.first[b + 1], " at ",
-                   b + 1);
-    }
-  } else {
-    const int64_t L = a.history.size(1);
-    g.first.resize(B + 1);
-    for (int64_t b = 0; b <= B; ++b) g.first[b] = b * L;
-    if (a.lengths) {
-      g.count = integers_of(*a.lengths);
-      for (int64_t b = 0; b < B; ++b)
-        RK_DIN_CHECK(g.count[b] >= 0 && g.count[b] <= L, "lengths[", b, "] = ", g.count[b],
-                     " is outside 0 .. ", L, ", the history's positions");
-    } else if (a.mask) {
-      g.mask = torch::stable::contiguous(*a.mask);
-      const bool* mask = static_cast<const bool*>(g.mask.const_data_ptr());
-      for (int64_t b = 0; b < B; ++b) g.count[b] = std::count(mask + b * L, mask + (b + 1) * L, true);
-    } else {
-      std::fill(g.count.begin(), g.count.end(), L);
-    }
-  }
-  for (const int64_t n : g.count) {
-    g.valid += n;
-    g.longest = std::max(g.longest, n);
-  }
-  RK_DIN_CHECK(!a.config.training || a.config.norms() * a.layers() == 0 || g.valid > 1,
-               "training needs more than one valid row to take statistics of, got ", g.valid);
-  return g;
-}
 
 template <class T>
 DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometry& g) {
@@ -210,7 +55,7 @@ class DinChunks {
       if (done * most >= total * bounds_.size()) bounds_.push_back(b + 1);
     }
     if (bounds_.back() != B) bounds_.push_back(B);
-    constexpr double kGrain = 2e5;  // multiply-adds worth waking a thread for: about 10 us
+    constexpr double kGrain = 1e6;  // multiply-adds worth waking a thread for: about 40 us
     grain_ = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(size() * kGrain / (total + 1))));
   }
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
@@ -237,7 +82,8 @@ struct DinWorkspace {
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
       widest = std::max(widest, ld);
-      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R)});
+      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R), arena.take(R),
+                        arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(ldD);

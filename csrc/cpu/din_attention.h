@@ -1,7 +1,7 @@
 // DIN attention, for one instruction set.
 //
-// Of a sample with target t [D] and valid rows h_l [D], the first layer of the attention MLP is W = [Wt | Wh
-// | Wd | Wp] on [t, h, t - h, t * h]. Hence
+// A sample has a target t [D] and valid rows h_l [D]; the first layer of the attention MLP is
+// W = [Wt | Wh | Wd | Wp] on [t, h, t - h, t * h]. Hence
 //
 //   z_l = c + M h_l,   M = (Wh - Wd) + Wp diag(t)  [H, D],   c = (Wt + Wd) t + b
 //
@@ -21,8 +21,8 @@
 // A normalization in training needs sums over all rows before it can be applied, forward (mean and variance
 // of z) and backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down
 // and back up, which computes z = c + M h again. Recomputing costs 2 D flops a value where keeping costs 4
-// bytes written and several times read. The layers behind the first have more inputs, and the layers before
-// them besides: their z is kept.
+// bytes written and several times read, which was slower when tried (D 64, widths 80 and 36). The layers
+// behind the first have more inputs, and the layers before them besides: their z is kept.
 //
 // Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a
 // pass; D loads a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients.
@@ -88,17 +88,13 @@ template <class A>
 static void form_operand(const Din<A>& net, const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[0];
-  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  for (int64_t n = 0; n < end; n += X::lanes) {
-    auto c = X::load(f.bias + n);
-    for (int64_t d = 0; d < net.D; ++d) {
-      const A t = s.target[d];
-      const int64_t i = d * ld + n;
-      c += t * X::load(net.target_weight + i);
-      X::store(s.operand + i, X::load(net.history_weight + i) + t * X::load(net.product_weight + i));
-    }
-    X::store(s.bias + n, c);
-  }
+  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out);
+  gemm<A>(1, vecs, net.D, {s.target, 0, 1}, net.target_weight, ld, s.bias, ld, f.bias, ld);
+  const A *t = s.target, *history_weight = net.history_weight, *product_weight = net.product_weight;
+  A* operand = s.operand;
+  for (int64_t d = 0; d < net.D; ++d)
+    for (int64_t i = d * ld; i < d * ld + vecs * X::lanes; i += X::lanes)
+      X::store(operand + i, X::load(history_weight + i) + t[d] * X::load(product_weight + i));
 }
 
 // M [H, D], for the way back.
@@ -106,10 +102,12 @@ template <class A>
 static void form_operand_rows(const Din<A>& net, const DinScratch<A>& s) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(net.D), end = vectors<A>(net.D) * X::lanes, H = net.layer[0].out;
+  const A *t = s.target, *history_rows = net.history_rows, *product_rows = net.product_rows;
+  A* operand_rows = s.operand_rows;
   for (int64_t j = 0; j < H * ld; j += ld)
     for (int64_t d = 0; d < end; d += X::lanes)
-      X::store(s.operand_rows + j + d,
-               X::load(net.history_rows + j + d) + X::load(s.target + d) * X::load(net.product_rows + j + d));
+      X::store(operand_rows + j + d,
+               X::load(history_rows + j + d) + X::load(t + d) * X::load(product_rows + j + d));
 }
 
 // g of layer i for the rows in scratch: from z where it was kept, from the history or the activation before
@@ -127,10 +125,12 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
     return gemm<A>(n, vecs, f.in, {s.layer[i - 1].a, padded<A>(f.in), 1}, f.weight, ld, g, ld, f.bias, 0);
   }
   const Tail<A> tail(static_cast<int>(f.out % X::lanes));
-  for (int64_t r = 0; r < n; ++r) {
-    convert_row(f.kept + (row + r) * f.out, g + r * ld, f.out, tail);
-    for (int64_t h = 0; h < vecs * X::lanes; h += X::lanes)
-      X::store(g + r * ld + h, X::load(g + r * ld + h) * X::load(f.g_scale + h) + X::load(f.g_shift + h));
+  const A *z = f.kept + row * f.out, *scale = f.g_scale, *shift = f.g_shift;
+  const int64_t full = f.out / X::lanes * X::lanes, rest = f.out - full;
+  for (int64_t r = 0; r < n; ++r, z += f.out, g += ld) {
+    for (int64_t h = 0; h < full; h += X::lanes)
+      X::store(g + h, X::load(z + h) * X::load(scale + h) + X::load(shift + h));
+    if (rest) X::store(g + full, tail.load(z + full) * X::load(scale + full) + X::load(shift + full));
   }
 }
 
@@ -313,9 +313,10 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_
   const A* ds = net.grad_score + row;
   A *d = s.grad, *below = s.grad_below;
   const int64_t H = net.layer[last].out, ldH = padded<A>(H), vecsH = vectors<A>(H);
+  const A* out_weight = net.out_weight;
   for (int64_t r = 0; r < n; ++r)
     for (int64_t h = 0; h < vecsH * X::lanes; h += X::lanes)
-      X::store(d + r * ldH + h, ds[r] * X::load(net.out_weight + h));
+      X::store(d + r * ldH + h, ds[r] * X::load(out_weight + h));
   if (!only_sums) {
     gemm<A>(1, vecsH, n, {ds, 0, 1}, s.layer[last].a, ldH, grad.out_weight, ldH, grad.out_weight, ldH);
     for (int64_t r = 0; r < n; ++r) *grad.out_bias += ds[r];
@@ -336,31 +337,34 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_
   }
   if (only_sums) return;
   const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D), ld0 = padded<A>(net.layer[0].out);
+  const A *w = net.row_weight + row, *g = s.grad_out;
+  A* dh = s.grad_history;
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes)
-      X::store(s.grad_history + r * ld + j, net.row_weight[row + r] * X::load(s.grad_out + j));
+    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes) X::store(dh + r * ld + j, w[r] * X::load(g + j));
   gemm<A>(n, vecs, net.layer[0].out, {d, ld0, 1}, s.operand_rows, ld, s.grad_history, ld, s.grad_history, ld);
   gemm<A>(net.layer[0].out, vecs, n, {d, 1, ld0}, s.history, ld, s.grad_operand, ld, s.grad_operand, ld);
 }
 
 // From the gradients by M and c of one sample to those of the first layer and the target.
 template <class A>
-static void backward_operand(const Din<A>& net, const DinScratch<A>& s, const DinLayerGrad<A>& grad) {
+static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayerGrad<A> grad) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(net.D), end = vectors<A>(net.D) * X::lanes;
-  for (int64_t d = 0; d < end; d += X::lanes) {
-    const auto t = X::load(s.target + d);
-    typename X::vec grad_t = {};
-    for (int64_t h = 0; h < net.layer[0].out; ++h) {
+  const A *target_rows = net.target_rows, *product_rows = net.product_rows, *grad_operand = s.grad_operand;
+  const A *t = s.target, *grad_bias = s.grad_bias;
+  A* grad_t = s.grad_target;
+  __builtin_memset(grad_t, 0, ld * sizeof(A));
+  for (int64_t h = 0; h < net.layer[0].out; ++h) {
+    const A dc = grad_bias[h];
+    for (int64_t d = 0; d < end; d += X::lanes) {
       const int64_t i = h * ld + d;
-      const A dc = s.grad_bias[h];
-      const auto dM = X::load(s.grad_operand + i);
-      grad_t += dc * X::load(net.target_rows + i) + dM * X::load(net.product_rows + i);
+      const auto dM = X::load(grad_operand + i), td = X::load(t + d);
+      X::store(grad_t + d,
+               X::load(grad_t + d) + dc * X::load(target_rows + i) + dM * X::load(product_rows + i));
       X::store(grad.weight + i, X::load(grad.weight + i) + dM);
-      X::store(grad.weight_product + i, X::load(grad.weight_product + i) + dM * t);
-      X::store(grad.weight_target + i, X::load(grad.weight_target + i) + dc * t);
+      X::store(grad.weight_product + i, X::load(grad.weight_product + i) + dM * td);
+      X::store(grad.weight_target + i, X::load(grad.weight_target + i) + dc * td);
     }
-    X::store(s.grad_target + d, grad_t);
   }
   for (int64_t h = 0; h < net.layer[0].out; ++h) grad.bias[h] += s.grad_bias[h];
 }

@@ -8,8 +8,8 @@
 //   leaky            a = y > 0 ? y : alpha y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
 //   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
-//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s, s^2 = sum_j (y_j - mean)^2 +
-//   epsilon
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
+//                    s^2 = sum_j ((y_j - mean)^2 + epsilon)
 //
 // Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
 // Backward, with da = dL/da and w = (1 - alpha) da y p (1 - p) = dL/du, since sum u = 0,
@@ -115,13 +115,14 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
   }
 }
 
-// Dice: d = dL/da -> dL/dy in place; adds to alpha's gradient.
+// Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place. What is left of dL/dy, - mean(w) / s and
+// - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and
+// s.along_u. Adds to alpha's gradient.
 template <class A>
 static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  A mean_w[X::lanes], along_u[X::lanes];
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
     const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
     V sum_w[X::lanes], sum_wu[X::lanes];
@@ -131,7 +132,7 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
       A* dp = d + (r0 + i) * ld;
       V w_of_row = {}, wu_of_row = {};
       for (int64_t n = 0; n < end; n += X::lanes) {
-        const V c = centred(f, g, mean, n), y = pre_activation(f, X::load(g + n), n), u = c * inverse;
+        const V y = pre_activation(f, X::load(g + n), n), u = (y - mean * X::load(f.unit + n)) * inverse;
         const V alpha = X::load(f.alpha + n), p = sigmoid_unit(u), da = X::load(dp + n), day = da * y;
         const V w = (1 - alpha) * day * (p - p * p);
         w_of_row += w;
@@ -143,20 +144,13 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
       sum_wu[i] = wu_of_row;
     }
     const V inverse = X::load(s.inverse + r0);
-    X::store(mean_w, sum_each(sum_w) * inverse / static_cast<A>(f.out));
-    X::store(along_u, sum_each(sum_wu) * inverse * inverse);
-    for (int i = 0; i < group; ++i) {
-      A* dp = d + (r0 + i) * ld;
-      for (int64_t n = 0; n < end; n += X::lanes) {
-        const V c = centred(f, s.g + (r0 + i) * ld, s.mean[r0 + i], n);
-        X::store(dp + n, X::load(dp + n) - mean_w[i] - c * along_u[i]);
-      }
-    }
+    X::store(s.mean_w + r0, sum_each(sum_w) * inverse / static_cast<A>(f.out));
+    X::store(s.along_u + r0, sum_each(sum_wu) * inverse * inverse);
   }
 }
 
-// Unit by unit: d = dL/da (for dice dL/dy) -> dL/dz in place, unless only the sums are wanted; adds to the
-// gradients of the bias (dL/dz), alpha and the sums.
+// Unit by unit: d = dL/da (for dice what dice_backward left) -> dL/dz in place, unless only the sums are
+// wanted; adds to the gradients of the bias (dL/dz), alpha and the sums.
 template <DinActivation kind, bool kNormalized, class A>
 static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
                            A* grad_bias, DinLayerGrad<A> grad) {
@@ -179,6 +173,8 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
       } else if (kind == DinActivation::sigmoid) {
         const V a = X::load(s.a + row * ld + n);
         dy = da * (a - a * a);
+      } else if (kind == DinActivation::dice) {
+        dy = da - s.mean_w[row] - (y - s.mean[row]) * s.along_u[row];
       } else if (kind == DinActivation::dice_batch_norm) {
         const V p = sigmoid(v_scale * g + v_shift);
         dy = da * (alpha + (1 - alpha) * p);

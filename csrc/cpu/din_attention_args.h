@@ -39,7 +39,7 @@ struct DinLayer {
   int64_t in, out;
   const A *weight, *bias;  // the operand of the product, [in, padded(out)], and its bias, both with gs and go
   const A* weight_rows;    // W itself, [out, padded(in)], for the backward
-  const A *g_scale, *g_shift;  // gs and go, for a kept z; null: 1 and 0
+  const A *g_scale, *g_shift;  // gs and go, for a kept z
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
   DinActivation activation;
@@ -109,8 +109,9 @@ constexpr int64_t kDinRows = 128;
 // Memory of one thread.
 template <class A>
 struct DinLayerScratch {
-  A *g, *a;           // [kDinRows, padded(out)]: product and activation
-  A *mean, *inverse;  // [kDinRows]: dice's mean and 1 / denominator
+  A *g, *a;             // [kDinRows, padded(out)]: product and activation
+  A *mean, *inverse;    // [kDinRows]: dice's mean and 1 / denominator
+  A *mean_w, *along_u;  // [kDinRows]: and see dice_backward
 };
 template <class A>
 struct DinScratch {

@@ -21,8 +21,8 @@ struct Operand {
 };
 
 template <class A, int kRows, int kVecs>
-static inline void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
-                             const A* init, int64_t ldi) {
+static __attribute__((noinline)) void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c,
+                                                int64_t ldc, const A* init, int64_t ldi) {
   using X = Traits<A>;
   typename X::vec acc[kRows][kVecs] = {};
   const A* a4 = a.p + 4 * a.stride_m;  // so that the eight rows need four address registers

@@ -8,6 +8,7 @@
 // from those of z: m' = beta, var' = gamma^2 var / (var + eps).
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
