@@ -4,46 +4,6 @@
 
 namespace rk {
 
-#define RK_CHECK_BAG(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
-
-size_t Names::size() const {
-  size_t n = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &n));
-  return n;
-}
-
-static StringHandle string_at(StableListHandle list, size_t i) {
-  StableIValue value = 0;
-  torch_list_get_item(list, i, &value);
-  return torch::stable::detail::to<StringHandle>(value);
-}
-
-std::string Names::operator[](size_t i) const {
-  const StringHandle string = string_at(list_, i);
-  size_t length = 0;
-  const char* data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
-  return std::string(data, length);
-}
-
-Names::~Names() {
-  if (!list_) return;
-  size_t n = 0;
-  torch_list_size(list_, &n);
-  for (size_t i = 0; i < n; ++i) torch_delete_string(string_at(list_, i));
-  torch_delete_list(list_);
-}
-
-bool FeatureArgs::has_factors(size_t f) const {
-  return !per_sample_weights.empty() &&
-         !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
-}
-
-std::string FeatureArgs::name(size_t f) const {
-  return names ? (*names)[f] : "indices[" + std::to_string(f) + "]";
-}
-
 static bool same_shape(const Tensor& a, const Tensor& b) {
   const auto as = a.sizes(), bs = b.sizes();
   return std::equal(as.begin(), as.end(), bs.begin(), bs.end());
@@ -71,19 +31,7 @@ static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t
 
 Features::Features(const FeatureArgs& args, size_t num_tables) {
   const size_t n = args.indices.size();
-  RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
-  const auto one_each = [&](const char* what, size_t size, bool optional) {
-    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
-                 size);
-  };
-  one_each("offsets", args.offsets.size(), true);
-  one_each("per_sample_weights", args.per_sample_weights.size(), true);
-  one_each("tables", args.tables.size(), false);
-  one_each("modes", args.modes.size(), false);
-  one_each("padding_idx", args.padding_idx.size(), false);
-  if (args.names) one_each("names", args.names->size(), false);
-  RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
-               ", got ", args.frozen_rows.size());
+  check_lengths(args, num_tables);
   bags.resize(n);
   starts.resize(n);
   kept.reserve(4 * n);
@@ -91,8 +39,6 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     const Tensor& ids = args.indices[f];
     const auto type = ids.scalar_type();
     Bags& bag = bags[f];
-    RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
-                 " has table ", args.tables[f], " of ", num_tables);
     RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
                  args.modes[f]);
     RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),

@@ -1,44 +1,12 @@
 // The op's lists of tensors, checked and turned into one `Bags` a feature.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <string>
-#include <utility>
 #include <vector>
 
-#include "../check.h"
+#include "../embedding_bag_arguments.h"
 #include "embedding_bag_args.h"
 
 namespace rk {
-
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-
-// A str[] argument. Its strings are copied only when an error needs one.
-class Names {
- public:
-  explicit Names(StableListHandle list) : list_(list) {}
-  Names(Names&& other) noexcept : list_(std::exchange(other.list_, nullptr)) {}
-  ~Names();
-  size_t size() const;
-  std::string operator[](size_t i) const;
-
- private:
-  StableListHandle list_;
-};
-
-// The arguments that the op and its backward share; the backward has no names.
-struct FeatureArgs {
-  const Tensors &indices, &offsets, &per_sample_weights;
-  const Ints &tables, &modes, &padding_idx, &frozen_rows;
-  const Names* names;
-
-  bool has_factors(size_t f) const;
-  std::string name(size_t f) const;
-};
 
 struct Features {
   std::vector<Bags> bags;  // the fields of the table and `out` are the caller's to fill
@@ -73,16 +41,4 @@ auto dispatch_ids(const Bags& bags, const Body& body) {
                        : body(static_cast<const int32_t*>(bags.ids));
 }
 
-// t, or a contiguous copy of it if its rows are not.
-inline Tensor unit_stride_rows(const Tensor& t) {
-  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
-}
-
 }  // namespace rk
-
-HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
-template <>
-struct ToImpl<rk::Names> {
-  static rk::Names call(StableIValue value, uint64_t, bool) { return rk::Names(to<StableListHandle>(value)); }
-};
-HIDDEN_NAMESPACE_END(torch, stable, detail)

@@ -62,7 +62,7 @@ static std::string message(const Device& device, const FeatureArgs& args, size_t
 
 static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
                                   const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                  const Ints& padding_idx, const Ints& frozen_rows, const NameList& names,
+                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
                                   bool concat, bool /* sparse: the backward's */) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        &names};

@@ -1,4 +1,4 @@
-// The arguments of the embedding op and its backward, checked and turned into the kernels' `Bags`.
+// The arguments of the embedding op and its backward, turned into the kernels' `Bags`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,37 +7,12 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
-#include "../names.h"
+#include "../embedding_bag_arguments.h"
 #include "embedding_bag.cuh"
 #include "launch.h"
 
 namespace rk {
 namespace cuda {
-
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-
-#define RK_CHECK_BAG(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
-
-// What the op and its backward share; the backward has no names.
-struct FeatureArgs {
-  const Tensors &indices, &offsets, &per_sample_weights;
-  const Ints &tables, &modes, &padding_idx, &frozen_rows;
-  const NameList* names;
-
-  size_t size() const { return indices.size(); }
-  std::string name(size_t f) const { return names ? (*names)[f] : "indices[" + std::to_string(f) + "]"; }
-  bool has_factors(size_t f) const {
-    return !per_sample_weights.empty() &&
-           !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
-  }
-};
-
-// t, or a contiguous copy of it if it is not a matrix with elements side by side.
-inline Tensor unit_stride_rows(const Tensor& t) {
-  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
-}
 
 // Whether every row of the matrix starts at a multiple of 16 bytes.
 inline bool rows_aligned(const Tensor& t) {
@@ -54,26 +29,6 @@ inline uint8_t log2_lanes(int64_t pieces) {
 inline int32_t checked_int32(int64_t n, const char* what) {
   RK_CHECK_BAG(n <= INT32_MAX, what, " must be less than 2^31, got ", n);
   return static_cast<int32_t>(n);
-}
-
-inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
-  const size_t n = args.size();
-  RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
-  const auto one_each = [&](const char* what, size_t size, bool optional) {
-    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
-                 size);
-  };
-  one_each("offsets", args.offsets.size(), true);
-  one_each("per_sample_weights", args.per_sample_weights.size(), true);
-  one_each("tables", args.tables.size(), false);
-  one_each("modes", args.modes.size(), false);
-  one_each("padding_idx", args.padding_idx.size(), false);
-  if (args.names) one_each("names", args.names->size(), false);
-  RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
-               ", got ", args.frozen_rows.size());
-  for (size_t f = 0; f < n; ++f)
-    RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
-                 " has table ", args.tables[f], " of ", num_tables);
 }
 
 // The fields of feature f that do not depend on its table; `like` is the table, or in the backward the
