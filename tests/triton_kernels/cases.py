@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops.din_attention import unflatten
 
 MAP_NORESERVE = 0x4000  # Linux: pages exist when they are touched
 
@@ -64,6 +65,13 @@ def strided(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous"
         return far.copy_(torch.randn(shape))
     assert layout == "reversed"
     return torch.randn(shape[::-1]).to(dtype).permute(*range(len(shape))[::-1])
+
+
+def described(value) -> str:
+    """A config or a dtype as part of a test's name."""
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" if isinstance(v, bool) else described(v) for k, v in value.items())
+    return str(value).removeprefix("torch.").replace(" ", "")
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -123,6 +131,7 @@ FM = Op(
     dtypes=(SINGLE, HALF, BF16, DOUBLE),
     compiled=[
         {"shape": (512, 39, D), "dtype": dtype, "reduce_sum": reduce_sum, "aligned": D * dtype.itemsize % 16 == 0}
+        | ({} if dtype == BF16 else {"targets": ["sm_80", "sm_90"]})
         for D, dtype, reduce_sum in [
             (16, SINGLE, True),
             (16, BF16, True),
@@ -181,4 +190,194 @@ FM = Op(
     ],
 )
 
-OPS = [FM]
+
+def din_make(config: dict, dtype: torch.dtype) -> dict:
+    """``config``: B, L, D and the hidden widths, activation, form (all, lengths, mask or offsets), and switches."""
+    B, L, D, *widths = config["shape"]
+    activation, layout = config["activation"], config.get("layout", "contiguous")
+    batch_norm, form = config.get("batch_norm", False), config.get("form", "all")
+    params, running_stats, width = [], [], 4 * D
+    for H in widths:
+        norm = [torch.rand(H) + 0.5, torch.randn(H) * 0.1]
+        # Where a slope jumps at 0, tf32's rounding of z would move some of it across: then units are well on or off.
+        jumps = dtype != SINGLE and activation in ("relu", "leakyrelu", "prelu")
+        bias = torch.randn(H).sign() * 4 if jumps else torch.randn(H) * 0.1
+        params += [torch.randn(H, width) / width**0.5, bias]
+        params += norm if batch_norm else []
+        params += [torch.randn(H if config.get("alpha_of_each_unit") or activation == "dice_batch_norm" else 1)] * (
+            activation in ("prelu", "dice", "dice_batch_norm")
+        )
+        params += [torch.rand(H) + 0.5, torch.randn(H) * 0.1] if activation == "dice_batch_norm" else []
+        for _ in range(batch_norm + (activation == "dice_batch_norm")):
+            running_stats += [torch.randn(H) * 0.1, torch.rand(H) + 0.5]
+        width = H
+    params += [torch.randn(1, width) / width**0.5, torch.randn(1)]
+    lengths = torch.randint(1, L + 1, (B,)) if L else torch.zeros(B, dtype=torch.int64)
+    lengths[1::3] = 0
+    return {
+        "history": strided([int(lengths.sum()), D] if form == "offsets" else [B, L, D], dtype, layout),
+        "target": strided([B, D], dtype, layout),
+        "grad_out": strided([B, D], dtype, layout),
+        "lengths": lengths.int() if form == "lengths" else None,
+        "mask": strided([B, L], SINGLE, layout) > 0 if form == "mask" else None,
+        "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) if form == "offsets" else None,
+        "params": params,
+        "running_stats": running_stats,
+        "flags": (activation, batch_norm, config.get("softmax", False), 1e-5, 1e-3),
+    }
+
+
+def by_layer(out: Tensor, grad_history: Tensor, grad_target: Tensor, grad_params: Sequence[Tensor], layers: int):
+    """Each layer's gradients as one vector: alone some are zero in truth, a bias under a softmax for one."""
+    per_layer = (len(grad_params) - 2) // layers
+    groups = [grad_params[i * per_layer : (i + 1) * per_layer] for i in range(layers)] + [grad_params[-2:]]
+    return out, grad_history, grad_target, *(torch.cat([g.flatten() for g in group]) for group in groups)
+
+
+def din_layers(params: Sequence[Tensor]) -> int:
+    return sum(p.dim() == 2 for p in params) - 1
+
+
+def din_launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags):
+    inputs = history, target, lengths, mask, offsets, params, running_stats, *flags
+    module.PROGRAMS = 2  # so that a program of the backward has several samples
+    out, score = module.din_attention(*inputs)
+    return by_layer(out, *module.din_attention_backward(grad_out, score, *inputs), din_layers(params))
+
+
+def din_expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags):
+    activation, batch_norm, softmax, norm_eps, dice_eps = flags
+    params = [p.double().requires_grad_() for p in params]
+    history, target = history.requires_grad_(), target.requires_grad_()
+    hidden, out_weight, out_bias = unflatten(params, running_stats, activation, batch_norm, norm_eps, dice_eps)
+    out, _ = reference.din_attention(
+        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets, use_softmax=softmax
+    )
+    inputs = [history, target, *params]
+    grads = torch.autograd.grad(out, inputs, grad_out, allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
+    return by_layer(out, grads[0], grads[1], grads[2:], din_layers(params))
+
+
+DIN = Op(
+    module="din_attention",
+    make=din_make,
+    launch=din_launch,
+    expected=din_expected,
+    configs=[
+        {"shape": (3, 37, 10, 20), "activation": activation, "form": form, "softmax": softmax, "batch_norm": norm}
+        for activation, form, softmax, norm in [
+            ("linear", "all", False, False),
+            ("sigmoid", "lengths", True, False),
+            ("relu", "mask", False, True),
+            ("leakyrelu", "offsets", True, True),
+            ("prelu", "lengths", False, False),
+            ("dice", "offsets", False, False),
+            ("dice", "mask", True, True),
+            ("dice_batch_norm", "all", True, False),
+        ]
+    ]
+    + [
+        {"shape": (3, 19, 7, 36, 9), "activation": activation, "form": form, "softmax": softmax, "batch_norm": norm}
+        | ({"dtypes": [SINGLE]} if activation in ("relu", "leakyrelu", "prelu") else {})
+        for activation, form, softmax, norm in [
+            ("linear", "mask", True, True),
+            ("sigmoid", "offsets", False, True),
+            ("relu", "all", True, False),
+            ("leakyrelu", "lengths", False, False),
+            ("prelu", "offsets", True, False),
+            ("dice", "lengths", True, False),
+            ("dice_batch_norm", "lengths", False, True),
+        ]
+    ]
+    + [
+        {"shape": (2, 17, 70, 100, 40), "activation": "dice", "form": "lengths", "softmax": True, "layout": "sliced"},
+        {"shape": (4, 75, 6, 8), "activation": "sigmoid", "form": "all", "softmax": True},
+        {"shape": (2, 5, 128, 128, 128), "activation": "prelu", "form": "mask", "layout": "reversed"},
+        {"shape": (2, 5, 3, 1), "activation": "dice", "form": "offsets", "layout": "stepped"},
+        {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True},
+        {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
+        {"shape": (2, 0, 4, 3), "activation": "relu", "form": "lengths", "softmax": True},
+        {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
+    ],
+    dtypes=(SINGLE, HALF, BF16),
+    compiled=[
+        {"shape": (8, 50, D, *widths), "dtype": dtype, "activation": activation, "form": form, "softmax": softmax}
+        | {"aligned": True, "tensor_cores": True, "targets": [target], "local": local}
+        for D, widths, dtype, activation, form, softmax, target, local in [
+            (16, [36], SINGLE, "dice", "lengths", False, "sm_80", 0),
+            (64, [36], SINGLE, "dice", "offsets", True, "sm_80", 0),
+            (64, [64], BF16, "dice_batch_norm", "mask", False, "sm_90", 0),
+            # These backwards keep some of what all blocks of rows share in local memory.
+            (16, [36], SINGLE, "dice", "lengths", False, "sm_90", 64),
+            (16, [36], SINGLE, "dice", "lengths", False, "gfx942", 256),
+            (64, [36], SINGLE, "dice", "offsets", True, "sm_90", 64),
+            (64, [80, 40], SINGLE, "dice", "lengths", False, "sm_90", 512),
+        ]
+    ],
+    mutations=[
+        ("forward: rows past the sample's end", "valid = o_l < n\n", "valid = o_l < n + 1\n"),
+        ("forward: columns past D", "o_k < D)[None, :]", "o_k < D + 1)[None, :]"),
+        ("forward: target left out of M", "tl.load(wp_ptr + o) * b_target[:, None]", "tl.load(wp_ptr + o)"),
+        ("forward: softmax not rescaled", "out, total, peak = out * decay,", "out, total, peak = out,"),
+        (
+            "forward: pooled over columns",
+            "out += tl.sum(weight[:, None] * b_history, 0)",
+            "out += tl.sum(weight[:, None] * b_history)",
+        ),
+        (
+            "forward: padding in the softmax",
+            'b_score = tl.where(valid, b_score, -float("inf"))',
+            "b_score = tl.where(valid, b_score, 0.0)",
+        ),
+        (
+            "dice: mean over the block",
+            "tl.sum(z, 1, keep_dims=True) / H, 0.0)",
+            "tl.sum(z, 1, keep_dims=True) / 32, 0.0)",
+        ),
+        (
+            "dice: statistics over rows",
+            "tl.sum(centred * centred, 1, keep_dims=True)",
+            "tl.sum(centred * centred, 0, keep_dims=True)",
+        ),
+        ("dice: backward without the mean's share", " - tl.sum(grad_c, 1, keep_dims=True) / H", ""),
+        (
+            "second layer: a part missed",
+            "range(BLOCK_H // 32):\n        b_weight2",
+            "range(BLOCK_H // 64):\n        b_weight2",
+        ),
+        (
+            "second layer: slope of the first",
+            "shift2_ptr, o_h2, H2, stride_alpha2, ACTIVATION)\n                a2 =",
+            "shift2_ptr, o_h2, H2, 1, ACTIVATION)\n                a2 =",
+        ),
+        ("backward: sums restart at each sample", "grad_wm += grad_m\n", "grad_wm = grad_m\n"),
+        ("backward: target of the weights left out", "grad_wp += grad_m * s_target[:, None]", "grad_wp += grad_m"),
+        ("backward: the softmax's mean left out", "weight * (grad_weight - mean)", "weight * grad_weight"),
+        (
+            "backward: padding keeps its memory's value",
+            'if FORM == "lengths":\n            for',
+            'if FORM == "never":\n            for',
+        ),
+        ("backward: stray store past the last row", "(o_l < end)[:, None] &", "(o_l < end + 1)[:, None] &"),
+        ("backward: columns past the share's", "mask=rows & (o_s < D)[None, :]", "mask=rows & (o_s >= 0)[None, :]"),
+        (
+            "backward: every share stores",
+            "if share == 0:\n            tl.store(grad_c_ptr",
+            "if share >= 0:\n            tl.store(grad_c_ptr",
+        ),
+        (
+            "backward: folded norm left out of its weight",
+            "grad_weight, grad_bias = grad_weight * s[:, None], grad_bias * s",
+            "pass",
+        ),
+        (
+            "offsets of the sample before",
+            "tl.load(rows_ptr + b).to(tl.int64), 0)",
+            "tl.load(rows_ptr + tl.maximum(b - 1, 0)).to(tl.int64), 0)",
+        ),
+    ],
+    tolerance={SINGLE: 1e-5, HALF: 2e-3, BF16: 1e-2},
+)
+
+OPS = [FM, DIN]

@@ -16,7 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import DOUBLE, OPS, SINGLE, Op, error, strided
+from cases import DOUBLE, OPS, SINGLE, Op, described, error, strided
 from triton.runtime.errors import InterpreterError
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
@@ -46,20 +46,14 @@ def errors(op: Op, module: ModuleType, config: dict, dtype: torch.dtype) -> list
     for name, value in before.items():
         assert torch.equal(value, arguments[name]), f"{name} was written to"
     assert [a.shape for a in actual] == [e.shape for e in expected]
-    assert all(a.dtype == dtype for a in actual)
+    assert actual[0].dtype == dtype
     return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
-
-
-def described(value) -> str:
-    if isinstance(value, dict):
-        return "-".join(f"{k}={v}" if isinstance(v, bool) else str(v) for k, v in value.items()).replace(" ", "")
-    return str(value).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(
     "op, config, dtype",
-    [(op, config, dtype) for op in OPS for config in op.configs for dtype in op.dtypes],
-    ids=lambda v: v.module if isinstance(v, Op) else described(v),
+    [(op, config, dtype) for op in OPS for config in op.configs for dtype in config.get("dtypes", op.dtypes)],
+    ids=lambda v: getattr(v, "module", None) or described(v),
 )
 def test_kernel_equals_reference(op, config, dtype):
     module = importlib.import_module(f"rankkernels._triton.{op.module}")
