@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rankkernels import fm_interaction
-from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, fm_interaction_case, relative_error
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, din_attention_case, fm_interaction_case, relative_error
 
 ALL = pytest.mark.parametrize("case", TEST_CASES, ids=lambda case: case.id)
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
@@ -205,6 +205,18 @@ def test_autocast():
         assert fm_interaction(x).dtype == torch.bfloat16 == (x.sum(1) ** 2).dtype
     key = torch._C.DispatchKey.AutocastCUDA
     assert torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::fm_interaction", str(key).split(".")[-1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_leaves_din_attention_alone(training):
+    case = din_attention_case(4, 5, 6, [7], training=training)
+    inputs = case.inputs(requires_grad=True)
+    grad_out = torch.randn(4, 6)
+    expected, expected_grads = gradients(case.function, inputs, grad_out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = gradients(case.function, inputs, grad_out)
+        assert (out.sum() * torch.ones(3, 3) @ torch.ones(3, 3)).dtype == torch.bfloat16, "autocast is on again"
+    assert torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(grads, expected_grads))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,12 @@ def notice_reference(op: str, tensor: Tensor) -> None:
         return
     if device == "cpu" and no_extension:
         reason = no_extension
+    elif device == "cuda" and op.startswith(("embedding_bag", "sparse_update")):
+        reason = "rankkernels was built without RANKKERNELS_CUDA=1"
     elif device == "cuda" and not has_triton:
         reason = "Triton is not installed"
+    elif device == "cuda":
+        reason = "the Triton kernels do not serve this configuration (see the README)"
     else:
         reason = f"there is no kernel for device type {device!r}"
     reference_notices[op, device] = reason

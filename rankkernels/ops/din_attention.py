@@ -1,4 +1,7 @@
-"""DIN's target attention over a history: four-way concat, attention MLP, optional softmax, weighted sum-pooling."""
+"""DIN's target attention over a history: four-way concat, attention MLP, optional softmax, weighted sum-pooling.
+
+Kernels: csrc/cpu/din_attention.h and _triton/din_attention.py.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import lib, notice_reference, vjp
+from rankkernels.ops._library import has_triton, lib, notice_reference, vjp
 
 # ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias [H];
 # what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
@@ -221,8 +224,8 @@ def _reference(history, target, lengths, mask, offsets, params, running_stats, a
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
-def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
-      norm_eps, dice_eps):  # fmt: skip
+def _default(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
+             training, norm_eps, dice_eps):  # fmt: skip
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
            training)  # fmt: skip
     _check_values("din_attention", history, lengths, offsets)
@@ -239,8 +242,8 @@ def _(history, target, lengths, mask, offsets, params, running_stats, activation
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
-def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
-      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+def _default_backward(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats,
+                      activation, batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
     def forward(history, target, *params):
         return _reference(
             history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
@@ -249,6 +252,40 @@ def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, par
 
     grad_history, grad_target, *grad_params = vjp(forward, grad_out, history, target, *params)
     return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "din_attention", "CUDA")
+    def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
+          norm_eps, dice_eps):  # fmt: skip
+        from rankkernels._triton import din_attention as kernels
+
+        if not kernels.supports(history, params, _NAMES[activation], batch_norm, training):
+            return _default(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+                            use_softmax, training, norm_eps, dice_eps)  # fmt: skip
+        _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+               training)  # fmt: skip
+        out, score = kernels.din_attention(
+            history, target, lengths, mask, offsets, params, running_stats, _NAMES[activation], batch_norm, use_softmax,
+            norm_eps, dice_eps,
+        )  # fmt: skip
+        return out, score.new_empty(0), score
+
+    @torch.library.impl(lib, "din_attention_backward", "CUDA")
+    def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
+          batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+        from rankkernels._triton import din_attention as kernels
+
+        if not kernels.supports(history, params, _NAMES[activation], batch_norm, training):
+            return _default_backward(
+                grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats,
+                activation, batch_norm, use_softmax, training, norm_eps, dice_eps,
+            )  # fmt: skip
+        return kernels.din_attention_backward(
+            grad_out, saved, history, target, lengths, mask, offsets, params, running_stats, _NAMES[activation],
+            batch_norm, use_softmax, norm_eps, dice_eps,
+        )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
@@ -271,6 +308,20 @@ def _backward(ctx, grad_out, *_):
 
 
 torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
+
+
+def _without_autocast(op: torch._ops.OpOverload, key: str):
+    def run(*arguments):
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return op(*arguments)
+
+    return run
+
+
+# Autocast changes nothing: the precision is that of ``history``, and what an implementation calls stays in it.
+for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.din_attention_backward.default):
+    for _key in ("AutocastCPU", "AutocastCUDA"):
+        lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
 
 
 def din_attention(
