@@ -29,10 +29,14 @@ MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
 
 
 def cuda_home() -> Path | None:
-    nvcc = os.environ.get("CUDA_HOME") and Path(os.environ["CUDA_HOME"], "bin/nvcc")
-    if not nvcc and shutil.which("nvcc"):
-        nvcc = Path(shutil.which("nvcc")).resolve()
-    return nvcc.parent.parent if nvcc and nvcc.exists() else None
+    """The toolkit of CUDA_HOME, or of the nvcc on PATH, which may be a wrapper: it says where it is at home."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) if Path(home, "bin/nvcc").exists() else None
+    if not shutil.which("nvcc"):
+        return None
+    dry = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    home = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
+    return Path(home[1]).resolve() if home else None
 
 
 CUDA_HOME = cuda_home()

@@ -7,6 +7,7 @@ reference, under the key CompositeExplicitAutograd: torch's dispatcher chooses, 
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import warnings
@@ -28,7 +29,9 @@ def _load_extension() -> str | None:
     """Loads ``rankkernels._C``; returns why it did not, or None."""
     if os.environ.get("RANKKERNELS_REFERENCE", "0") not in ("", "0"):
         return "RANKKERNELS_REFERENCE is set"
-    if importlib.util.find_spec("rankkernels._C") is None:
+    # Beside this package's own files, and not where an editable installation of another copy would point to.
+    folder = os.path.dirname(os.path.dirname(__file__))
+    if importlib.machinery.PathFinder.find_spec("rankkernels._C", [folder]) is None:
         return "rankkernels was installed without its C++ extension"
     try:
         importlib.import_module("rankkernels._C")
