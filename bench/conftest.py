@@ -25,6 +25,10 @@ def pytest_configure(config):
     config.stash[ROWS] = []
 
 
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:

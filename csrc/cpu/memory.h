@@ -9,9 +9,10 @@
 
 namespace rk {
 
-// torch::stable::new_empty, asking for huge pages when the buffer is large. The allocator maps such a buffer
-// afresh at every call, so each page is zeroed and mapped by the kernel on first touch: with pages of 4 KiB
-// that costs several times the bytes' own traffic. Where huge pages are off the request does nothing.
+// torch::stable::new_empty, asking for huge pages where a large buffer has no pages yet. The allocator maps
+// many of them afresh at every call, and the system zeroes and maps each page on first touch: with pages of 4
+// KiB that costs several times the bytes' own traffic. Memory that is used again has its pages, and asking
+// would only cost time. Where huge pages are off the request does nothing.
 inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
                                              torch::headeronly::IntHeaderOnlyArrayRef size) {
   torch::stable::Tensor t = torch::stable::new_empty(like, size);
@@ -20,7 +21,10 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
   const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t last = (begin + t.numel() * t.element_size()) & ~(kHugePage - 1);
-  if (last >= first + kHugePage) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  unsigned char resident = 0;
+  if (last >= first + kHugePage && mincore(reinterpret_cast<void*>(last - kHugePage), 1, &resident) == 0 &&
+      !(resident & 1))
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return t;
 }
