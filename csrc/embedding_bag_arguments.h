@@ -11,7 +11,7 @@
 
 #include "check.h"
 
-#define RK_CHECK_BAG(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
+#define RK_CHECK_BAG(condition, ...) RK_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
 
 namespace rk {
 

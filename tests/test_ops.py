@@ -231,7 +231,7 @@ def test_autocast_leaves_din_attention_alone(training):
     ],
 )
 def test_fm_bad_input(x, message):
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=f"^{message}"):
         fm_interaction(x)
 
 

@@ -24,7 +24,7 @@ struct DinArguments {
   int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
 };
 
-#define RK_DIN_CHECK(condition, ...) STD_TORCH_CHECK(condition, "din_attention: ", __VA_ARGS__)
+#define RK_DIN_CHECK(condition, ...) RK_CHECK(condition, "din_attention: ", __VA_ARGS__)
 
 // Ranks, sizes and dtypes; the texts are those of ops/din_attention.py.
 inline void check_history(const DinArguments& a) {

@@ -21,12 +21,12 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
   Tensors tables_kept;
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor& w = weights[t];
-    STD_TORCH_CHECK(w.dim() == 2, "embedding_bag: weights[", t, "] must be [R, D], got shape ", shape_of(w));
+    RK_CHECK(w.dim() == 2, "embedding_bag: weights[", t, "] must be [R, D], got shape ", shape_of(w));
     const auto type = w.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                        type == ScalarType::BFloat16,
-                    "embedding_bag: weights[", t, "] must be floating-point, got ", name_of(type));
-    STD_TORCH_CHECK(w.is_cpu(), "embedding_bag: weights[", t, "] must be on cpu like the others");
+    RK_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                 type == ScalarType::BFloat16,
+             "embedding_bag: weights[", t, "] must be floating-point, got ", name_of(type));
+    RK_CHECK(w.is_cpu(), "embedding_bag: weights[", t, "] must be on cpu like the others");
     tables_kept.push_back(unit_stride_rows(w));
   }
   std::vector<ScalarType> dtypes;
@@ -41,10 +41,10 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
     dtypes.push_back(w.scalar_type());
     features.check_factors(args, f, dtypes[f]);
     width += bag.D;
-    STD_TORCH_CHECK(!concat || (dtypes[f] == dtypes[0] && bag.B == features.bags[0].B &&
-                                (modes[f] != kNone || indices[f].dim() == 1)),
-                    "embedding_bag: with concat, features must give [B, D] of one B and one dtype, but ",
-                    args.name(f), " of shape ", shape_of(indices[f]), " differs from ", args.name(0));
+    RK_CHECK(!concat || (dtypes[f] == dtypes[0] && bag.B == features.bags[0].B &&
+                         (modes[f] != kNone || indices[f].dim() == 1)),
+             "embedding_bag: with concat, features must give [B, D] of one B and one dtype, but ",
+             args.name(f), " of shape ", shape_of(indices[f]), " differs from ", args.name(0));
   }
 
   Tensors outs;

@@ -65,11 +65,9 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
 
 // An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step].
 static Update make_update(int64_t optimizer, const double* hyper, Tensor weight, const Tensor* states) {
-  STD_TORCH_CHECK(optimizer >= kSGD && optimizer <= kAdamW, "embedding_bag_update: unknown optimizer ",
-                  optimizer);
-  STD_TORCH_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
-                  "embedding_bag_update: a table must be [R, D] with contiguous rows, got shape ",
-                  shape_of(weight));
+  RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, "embedding_bag_update: unknown optimizer ", optimizer);
+  RK_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
+           "embedding_bag_update: a table must be [R, D] with contiguous rows, got shape ", shape_of(weight));
   RK_CHECK_FLOATING("embedding_bag_update", weight);
   Update u{};
   u.optimizer = static_cast<Optimizer>(optimizer);
@@ -84,11 +82,11 @@ static Update make_update(int64_t optimizer, const double* hyper, Tensor weight,
   void** pointers[] = {&u.state1, &u.state2};
   for (int i = 0; i < (optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1); ++i) {
     Tensor state = states[i];
-    STD_TORCH_CHECK(state.is_contiguous() && state.scalar_type() == accumulated &&
-                        state.numel() == (optimizer == kRowWiseAdagrad ? weight.size(0) : weight.numel()),
-                    "embedding_bag_update: state ", i, " must be contiguous, ", name_of(accumulated),
-                    " and fit the table of shape ", shape_of(weight), ", got ", name_of(state.scalar_type()),
-                    " of shape ", shape_of(state));
+    RK_CHECK(state.is_contiguous() && state.scalar_type() == accumulated &&
+                 state.numel() == (optimizer == kRowWiseAdagrad ? weight.size(0) : weight.numel()),
+             "embedding_bag_update: state ", i, " must be contiguous, ", name_of(accumulated),
+             " and fit the table of shape ", shape_of(weight), ", got ", name_of(state.scalar_type()),
+             " of shape ", shape_of(state));
     *pointers[i] = state.mutable_data_ptr();
   }
   return u;
@@ -107,20 +105,19 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
   const BackwardArgs backward(
       grad_outs, weights, rows,
       {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
-  STD_TORCH_CHECK(states.size() == weights.size() * states_of(optimizer),
-                  "embedding_bag_update: states must hold ", states_of(optimizer), " tensors a table, got ",
-                  states.size(), " for ", weights.size());
-  STD_TORCH_CHECK(hyper.size() == 6 * weights.size(),
-                  "embedding_bag_update: hyper must hold 6 numbers a table, got ", hyper.size(), " for ",
-                  weights.size());
+  RK_CHECK(states.size() == weights.size() * states_of(optimizer), "embedding_bag_update: states must hold ",
+           states_of(optimizer), " tensors a table, got ", states.size(), " for ", weights.size());
+  RK_CHECK(hyper.size() == 6 * weights.size(),
+           "embedding_bag_update: hyper must hold 6 numbers a table, got ", hyper.size(), " for ",
+           weights.size());
   std::vector<Update> updates;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
     updates.push_back(
         make_update(optimizer, hyper.data() + 6 * t, weights[t], states.data() + t * states_of(optimizer)));
-    STD_TORCH_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
-                                          backward.widths[t] == weights[t].size(1)),
-                    "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
+    RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
+                                   backward.widths[t] == weights[t].size(1)),
+             "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
   }
   for (size_t t = 0; t < rows.size(); ++t) sums[t].update = &updates[t];
   const SortedLookups lookups(backward);
@@ -132,21 +129,20 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
 // A step on the rows of a coalesced sparse gradient.
 static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const Tensor& rows,
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
-  STD_TORCH_CHECK(static_cast<int64_t>(states.size()) == states_of(optimizer),
-                  "sparse_update: states must hold ", states_of(optimizer), " tensors, got ", states.size());
-  STD_TORCH_CHECK(hyper.size() == 6, "sparse_update: hyper must hold 6 numbers, got ", hyper.size());
+  RK_CHECK(static_cast<int64_t>(states.size()) == states_of(optimizer), "sparse_update: states must hold ",
+           states_of(optimizer), " tensors, got ", states.size());
+  RK_CHECK(hyper.size() == 6, "sparse_update: hyper must hold 6 numbers, got ", hyper.size());
   const Update u = make_update(optimizer, hyper.data(), weight, states.data());
   const int64_t n = rows.numel(), D = weight.size(1);
-  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&
-                      values.size(1) == D && values.scalar_type() == weight.scalar_type(),
-                  "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
-                  shape_of(weight), ", got shapes ", shape_of(rows), " and ", shape_of(values));
+  RK_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&
+               values.size(1) == D && values.scalar_type() == weight.scalar_type(),
+           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
+           shape_of(weight), ", got shapes ", shape_of(rows), " and ", shape_of(values));
   const Tensor row = torch::stable::contiguous(rows), value = torch::stable::contiguous(values);
   const int64_t* rp = static_cast<const int64_t*>(row.const_data_ptr());
   for (int64_t i = 0; i < n; ++i)
-    STD_TORCH_CHECK(rp[i] >= 0 && rp[i] < weight.size(0) && (i == 0 || rp[i - 1] < rp[i]),
-                    "sparse_update: rows[", i, "] = ", rp[i], " must ascend in a table with ", weight.size(0),
-                    " rows");
+    RK_CHECK(rp[i] >= 0 && rp[i] < weight.size(0) && (i == 0 || rp[i - 1] < rp[i]), "sparse_update: rows[", i,
+             "] = ", rp[i], " must ascend in a table with ", weight.size(0), " rows");
   constexpr int64_t kRows = 256;
   dispatch_floating(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -22,7 +22,7 @@ constexpr int64_t kTile = 256;
 
 static const Tensor& first_of(const OptionalTensors& tensors) {
   const auto given = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return bool(t); });
-  STD_TORCH_CHECK(given != tensors.end(), "embedding_bag_backward: grad_outs has no gradient");
+  RK_CHECK(given != tensors.end(), "embedding_bag_backward: grad_outs has no gradient");
   return **given;
 }
 
@@ -30,8 +30,8 @@ BackwardArgs::BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weig
                            const FeatureArgs& args)
     : args(args), features(args, rows.size()), rows(rows), any(first_of(grad_outs)) {
   const size_t n = args.indices.size();
-  STD_TORCH_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ",
-                  n, ", got ", grad_outs.size());
+  RK_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ", n,
+           ", got ", grad_outs.size());
   grads.assign(n, any);
   for (const Tensor& w : weights) tables.push_back(unit_stride_rows(w));
   widths.assign(rows.size(), 0);
@@ -47,22 +47,20 @@ BackwardArgs::BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weig
     grads[f] = unit_stride_rows(*grad_outs[f]);
     const Tensor& grad = grads[f];
     const int64_t D = grad.size(grad.dim() - 1), t = args.tables[f];
-    STD_TORCH_CHECK(grad.dim() > 1 && grad.numel() == bag.B * D && (!like[t] || D == widths[t]),
-                    "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B,
-                    " bags");
-    STD_TORCH_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(),
-                    "embedding_bag_backward: grad_outs[", f,
-                    "] has another dtype than the others of its table");
+    RK_CHECK(grad.dim() > 1 && grad.numel() == bag.B * D && (!like[t] || D == widths[t]),
+             "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B,
+             " bags");
+    RK_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(), "embedding_bag_backward: grad_outs[",
+             f, "] has another dtype than the others of its table");
     widths[t] = bag.D = D;
     like[t] = &grad;
     bag.out = const_cast<void*>(grad.const_data_ptr());
     bag.stride_ob = grad.dim() == 2 ? grad.stride(0) : D;
     if (bag.mode == kMax || bag.per_sample_weights) {
-      STD_TORCH_CHECK(weights.size() == rows.size(),
-                      "embedding_bag_backward: weights must have one entry a table, ", rows.size(), ", got ",
-                      weights.size());
+      RK_CHECK(weights.size() == rows.size(), "embedding_bag_backward: weights must have one entry a table, ",
+               rows.size(), ", got ", weights.size());
       const Tensor& w = tables[t];
-      STD_TORCH_CHECK(
+      RK_CHECK(
           w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
           "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
           name_of(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
@@ -120,8 +118,7 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   }
   const int64_t N = first.back();
   const int key_bits = bits_of(skipped), shift = bits_of(N);
-  STD_TORCH_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ",
-                  N);
+  RK_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ", N);
   sorted_ = uninitialized<uint64_t>(N);
   grad_rows_ = uninitialized<const void*>(N);
   if (scaled) factors_ = uninitialized<double>(N);

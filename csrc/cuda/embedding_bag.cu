@@ -22,8 +22,8 @@ static CheckIds check_ids() {
     const char* value = std::getenv("RANKKERNELS_CHECK_IDS");
     if (!value || !*value || !std::strcmp(value, "ignore")) return CheckIds::kIgnore;
     if (!std::strcmp(value, "warn")) return CheckIds::kWarn;
-    STD_TORCH_CHECK(!std::strcmp(value, "fatal"), "RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got ",
-                    value);
+    RK_CHECK(!std::strcmp(value, "fatal"), "RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got ",
+             value);
     return CheckIds::kFatal;
   }();
   return mode;
@@ -140,7 +140,7 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
         if (found != ~Report(0)) {
           const size_t i = found >> kPositionBits >> 1;
           const std::string text = message(device, args, launched[i], batch.items[i], found);
-          STD_TORCH_CHECK(check_ids() == CheckIds::kWarn, text);
+          RK_CHECK(check_ids() == CheckIds::kWarn, text);
           std::fprintf(stderr, "%s\n", text.c_str());
         }
         launched.clear();

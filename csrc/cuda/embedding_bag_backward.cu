@@ -9,7 +9,7 @@
 namespace rk {
 namespace cuda {
 
-#define RK_CHECK_GRAD(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag_backward: ", __VA_ARGS__)
+#define RK_CHECK_GRAD(condition, ...) RK_CHECK(condition, "embedding_bag_backward: ", __VA_ARGS__)
 
 // The lookups by key, and the tensors that hold them.
 struct Sorted {

@@ -8,7 +8,7 @@
 namespace rk {
 namespace cuda {
 
-#define RK_CHECK_UPDATE(condition, ...) STD_TORCH_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
+#define RK_CHECK_UPDATE(condition, ...) RK_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
 
 static size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
 
@@ -123,12 +123,12 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
                                const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer(optimizer, 1, states.size(), hyper.size());
   Update u = make_update(optimizer, hyper.data(), weight, states.data());
-  STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
-                      values.size(0) == rows.size(0) && values.size(1) == u.D &&
-                      values.scalar_type() == weight.scalar_type() && on_device(rows) && on_device(values),
-                  "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
-                  shape_of(weight), " and dtype ", weight.scalar_type(), ", got ", shape_of(rows), " and ",
-                  shape_of(values), " of ", values.scalar_type());
+  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
+               values.size(0) == rows.size(0) && values.size(1) == u.D &&
+               values.scalar_type() == weight.scalar_type() && on_device(rows) && on_device(values),
+           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
+           shape_of(weight), " and dtype ", weight.scalar_type(), ", got ", shape_of(rows), " and ",
+           shape_of(values), " of ", values.scalar_type());
   const Tensor keys = torch::stable::contiguous(rows), grads = unit_stride_rows(values);
   u.packed = u.packed && rows_aligned(grads);
   const Device device(weight);

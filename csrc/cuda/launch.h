@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 
 inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "rankkernels: CUDA error: ", cudaGetErrorString(error));
+  RK_CHECK(error == cudaSuccess, "rankkernels: CUDA error: ", cudaGetErrorString(error));
 }
 
 // torch's current stream. The function is in a library that only a CUDA build of torch has, and has loaded by
@@ -29,7 +29,7 @@ inline cudaStream_t current_stream(int32_t device) {
     return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
                    : nullptr;
   }();
-  STD_TORCH_CHECK(get_stream, "rankkernels: this build of torch has no CUDA");
+  RK_CHECK(get_stream, "rankkernels: this build of torch has no CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -46,7 +46,7 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
               Arguments&&... arguments) const {
-    STD_TORCH_CHECK(blocks <= INT32_MAX, "rankkernels: too much work for one launch, ", blocks, " blocks");
+    RK_CHECK(blocks <= INT32_MAX, "rankkernels: too much work for one launch, ", blocks, " blocks");
     if (blocks == 0) return;
     kernel<<<static_cast<unsigned>(blocks), kThreads, shared_bytes, stream_>>>(
         std::forward<Arguments>(arguments)...);
