@@ -269,3 +269,22 @@ def test_a_table_frozen_after_it_was_fused():
     with pytest.raises(ValueError, match=r"SGD: table 1 of shape \[600, 16\] is frozen"):
         module(batch(0)).sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+@pytest.mark.parametrize("path", ["squeezed", "stacked", "lookup"])
+def test_fused_in_every_way_through_an_embedding_layer(path):
+    """The tables step in the backward whichever way the layer looks them up."""
+    features = [rk.SparseFeature("a", 20, 4), rk.SparseFeature("b", 9, 4)]
+    layer = rk.EmbeddingLayer(features)
+    rk.optim.fuse(layer, rk.optim.SGD(layer.parameters(), lr=1.0))
+    x = {"a": torch.tensor([1, 2]), "b": torch.tensor([0, 3])}
+    before = {name: table.weight.detach().clone() for name, table in layer.embed_dict.items()}
+    if path == "lookup":
+        out = torch.cat(layer.lookup(x, features), 1)
+    else:
+        out = layer(x, features, squeeze_dim=path == "squeezed")
+    out.sum().backward()
+    for name, table in layer.embed_dict.items():
+        expected = before[name].index_add(0, x[name], -torch.ones(2, 4))
+        torch.testing.assert_close(table.weight, expected)
+        assert table.weight.grad is None

@@ -206,7 +206,10 @@ class EmbeddingLayer(nn.Module):
         if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
             return None
         frozen_rows = [-1 if t.padding_idx is None else t.padding_idx for t in tables]
-        (out,) = call(weights, ids, [], [], plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names, True)
+        (out,) = call(
+            weights, ids, [], [], plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names, concat=True,
+            optimizer=self.fused_optimizer,
+        )  # fmt: skip
         if squeeze_dim:
             return torch.cat([out, *self._dense(x, plan)], 1) if plan.dense else out
         return out.view(-1, len(ids), weights[0].size(1))
