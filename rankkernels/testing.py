@@ -83,7 +83,8 @@ def din_attention_case(
     training: bool = True,
     form: str = "padded",
 ) -> OpCase:
-    """``form`` is padded, lengths, mask or offsets. Every second sample is short, and one is empty unless padded."""
+    """``form`` is padded, lengths, mask or offsets. Unless padded, lengths are random, the
+    first 0 and the last L."""
     generator = torch.Generator().manual_seed(B * 1000 + L)
     counts = torch.full((B,), L)
     if form != "padded" and B:

@@ -421,10 +421,7 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
                                const DinScratch<Accumulator<T>>&, DinStats*);                            \
   template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t,   \
                                 int64_t, const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&);
-RK_INSTANTIATE(float)
-RK_INSTANTIATE(double)
-RK_INSTANTIATE(rk::fp16)
-RK_INSTANTIATE(rk::bf16)
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 
 }  // namespace RK_ISA

@@ -5,18 +5,9 @@
 
 #include "../check.h"
 #include "isa.h"
+#include "storage.h"
 
 namespace rk {
-
-#ifndef RK_STORAGE_TYPES
-#  define RK_STORAGE_TYPES
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
-#endif
 
 // Calls body with a null pointer to the storage type of a floating-point dtype that the caller has checked.
 template <class Body>

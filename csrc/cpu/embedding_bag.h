@@ -18,8 +18,8 @@
 // is all there is: the rows of the ids kAhead further on are prefetched.
 #pragma once
 
+#include "columns.h"
 #include "embedding_bag_args.h"
-#include "fm_interaction.h"
 #include "vec.h"
 
 namespace rk {
@@ -91,7 +91,7 @@ void embedding_bags(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t p0 = f.begin(b), p1 = f.begin(b + 1);
     const int64_t n = f.mode == kMean ? bags::count(f, ids, b) : 1;
-    fm::for_each_block<T>(f.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+    for_each_column_block<T>(f.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(block)::vecs;
       constexpr bool kTail = decltype(block)::tail;
       V acc[kVecs] = {};
@@ -189,10 +189,7 @@ void embedding_factor_grad(const Bags& f, const I* ids, T* grad_factors, int64_t
   RK_INSTANTIATE(T, int64_t)
 RK_INSTANTIATE_IDS(int32_t)
 RK_INSTANTIATE_IDS(int64_t)
-RK_INSTANTIATE_ALL(float)
-RK_INSTANTIATE_ALL(double)
-RK_INSTANTIATE_ALL(rk::fp16)
-RK_INSTANTIATE_ALL(rk::bf16)
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE_ALL)
 #undef RK_INSTANTIATE_ALL
 #undef RK_INSTANTIATE
 #undef RK_INSTANTIATE_IDS

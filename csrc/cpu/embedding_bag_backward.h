@@ -14,9 +14,9 @@
 // Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup.
 #pragma once
 
+#include "columns.h"
 #include "embedding_bag_args.h"
 #include "embedding_bag_update.h"
-#include "fm_interaction.h"
 #include "vec.h"
 
 namespace rk {
@@ -33,7 +33,7 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
   constexpr int64_t kLanes = Traits<T>::lanes;
   const Tail<T> tail(static_cast<int>(D % kLanes));
   const Tail<A> tail_sum(static_cast<int>(D % kLanes));
-  fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+  for_each_column_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
     constexpr int kVecs = decltype(block)::vecs;
     constexpr bool kTail = decltype(block)::tail;
     V acc[kVecs] = {};
@@ -134,10 +134,7 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
 #define RK_INSTANTIATE(T)                                                                                    \
   template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, void*, void*); \
   template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t);
-RK_INSTANTIATE(float)
-RK_INSTANTIATE(double)
-RK_INSTANTIATE(rk::fp16)
-RK_INSTANTIATE(rk::bf16)
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 
 }  // namespace RK_ISA

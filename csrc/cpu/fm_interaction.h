@@ -14,6 +14,7 @@
 // from rows that stay in the first-level cache for the second pass). Both are bound by memory.
 #pragma once
 
+#include "columns.h"
 #include "vec.h"
 
 namespace rk {
@@ -64,31 +65,6 @@ struct Columns {
   }
 };
 
-// Calls body(std::integral_constant-like count, tail flag, first column) over the columns in blocks of up to
-// four vectors, the last of which may be partial.
-template <int kVecs, bool kTail>
-struct Block {
-  static constexpr int vecs = kVecs;
-  static constexpr bool tail = kTail;
-};
-template <class T, class Body>
-RK_INLINE void for_each_block(int64_t D, const Body& body) {
-  constexpr int64_t N = Traits<T>::lanes;
-  int64_t d = 0;
-  for (; d + 4 * N <= D; d += 4 * N) body(Block<4, false>(), d);
-  const int64_t left = D - d;
-  if (left == 0) return;
-  if (left % N == 0) {
-    if (left == N) return body(Block<1, false>(), d);
-    if (left == 2 * N) return body(Block<2, false>(), d);
-    return body(Block<3, false>(), d);
-  }
-  if (left < N) return body(Block<1, true>(), d);
-  if (left < 2 * N) return body(Block<2, true>(), d);
-  if (left < 3 * N) return body(Block<3, true>(), d);
-  return body(Block<4, true>(), d);
-}
-
 }  // namespace fm
 
 // Samples [b0, b1). x has unit stride along D; out is contiguous, [B] when reduce_sum and [B, D] otherwise.
@@ -99,7 +75,7 @@ void fm_interaction(const T* x, int64_t stride_xb, int64_t stride_xf, T* out, in
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     V total = {};
-    fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+    for_each_column_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(block)::vecs;
       V s[kVecs], y[kVecs];
       fm::Columns<T, kVecs, decltype(block)::tail>::reduce(x + b * stride_xb + d, stride_xf, F, tail, s, y);
@@ -128,7 +104,7 @@ void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, i
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     const T* g = grad_out + b * stride_gb;
-    fm::for_each_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+    for_each_column_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(block)::vecs;
       using C = fm::Columns<T, kVecs, decltype(block)::tail>;
       V s[kVecs], y[kVecs], gv[kVecs];
@@ -153,10 +129,7 @@ void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, i
   template void fm_interaction<T>(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool); \
   template void fm_interaction_backward<T>(const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t,       \
                                            int64_t, int64_t, int64_t, bool);
-RK_INSTANTIATE(float)
-RK_INSTANTIATE(double)
-RK_INSTANTIATE(rk::fp16)
-RK_INSTANTIATE(rk::bf16)
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 
 }  // namespace RK_ISA

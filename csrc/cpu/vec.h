@@ -13,17 +13,7 @@
 #  include <immintrin.h>
 #endif
 
-#ifndef RK_STORAGE_TYPES
-#  define RK_STORAGE_TYPES
-namespace rk {
-struct bf16 {
-  uint16_t bits;
-};
-struct fp16 {
-  uint16_t bits;
-};
-}  // namespace rk
-#endif
+#include "storage.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -32,13 +32,18 @@ class _Lookup(NamedTuple):
     is_sequence: bool
 
 
+def _table_name(feature) -> str:
+    return feature.name if feature.shared_with is None else feature.shared_with
+
+
 def _lookup_of(feature) -> _Lookup | str:
     """A feature's lookup, or its name if it is dense."""
     if is_dense(feature):
         return feature.name
     mode = _POOLING[feature.pooling] if is_sequence(feature) else "none"
-    table = feature.name if feature.shared_with is None else feature.shared_with
-    return _Lookup(feature.name, table, mode, None if mode == "none" else feature.padding_idx, is_sequence(feature))
+    return _Lookup(
+        feature.name, _table_name(feature), mode, None if mode == "none" else feature.padding_idx, is_sequence(feature)
+    )
 
 
 class _Plan:
@@ -111,15 +116,11 @@ class EmbeddingLayer(nn.Module):
                     )
                 self.embed_dict[feature.name] = feature.get_embedding_layer()
         for feature in features:
-            if not is_dense(feature) and self._table_name(feature) not in self.embed_dict:
+            if not is_dense(feature) and _table_name(feature) not in self.embed_dict:
                 raise ValueError(
                     f"EmbeddingLayer: feature {feature.name!r} shares the table of {feature.shared_with!r}, "
                     f"which is not among the features with a table: {', '.join(self.embed_dict) or 'none'}"
                 )
-
-    @staticmethod
-    def _table_name(feature) -> str:
-        return feature.name if feature.shared_with is None else feature.shared_with
 
     def _plan(self, features: Sequence) -> _Plan:
         """The plan of ``features``, made once for each list of the same objects."""
@@ -151,6 +152,12 @@ class EmbeddingLayer(nn.Module):
             ids_of.append(ids)
         return ids_of
 
+    def _tables(self, plan: _Plan) -> tuple[list[nn.Module], list[Tensor | None]]:
+        """The plan's tables as they are now, and the weight of each that the op serves."""
+        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
+        tables = [modules[t] for t in plan.tables]
+        return tables, [fused_weight(t) for t in tables]
+
     def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
         float32 for a dense one. A feature that comes twice is looked up once.
@@ -163,9 +170,7 @@ class EmbeddingLayer(nn.Module):
         """
         plan = self._plan(features)
         ids = self._ids(x, plan)
-        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
-        tables = [modules[t] for t in plan.tables]
-        weights = [fused_weight(t) for t in tables]
+        tables, weights = self._tables(plan)
         found = [
             _pool(tables[t](i), i, lookup) if weights[t] is None else None
             for t, i, lookup in zip(plan.table_of, ids, plan.lookups)
@@ -197,9 +202,7 @@ class EmbeddingLayer(nn.Module):
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
         if not plan.in_order:
             return None
-        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
-        tables = [modules[t] for t in plan.tables]
-        weights = [fused_weight(t) for t in tables]
+        tables, weights = self._tables(plan)
         if any(w is None for w in weights) or len({(w.dtype, squeeze_dim or w.size(1)) for w in weights}) > 1:
             return None
         ids = self._ids(x, plan)

@@ -123,20 +123,8 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
 
 
 @torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
-def _(
-    weights,
-    indices,
-    offsets,
-    per_sample_weights,
-    tables,
-    modes,
-    padding_idx,
-    frozen_rows,
-    names,
-    *,
-    concat=False,
-    sparse=False,
-):
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
+      sparse=False):  # fmt: skip
     _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     of_feature = [weights[t] for t in tables]
     bags = [_bags(f, ids, offsets, modes) if ids.dim() else 1 for f, ids in enumerate(indices)]
@@ -172,20 +160,8 @@ def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(
-    weights,
-    indices,
-    offsets,
-    per_sample_weights,
-    tables,
-    modes,
-    padding_idx,
-    frozen_rows,
-    names,
-    *,
-    concat=False,
-    sparse=False,
-):
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
+      sparse=False):  # fmt: skip
     _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     notice_reference("embedding_bag", weights[0])
     for f, ids in enumerate(indices):
@@ -248,10 +224,14 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return grad_rows, [g[r] for g, r in zip(dense, grad_rows)], grad_psw
 
 
+def _needs_values(modes, per_sample_weights):
+    """Whether the gradient depends on the tables' values and not on the ids alone."""
+    return any(MODES[m] == "max" for m in modes) or any(w.numel() for w in per_sample_weights)
+
+
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
-    by_value = any(MODES[m] == "max" for m in modes) or any(w.numel() for w in lists[2])
-    lists = [weights if by_value else [], *lists]
+    lists = [weights if _needs_values(modes, lists[2]) else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
     ctx.sparse = keyword_only_inputs["sparse"]
@@ -302,8 +282,8 @@ class _Updating(torch.autograd.Function):
         ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
         ctx.widths = [lists[0][t].size(1) for t in features[0]] if concat else None
         ctx.set_materialize_grads(False)
-        by_value = any(MODES[m] == "max" for m in features[1]) or any(w.numel() for w in lists[3])
-        ctx.save_for_backward(*tensors[lengths[0] :], *(lists[0] if by_value else []))  # these must not have changed
+        values = lists[0] if _needs_values(features[1], lists[3]) else []
+        ctx.save_for_backward(*tensors[lengths[0] :], *values)  # these must not have changed
         return tuple(torch.ops.rankkernels.embedding_bag.default(*lists, *features, names, concat=concat))
 
     @staticmethod
