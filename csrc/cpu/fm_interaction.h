@@ -21,6 +21,11 @@ namespace rk {
 namespace RK_ISA {
 namespace fm {
 
+// How far ahead the first read of x asks for its rows. The short sums of every sample keep too few loads in
+// flight for the memory's latency, and the hardware's own prefetch stops at each page: without this a large x
+// is read at half the bandwidth (Zen 5). Beyond 4 KiB the next page's translation is under way too.
+constexpr int64_t kPrefetchBytes = 5120;
+
 // One sample's columns [0, kVecs * lanes - (kTail: the absent lanes)): sum s and interaction y.
 template <class T, int kVecs, bool kTail>
 struct Columns {
@@ -32,6 +37,12 @@ struct Columns {
                                    : Traits<T>::load(p + v * Traits<T>::lanes);
   }
 
+  // As load, for the first read of x.
+  RK_INLINE V load_once(const T* p, int v, const Tail<T>& tail) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p + v * Traits<T>::lanes) + kPrefetchBytes);
+    return load(p, v, tail);
+  }
+
   RK_INLINE void reduce(const T* x, int64_t stride_xf, int64_t F, const Tail<T>& tail, V (&s)[kVecs],
                         V (&y)[kVecs]) {
     V s_[kChains][kVecs] = {}, y_[kChains][kVecs] = {};
@@ -41,14 +52,14 @@ struct Columns {
       for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
-          const V xv = load(x + (f + c) * stride_xf, v, tail);
+          const V xv = load_once(x + (f + c) * stride_xf, v, tail);
           y_[c][v] += xv * s_[c][v];
           s_[c][v] += xv;
         }
     for (; f < F; ++f)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        const V xv = load(x + f * stride_xf, v, tail);
+        const V xv = load_once(x + f * stride_xf, v, tail);
         y_[0][v] += xv * s_[0][v];
         s_[0][v] += xv;
       }
