@@ -1,13 +1,13 @@
 """What tests and benchmarks know of an op: an ``OpCase`` makes its inputs and has its function and its reference.
 
-``TEST_CASES`` are small and odd-sized, ``BENCH_CASES`` have the shapes of practice. Both are built by the same
-functions, one an op; a new op adds one of these and its cases.
+``TEST_CASES`` are small and odd-sized, ``BENCH_CASES`` and ``GPU_CASES`` have the shapes of practice. All are built by
+the same functions, one an op; a new op adds one of these and its cases.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class OpCase:
 
     ``make(dtype, generator)`` gives the input tensors, random and never zero; the floating-point ones get gradients.
     ``function`` and ``reference`` take them and return the result; ``overload`` and ``arguments`` are what
-    ``torch.library.opcheck`` takes. ``elements`` is what a forward must read and write, ``flops`` what it must do.
+    ``torch.library.opcheck`` takes. ``elements`` is what a forward must read and write, ``flops`` what it must do and
+    ``backward_flops`` what a backward must, what it computes again included.
     """
 
     op: str
@@ -40,6 +41,7 @@ class OpCase:
     arguments: Callable[..., tuple]
     elements: int
     flops: int
+    backward_flops: int
     dtypes: Sequence[torch.dtype] = field(default=tuple(TOLERANCE))
 
     def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0):
@@ -69,6 +71,7 @@ def fm_interaction_case(B: int, F: int, D: int, reduce_sum: bool = True) -> OpCa
         arguments=lambda x: (x, reduce_sum),
         elements=B * F * D + B * (1 if reduce_sum else D),
         flops=3 * B * F * D,
+        backward_flops=3 * B * F * D,
     )
 
 
@@ -138,7 +141,7 @@ def din_attention_case(
             use_softmax=use_softmax, training=training,
         )[0]  # fmt: skip
 
-    flops = 2 * N * D * 2 + sum(2 * N * a * b for a, b in zip((D, *widths), (*widths, 1)))
+    mlp = sum(2 * N * a * b for a, b in zip((D, *widths), (*widths, 1)))
     flags_id = ("-bn" if batch_norm else "") + ("-softmax" if use_softmax else "") + ("-train" if training else "")
     return OpCase(
         op="din_attention",
@@ -149,7 +152,8 @@ def din_attention_case(
         overload=torch.ops.rankkernels.din_attention.default,
         arguments=arguments,
         elements=N * D + 2 * B * D,
-        flops=flops,
+        flops=mlp + 4 * N * D,
+        backward_flops=3 * mlp + 4 * N * D,
     )
 
 
@@ -241,6 +245,7 @@ def embedding_bag_case(
         arguments=arguments,
         elements=lookups + sum(B * dims[t] for t in tables),
         flops=lookups,
+        backward_flops=lookups,
     )
 
 
@@ -271,4 +276,23 @@ BENCH_CASES = [
     fm_interaction_case(8192, 39, 64),
     fm_interaction_case(4096, 39, 10),
     fm_interaction_case(4096, 26, 16),
+]
+
+#: What a user trains with on a GPU, in the dtypes it is compiled and measured in.
+GPU_CASES = [
+    replace(case, dtypes=dtypes)
+    for case, *dtypes in [
+        (fm_interaction_case(65536, 39, 16), torch.float32, torch.bfloat16, torch.float64),
+        (fm_interaction_case(8192, 39, 64), torch.float32, torch.float16),
+        (fm_interaction_case(4096, 39, 10), torch.float32),
+        (fm_interaction_case(4096, 39, 8, reduce_sum=False), torch.float16),
+        (fm_interaction_case(4096, 39, 64, reduce_sum=False), torch.float32),
+        (fm_interaction_case(4096, 39, 128), torch.bfloat16),
+        (fm_interaction_case(4096, 300, 64), torch.float32),
+        (fm_interaction_case(4096, 1, 1), torch.bfloat16),
+        (din_attention_case(4096, 50, 16, [36], "dice", False, False, False, "lengths"), torch.float32),
+        (din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), torch.float32),
+        (din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), torch.bfloat16),
+        (din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), torch.float32),
+    ]
 ]

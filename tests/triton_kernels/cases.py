@@ -1,6 +1,6 @@
-"""Every Triton kernel, through its public launcher: what the interpreter's and the compiler's tests iterate over.
+"""Every Triton kernel, through its public launcher: what the interpreter's tests iterate over.
 
-Adding a kernel is one entry in OPS.
+Adding a kernel is one entry in OPS; what is compiled are the GPU_CASES of ``rankkernels.testing``.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ class Op:
     expected: Callable[..., Sequence[Tensor]]
     configs: Sequence[dict]
     dtypes: Sequence[torch.dtype]
-    #: What a user trains with: compiled for each target, never run. ``aligned`` asks for 128-bit loads.
-    compiled: Sequence[dict]
     #: Source edits (what, old, new), each of which must make a config of ``configs`` fail.
     mutations: Sequence[tuple[str, str, str]]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: ROUNDED_ONCE)
@@ -129,21 +127,6 @@ FM = Op(
     ]
     + [{"shape": (5, 4, 12), "reduce_sum": reduce_sum, "expanded": True} for reduce_sum in (True, False)],
     dtypes=(SINGLE, HALF, BF16, DOUBLE),
-    compiled=[
-        {"shape": (512, 39, D), "dtype": dtype, "reduce_sum": reduce_sum, "aligned": D * dtype.itemsize % 16 == 0}
-        | ({} if dtype == BF16 else {"targets": ["sm_80", "sm_90"]})
-        for D, dtype, reduce_sum in [
-            (16, SINGLE, True),
-            (16, BF16, True),
-            (10, SINGLE, True),
-            (8, HALF, False),
-            (64, HALF, True),
-            (64, SINGLE, False),
-            (128, BF16, True),
-            (16, DOUBLE, True),
-        ]
-    ]
-    + [{"shape": (512, 300, 64), "dtype": SINGLE, "aligned": True}, {"shape": (512, 1, 1), "dtype": BF16}],
     mutations=[
         (
             "forward: a field too many",
@@ -301,20 +284,6 @@ DIN = Op(
         {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
     ],
     dtypes=(SINGLE, HALF, BF16),
-    compiled=[
-        {"shape": (8, 50, D, *widths), "dtype": dtype, "activation": activation, "form": form, "softmax": softmax}
-        | {"aligned": True, "tensor_cores": True, "targets": [target], "local": local}
-        for D, widths, dtype, activation, form, softmax, target, local in [
-            (16, [36], SINGLE, "dice", "lengths", False, "sm_80", 0),
-            (64, [36], SINGLE, "dice", "offsets", True, "sm_80", 0),
-            (64, [64], BF16, "dice_batch_norm", "mask", False, "sm_90", 0),
-            # These backwards keep some of what all blocks of rows share in local memory.
-            (16, [36], SINGLE, "dice", "lengths", False, "sm_90", 64),
-            (16, [36], SINGLE, "dice", "lengths", False, "gfx942", 256),
-            (64, [36], SINGLE, "dice", "offsets", True, "sm_90", 64),
-            (64, [80, 40], SINGLE, "dice", "lengths", False, "sm_90", 512),
-        ]
-    ],
     mutations=[
         ("forward: rows past the sample's end", "valid = o_l < n\n", "valid = o_l < n + 1\n"),
         ("forward: columns past D", "o_k < D)[None, :]", "o_k < D + 1)[None, :]"),
