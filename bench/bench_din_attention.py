@@ -1,23 +1,25 @@
-"""DIN attention against torch-rechub's ActivationUnit, eager and compiled: time, peak memory, share of the sgemm rate.
+"""DIN attention against the layers of other libraries, each eager and compiled; and its peak memory.
 
-Every contender computes the same attention on the same random inputs, and what they return is compared before anything
-is timed. The flops are those that the identity of csrc/cpu/din_attention.h needs. torch-rechub knows no lengths: where
-the histories are short it gets zeros for padding, which is what its users do.
+Two families, because the libraries agree on no form of it: torch-rechub's unit, whose attention MLP has batch
+normalization and which masks nothing, and the masked attention without normalization of DeepCTR-Torch and FuxiCTR. The
+flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
+four-fold concatenation.
 """
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import sys
 import warnings
 from typing import NamedTuple
 
+import machine
+import memory
+import peers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankkernels as rk
+from rankkernels import reference
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
@@ -29,127 +31,141 @@ class Shape(NamedTuple):
     widths: list[int]
     activation: str = "dice"
     use_softmax: bool = False
+    #: Of the masked family: histories have this many rows on average.
     mean_length: int | None = None
 
     def __str__(self) -> str:
         text = f"B{self.B} L{self.L} D{self.D} {self.widths} {self.activation}".replace(", ", ",")
         return text + " softmax" * self.use_softmax + (f" length {self.mean_length}" if self.mean_length else "")
 
+    @property
+    def title(self) -> str:
+        return ("masked " if self.mean_length else "") + f"DIN attention {self}"
+
 
 SHAPES = [
     Shape(1024, 50, 16, [36]),
     Shape(2048, 50, 64, [80, 40]),
     Shape(4096, 100, 64, [36]),
-    Shape(1024, 100, 64, [512, 256], use_softmax=True),
+    Shape(1024, 50, 64, [512, 256], use_softmax=True),
+    Shape(1024, 50, 16, [64, 16], "relu", mean_length=25),
     Shape(2048, 50, 64, [80, 40], "sigmoid", mean_length=12),
+    Shape(1024, 100, 32, [256, 128], "relu", use_softmax=True, mean_length=30),
 ]
 
 
-class Case:
-    """Ours and torch-rechub's unit with one state, and a step of either."""
+class Pass:
+    """A forward, or in training a forward and a backward, of one shape by everyone who computes it.
+
+    In training the results are the output and the gradients of history, target and parameters.
+    """
 
     def __init__(self, shape: Shape, training: bool):
-        from torch_rechub.models.ranking.din import ActivationUnit
-
         torch.manual_seed(0)
-        self.training = training
-        self.eager = ActivationUnit(shape.D, shape.widths, shape.activation, shape.use_softmax).train(training)
-        self.ours = rk.ActivationUnit(shape.D, shape.widths, shape.activation, shape.use_softmax).train(training)
-        self.ours.load_state_dict(self.eager.state_dict())
-        self.history, self.target = torch.randn(shape.B, shape.L, shape.D), torch.randn(shape.B, shape.D)
-        self.grad_out = torch.randn(shape.B, shape.D)
-        self.lengths, rows = None, shape.B * shape.L
+        self.shape, self.training = shape, training
+        B, L, D = shape.B, shape.L, shape.D
+        self.history, self.target = torch.randn(B, L, D), torch.randn(B, D)
+        self.grad_out = torch.randn(B, D)
+        self.lengths, rows = torch.full((B,), L), B * L
         if shape.mean_length:
-            self.lengths = torch.poisson(torch.full((shape.B,), float(shape.mean_length))).clamp(max=shape.L).long()
-            self.history[torch.arange(shape.L) >= self.lengths[:, None]] = 0
+            self.lengths = torch.poisson(torch.full((B,), float(shape.mean_length))).clamp(1, L).long()
+            self.history[torch.arange(L) >= self.lengths[:, None]] = 0  # as an embedding's padding row gives it
             rows = int(self.lengths.sum())
         self.history.requires_grad_(training), self.target.requires_grad_(training)
-        widths = [shape.D, *shape.widths, 1]
-        self.flops = 2 * rows * (sum(a * b for a, b in zip(widths, widths[1:])) + shape.D)
-        self.flops += 2 * shape.B * 3 * shape.D * shape.widths[0]
+        widths = [D, *shape.widths, 1]
+        self.flops = 2 * rows * (sum(a * b for a, b in zip(widths, widths[1:])) + D) + 2 * B * 3 * D * shape.widths[0]
+        self.size = 4 * (rows * D + 2 * B * D)
+        self.params: dict[str, list[Tensor]] = {}
+        functions = self.masked() if shape.mean_length else self.unmasked()
+        self.steps = {name: lambda n=name, f=f: self.step(n, f) for name, f in functions.items()}
 
-    def step(self, unit: nn.Module) -> tuple[Tensor, ...]:
-        """A pass: the output, in training the gradients of history and target too."""
-        form = {"lengths": self.lengths} if unit is self.ours and self.lengths is not None else {}
+    def unmasked(self) -> dict:
+        from torch_rechub.models.ranking.din import ActivationUnit
+
+        shape = self.shape
+        arguments = shape.D, shape.widths, shape.activation, shape.use_softmax
+        theirs, ours = ActivationUnit(*arguments), rk.ActivationUnit(*arguments)
+        ours.load_state_dict(theirs.state_dict())
+        for name, unit in (("torch-rechub", theirs), ("ours", ours)):
+            self.params[name] = list(unit.train(self.training).parameters())
+        self.params["torch-rechub compiled"] = self.params["zentorch"] = self.params["torch-rechub"]
+        functions = peers.compiled({"torch-rechub": theirs})
+        if not self.training:
+            functions |= peers.zentorch(theirs)
+        return functions | {"ours": ours}
+
+    def masked(self) -> dict:
+        D, widths, activation, use_softmax = (
+            self.shape.D,
+            self.shape.widths,
+            self.shape.activation,
+            self.shape.use_softmax,
+        )
+        params, width = [], 4 * D
+        for w in (*widths, 1):
+            params += [torch.randn(w, width) * width**-0.5, torch.randn(w) * 0.1]
+            width = w
+        params = [nn.Parameter(p, requires_grad=self.training) for p in params]
+        hidden = [reference.Hidden(w, b, None, activation) for w, b in zip(params[:-2:2], params[1:-2:2])]
+
+        def ours(history, target, lengths):
+            return rk.din_attention(
+                history, target, params, [], lengths=lengths, activation=activation, batch_norm=False,
+                use_softmax=use_softmax, training=False,
+            )[0]  # fmt: skip
+
+        def eager(history, target, lengths):
+            return reference.din_attention(
+                history, target, hidden, *params[-2:], lengths=lengths, use_softmax=use_softmax
+            )[0]
+
+        theirs = peers.masked_attentions(D, widths, activation, use_softmax, params, self.shape.L)
+        functions = {"eager": eager, **peers.compiled(theirs), "ours": ours}
+        if theirs and not self.training:
+            functions |= peers.zentorch(next(iter(theirs.values())))
+        self.params = dict.fromkeys(functions, params)
+        inputs = lambda f: lambda history, target: f(history, target, self.lengths)  # noqa: E731
+        return {name: inputs(f) for name, f in functions.items()}
+
+    def step(self, name: str, function) -> tuple[Tensor, ...]:
         if not self.training:
             with torch.inference_mode():
-                return (unit(self.history, self.target, **form),)
-        self.history.grad = self.target.grad = None
-        unit.zero_grad(set_to_none=True)
-        out = unit(self.history, self.target, **form)
-        out.backward(self.grad_out)
-        return out.detach(), self.history.grad, self.target.grad
+                return (function(self.history, self.target),)
+        out = function(self.history, self.target)
+        return out.detach(), *torch.autograd.grad(out, [self.history, self.target, *self.params[name]], self.grad_out)
 
-    def check(self, other: nn.Module) -> None:
-        if self.training and self.lengths is not None:
-            return  # torch-rechub's padding is part of its batch statistics, and so of every number
-        for a, b in zip(self.step(self.ours), self.step(other)):
-            assert float((a - b).norm() / b.norm()) < 1e-4
+    def missing(self) -> dict[str, str]:
+        names = ("deepctr-torch", "fuxictr") if self.shape.mean_length else ()
+        zentorch = "made for inference" if self.training else machine.missing("zentorch")
+        return peers.missing(*names) | ({"zentorch": zentorch} if zentorch else {})
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_attention(shape, training, threads, race, benchmark):
-    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
-    case = Case(shape, training)
-    compiled = torch.compile(case.eager)
-    case.check(case.eager), case.check(compiled)
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    medians = race(
-        lambda: case.step(case.ours),
-        {
-            "eager": lambda: case.step(case.eager),
-            "compile": lambda: case.step(compiled),
-            "sgemm": lambda: torch.mm(a, b),
-        },
+def test_attention(shape, training, threads, race):
+    if not shape.mean_length:
+        pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
+    case = Pass(shape, training)
+    ours = case.steps.pop("ours")
+    passes = 3 if training else 1
+    race(
+        ours,
+        case.steps,
+        case=shape.title,
+        kind="forward + backward" if training else "forward",
+        size=passes * case.size,
+        flops=passes * case.flops,
+        missing=case.missing(),
     )
-    benchmark.extra_info.update(case=f"DIN attention {shape}", training=training, threads=threads, flops=case.flops)
-    sgemm = 2 * 2048**3 / medians["sgemm"]
-    passes = 1 if not training else 3
-    rate = passes * case.flops / medians["ours"]
-    race.report(medians, f"{rate / 1e9:6.0f} GFLOP/s = {100 * rate / sgemm:3.0f} % of sgemm")
 
 
-def peak_of_a_step(shape: Shape, name: str) -> float:
-    """Peak memory of this process in a training step, beyond inputs, outputs and gradients, in MiB (Linux)."""
-
-    def status(key):
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
-
-    case = Case(shape, training=True)
-    unit = {"ours": case.ours, "eager": case.eager}[name]
-    for _ in range(2):
-        results = case.step(unit)
-    leaves = [case.history, case.target, *unit.parameters()]
-    kept = sum(t.numel() * t.element_size() for t in (results[0], *(leaf.grad for leaf in leaves)))
-    for leaf in leaves:
-        leaf.grad = None
-    del results
-    ctypes.CDLL(None).malloc_trim(0)  # what the steps before freed goes back to the system
-    before = status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    case.step(unit)
-    return (status("VmHWM") - before - kept) / 2**20
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_peak_memory(shape, request, benchmark):
+    contenders = ["FuxiCTR", "FuxiCTR compiled"] if shape.mean_length else ["torch-rechub", "torch-rechub compiled"]
+    pytest.importorskip("fuxictr" if shape.mean_length else "torch_rechub", reason="no peer is installed")
+    memory.compare(benchmark, request, "bench_din_attention", str(shape), shape.title, ["ours", *contenders])
 
 
-@pytest.mark.parametrize("index", range(len(SHAPES)), ids=lambda i: str(SHAPES[i]))
-def test_peak_memory(index, request, benchmark):
-    """One process a contender, so that neither sees what the other's allocator kept."""
-    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
-
-    def peak(name):
-        command = [sys.executable, __file__, str(index), name]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-    eager = peak("eager")
-    ours = benchmark.pedantic(peak, args=("ours",), rounds=1)
-    benchmark.extra_info.update(case=f"DIN attention {SHAPES[index]}", peak_mib={"ours": ours, "eager": eager})
-    note(request, f"{ours:8.1f} MiB   eager {eager:8.1f} MiB, {ours / eager:.3f} of it")
-
-
-if __name__ == "__main__":
-    print(peak_of_a_step(SHAPES[int(sys.argv[1])], sys.argv[2]))
-else:
-    from conftest import note
+def memory_step(case: str, name: str):
+    """The training step whose memory ``memory.compare`` measures in a process of its own."""
+    return Pass(next(shape for shape in SHAPES if str(shape) == case), training=True).steps[name]

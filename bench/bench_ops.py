@@ -1,69 +1,95 @@
-"""Every op at the shapes of practice: ours, the eager reference, and the reference under torch.compile."""
+"""Every op of ``rankkernels.testing.BENCH_CASES``: ours, the eager reference and other libraries' layers, each eager
+and under torch.compile."""
 
 from __future__ import annotations
 
+import machine
+import memory
+import peers
 import pytest
 import torch
 
-from rankkernels.testing import BENCH_CASES, TOLERANCE, relative_error
+from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error
 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)
 
 
-def readers(inputs):
-    """Two ways to read the inputs once, at the machine's best."""
-    x = inputs[0].detach().contiguous().view(-1)
-    return {"read_sum": lambda: x.sum(), "read_dot": lambda: torch.dot(x, x)}
+def layers(case: OpCase) -> dict:
+    """Everyone who computes the case, as functions of its inputs."""
+    functions = {"eager": case.reference}
+    if case.op == "fm_interaction":
+        functions |= peers.fm_layers(case.inputs()[0].size(1))
+    return peers.compiled(functions, {"eager": "compile"})
 
 
-def shares(case, medians, passes: int = 1) -> str:
-    size = 4 * case.elements
-    read = min(medians["read_sum"], medians["read_dot"])
-    return (
-        f"{passes * size / medians['ours'] / 1e9:6.1f} GB/s = {100 * passes * read / medians['ours']:3.0f} % of read"
-        f"   {passes * case.flops / medians['ours'] / 1e9:6.1f} GFLOP/s"
-    )
+def missing(case: OpCase) -> dict[str, str]:
+    return peers.missing("torch-rechub", "deepctr-torch", "fuxictr") if case.op == "fm_interaction" else {}
+
+
+def title(case: OpCase) -> str:
+    return case.id.replace("_interaction", "").replace("-", " ").replace("fm", "FM")
 
 
 @CASES
-def test_forward(case, threads, race, benchmark):
+def test_forward(case, threads, race):
     inputs = case.inputs()
-    compiled = torch.compile(case.reference)
     exact = case.reference(*(t.double() if t.is_floating_point() else t for t in inputs))
+    functions = layers(case) | peers.zentorch(case.reference)
     with torch.inference_mode():
         assert relative_error(case.function(*inputs), exact) < TOLERANCE[torch.float32]
-        medians = race(
+        race(
             lambda: case.function(*inputs),
-            {"eager": lambda: case.reference(*inputs), "compile": lambda: compiled(*inputs), **readers(inputs)},
+            {name: lambda f=f: f(*inputs) for name, f in functions.items()},
+            case=title(case),
+            kind="forward",
+            size=4 * case.elements,
+            flops=case.flops,
+            missing=missing(case) | peers.missing("zentorch"),
         )
-    benchmark.extra_info.update(
-        case=case.id.replace("-", " "), training=False, elements=case.elements, flops=case.flops, threads=threads
-    )
-    race.report(medians, shares(case, medians))
+
+
+class Training:
+    """A forward and a backward of one case, and everyone who does them."""
+
+    def __init__(self, case: OpCase):
+        self.inputs = case.inputs(requires_grad=True)
+        self.wanted = [t for t in self.inputs if t.requires_grad]
+        self.grad_out = torch.randn_like(case.function(*self.inputs))
+        self.steps = {name: lambda f=f: self.step(f) for name, f in ({"ours": case.function} | layers(case)).items()}
+
+    def step(self, function):
+        out = function(*self.inputs)
+        return out.detach(), *torch.autograd.grad(out, self.wanted, self.grad_out)
 
 
 @CASES
-def test_forward_backward(case, threads, race, benchmark):
-    inputs = case.inputs(requires_grad=True)
-    wanted = [t for t in inputs if t.requires_grad]
-    grad_out = torch.randn_like(case.function(*inputs))
-    compiled = torch.compile(case.reference)
-
-    def step(function, inputs=inputs, wanted=wanted, grad_out=grad_out):
-        return torch.autograd.grad(function(*inputs), wanted, grad_out)
-
-    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs]
-    expected = step(case.reference, exact, [t for t in exact if t.requires_grad], grad_out.double())
+def test_forward_backward(case, threads, race):
+    training = Training(case)
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in training.inputs]
+    wanted = [t for t in exact if t.requires_grad]
+    expected = torch.autograd.grad(case.reference(*exact), wanted, training.grad_out.double())
     floor = 0.1 * max(g.norm().item() for g in expected)
-    for grad, want in zip(step(case.function), expected):
+    ours = training.steps.pop("ours")
+    for grad, want in zip(ours()[1:], expected):
         assert relative_error(grad, want, floor) < TOLERANCE[torch.float32]
-    del exact, expected
-    medians = race(
-        lambda: step(case.function),
-        {"eager": lambda: step(case.reference), "compile": lambda: step(compiled), **readers(inputs)},
+    del exact, wanted, expected
+    race(
+        ours,
+        training.steps,
+        case=title(case),
+        kind="forward + backward",
+        # The forward and the backward read the input once each, and its gradient is written once.
+        size=3 * 4 * case.elements,
+        flops=3 * case.flops,
+        missing=missing(case) | {"zentorch": machine.missing("zentorch") or "made for inference"},
     )
-    benchmark.extra_info.update(
-        case=case.id.replace("-", " "), training=True, elements=case.elements, flops=case.flops, threads=threads
-    )
-    # Forward and backward read the input once each and write its gradient once: three passes over it.
-    race.report(medians, shares(case, medians, passes=3))
+
+
+@CASES
+def test_peak_memory(case, benchmark, request):
+    memory.compare(benchmark, request, "bench_ops", case.id, title(case), ["ours", "eager", "compile"])
+
+
+def memory_step(case_id: str, name: str):
+    """The training step whose memory ``memory.compare`` measures in a process of its own."""
+    return Training(next(case for case in BENCH_CASES if case.id == case_id)).steps[name]

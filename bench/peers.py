@@ -1,0 +1,74 @@
+"""The same mathematics in other libraries, and each of them under torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import machine
+import torch
+from torch import nn
+
+
+def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None) -> dict[str, Callable]:
+    """Each function followed by itself under torch.compile, named "NAME compiled" unless ``names`` says otherwise."""
+    both = {}
+    for name, function in functions.items():
+        both[name] = function
+        both[(names or {}).get(name, f"{name} compiled")] = torch.compile(function)
+    return both
+
+
+def zentorch(function: Callable) -> dict[str, Callable]:
+    """``function`` under AMD's compiler backend where that is installed. It is made for inference."""
+    return {} if machine.missing("zentorch") else {"zentorch": torch.compile(function, backend="zentorch")}
+
+
+def missing(*peers: str) -> dict[str, str]:
+    return {peer: reason for peer in peers if (reason := machine.missing(peer))}
+
+
+def fm_layers(fields: int) -> dict[str, nn.Module]:
+    """Each library's second-order FM layer, x [B, F, D] -> [B, 1]."""
+    layers: dict[str, nn.Module] = {}
+    if not machine.missing("torch-rechub"):
+        from torch_rechub.basic.layers import FM
+
+        layers["torch-rechub"] = FM()
+    if not machine.missing("deepctr-torch"):
+        from deepctr_torch.layers.interaction import FM
+
+        layers["DeepCTR-Torch"] = FM()
+    if not machine.missing("fuxictr"):
+        from fuxictr.pytorch.layers.interactions import InnerProductInteraction
+
+        layers["FuxiCTR"] = InnerProductInteraction(fields, output="product_sum")
+    return layers
+
+
+def masked_attentions(
+    D: int, widths: list[int], activation: str, use_softmax: bool, params: list[nn.Parameter], L: int
+) -> dict[str, Callable]:
+    """DIN attention without batch normalization, as functions of history, target and lengths; ``params`` as in
+    ``rankkernels.din_attention``: weight and bias of each layer."""
+    functions: dict[str, Callable] = {}
+    if not machine.missing("deepctr-torch"):
+        from deepctr_torch.layers.sequence import AttentionSequencePoolingLayer
+
+        deepctr = AttentionSequencePoolingLayer(widths, activation, weight_normalization=use_softmax, embedding_dim=D)
+        local = deepctr.local_att
+        share([*local.dnn.linears, local.dense], params)
+        functions["DeepCTR-Torch"] = lambda h, t, n: deepctr(t.unsqueeze(1), h, n.unsqueeze(1)).squeeze(1)
+    if not machine.missing("fuxictr"):
+        from fuxictr.pytorch.layers.attentions.target_attention import DIN_Attention
+
+        name = {"sigmoid": "Sigmoid", "relu": "ReLU"}[activation]
+        fuxi = DIN_Attention(D, widths, name, use_softmax=use_softmax)
+        share([m for m in fuxi.attention_layer.mlp if isinstance(m, nn.Linear)], params)
+        functions["FuxiCTR"] = lambda h, t, n: fuxi(t, h, torch.arange(L) < n[:, None])
+    return functions
+
+
+def share(linears: list[nn.Module], params: list[nn.Parameter]) -> None:
+    """The layers' weights and biases become ``params`` themselves, so that their gradients are asked of everyone."""
+    for linear, weight, bias in zip(linears, params[::2], params[1::2]):
+        linear.weight, linear.bias = weight, bias
