@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench results lint format wheel smoke clean
+.PHONY: help demo test bench results gpu-report lint format wheel smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
 	@echo "make test    the test suite (TESTS='tests/test_ops.py -k fm' for a part)"
 	@echo "make bench   the benchmarks (BENCH='bench/bench_ops.py -k forward' for a part)"
 	@echo "make results measure again what the README shows, and write it there"
+	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/results/gpu_kernels.md"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make smoke   install that wheel beside another torch, SMOKE_TORCH=torch==2.14.1, and try it"
@@ -50,6 +51,9 @@ results: $(VENV)/bench.stamp
 	$(BIN)/python -m pytest bench/bench_ops.py bench/bench_din_attention.py -k "bench_ops or 2_threads or peak" \
 		--benchmark-columns=median --benchmark-json=$(RECORD)
 	$(BIN)/python bench/report.py $(RECORD) --into README.md --chart $(RECORD:.json=.svg)
+
+gpu-report: $(VENV)/test.stamp
+	$(BIN)/python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

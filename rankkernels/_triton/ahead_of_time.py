@@ -39,6 +39,7 @@ class Kernel:
     """What the compiler made of one launch."""
 
     name: str
+    grid: tuple[int, ...]
     warps: int
     registers: int  # a thread
     local: int  # bytes a thread keeps in memory, spilled registers among them
@@ -67,7 +68,10 @@ class Kernel:
 
 @dataclass
 class Call:
-    """One call of an op: the bytes of its tensors, each once, and what it launches, PyTorch's kernels among them."""
+    """One call of an op: the bytes of its tensors, each once, and what it launches, PyTorch's kernels among them.
+
+    The call of the op "" is all that is launched outside of rankkernels' ops.
+    """
 
     op: str
     bytes: int = 0
@@ -116,6 +120,13 @@ def tensor_bytes(values) -> int:
     return total
 
 
+#: What an op launches that is CUDA C++, each table of one dtype: not run here. A sort is one of PyTorch's ops.
+CUDA_LAUNCHES = {
+    "embedding_bag": ["embedding_bag"],
+    "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
+}
+
+
 def launches_kernel(func: torch._ops.OpOverload) -> bool:
     """Whether a PyTorch op runs a kernel: not those that return views, nor those that only allocate."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -131,18 +142,25 @@ class _CUDAImplementations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
         if func.namespace == "rankkernels" and self.current is None:
-            self.current = call = Call(func._schema.name.split("::")[1])
+            self.current = call = Call(name)
             self.calls.append(call)
             try:
-                with self:
-                    result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+                if name in CUDA_LAUNCHES:
+                    call.launches += CUDA_LAUNCHES[name]
+                    result = func(*args, **kwargs)
+                else:
+                    with self:
+                        result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
             finally:
                 self.current = None
             call.bytes = tensor_bytes((args, kwargs, result))
             return result
-        if self.current is not None and launches_kernel(func):
-            self.current.launches.append(str(func))
+        if launches_kernel(func):
+            if self.current is None and (not self.calls or self.calls[-1].op):
+                self.calls.append(Call(""))
+            (self.current or self.calls[-1]).launches.append(name)
         return func(*args, **kwargs)
 
 
@@ -151,7 +169,7 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-def _inspected(compiled, target: str) -> Kernel:
+def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
     """From the machine code, its registers, local memory and instructions."""
     if TARGETS[target].backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +188,7 @@ def _inspected(compiled, target: str) -> Kernel:
         )
         pattern = r"(?m)^\s+((?:global_load|global_store|buffer_load|buffer_store|scratch|v_mfma)_?\w*)"
     return Kernel(
-        compiled.metadata.name, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
+        compiled.metadata.name, grid, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
         Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"],
     )  # fmt: skip
 
@@ -183,7 +201,7 @@ def compiling(target: str) -> Iterator[list[Call]]:
 
     def launch(kernel, grid):
         def compile_only(*args, **kwargs):
-            found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), target)
+            found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), grid, target)
             mode.current.kernels.append(found)
             mode.current.launches.append(found.name)
 
@@ -206,4 +224,4 @@ def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:
     with compiling(target) as calls:
         out = case.function(*inputs)
         torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))
-    return calls
+    return [call for call in calls if call.op]

@@ -296,11 +296,14 @@ def _setup_context(ctx, inputs, output):
     saved_stats = [] if training else running_stats
     ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, *params, *saved_stats)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros for ``saved``, as large as it
 
 
 def _backward(ctx, grad_out, *_):
     batch_stats, saved, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
+    if grad_out is None:
+        return *[None] * 5, [None] * ctx.num_params, [None] * ctx.num_stats, *[None] * 6
     grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
         grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
     )

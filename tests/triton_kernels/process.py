@@ -33,4 +33,4 @@ def run_pytest(file: str, **environment: str) -> None:
         pytest.fail(f"{file} exits with {done.returncode}\n{done.stdout}{done.stderr}", pytrace=False)
     *lines, summary = done.stdout.strip().splitlines()
     assert re.search(r"\d+ passed", summary) and "skipped" not in summary
-    print("\n".join(line for line in lines if line.startswith(("sm_", "gfx"))), f"{file}: {summary}", sep="\n")
+    print("\n".join(line for line in lines if line.startswith("|")), f"{file}: {summary}", sep="\n")

@@ -1,0 +1,365 @@
+"""What the compilers make of the GPU kernels, on a machine without a GPU: ``python -m rankkernels.gpu_report``.
+
+Compiles every Triton kernel for the shapes, dtypes and targets of ``rankkernels.testing.GPU_CASES``, forward and
+backward, and, in a source tree beside nvcc, the CUDA C++ kernels of csrc/cuda. Prints Markdown: registers, spilled
+bytes, shared memory and the occupancy they allow; bytes, flops and launches a call; and the time below which no kernel
+can do it on some GPUs. ``--out FILE`` saves it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from rankkernels._version import __version__
+from rankkernels.models import DIN, DeepFM
+from rankkernels.nn import DenseFeature, SequenceFeature, SparseFeature
+from rankkernels.testing import GPU_CASES, OpCase
+
+CSRC = Path(__file__).parents[1] / "csrc/cuda"
+CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
+CUDA_THREADS = 256  # a block: csrc/cuda/device.cuh
+#: Bytes a block at most, for the narrowest rows: csrc/cuda/embedding_bag_backward.cu.
+CUDA_DYNAMIC_SHARED = {"embedding_reduce<double>": 32 << 10, "embedding_reduce": 24 << 10}
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What blocks share, and how registers are given out: to a warp in units of ``register_unit`` a thread."""
+
+    threads_of_warp: int
+    registers: int
+    register_unit: int
+    warps: int
+    warp_unit: int  # warps' registers come from partitions, so that many at a time
+    blocks: int
+    shared: int
+    shared_of_block: int
+    reserved: int  # of shared memory, a block
+
+
+_NVIDIA = dict(threads_of_warp=32, registers=65536, register_unit=8, warps=64, warp_unit=4, blocks=32, reserved=1024)
+_AMD = dict(threads_of_warp=64, registers=4 * 512 * 64, register_unit=8, warps=32, warp_unit=4, blocks=32, reserved=0)
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(**_NVIDIA, shared=164 << 10, shared_of_block=163 << 10),
+    "sm_90": Multiprocessor(**_NVIDIA, shared=228 << 10, shared_of_block=227 << 10),
+    "sm_100": Multiprocessor(**_NVIDIA, shared=228 << 10, shared_of_block=227 << 10),
+    "gfx90a": Multiprocessor(**_AMD, shared=64 << 10, shared_of_block=64 << 10),
+    "gfx942": Multiprocessor(**_AMD, shared=64 << 10, shared_of_block=64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Rates of the data sheet, dense: GB/s; TFLOP/s of vector float32 and float64, and of matrices' factors in tf32."""
+
+    name: str
+    bandwidth: float
+    float32: float
+    float64: float
+    tf32: float  # per product as the kernels take float32: see ``matrix_rate``
+    amd: bool = False
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Of the kernels' products: float32 as three of tf32 on NVIDIA and as it is on AMD, 16 bits as tf32."""
+        if self.amd:
+            return self.float32
+        return self.tf32 / 3 if dtype == torch.float32 else self.tf32
+
+
+GPUS = (
+    GPU("A100 SXM 80 GB", 2039, 19.5, 9.7, 156),
+    GPU("H100 SXM", 3350, 67, 34, 494.7),
+    GPU("H200 SXM", 4800, 67, 34, 494.7),
+    GPU("MI300X", 5300, 163.4, 81.7, 653.7, amd=True),
+)
+
+
+def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
+    """Warps that a multiprocessor holds at once of what it can, for blocks of ``warps``."""
+    m = MULTIPROCESSORS[target]
+    of_thread = max(-(-registers // m.register_unit) * m.register_unit, m.register_unit)
+    by_registers = m.registers // (of_thread * m.threads_of_warp) // m.warp_unit * m.warp_unit
+    blocks = min(by_registers // warps, m.warps // warps, m.blocks)
+    if shared:
+        blocks = min(blocks, m.shared // (shared + m.reserved))
+    return blocks * warps / m.warps
+
+
+def roofline(gpu: GPU, dtype: torch.dtype, bytes_moved: int, flops: int, matrix: bool) -> float:
+    """Seconds that moving the bytes, or the flops, take at least."""
+    rate = gpu.matrix_rate(dtype) if matrix else gpu.float64 if dtype == torch.float64 else gpu.float32
+    return max(bytes_moved / gpu.bandwidth / 1e9, flops / rate / 1e12)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A case's calls, forward and backward, compiled for one target."""
+
+    case: OpCase
+    dtype: torch.dtype
+    target: str
+    calls: list
+
+
+def _compile(job: tuple[int, int, str]) -> list:
+    from rankkernels._triton.ahead_of_time import compile_case
+
+    case, dtype, target = job
+    return compile_case(GPU_CASES[case], GPU_CASES[case].dtypes[dtype], target)
+
+
+def triton_records(targets: Sequence[str] = tuple(MULTIPROCESSORS)) -> Iterator[Record]:
+    """Every Triton kernel, its cases and dtypes and the targets: compiled by as many processes as there are cores."""
+    jobs = [(i, j, t) for t in targets for i, case in enumerate(GPU_CASES) for j in range(len(case.dtypes))]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for (i, j, target), calls in zip(jobs, pool.map(_compile, jobs)):
+            yield Record(GPU_CASES[i], GPU_CASES[i].dtypes[j], target, calls)
+
+
+def nvcc() -> str | None:
+    """The compiler of CUDA_HOME, or the one on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def ptxas_resources(log: str) -> dict[tuple[str, str], str]:
+    """What ``ptxas -v`` says of each (kernel's mangled name, architecture)."""
+    entry = re.compile(r"Compiling entry function '(\w+)' for '(sm_\d+)a?'(.*?)(?=Compiling entry|\Z)", re.DOTALL)
+    return {(name, sm): text for name, sm, text in entry.findall(log)}
+
+
+def _readable(mangled: str) -> str:
+    """Kernel<dtype>."""
+    length, rest = re.match(r"_ZN2rk4cuda(\d+)(\w+)", mangled).groups()
+    dtype = re.match(r"I([fd]|\d+\w+?)E", rest[int(length) :])
+    names = {"f": "float", "d": "double", "6__half": "half", "13__nv_bfloat16": "bfloat16"}
+    return rest[: int(length)] + (f"<{names[dtype[1]]}>" if dtype else "")
+
+
+def cuda_resources() -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(kernel, target) -> registers, bytes spilled and of stack, bytes of static shared memory."""
+    flags = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in CUDA_TARGETS]
+    include = Path(torch.__file__).parent / "include"
+    found = {}
+    for source in sorted(CSRC.glob("*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [nvcc(), "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", include, *flags,
+                 "-Xptxas=-v", "-fatbin", "-o", Path(folder, "out"), source],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+        for (name, target), text in ptxas_resources(done.stdout + done.stderr).items():
+            registers = int(re.search(r"Used (\d+) registers", text)[1])
+            local = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores)", text)))
+            shared = re.search(r"(\d+) bytes smem", text)
+            found[_readable(name), target] = registers, local, int(shared[1]) if shared else 0
+    return found
+
+
+def model_launches() -> dict[str, list]:
+    """The calls of a training step of DeepFM and of DIN without the optimizer's, from the implementations' own code."""
+    from rankkernels._triton.ahead_of_time import compiling
+
+    found = {}
+    for name, make in {"DeepFM": deepfm, "DIN": din}.items():
+        with torch.device("meta"):
+            model, x, y = make()
+        with compiling("sm_90") as calls:
+            F.binary_cross_entropy(model(x), y).backward()
+        found[name] = calls
+    return found
+
+
+def deepfm(B: int = 4096, sparse: int = 26, dense: int = 13, D: int = 16, rows: int = 100_000):
+    """Criteo's shape: the model, a batch and its labels, on the current device."""
+    features = [SparseFeature(f"C{i}", rows, D) for i in range(sparse)]
+    numbers = [DenseFeature(f"I{i}") for i in range(dense)]
+    model = DeepFM([*features, *numbers], features, {"dims": [256, 128]})
+    x = {f.name: torch.randint(rows, (B,)) for f in features} | {f.name: torch.rand(B) for f in numbers}
+    return model, x, torch.randint(2, (B,)).float()
+
+
+def din(B: int = 4096, L: int = 50, D: int = 64, rows: int = 100_000, widths: Sequence[int] = (36,)):
+    """A history of items and one of their categories, torch-rechub's default attention."""
+    names = ("item", "category")
+    targets = [SparseFeature(n, rows, D) for n in names]
+    histories = [SequenceFeature(f"{n}_history", rows, D, pooling="concat", shared_with=n) for n in names]
+    user = [SparseFeature("user", rows, D)]
+    model = DIN(user, histories, targets, {"dims": [256, 128]}, {"dims": list(widths)})
+    x = {f.name: torch.randint(rows, (B,)) for f in [*user, *targets]}
+    x |= {f.name: torch.randint(rows, (B, L)) for f in histories}
+    return model, x, torch.randint(2, (B,)).float()
+
+
+def _cell(target: str, warps: int, registers: int, local: int, shared: int) -> str:
+    share = occupancy(target, warps, registers, shared)
+    return f"{registers} / {local} / {shared} / {100 * share:.0f} %"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def triton_table(records: Sequence[Record]) -> list[str]:
+    """A row for each call, a column for each target and each GPU's roofline."""
+    targets = list(dict.fromkeys(r.target for r in records))
+    calls: dict[tuple, tuple[OpCase, dict]] = {}
+    for r in records:
+        for call in r.calls:
+            calls.setdefault((r.case.id, r.dtype, call.op), (r.case, {}))[1][r.target] = call
+    rows = []
+    for (_, dtype, op), (case, by_target) in calls.items():
+        call = next(iter(by_target.values()))
+        flops = case.backward_flops if op.endswith("_backward") else case.flops
+        matrix = any(k.has_dot for k in call.kernels)
+        rows.append(
+            [
+                case.id.removeprefix(f"{case.op}-").replace("-", " "),
+                op,
+                str(dtype).removeprefix("torch."),
+                f"{call.bytes / 1e6:.2f}",
+                f"{flops / 1e6:.1f}",
+                *(f"{1e6 * roofline(gpu, dtype, call.bytes, flops, matrix):.1f}" for gpu in GPUS),
+                f"{len(call.kernels)} + {len(call.launches) - len(call.kernels)}",
+                " ".join("×".join(map(str, k.grid)) for k in call.kernels),
+                *(
+                    " ".join(_cell(t, k.warps, k.registers, k.local, k.shared) for k in by_target[t].kernels)
+                    for t in targets
+                ),
+            ]
+        )
+    header = [
+        "case",
+        "call",
+        "dtype",
+        "MB",
+        "Mflop",
+        *(f"{gpu.name}, µs" for gpu in GPUS),
+        "launches",
+        "grid",
+        *targets,
+    ]
+    return _markdown(header, rows)
+
+
+def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
+    rows = []
+    for kernel in sorted({k for k, _ in found}):
+        row = [kernel]
+        for target in CUDA_TARGETS:
+            registers, local, shared = found[kernel, target]
+            shared += CUDA_DYNAMIC_SHARED.get(kernel, CUDA_DYNAMIC_SHARED.get(kernel.split("<")[0], 0))
+            row.append(_cell(target, CUDA_THREADS // 32, registers, local, shared))
+        rows.append(row)
+    return _markdown(["kernel", *CUDA_TARGETS], rows)
+
+
+def launches_table(models: dict[str, list]) -> list[str]:
+    from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
+
+    rows = []
+    for model, calls in models.items():
+        ours = [c for c in calls if c.op]
+        kernels = sum(len(c.kernels) for c in ours)
+        cpp = sum(len(c.launches) for c in ours if c.op in CUDA_LAUNCHES)
+        around = sum(len(c.launches) for c in ours) - kernels - cpp
+        others = sum(len(c.launches) for c in calls if not c.op)
+        counts = {c.op: sum(d.op == c.op for d in ours) for c in ours}
+        rows.append(
+            [model, str(kernels), str(cpp), str(around), str(others),
+             ", ".join(f"{n} × {op}" if n > 1 else op for op, n in counts.items())]
+        )  # fmt: skip
+    return _markdown(
+        ["model", "Triton", "CUDA C++", "PyTorch's inside our ops", "PyTorch's in the rest of the model", "our calls"],
+        rows,
+    )
+
+
+def report(records: Sequence[Record], cuda: dict | None, models: dict[str, list], versions: str) -> str:
+    """The page; ``cuda`` is None where there is no nvcc."""
+    gpus = "; ".join(
+        f"{g.name} {g.bandwidth:g} GB/s, {g.float32:g} TFLOP/s float32, {g.float64:g} float64, {g.tf32:g} tf32"
+        for g in GPUS
+    )
+    lines = [
+        "# GPU kernels, by their compilers",
+        "",
+        "Made by `python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md` with",
+        f"{versions}. Nothing here ran on a GPU: these are the",
+        "compilers' numbers, counts and the data sheets' rates, not measurements.",
+        "",
+        "## Triton",
+        "",
+        "A cell under a target is registers a thread / bytes a thread spills / bytes of shared memory a block /",
+        "occupancy that these allow, for each kernel that the call launches. MB are the call's inputs and outputs,",
+        "each once; Mflop what it must compute, a backward's recomputation included. Launches are ours + PyTorch's",
+        "around them. A time is the larger of the bytes over the bandwidth and the flops over the rate, with the data",
+        f"sheets' dense peaks: {gpus}.",
+        "Products of float32 matrices are three of tf32 on NVIDIA and float32 on AMD, those of 16 bits tf32. The",
+        "launchers choose the blocks from the shape; there is no autotuning, so a case is one configuration.",
+        "",
+        *triton_table(records),
+        "",
+        "## CUDA C++",
+        "",
+    ]
+    if cuda is None:
+        lines.append("Not compiled: no nvcc (CUDA_HOME is not set and nvcc is not on PATH), or no source tree.")
+    else:
+        lines += ["Cells as above, with the largest shared memory that a launch asks for.", "", *cuda_table(cuda)]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "## Launches of a training step",
+            "",
+            "Forward, loss and backward, without the optimizer. PyTorch's are calls of ops, at least a launch each.",
+            "",
+            *launches_table(models),
+            "",
+        ]
+    )
+
+
+def versions() -> str:
+    import triton
+
+    text = f"rankkernels {__version__}, torch {torch.__version__}, Triton {triton.__version__}"
+    if nvcc() and CSRC.exists():
+        done = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True)
+        text += f", nvcc {re.search(r'release ([0-9.]+)', done.stdout)[1]}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m rankkernels.gpu_report", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="also save the page to this file")
+    out = parser.parse_args().out
+    try:
+        import triton
+    except ImportError:
+        parser.exit(1, "rankkernels.gpu_report compiles Triton kernels, and Triton is not installed\n")
+    if triton.knobs.runtime.interpret:
+        parser.exit(1, "rankkernels.gpu_report compiles: unset TRITON_INTERPRET\n")
+    cuda = cuda_resources() if nvcc() and CSRC.exists() else None
+    page = report(list(triton_records()), cuda, model_launches(), versions())
+    print(page)
+    if out:
+        out.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
