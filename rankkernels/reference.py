@@ -136,8 +136,8 @@ class Hidden(NamedTuple):
 
 def valid_rows(
     history: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None, offsets: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The rows of ``history`` that are no padding, [N, D], and the sample each belongs to, [N].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of ``history`` that are no padding, [N, D], the sample each belongs to and its position there, [N] each.
 
     ``history`` is [B, L, D], its valid rows told by ``lengths`` [B] (the first ones) or ``mask`` [B, L] (where true),
     all of them without either; or it is [N, D] and sample b's rows are ``offsets[b]:offsets[b + 1]``, offsets [B + 1].
@@ -145,13 +145,44 @@ def valid_rows(
     device = history.device
     if offsets is not None:
         samples = torch.arange(offsets.numel() - 1, device=device)
-        return history, torch.repeat_interleave(samples, offsets.diff(), output_size=history.size(0))
+        sample = torch.repeat_interleave(samples, offsets.diff(), output_size=history.size(0))
+        return history, sample, torch.arange(history.size(0), device=device) - offsets[sample]
     B, L, _ = history.shape
     if lengths is not None:
         mask = torch.arange(L, device=device) < lengths[:, None]
     if mask is None:
-        return history.flatten(0, 1), torch.arange(B, device=device).repeat_interleave(L)
-    return history[mask], mask.nonzero()[:, 0]
+        sample, position = torch.arange(B, device=device), torch.arange(L, device=device)
+        return history.flatten(0, 1), sample.repeat_interleave(L), position.repeat(B)
+    return history[mask], *mask.nonzero().unbind(1)
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
+
+    Four 32-bit words of the counter and two of the key, in int64, broadcast -> four 32-bit words.
+    """
+    c, k = list(counter), list(key)
+    word = 0xFFFFFFFF
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]  # modulo 2^64: their bits are those of the unsigned products
+        c = [(b >> 32 & word) ^ c[1] ^ k[0], b & word, (a >> 32 & word) ^ c[3] ^ k[1], a & word]
+        k = [k[0] + 0x9E3779B9 & word, k[1] + 0xBB67AE85 & word]
+    return c
+
+
+def dropout_factor(p: float, seed: Tensor, layer: int, sample: Tensor, position: Tensor, H: int) -> Tensor:
+    """What the H units behind hidden layer ``layer`` are multiplied with: 0 with probability ``p``, else 1 / (1 - p).
+
+    ``sample`` and ``position`` are the rows' [N] -> [N, H] float64. Unit h of the row at position l of sample b takes
+    word l % 4 of Philox4x32-10 with the counter (h, l // 4, b, layer) and the halves of ``seed`` as key, the low one
+    first, and is dropped where the word's upper 24 bits are below p 2^24, rounded.
+    """
+    seed = seed.reshape(())
+    unit = torch.arange(H, device=sample.device)
+    counter = unit, position[:, None] // 4, sample[:, None], torch.full_like(unit, layer)
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF))), -1)
+    word = words.gather(-1, (position % 4)[:, None, None].expand(-1, H, 1)).squeeze(-1)
+    return (word >> 8 >= round(p * 2**24)).double() * (1 / (1 - p) if p < 1 else 0.0)
 
 
 def segment_softmax(score: Tensor, sample: Tensor, B: int) -> Tensor:
@@ -186,19 +217,24 @@ def din_attention(
     offsets: Tensor | None = None,
     use_softmax: bool = False,
     training: bool = False,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, list[BatchStats]]:
     """DIN's local activation unit (Zhou et al. 2018, figure 2): target [B, D] attends to its history -> [B, D].
 
     Row l of sample b scores MLP([t, h, t - h, t * h]), by a softmax over the sample's rows if ``use_softmax``; the
     output is the score-weighted sum of the rows. ``out_weight`` is [1, H] and ``out_bias`` [1]. Padding (see
     ``valid_rows``) has no score, no gradient and no part in batch statistics; a sample without rows gives zeros.
+    ``dropout`` follows each hidden layer's activation (``dropout_factor``), as in torch-rechub, DeepCTR-Torch, FuxiCTR.
     """
     dtype = history.dtype
     history, target = accumulator(history), accumulator(target)
-    rows, sample = valid_rows(history, lengths, mask, offsets)
+    rows, sample, position = valid_rows(history, lengths, mask, offsets)
     x, all_stats = attention_input(rows, target, sample), []
-    for layer in hidden:
+    for i, layer in enumerate(hidden):
         x, stats = layer(x, training)
+        if dropout > 0:
+            x = x * dropout_factor(dropout, seed, i, sample, position, x.size(1)).to(x.dtype)
         all_stats += stats
     score = F.linear(x, out_weight, out_bias).squeeze(1)
     return attention_pool(score, rows, sample, target.size(0), use_softmax).to(dtype), all_stats

@@ -85,6 +85,7 @@ def din_attention_case(
     use_softmax: bool = False,
     training: bool = True,
     form: str = "padded",
+    dropout: float = 0.0,
 ) -> OpCase:
     """``form`` is padded, lengths, mask or offsets. Unless padded, lengths are random, the
     first 0 and the last L."""
@@ -104,7 +105,7 @@ def din_attention_case(
         for _ in range(norms)
         for t in (torch.linspace(-0.5, 0.5, w), torch.linspace(0.5, 2, w))
     ]
-    flags = (list(ACTIVATIONS).index(activation), batch_norm, use_softmax, training, 1e-5, 1e-3)
+    flags = (list(ACTIVATIONS).index(activation), batch_norm, use_softmax, training, 1e-5, 1e-3, dropout)
 
     def make(dtype, generator):
         history = randn((N, D) if form == "offsets" else (B, L, D), dtype, generator)
@@ -123,26 +124,28 @@ def din_attention_case(
             "mask": (valid,),
             "offsets": (torch.cat([counts.new_zeros(1), counts.cumsum(0)]),),
         }[form]
-        return history, randn((B, D), dtype, generator), *extra, *params
+        seed = [torch.randint(-(2**63), 2**63 - 1, (), generator=generator)] if dropout else []
+        return history, randn((B, D), dtype, generator), *extra, *params, *seed
 
     def arguments(history, target, *rest):
-        forms = [None, None, None]
+        forms, rest = [None, None, None], list(rest)
         if form != "padded":
             forms[("lengths", "mask", "offsets").index(form)], *rest = rest
+        seed = rest.pop() if dropout else None
         stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
         stats = [] if training else [t.to(history.device, stats_dtype) for t in running]
-        return history, target, *forms, list(rest), stats, *flags
+        return history, target, *forms, rest, stats, *flags, seed
 
     def run_reference(*inputs):
-        history, target, lengths, mask, offsets, params, stats, *_ = arguments(*inputs)
+        history, target, lengths, mask, offsets, params, stats, *_, seed = arguments(*inputs)
         hidden, weight, bias = unflatten(params, stats, activation, batch_norm, 1e-5, 1e-3)
         return reference.din_attention(
             history, target, hidden, weight, bias, lengths=lengths, mask=mask, offsets=offsets,
-            use_softmax=use_softmax, training=training,
+            use_softmax=use_softmax, training=training, dropout=dropout, seed=seed,
         )[0]  # fmt: skip
 
     mlp = sum(2 * N * a * b for a, b in zip((D, *widths), (*widths, 1)))
-    flags_id = ("-bn" if batch_norm else "") + ("-softmax" if use_softmax else "") + ("-train" if training else "")
+    flags_id = "-bn" * batch_norm + "-softmax" * use_softmax + "-train" * training + "-dropout" * (dropout > 0)
     return OpCase(
         op="din_attention",
         id=f"din_attention-B{B}-L{L}-D{D}-{'x'.join(map(str, widths)) or 'linear'}-{activation}{flags_id}-{form}",
@@ -261,6 +264,8 @@ TEST_CASES = [
     din_attention_case(5, 4, 3, [6], "prelu", training=False, use_softmax=True, form="offsets"),
     din_attention_case(9, 14, 1, [3, 5, 4], "leakyrelu", batch_norm=False, form="lengths"),
     din_attention_case(2, 3, 4, [], batch_norm=False, training=False),
+    din_attention_case(5, 9, 6, [17, 3], form="mask", dropout=0.3),
+    din_attention_case(4, 7, 3, [5], "sigmoid", batch_norm=False, training=False, form="offsets", dropout=0.6),
     din_attention_case(2, 0, 4, [5], training=False),
     din_attention_case(0, 3, 4, [5], "relu", training=False),
     embedding_bag_case([11], [5], [0], ["sum"], B=4, L=3),

@@ -71,8 +71,9 @@ def expected(history, target, params, grad_out, rows, stats, flags):
             flags["dice_eps"],
         )
         out, all_stats = reference.din_attention(
-            history, target, hidden, weight, bias, **rows, use_softmax=flags["use_softmax"], training=flags["training"]
-        )
+            history, target, hidden, weight, bias, **rows, use_softmax=flags["use_softmax"],
+            training=flags["training"], dropout=flags.get("dropout", 0.0), seed=flags.get("seed"),
+        )  # fmt: skip
         flat = [t for s in all_stats if s is not None for t in s]
         return out, torch.cat(flat) if flat else None
 
@@ -118,7 +119,8 @@ def test_against_reference(form, activation):
         history, target, rows = make_inputs(form, B, L, D, dtype, generator)
         grad_out = torch.randn(B, D, generator=generator).to(dtype)
         flags = dict(activation=activation, batch_norm=batch_norm, use_softmax=use_softmax, training=training,
-                     norm_eps=1e-5, dice_eps=1e-3)  # fmt: skip
+                     norm_eps=1e-5, dice_eps=1e-3, dropout=chooser.choice([0.0, 0.0, 0.3]),
+                     seed=torch.tensor(chooser.randrange(-(2**63), 2**63)))  # fmt: skip
         try:
             check(history, target, params, grad_out, rows, stats, flags)
         except AssertionError as error:
@@ -198,3 +200,86 @@ def test_running_statistics_may_change_before_the_backward():
         s.mul_(2)
     out.backward(grad_out)
     assert target.grad.isfinite().all()
+
+
+def test_philox_known_answers():
+    """The vectors that Random123, the authors' own library, is tested with."""
+    for counter, key, words in (
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ):
+        counter, key = ([torch.tensor(w) for w in x] for x in (counter, key))
+        assert [int(w) for w in reference.philox(counter, key)] == words
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype, H", [(torch.float64, 45), (torch.float32, 20)], ids=str)
+def test_dropped_units_are_the_references(form, dtype, H):
+    """Row l of each history is the unit vector l, so that out[b, l] is row l's score; unit h of a layer adds 2^h to it
+    where it is kept: the scores are the masks in binary."""
+    B, L, p = 5, 139, 0.5
+    generator = torch.Generator().manual_seed(1)
+    history = torch.eye(L, dtype=dtype).expand(B, L, L)
+    _, _, rows = make_inputs("lengths" if form == "padded" else form, B, L, 1, dtype, generator)
+    if form == "padded":
+        rows = {}
+    if form == "offsets":
+        history = torch.cat([history[0, :n] for n in rows["offsets"].diff()])
+    powers = 2.0 ** torch.arange(H, dtype=dtype)
+    one, zero = torch.ones(H, dtype=dtype), torch.zeros(H, dtype=dtype)
+    first = [torch.zeros(H, 4 * L, dtype=dtype), one]
+    for layer, second in ((0, []), (1, [torch.zeros(H, H, dtype=dtype), one]), (0, [torch.eye(H, dtype=dtype), zero])):
+        params = [*first, *second, powers[None] / 4, zero[:1]]
+        for seed in (torch.tensor(0), torch.tensor([-(2**62) - 12345])):
+            out, _ = din_attention(
+                history, torch.zeros(B, L, dtype=dtype), params, **rows, activation="linear", dropout=p, seed=seed
+            )
+            _, sample, position = reference.valid_rows(history, **rows)
+            factor = reference.dropout_factor(p, seed, layer, sample, position, H).to(dtype)
+            if layer == 0 and second:
+                factor = factor * reference.dropout_factor(p, seed, 1, sample, position, H).to(dtype)
+            elif layer == 0:
+                factor = factor * 1
+            expected = torch.zeros(B, L, dtype=dtype).index_put((sample, position), factor @ (powers / 4))
+            assert torch.equal(out, expected)
+            assert (
+                0.45 < float((reference.dropout_factor(p, seed, layer, sample, position, H) > 0).double().mean()) < 0.55
+            )
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-7, 0.1, 0.75, 1.0])
+def test_rate_of_dropout(p):
+    sample, position = torch.arange(4000) // 50, torch.arange(4000) % 50
+    factor = reference.dropout_factor(p, torch.tensor(11), 0, sample, position, 36)
+    assert abs(float((factor == 0).double().mean()) - p) < 4 * (p * (1 - p) / factor.numel()) ** 0.5 + 1e-6
+    assert p == 1 or abs(float(factor.mean()) - 1) < 0.02
+    for other in (torch.tensor(12), torch.tensor(11 + 2**32)):
+        same = reference.dropout_factor(p, other, 0, sample, position, 36) == factor
+        assert p in (0, 1) or abs(float(same.double().mean()) - (p * p + (1 - p) ** 2)) < 0.01
+
+
+def test_everything_dropped():
+    history, target, params, grad_out, rows, stats = inputs("mask", activation="sigmoid", batch_norm=False)
+    flags = dict(FLAGS, activation="sigmoid", batch_norm=False, training=False, dropout=1.0, seed=torch.tensor(3))
+    check(history, target, params, grad_out, rows, stats, flags)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dropout=1.5, seed=torch.tensor(1)), "dropout must be a probability, got 1.5"),
+        (dict(dropout=-0.1, seed=torch.tensor(1)), "dropout must be a probability, got -0.1"),
+        (dict(dropout=0.1), "dropout needs a seed of one int64, got none"),
+        (dict(dropout=0.1, seed=torch.tensor([1, 2])), r"dropout needs a seed of one int64, got \[2\] torch.int64"),
+        (dict(dropout=0.1, seed=torch.tensor(1.0)), r"dropout needs a seed of one int64, got \[\] torch.float32"),
+    ],
+)
+def test_bad_dropout(change, message):
+    history, target, params, _, rows, stats = inputs()
+    with pytest.raises((ValueError, RuntimeError), match=f"^din_attention: {message}"):
+        din_attention(history, target, params, stats, **rows, **FLAGS, **change)

@@ -175,6 +175,54 @@ def test_a_changed_attention_mlp_is_still_what_runs(change):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_dropout_in_the_attention_mlp(accelerated, monkeypatch):
+    """The fused op drops: governed by torch.manual_seed, other units each time, none in eval, the mean as without."""
+    if accelerated:
+        rechub = pytest.importorskip("torch_rechub.models.ranking.din", reason="torch-rechub is not installed")
+        unit = rk.accelerate(rechub.ActivationUnit(D, [64], "relu"))
+        unit.attention.mlp[3].p = 0.4
+    else:
+        unit = rk.ActivationUnit(D, [64], "relu", dropout=0.4)
+    calls = []
+    real = rk.ops.din_attention
+    monkeypatch.setattr(rk.ops, "din_attention", lambda *a, **k: calls.append(k["dropout"]) or real(*a, **k))
+    plain = copy.deepcopy(unit)
+    plain.attention.mlp[3].p = 0.0
+    history, target = torch.randn(B, L, D), torch.randn(B, D)
+
+    def step(seed):
+        torch.manual_seed(seed)
+        unit.zero_grad()
+        out = unit(history, target)
+        out.sum().backward()
+        return out.detach(), unit.attention.mlp[0].weight.grad.clone()
+
+    first, again, other = step(1), step(1), step(2)
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+    with torch.no_grad():
+        mean = sum(unit(history, target) for _ in range(300)) / 300
+        assert relative_error(mean, plain(history, target)) < 0.1
+    assert set(calls) == {0.4, 0.0}
+    plain.load_state_dict(unit.state_dict())
+    assert torch.equal(unit.eval()(history, target), plain.eval()(history, target)) and calls[-2:] == [0.0, 0.0]
+
+
+def test_dropout_compiles():
+    torch._dynamo.reset()
+    unit = rk.ActivationUnit(D, [5], "dice", dropout=0.3)
+    compiled = torch.compile(unit, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (B, B + 3):
+        history, target = torch.randn(n, L, D, requires_grad=True), torch.randn(n, D)
+        results = []
+        for function in (unit, compiled):
+            torch.manual_seed(5)
+            out = function(history, target)
+            results.append((out, *torch.autograd.grad(out.sum(), [history, *unit.parameters()])))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_cumulative_running_statistics():
     """BatchNorm1d(momentum=None) averages over all batches."""
     unit = rk.ActivationUnit(D, [5], "relu")

@@ -82,8 +82,8 @@ struct DinWorkspace {
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
       widest = std::max(widest, ld);
-      layers.push_back({arena.take(R * ld), arena.take(R * ld), arena.take(R), arena.take(R), arena.take(R),
-                        arena.take(R)});
+      layers.push_back({arena.take(R * ld), arena.take(R * ld), net.drops ? arena.take(R * ld) : nullptr,
+                        arena.take(R), arena.take(R), arena.take(R), arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(ldD);
@@ -354,18 +354,24 @@ static DinArguments arguments(const Tensor& history, const Tensor& target, const
                               const OptionalTensor& mask, const OptionalTensor& offsets,
                               const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
                               int64_t activation, bool batch_norm, bool use_softmax, bool training,
-                              double norm_eps, double dice_eps) {
+                              double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
   RK_DIN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(ActivationName::dice_batch_norm),
                "unknown activation ", activation);
-  const DinArguments a{
-      history,
-      target,
-      lengths,
-      mask,
-      offsets,
-      params,
-      running_stats,
-      {static_cast<ActivationName>(activation), batch_norm, use_softmax, training, norm_eps, dice_eps}};
+  RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
+  RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
+               "dropout needs a seed of one int64, got ",
+               seed ? shape_of(*seed) + " " + name_of(seed->scalar_type()) : "none");
+  RK_DIN_CHECK(!seed || seed->is_cpu(), "all arguments must be on one device");
+  const uint64_t seed_value = dropout > 0 ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
+  const DinArguments a{history,
+                       target,
+                       lengths,
+                       mask,
+                       offsets,
+                       params,
+                       running_stats,
+                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, training, norm_eps,
+                        dice_eps, dropout, seed_value}};
   check_history(a);
   check_params(a);
   return a;
@@ -375,9 +381,9 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
-    bool training, double norm_eps, double dice_eps) {
+    bool training, double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
   const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
-                                   batch_norm, use_softmax, training, norm_eps, dice_eps);
+                                   batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   const auto wide = history.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   int64_t stats = 0;
@@ -398,9 +404,9 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cp
     const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
-    bool training, double norm_eps, double dice_eps) {
+    bool training, double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
   const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
-                                   batch_norm, use_softmax, training, norm_eps, dice_eps);
+                                   batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   RK_CHECK_DIM("din_attention_backward", grad_out, 2);
   RK_CHECK_CPU("din_attention_backward", grad_out);

@@ -30,6 +30,7 @@
 #pragma once
 
 #include "din_attention_activation.h"
+#include "din_attention_dropout.h"
 #include "din_attention_gemm.h"
 
 namespace rk {
@@ -235,7 +236,11 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
       if (pooling || from_history) din::gather(rows, b, position, r0, n, D, s);
       for (int64_t i = low; i <= last; ++i) {
         din::product(net, i, net.layer[i].kept && i < until && i == low, first + r0, n, s);
-        if (i < until) activate(net.layer[i], n, s.layer[i], true);
+        if (i >= until) continue;
+        activate(net.layer[i], n, s.layer[i], true);
+        if (!net.drops) continue;
+        draw_factors(net.dropout, net.layer[i], i, b, position, r0, n, s.layer[i]);
+        multiply_factors(net.layer[i], n, s.layer[i], s.layer[i].a);
       }
       if (!pooling) {
         const DinLayer<A>& f = net.layer[until];
@@ -299,16 +304,20 @@ static void grad_score(const Din<A>& net, const DinRows<T>& rows, int64_t b, con
 // One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
 // which those by M, c and the rows are left in scratch.
 template <class A>
-static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_t n, const DinScratch<A>& s,
-                           const DinGrad<A>& grad) {
+static void backward_block(const Din<A>& net, int64_t until, int64_t b, const int32_t* position, int64_t r0,
+                           int64_t row, int64_t n, const DinScratch<A>& s, const DinGrad<A>& grad) {
   using X = Traits<A>;
   const bool only_sums = until >= 0;
   const int64_t lowest_grad = only_sums ? until : 0, low = lowest(net, lowest_grad), last = net.layers - 1;
   for (int64_t i = low; i <= last; ++i) {
     const DinLayer<A>& f = net.layer[i];
     product(net, i, f.kept, row, n, s);
-    activate(f, n, s.layer[i],
-             !only_sums || f.activation == DinActivation::sigmoid || (i < last && !net.layer[i + 1].kept));
+    const bool need_a =
+        !only_sums || f.activation == DinActivation::sigmoid || (i < last && !net.layer[i + 1].kept);
+    activate(f, n, s.layer[i], need_a);
+    if (!net.drops) continue;
+    draw_factors(net.dropout, f, i, b, position, r0, n, s.layer[i]);
+    if (need_a) multiply_factors(f, n, s.layer[i], s.layer[i].a);
   }
   const A* ds = net.grad_score + row;
   A *d = s.grad, *below = s.grad_below;
@@ -324,6 +333,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t row, int64_
   for (int64_t i = last; i >= lowest_grad; --i) {
     const DinLayer<A>& f = net.layer[i];
     const int64_t ld = padded<A>(f.out), ldk = padded<A>(f.in);
+    if (net.drops) multiply_factors(f, n, s.layer[i], d);
     activation_backward(f, n, s.layer[i], d, only_sums && i == until,
                         i == 0 ? s.grad_bias : grad.layer[i].bias, grad.layer[i]);
     if (i == lowest_grad) break;
@@ -403,7 +413,7 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
       const bool gathered = need_score && count <= kDinRows;
       if (from_history && !gathered) din::gather(rows, b, position, r0, n, D, s);
-      din::backward_block(net, until, first + r0, n, s, grad);
+      din::backward_block(net, until, b, position, r0, first + r0, n, s, grad);
       if (only_sums) return;
       for (int64_t r = 0; r < n; ++r)
         din::convert_row_back(s.grad_history + r * ld,

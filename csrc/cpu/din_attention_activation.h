@@ -171,7 +171,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
         dy = y > 0 ? da : da * alpha;
         grad_alpha += y > 0 ? V{} : da * y;
       } else if (kind == DinActivation::sigmoid) {
-        const V a = X::load(s.a + row * ld + n);
+        const V a = X::load(s.a + row * ld + n) * f.undropped;
         dy = da * (a - a * a);
       } else if (kind == DinActivation::dice) {
         dy = da - s.mean_w[row] - (y - s.mean[row]) * s.along_u[row];

@@ -43,6 +43,7 @@ struct DinLayer {
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
   DinActivation activation;
+  A undropped;     // 1 / the dropout's scale: from a kept unit's value to the activation's
   const A* alpha;  // of all but sigmoid
   A epsilon;       // out * dice's epsilon
   const A* unit;   // 1 for the channels there are
@@ -67,6 +68,14 @@ struct DinStats {
   double count, *mean, *deviation;
 };
 
+// See din_attention_dropout.h.
+template <class A>
+struct DinDropout {
+  uint64_t seed;
+  int32_t threshold;
+  A scale;
+};
+
 template <class A>
 struct Din {
   int64_t D, layers;
@@ -77,7 +86,8 @@ struct Din {
   const A *target_rows, *history_rows, *product_rows;
   const A* out_weight;  // [padded(H)] of the last layer
   A out_bias;
-  bool use_softmax;
+  bool use_softmax, drops;
+  DinDropout<A> dropout;
   A* row_weight;  // [rows]: the weight of each valid row in the sum
   A* grad_score;  // [rows]: and in the backward its gradient before any softmax
 };
@@ -110,6 +120,7 @@ constexpr int64_t kDinRows = 128;
 template <class A>
 struct DinLayerScratch {
   A *g, *a;             // [kDinRows, padded(out)]: product and activation
+  A* factor;            // [kDinRows, padded(out)]: the dropout's
   A *mean, *inverse;    // [kDinRows]: dice's mean and 1 / denominator
   A *mean_w, *along_u;  // [kDinRows]: and see dice_backward
 };

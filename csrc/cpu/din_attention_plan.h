@@ -83,7 +83,8 @@ enum class ActivationName : int64_t { linear, sigmoid, relu, leakyrelu, prelu, d
 struct DinConfig {
   ActivationName activation;
   bool batch_norm, use_softmax, training;
-  double norm_eps, dice_eps;
+  double norm_eps, dice_eps, dropout;
+  uint64_t seed;
 
   bool dice_norm() const { return activation == ActivationName::dice_batch_norm; }
   int64_t norms() const { return batch_norm + dice_norm(); }
@@ -136,6 +137,9 @@ class DinPlan {
     net_.D = D;
     net_.layers = static_cast<int64_t>(hidden_.size());
     net_.use_softmax = config.use_softmax;
+    net_.drops = config.dropout > 0 && !no_hidden_;
+    net_.dropout = {config.seed, static_cast<int32_t>(std::nearbyint(config.dropout * (1 << 24))),
+                    static_cast<A>(config.dropout < 1 ? 1 / (1 - config.dropout) : 0)};
     layers_.resize(hidden_.size());
     net_.layer = layers_.data();
     net_.out_weight = row(no_hidden_ ? std::vector<A>{A(1)} : values_of<A>(param[0]));
@@ -297,6 +301,7 @@ class DinPlan {
   void fixed_part(DinLayer<A>& layer, const DinHidden<A>& f) {
     layer.in = f.in;
     layer.out = f.out;
+    layer.undropped = static_cast<A>(net_.drops ? 1 - config_.dropout : 1);
     layer.unit = row(std::vector<A>(f.out, A(1)));
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
     std::vector<A> alpha = f.alpha;

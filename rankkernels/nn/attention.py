@@ -21,6 +21,7 @@ class _FusedMLP(NamedTuple):
     training: bool
     norm_eps: float
     dice_eps: float
+    dropout: float
 
 
 def _activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
@@ -37,7 +38,7 @@ def _activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
 
 def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
     """``mlp`` for the op, or None where it is not what ``MLP`` built: a layer was replaced, wrapped or re-configured
-    since, its norms or activations differ among themselves, or it drops units now."""
+    since, or its norms, activations or dropouts differ among themselves."""
     *hidden, last = mlp
     if type(last) is not nn.Linear or len(hidden) % 4 or last.bias is None:
         return None
@@ -52,16 +53,15 @@ def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
             or norm.running_mean is None
             or not name
             or type(dropout) is not nn.Dropout
-            or (dropout.training and dropout.p > 0)
         ):
             return None
         params += [linear.weight, linear.bias, norm.weight, norm.bias, *learnt]
         norms.append(norm)
-        kinds.add((name, dice_eps, norm.eps, norm.training))
+        kinds.add((name, dice_eps, norm.eps, norm.training, dropout.p if dropout.training else 0.0))
     if len(kinds) > 1:
         return None
-    name, dice_eps, norm_eps, training = kinds.pop() if kinds else ("linear", 0.0, 0.0, False)
-    return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps)
+    name, dice_eps, norm_eps, training, p = kinds.pop() if kinds else ("linear", 0.0, 0.0, False, 0.0)
+    return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps, p)
 
 
 @torch.no_grad()
@@ -125,9 +125,11 @@ class ActivationUnit(nn.Module):
             history, offsets = history.values(), history.offsets()
         fused = _fused(self.attention.mlp)
         if fused is None:
-            rows, sample = reference.valid_rows(history, lengths, mask, offsets)
+            rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = self.attention(reference.attention_input(rows, target, sample)).squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
+        # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
+        seed = torch.randint(2**63 - 1, (), device=history.device) if fused.dropout else None
         out, batch_stats = ops.din_attention(
             history,
             target,
@@ -142,6 +144,8 @@ class ActivationUnit(nn.Module):
             training=fused.training,
             norm_eps=fused.norm_eps,
             dice_eps=fused.dice_eps,
+            dropout=fused.dropout,
+            seed=seed,
         )
         if fused.training:
             _update_running_stats(fused.norms, batch_stats)

@@ -6,6 +6,7 @@ Kernels: csrc/cpu/din_attention.h and _triton/din_attention.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,14 @@ from rankkernels.ops._library import has_triton, lib, notice_reference, vjp
 # same order, one after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running
 # statistics.
 # ``activation``: its place in ACTIVATIONS (a str argument of a C++ op leaks a copy at every call, torch 2.13).
+# ``dropout``: the probability of dropping a unit behind the activation of each hidden layer; ``seed``: an int64 scalar
+# that chooses which (``reference.dropout_factor``), drawn by the caller, so that the same call gives the same bits and
+# the backward draws the same units again; unused without dropout.
 # ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``_saved_size``.
 _SIGNATURE = (
     "Tensor history, Tensor target, Tensor? lengths, Tensor? mask, Tensor? offsets, Tensor[] params, "
     "Tensor[] running_stats, int activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
-    "float dice_eps"
+    "float dice_eps, float dropout, Tensor? seed"
 )
 lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
 lib.define(
@@ -72,7 +76,7 @@ def unflatten(
     return hidden, params[0], params[1]
 
 
-def _check(op, history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, training):
+def _check(op, history, target, lengths, mask, offsets, params, running_stats, flags):
     """Ranks, sizes, dtypes and devices: everything that needs no value."""
     check = torch._check
     given = [n for n, t in (("lengths", lengths), ("mask", mask), ("offsets", offsets)) if t is not None]
@@ -114,7 +118,7 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
     for name, t in (("lengths", lengths), ("offsets", offsets)):
         if t is not None:
             check(t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
-    activation = _NAMES[activation]
+    activation, batch_norm, training, seed = flags.name, flags.batch_norm, flags.training, flags.seed
     per_layer = params_per_layer(activation, batch_norm)
     layers, rest = divmod(len(params) - 2, per_layer)
     check(
@@ -151,7 +155,15 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, a
         training or len(running_stats) == 2 * norms,
         lambda: f"{op}: running_stats must hold 2 tensors for each of {norms} norms, got {len(running_stats)}",
     )
-    for t in (target, lengths, mask, offsets, *params, *running_stats):
+    check(0 <= flags.dropout <= 1, lambda: f"{op}: dropout must be a probability, got {flags.dropout}")
+    check(
+        flags.dropout == 0 or (seed is not None and seed.numel() == 1 and seed.dtype == torch.int64),
+        lambda: (
+            f"{op}: dropout needs a seed of one int64, got "
+            f"{'none' if seed is None else f'{list(seed.shape)} {seed.dtype}'}"
+        ),
+    )
+    for t in (target, lengths, mask, offsets, seed, *params, *running_stats):
         if t is not None:
             check(
                 t.device == history.device,
@@ -177,78 +189,85 @@ def _check_values(op, history, lengths, offsets):
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
 
 
-def _stats_size(params, activation, batch_norm, training):
-    if not training:
+class Flags(NamedTuple):
+    """The end of the schema, behind the tensors."""
+
+    activation: int
+    batch_norm: bool
+    use_softmax: bool
+    training: bool
+    norm_eps: float
+    dice_eps: float
+    dropout: float
+    seed: Tensor | None
+
+    @property
+    def name(self) -> str:
+        return _NAMES[self.activation]
+
+
+def _stats_size(params, flags):
+    if not flags.training:
         return 0
-    per_layer = params_per_layer(_NAMES[activation], batch_norm)
+    per_layer = params_per_layer(flags.name, flags.batch_norm)
     widths = sum(p.size(0) for p in params[:-2:per_layer])
-    return 2 * widths * norms_per_layer(_NAMES[activation], batch_norm)
+    return 2 * widths * norms_per_layer(flags.name, flags.batch_norm)
 
 
-def _saved_size(history, params, activation, batch_norm, training):
+def _saved_size(history, params, flags):
     """The weight of each row in the sum and, in training, z of the normalized layers behind the first."""
     rows = history.size(0) * (history.size(1) if history.dim() == 3 else 1)
-    per_layer = params_per_layer(_NAMES[activation], batch_norm)
-    if not (training and norms_per_layer(_NAMES[activation], batch_norm)):
+    per_layer = params_per_layer(flags.name, flags.batch_norm)
+    if not (flags.training and norms_per_layer(flags.name, flags.batch_norm)):
         return rows
     return rows * (1 + sum(p.size(0) for p in params[per_layer:-2:per_layer]))
 
 
 @torch.library.register_fake("rankkernels::din_attention", lib=lib)
-def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
-      norm_eps, dice_eps):  # fmt: skip
-    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-           training)  # fmt: skip
+def _(history, target, lengths, mask, offsets, params, running_stats, *flags):
+    flags = Flags(*flags)
+    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
-    stats = history.new_empty(_stats_size(params, activation, batch_norm, training), dtype=stats_dtype)
-    saved = history.new_empty(_saved_size(history, params, activation, batch_norm, training), dtype=stats_dtype)
+    stats = history.new_empty(_stats_size(params, flags), dtype=stats_dtype)
+    saved = history.new_empty(_saved_size(history, params, flags), dtype=stats_dtype)
     return target.new_empty(target.shape), stats, saved
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
-def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
-      batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags):
     return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
 
 
-def _reference(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
-               training, norm_eps, dice_eps):  # fmt: skip
+def _reference(history, target, lengths, mask, offsets, params, running_stats, flags):
     accumulated = [reference.accumulator(p) for p in params]
     hidden, out_weight, out_bias = unflatten(
-        accumulated, running_stats, _NAMES[activation], batch_norm, norm_eps, dice_eps
+        accumulated, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     )
     return reference.din_attention(
         history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
-        use_softmax=use_softmax, training=training,
+        use_softmax=flags.use_softmax, training=flags.training, dropout=flags.dropout, seed=flags.seed,
     )  # fmt: skip
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
-def _default(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
-             training, norm_eps, dice_eps):  # fmt: skip
-    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-           training)  # fmt: skip
+def _default(history, target, lengths, mask, offsets, params, running_stats, *flags):
+    flags = Flags(*flags)
+    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
     _check_values("din_attention", history, lengths, offsets)
     notice_reference("din_attention", history)
-    out, all_stats = _reference(
-        history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
-        norm_eps, dice_eps,
-    )  # fmt: skip
+    out, all_stats = _reference(history, target, lengths, mask, offsets, params, running_stats, flags)
     flat = [t for stats in all_stats if stats is not None for t in stats]
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     stats = torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
-    size = _saved_size(history, params, activation, batch_norm, training)
-    return out, stats, history.new_zeros(size, dtype=stats_dtype)
+    return out, stats, history.new_zeros(_saved_size(history, params, flags), dtype=stats_dtype)
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
-def _default_backward(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats,
-                      activation, batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
+def _default_backward(
+    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags
+):
     def forward(history, target, *params):
-        return _reference(
-            history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax,
-            training, norm_eps, dice_eps,
-        )[0]  # fmt: skip
+        return _reference(history, target, lengths, mask, offsets, params, running_stats, Flags(*flags))[0]
 
     grad_history, grad_target, *grad_params = vjp(forward, grad_out, history, target, *params)
     return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
@@ -256,58 +275,68 @@ def _default_backward(grad_out, batch_stats, saved, history, target, lengths, ma
 
 if has_triton:
 
-    @torch.library.impl(lib, "din_attention", "CUDA")
-    def _(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm, use_softmax, training,
-          norm_eps, dice_eps):  # fmt: skip
+    def _kernels(history, params, flags):
+        """The Triton kernels, where they serve these arguments."""
         from rankkernels._triton import din_attention as kernels
 
-        if not kernels.supports(history, params, _NAMES[activation], batch_norm, training):
-            return _default(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-                            use_softmax, training, norm_eps, dice_eps)  # fmt: skip
-        _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-               training)  # fmt: skip
+        serve = kernels.supports(history, params, flags.name, flags.batch_norm, flags.training)
+        return kernels if serve and flags.dropout == 0 else None
+
+    @torch.library.impl(lib, "din_attention", "CUDA")
+    def _(history, target, lengths, mask, offsets, params, running_stats, *flags):
+        flags = Flags(*flags)
+        tensors = history, target, lengths, mask, offsets, params, running_stats
+        kernels = _kernels(history, params, flags)
+        if kernels is None:
+            return _default(*tensors, *flags)
+        _check("din_attention", *tensors, flags)
         out, score = kernels.din_attention(
-            history, target, lengths, mask, offsets, params, running_stats, _NAMES[activation], batch_norm, use_softmax,
-            norm_eps, dice_eps,
-        )  # fmt: skip
+            *tensors, flags.name, flags.batch_norm, flags.use_softmax, flags.norm_eps, flags.dice_eps
+        )
         return out, score.new_empty(0), score
 
     @torch.library.impl(lib, "din_attention_backward", "CUDA")
-    def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, activation,
-          batch_norm, use_softmax, training, norm_eps, dice_eps):  # fmt: skip
-        from rankkernels._triton import din_attention as kernels
-
-        if not kernels.supports(history, params, _NAMES[activation], batch_norm, training):
-            return _default_backward(
-                grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats,
-                activation, batch_norm, use_softmax, training, norm_eps, dice_eps,
-            )  # fmt: skip
+    def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags):
+        flags = Flags(*flags)
+        tensors = history, target, lengths, mask, offsets, params, running_stats
+        kernels = _kernels(history, params, flags)
+        if kernels is None:
+            return _default_backward(grad_out, batch_stats, saved, *tensors, *flags)
         return kernels.din_attention_backward(
-            grad_out, saved, history, target, lengths, mask, offsets, params, running_stats, _NAMES[activation],
-            batch_norm, use_softmax, norm_eps, dice_eps,
-        )  # fmt: skip
+            grad_out, saved, *tensors, flags.name, flags.batch_norm, flags.use_softmax, flags.norm_eps, flags.dice_eps
+        )
 
 
 def _setup_context(ctx, inputs, output):
-    history, target, lengths, mask, offsets, params, running_stats, *ctx.flags = inputs
+    history, target, lengths, mask, offsets, params, running_stats, *ctx.flags, seed = inputs
     ctx.num_params, ctx.num_stats = len(params), len(running_stats)
-    training = ctx.flags[3]
+    training = Flags(*ctx.flags, seed).training
     # In training nothing reads the running statistics, and the caller updates them in place before the backward.
     saved_stats = [] if training else running_stats
-    ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, *params, *saved_stats)
+    ctx.save_for_backward(*output[1:], history, target, lengths, mask, offsets, seed, *params, *saved_stats)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # zeros for ``saved``, as large as it
 
 
 def _backward(ctx, grad_out, *_):
-    batch_stats, saved, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
+    batch_stats, saved, history, target, lengths, mask, offsets, seed, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
     if grad_out is None:
         return *[None] * 5, [None] * ctx.num_params, [None] * ctx.num_stats, *[None] * 6
     grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
-        grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags
+        grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags,
+        seed,
+    )  # fmt: skip
+    return (
+        grad_history,
+        grad_target,
+        None,
+        None,
+        None,
+        grad_params,
+        [None] * ctx.num_stats,
+        *[None] * len(Flags._fields),
     )
-    return grad_history, grad_target, None, None, None, grad_params, [None] * ctx.num_stats, *[None] * 6
 
 
 torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
@@ -342,6 +371,8 @@ def din_attention(
     training: bool = False,
     norm_eps: float = 1e-5,
     dice_eps: float = 1e-3,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """DIN's attention pooling, out_b = sum_l w_l h_l with w_l = MLP([t, h_l, t - h_l, t * h_l]).
 
@@ -364,6 +395,11 @@ def din_attention(
         use_softmax: softmax of the scores over each sample's valid rows.
         training: normalize with the statistics of the batch's valid rows.
         norm_eps, dice_eps: epsilons of the batch normalization and of Dice.
+        dropout: probability of dropping a unit behind each hidden layer's activation; the others are scaled by
+            1 / (1 - dropout), as torch does it. It applies wherever it is not 0, in eval too.
+        seed: [] or [1], int64, needed with dropout: the units dropped are a function of it, of the unit, the row's
+            position in its sample, the sample and the layer (``reference.dropout_factor``), so the same in every form
+            of the history.
 
     Returns:
         out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), and in training the mean and
@@ -378,6 +414,6 @@ def din_attention(
         raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
         history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
-        batch_norm, use_softmax, training, norm_eps, dice_eps,
+        batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed,
     )  # fmt: skip
     return out, batch_stats
