@@ -321,22 +321,13 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     batch_stats, saved, history, target, lengths, mask, offsets, seed, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
+    nothing = [None] * ctx.num_stats, *[None] * len(Flags._fields)
     if grad_out is None:
-        return *[None] * 5, [None] * ctx.num_params, [None] * ctx.num_stats, *[None] * 6
+        return *[None] * 5, [None] * ctx.num_params, *nothing
     grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
-        grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags,
-        seed,
-    )  # fmt: skip
-    return (
-        grad_history,
-        grad_target,
-        None,
-        None,
-        None,
-        grad_params,
-        [None] * ctx.num_stats,
-        *[None] * len(Flags._fields),
+        grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags, seed
     )
+    return grad_history, grad_target, None, None, None, grad_params, *nothing
 
 
 torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
