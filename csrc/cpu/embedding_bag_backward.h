@@ -23,7 +23,9 @@ namespace rk {
 namespace RK_ISA {
 namespace runs {
 
-constexpr int64_t kAhead = 8;
+// A row is asked for kAhead lookups before its turn, and where it lies, kFar lookups before: both are
+// anywhere in memory.
+constexpr int64_t kAhead = 16, kFar = 48;
 
 // sum [D] = the lookups [p0, p1), all of one row.
 template <class T>
@@ -39,7 +41,8 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
     V acc[kVecs] = {};
     for (int64_t p = p0; p < p1; ++p) {
       const uint64_t i = runs.lookup(p);
-      if (d == 0 && p + kAhead < runs.n) {
+      if (d == 0 && p + kFar < runs.n) {
+        __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar));
         const char* next = static_cast<const char*>(runs.grad_rows[runs.lookup(p + kAhead)]);
         for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
       }
@@ -97,7 +100,7 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     if (q < runs.n && runs.key(q) == key) {
       runs::sum_run<T>(runs, p, q, table.D, right);
     } else if (table.update) {
-      if (p + runs::kAhead < p1)
+      if (p + runs::kAhead < runs.n)  // perhaps of the next table, and then in vain
         update::prefetch<T>(*table.update, table.D,
                             static_cast<int64_t>(runs.key(p + runs::kAhead) - table.first_key));
       runs::sum_run<T>(runs, p, q, table.D, static_cast<A*>(scratch));
