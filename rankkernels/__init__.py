@@ -22,7 +22,7 @@ from rankkernels.nn import (
     XavierNormal,
     XavierUniform,
 )
-from rankkernels.ops import din_attention, embedding_bag, fm_interaction, table_batched_embedding_bag
+from rankkernels.ops import din_attention, embedding_bag, embedding_fm, fm_interaction, table_batched_embedding_bag
 from rankkernels.ops._library import ReferenceWarning
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "accelerate",
     "din_attention",
     "embedding_bag",
+    "embedding_fm",
     "fm_interaction",
     "optim",
     "table_batched_embedding_bag",

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from rankkernels import models
-from rankkernels.nn import FM, MLP, ActivationUnit, Dice, EmbeddingLayer
+from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
 
 # Ours have the attributes, parameters and submodules of their namesakes, so that an object can change its class.
-_NAMESAKES = {cls.__name__: cls for cls in (FM, MLP, Dice, EmbeddingLayer, ActivationUnit, models.DeepFM, models.DIN)}
+_NAMESAKES = {
+    cls.__name__: cls for cls in (FM, LR, MLP, Dice, EmbeddingLayer, ActivationUnit, models.DeepFM, models.DIN)
+}
 
 
 def accelerate(model: nn.Module) -> nn.Module:

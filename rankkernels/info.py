@@ -9,7 +9,7 @@ import torch
 
 from rankkernels.ops import _library
 
-OPS = ("fm_interaction", "din_attention", "embedding_bag")
+OPS = ("fm_interaction", "din_attention", "embedding_bag", "embedding_fm")
 
 
 def backend(op: str, device: str) -> str:
@@ -18,7 +18,7 @@ def backend(op: str, device: str) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", key):
         return "PyTorch reference"
     if device == "cuda":
-        return "CUDA C++" if op == "embedding_bag" else "Triton"
+        return "CUDA C++" if op.startswith("embedding") else "Triton"
     return f"C++ ({_library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]})"
 
 

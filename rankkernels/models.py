@@ -59,6 +59,14 @@ class DeepFM(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
+        found = None
+        if _is_plain(self.fm, FM) and _is_plain(self.linear, LR) and _is_plain(self.linear.fc, nn.Linear):
+            weight = self.linear.fc.weight
+            found = self.embedding.lookup_fm(x, self.deep_features, self.fm_features, weight)
+        if found is not None:
+            input_deep, fm, linear = found
+            y = linear + self.linear.fc.bias + fm + self.mlp(input_deep)
+            return torch.sigmoid(y.squeeze(1))
         embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
         n = len(self.deep_features)
         input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
@@ -152,6 +160,12 @@ class DIN(nn.Module):
         if not self.mask_padding or feature.padding_idx is None:
             return None
         return x[feature.name] != feature.padding_idx
+
+
+def _is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling ``module`` does what ``cls`` does and nothing else: no subclass, no hook."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return type(module) is cls and not any(getattr(module, name) for name in hooks)
 
 
 def _pooled(model: str, feature) -> None:

@@ -35,6 +35,19 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     return out.to(x.dtype)
 
 
+def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The FM interaction of embeddings [B, F * dim] and their linear term with F * dim weights, if any: each [B, 1].
+
+    The two parts beside the MLP in Guo et al., "DeepFM" (2017), equation 2, the linear one over the embeddings'
+    columns, as torch-rechub has it.
+    """
+    fm = fm_interaction(embeddings.view(embeddings.size(0), embeddings.size(1) // dim, dim))
+    if linear_weight is None:
+        return fm, None
+    linear = F.linear(accumulator(embeddings), accumulator(linear_weight).reshape(1, -1))
+    return fm, linear.to(embeddings.dtype)
+
+
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
     """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] or [H] -> [N, H].
 

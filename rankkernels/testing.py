@@ -252,6 +252,63 @@ def embedding_bag_case(
     )
 
 
+def embedding_fm_case(
+    rows: Sequence[int], D: int, tables: Sequence[int], modes: Sequence[str], B: int, L: int = 3, linear: bool = True,
+    padding_idx: int | None = None,
+) -> OpCase:  # fmt: skip
+    """One feature for each of ``tables``; the result is the embeddings, the FM and the linear term side by side."""
+    F, missing = len(tables), -1 if padding_idx is None else padding_idx
+
+    def make(dtype, generator):
+        weights = [randn((r, D), dtype, generator) for r in rows]
+        a = [randn((1, F * D), dtype, generator)] if linear else []
+        ids = [
+            torch.randint(0, rows[t], (B,) if m == "none" else (B, L), generator=generator)
+            for t, m in zip(tables, modes)
+        ]
+        return *weights, *a, *ids
+
+    def split(inputs):
+        inputs = list(inputs)
+        weights, a = inputs[: len(rows)], inputs[len(rows)] if linear else None
+        return weights, inputs[len(rows) + linear :], a
+
+    def function(*inputs):
+        weights, ids, a = split(inputs)
+        outs = ops.embedding_fm(
+            weights, ids, a, modes=modes, tables=tables, padding_idx=[padding_idx] * F,
+            frozen_rows=[padding_idx] * len(rows),
+        )  # fmt: skip
+        return torch.cat([out for out in outs if out is not None], 1)
+
+    lookups = embedding_bag_case(rows, [D] * len(rows), tables, modes, B, L, padding_idx)
+
+    def run_reference(*inputs):
+        weights, ids, a = split(inputs)
+        embeddings = lookups.reference(*weights, *ids)
+        return torch.cat([embeddings, *(t for t in reference.fm_and_linear(embeddings, D, a) if t is not None)], 1)
+
+    def arguments(*inputs):
+        weights, ids, a = split(inputs)
+        numbers = list(tables), [MODES.index(m) for m in modes], [missing] * F, [missing] * len(rows)
+        return weights, ids, [], [], *numbers, [f"feature {f}" for f in range(F)], a
+
+    return OpCase(
+        op="embedding_fm",
+        id=f"embedding_fm-{len(rows)}x{max(rows)}x{D}-B{B}-F{F}-{'+'.join(sorted(set(modes)))}"
+        + ("-linear" if linear else "")
+        + ("-padding" if padding_idx is not None else ""),
+        make=make,
+        function=function,
+        reference=run_reference,
+        overload=torch.ops.rankkernels.embedding_fm.default,
+        arguments=arguments,
+        elements=lookups.elements + 2 * B,
+        flops=lookups.flops + 5 * B * F * D,
+        backward_flops=lookups.flops + 8 * B * F * D,
+    )
+
+
 TEST_CASES = [
     *(
         fm_interaction_case(B, F, D, reduce_sum)
@@ -274,6 +331,10 @@ TEST_CASES = [
     embedding_bag_case([9, 4], [3, 8], [0, 1], ["mean", "max"], B=5, L=4, jagged=True, padding_idx=1),
     embedding_bag_case([9], [3], [0], ["sum"], B=5, L=4, jagged=True, weighted=True),
     embedding_bag_case([9], [3], [0, 0], ["none", "sum"], B=0, L=4),
+    embedding_fm_case([11, 7, 5], 4, [0, 1, 2], ["none"] * 3, B=5),
+    embedding_fm_case([11, 7], 5, [0, 1, 0], ["mean", "none", "max"], B=4, padding_idx=2),
+    embedding_fm_case([9], 19, [0, 0], ["none", "sum"], B=3, linear=False),
+    embedding_fm_case([9], 3, [0, 0], ["none", "sum"], B=0),
 ]
 
 BENCH_CASES = [

@@ -1,7 +1,7 @@
 // The embedding op's forward: threads and registration. The kernels and their mathematics are in
 // embedding_bag.h.
 #include "dispatch.h"
-#include "embedding_bag_features.h"
+#include "embedding_bag_forward.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -11,83 +11,87 @@ RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, 
 RK_DECLARE_ISA(template <class I> void embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class I> void embedding_bags(const Bags&, const I*, int64_t, int64_t))
 
-static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
-                                 const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                 const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                 bool concat, bool /* sparse: how the backward is to be */) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
-  Features features(args, weights.size());
-  Tensors tables_kept;
+ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat)
+    : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor& w = weights[t];
-    RK_CHECK(w.dim() == 2, "embedding_bag: weights[", t, "] must be [R, D], got shape ", shape_of(w));
+    RK_CHECK_BAG(w.dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(w));
     const auto type = w.scalar_type();
-    RK_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                 type == ScalarType::BFloat16,
-             "embedding_bag: weights[", t, "] must be floating-point, got ", name_of(type));
-    RK_CHECK(w.is_cpu(), "embedding_bag: weights[", t, "] must be on cpu like the others");
-    tables_kept.push_back(unit_stride_rows(w));
+    RK_CHECK_BAG(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
+                     type == ScalarType::BFloat16,
+                 "weights[", t, "] must be floating-point, got ", name_of(type));
+    RK_CHECK_BAG(w.is_cpu(), "weights[", t, "] must be on cpu like the others");
+    tables.push_back(unit_stride_rows(w));
   }
-  std::vector<ScalarType> dtypes;
   int64_t width = 0;
-  for (size_t f = 0; f < indices.size(); ++f) {
-    const Tensor& w = tables_kept[tables[f]];
+  for (size_t f = 0; f < args.size(); ++f) {
+    const Tensor& w = tables[args.tables[f]];
     Bags& bag = features.bags[f];
     bag.weight = w.const_data_ptr();
     bag.R = w.size(0);
     bag.D = w.size(1);
     bag.stride_wr = w.stride(0);
-    dtypes.push_back(w.scalar_type());
-    features.check_factors(args, f, dtypes[f]);
+    features.check_factors(args, f, dtype(f));
     width += bag.D;
-    RK_CHECK(!concat || (dtypes[f] == dtypes[0] && bag.B == features.bags[0].B &&
-                         (modes[f] != kNone || indices[f].dim() == 1)),
-             "embedding_bag: with concat, features must give [B, D] of one B and one dtype, but ",
-             args.name(f), " of shape ", shape_of(indices[f]), " differs from ", args.name(0));
+    RK_CHECK_BAG(!concat || (dtype(f) == dtype(0) && bag.B == features.bags[0].B &&
+                             (bag.mode != kNone || args.indices[f].dim() == 1)),
+                 "with concat, features must give [B, D] of one B and one dtype, but ", args.name(f),
+                 " of shape ", shape_of(args.indices[f]), " differs from ", args.name(0));
   }
-
-  Tensors outs;
   if (concat) {
-    outs.push_back(new_empty_paged(tables_kept[tables[0]], {features.bags[0].B, width}));
+    outs.push_back(new_empty_paged(tables[args.tables[0]], {features.bags[0].B, width}));
     char* out = static_cast<char*>(outs[0].mutable_data_ptr());
     for (Bags& bag : features.bags) {
       bag.out = out;
       bag.stride_ob = width;
       out += bag.D * outs[0].element_size();
     }
-  } else {
-    for (size_t f = 0; f < indices.size(); ++f) {
-      Bags& bag = features.bags[f];
-      std::vector<int64_t> shape{bag.B};
-      if (bag.mode == kNone) shape.assign(indices[f].sizes().begin(), indices[f].sizes().end());
-      shape.push_back(bag.D);
-      outs.push_back(new_empty_paged(tables_kept[tables[f]], shape));
-      bag.out = outs[f].mutable_data_ptr();
-      bag.stride_ob = bag.D;
-    }
+    return;
   }
+  for (size_t f = 0; f < args.size(); ++f) {
+    Bags& bag = features.bags[f];
+    std::vector<int64_t> shape{bag.B};
+    if (bag.mode == kNone) shape.assign(args.indices[f].sizes().begin(), args.indices[f].sizes().end());
+    shape.push_back(bag.D);
+    outs.push_back(new_empty_paged(tables[args.tables[f]], shape));
+    bag.out = outs[f].mutable_data_ptr();
+    bag.stride_ob = bag.D;
+  }
+}
 
-  const BagTasks plan(features);
+bool ForwardArgs::look_up(size_t f, int64_t b0, int64_t b1) const {
+  const Bags& bag = features.bags[f];
+  return dispatch_ids(bag, [&](const auto* ids) {
+    if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) return false;
+    if (bag.L == 1 && !bag.per_sample_weights && bag.padding_idx < 0)  // every bag is one row
+      RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
+    else
+      dispatch_floating(dtype(f), [&](auto* type) {
+        RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
+      });
+    return true;
+  });
+}
+
+void ForwardArgs::check_range() const {
+  for (size_t f = 0; f < args.size(); ++f) features.check_range(args, f);
+}
+
+static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
+                                 const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+                                 const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
+                                 bool concat, bool /* sparse: how the backward is to be */) {
+  const ForwardArgs forward(
+      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
+      concat);
+  const BagTasks plan(forward.features);
   std::atomic<bool> fit{true};
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
     const auto [f, b0, b1] = plan.tasks[task];
-    const Bags& bag = features.bags[f];
-    dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
-      if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) {
-        fit = false;
-      } else if (bag.L == 1 && !bag.per_sample_weights && bag.padding_idx < 0) {  // every bag is one row
-        RK_DISPATCH_ISA(embedding_rows, bag, ids, tables_kept[tables[f]].element_size(), b0, b1);
-      } else {
-        dispatch_floating(dtypes[f], [&](auto* type) {
-          RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
-        });
-      }
-    });
+    if (!forward.look_up(f, b0, b1)) fit = false;
   });
-  if (!fit)
-    for (size_t f = 0; f < indices.size(); ++f) features.check_range(args, f);
-  return outs;
+  if (!fit) forward.check_range();
+  return forward.outs;
 }
 
 }  // namespace rk

@@ -2,4 +2,5 @@
 #include "din_attention.h"
 #include "embedding_bag.h"
 #include "embedding_bag_backward.h"
+#include "embedding_fm.h"
 #include "fm_interaction.h"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankkernels import ops
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.ops.embedding_bag import MODES, call
+from rankkernels.ops.embedding_fm import call as call_fm
 
 _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
@@ -198,24 +199,47 @@ class EmbeddingLayer(nn.Module):
         values = [x[name].float() for name in plan.dense]
         return [v if v.dim() > 1 else v.unsqueeze(1) for v in values]
 
-    def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
-        """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
+    def _together(self, x: Mapping[str, Tensor], plan: _Plan, one_width: bool) -> tuple | None:
+        """The op's arguments for all of the plan's lookups side by side in one tensor; None if that is not possible."""
         if not plan.in_order:
             return None
         tables, weights = self._tables(plan)
-        if any(w is None for w in weights) or len({(w.dtype, squeeze_dim or w.size(1)) for w in weights}) > 1:
+        if any(w is None for w in weights) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
             return None
         ids = self._ids(x, plan)
         if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
             return None
         frozen_rows = [-1 if t.padding_idx is None else t.padding_idx for t in tables]
-        (out,) = call(
-            weights, ids, [], [], plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names, concat=True,
-            optimizer=self.fused_optimizer,
-        )  # fmt: skip
+        return weights, ids, plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names
+
+    def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
+        """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
+        arguments = self._together(x, plan, not squeeze_dim)
+        if arguments is None:
+            return None
+        weights, ids, *features = arguments
+        (out,) = call(weights, ids, [], [], *features, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
             return torch.cat([out, *self._dense(x, plan)], 1) if plan.dense else out
         return out.view(-1, len(ids), weights[0].size(1))
+
+    def lookup_fm(
+        self, x: Mapping[str, Tensor], deep_features: Sequence, fm_features: Sequence, linear_weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What ``forward`` returns of ``deep_features`` with ``squeeze_dim``, and the FM [B, 1] and the linear term
+        [B, 1] of ``fm_features``, in one pass over the tables: see ``rankkernels.embedding_fm``.
+
+        None where that is not possible: the sparse and sequence features of the two lists differ or repeat one, their
+        widths or dtypes differ, or a table is looked up by a module of its own.
+        """
+        deep, fm = self._plan(deep_features), self._plan(fm_features)
+        if deep.lookups != fm.lookups or len(fm.order) != len(fm.lookups):
+            return None
+        arguments = self._together(x, deep, True)
+        if arguments is None or arguments[0][0].dtype != linear_weight.dtype:
+            return None
+        out, interaction, linear = call_fm(*arguments, linear_weight, optimizer=self.fused_optimizer)
+        return torch.cat([out, *self._dense(x, deep)], 1) if deep.dense else out, interaction, linear
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence, squeeze_dim: bool = False) -> Tensor:
         """Embeddings of ``features`` from the batch ``x``, {name: ids or values}.

@@ -55,7 +55,7 @@ def notice_reference(op: str, tensor: Tensor) -> None:
         return
     if device == "cpu" and no_extension:
         reason = no_extension
-    elif device == "cuda" and op.startswith(("embedding_bag", "sparse_update")):
+    elif device == "cuda" and op.startswith(("embedding", "sparse_update")):
         reason = "rankkernels was built without RANKKERNELS_CUDA=1"
     elif device == "cuda" and not has_triton:
         reason = "Triton is not installed"

@@ -224,14 +224,14 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return grad_rows, [g[r] for g, r in zip(dense, grad_rows)], grad_psw
 
 
-def _needs_values(modes, per_sample_weights):
+def needs_values(modes, per_sample_weights):
     """Whether the gradient depends on the tables' values and not on the ids alone."""
     return any(MODES[m] == "max" for m in modes) or any(w.numel() for w in per_sample_weights)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
-    lists = [weights if _needs_values(modes, lists[2]) else [], *lists]
+    lists = [weights if needs_values(modes, lists[2]) else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
     ctx.sparse = keyword_only_inputs["sparse"]
@@ -239,27 +239,32 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*(t for values in lists for t in values))
 
 
+def table_gradients(grad_outs, weights, rows, lists, features, sparse):
+    """The gradients of the tables, None for one that none of ``grad_outs`` is about, and of the per-sample weights."""
+    used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
+    if not used:
+        return [None] * len(rows), [None] * len(lists[2])
+    arguments = grad_outs, weights, rows, *lists, *features
+    if not sparse:
+        grads, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
+    else:
+        grad_rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
+        grads = [
+            torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
+            if t in used
+            else None
+            for t, (r, v, n) in enumerate(zip(grad_rows, values, rows))
+        ]
+    return [g if t in used else None for t, g in enumerate(grads)], grad_psw
+
+
 def _backward(ctx, grad_outs):
     saved = iter(ctx.saved_tensors)
-    weights, indices, offsets, per_sample_weights = ([next(saved) for _ in range(n)] for n in ctx.lengths)
+    weights, *lists = ([next(saved) for _ in range(n)] for n in ctx.lengths)
     if ctx.widths:
         grad_outs = grad_outs[0].split(ctx.widths, 1)
-    used = {ctx.features[0][f] for f, g in enumerate(grad_outs) if g is not None}
-    grad_weights, grad_psw = [None] * len(ctx.rows), [None] * len(per_sample_weights)
-    if used:
-        arguments = grad_outs, weights, ctx.rows, indices, offsets, per_sample_weights, *ctx.features
-        if ctx.sparse:
-            grad_rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
-            grad_weights = [
-                torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
-                if t in used
-                else None
-                for t, (r, v, n) in enumerate(zip(grad_rows, values, ctx.rows))
-            ]
-        else:
-            grad_weights, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
-    grad_weights = [g if t in used else None for t, g in enumerate(grad_weights)]
-    return grad_weights, [None] * len(indices), [None] * len(offsets), grad_psw, *[None] * 5
+    grad_weights, grad_psw = table_gradients(grad_outs, weights, ctx.rows, lists, ctx.features, ctx.sparse)
+    return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5
 
 
 torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
@@ -282,7 +287,7 @@ class _Updating(torch.autograd.Function):
         ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
         ctx.widths = [lists[0][t].size(1) for t in features[0]] if concat else None
         ctx.set_materialize_grads(False)
-        values = lists[0] if _needs_values(features[1], lists[3]) else []
+        values = lists[0] if needs_values(features[1], lists[3]) else []
         ctx.save_for_backward(*tensors[lengths[0] :], *values)  # these must not have changed
         return tuple(torch.ops.rankkernels.embedding_bag.default(*lists, *features, names, concat=concat))
 
@@ -299,12 +304,25 @@ class _Updating(torch.autograd.Function):
         return *[None] * (5 + sum(ctx.lengths[:3])), *grad_psw
 
 
+class raise_index_errors:
+    """Makes an IndexError, which nn.Embedding raises, of the RuntimeError for an id outside its table: C++ operators
+    have that type alone."""
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        message = str(error)
+        if kind is RuntimeError and "is out of range" in message:
+            raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
+
+
 def call(
     weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=False,
     sparse=False, optimizer=None,
 ):  # fmt: skip
     """The op on arguments in the schema's own form."""
-    try:
+    with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
             lists = weights, indices, offsets, per_sample_weights
             features = tables, modes, padding_idx, frozen_rows
@@ -314,11 +332,33 @@ def call(
             weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
             concat=concat, sparse=sparse,
         )  # fmt: skip
-    except RuntimeError as error:  # the C++ interface has this type alone; nn.Embedding raises an IndexError
-        message = str(error)
-        if "is out of range" not in message:
-            raise
-        raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
+
+
+def in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names):
+    """The op's lists that are no tensors, from the public functions' arguments."""
+    for mode in modes:
+        if mode not in MODES:
+            raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
+    tables = list(range(len(indices))) if tables is None else tables
+
+    def rows(what, values, table_of):
+        if values is None:
+            return [-1] * len(table_of)
+        found = []
+        for value, t in zip(values, table_of):
+            R = weights[t].size(0) if weights[t].dim() == 2 else 0
+            if value is not None and not -R <= value < R:
+                raise ValueError(f"embedding_bag: {what} {value} is no row of a table with {R} rows")
+            found.append(-1 if value is None else value % R)
+        return found
+
+    return (
+        tables,
+        [MODES.index(m) for m in modes],
+        rows("padding_idx", padding_idx, tables),
+        rows("frozen_rows", frozen_rows, range(len(weights))),
+        [f"indices[{f}]" for f in range(len(indices))] if names is None else names,
+    )
 
 
 def table_batched_embedding_bag(
@@ -366,43 +406,15 @@ def table_batched_embedding_bag(
         RuntimeError: shapes, dtypes or devices that do not fit.
         ValueError: an unknown mode, a padding index that is no row.
     """
-    n, absent = len(indices), weights[0].new_empty(0) if weights else None
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
+    absent = weights[0].new_empty(0) if weights else None
 
     def tensors(values):
         if values is None or all(v is None for v in values):
             return []
         return [absent if v is None else v for v in values]
 
-    tables = list(range(n)) if tables is None else tables
-
-    def rows(what, values, table_of):
-        if values is None:
-            return [-1] * len(table_of)
-        found = []
-        for value, t in zip(values, table_of):
-            R = weights[t].size(0) if weights[t].dim() == 2 else 0
-            if value is not None and not -R <= value < R:
-                raise ValueError(f"embedding_bag: {what} {value} is no row of a table with {R} rows")
-            found.append(-1 if value is None else value % R)
-        return found
-
-    return call(
-        weights,
-        indices,
-        tensors(offsets),
-        tensors(per_sample_weights),
-        tables,
-        [MODES.index(m) for m in modes],
-        rows("padding_idx", padding_idx, tables),
-        rows("frozen_rows", frozen_rows, range(len(weights))),
-        [f"indices[{f}]" for f in range(n)] if names is None else names,
-        concat,
-        sparse,
-        optimizer,
-    )
+    arguments = in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names)
+    return call(weights, indices, tensors(offsets), tensors(per_sample_weights), *arguments, concat, sparse, optimizer)
 
 
 def embedding_bag(

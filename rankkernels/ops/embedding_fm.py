@@ -1,0 +1,212 @@
+"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h, csrc/cuda/embedding_fm.cuh.
+
+The forward looks the features of a few samples up and combines them while they are in the cache. The backward turns the
+gradients of the embeddings, of the FM and of the linear term into that of the lookups, in one pass, and from there goes
+the way of every lookup: one dense or coalesced sparse gradient a table, or an optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._library import lib, notice_reference
+from rankkernels.ops.embedding_bag import (
+    FEATURES,
+    Optimizer,
+    in_schema,
+    needs_values,
+    raise_index_errors,
+    table_gradients,
+)
+
+# ``embeddings`` [B, F * D] are the lookups side by side, as of embedding_bag with concat; ``fm`` is [B, 1], ``linear``
+# too, but [0, 1] where there is no ``linear_weight`` (any shape of F * D values).
+lib.define(
+    f"embedding_fm(Tensor[] weights, {FEATURES}, str[] names, Tensor? linear_weight, *, bool sparse=False) "
+    "-> (Tensor embeddings, Tensor fm, Tensor linear)"
+)
+# The gradient of the lookups, [B, F * D], and of the linear weights ([0] without any).
+lib.define(
+    "embedding_fm_backward(Tensor? grad_embeddings, Tensor? grad_fm, Tensor? grad_linear, Tensor embeddings, "
+    "Tensor? linear_weight, SymInt dim) -> (Tensor grad_lookups, Tensor grad_linear_weight)"
+)
+
+
+def _check(weights, tables, linear_weight) -> None:
+    D = weights[tables[0]].size(1)
+    for f, t in enumerate(tables):
+        torch._check(
+            weights[t].size(1) == D,
+            lambda: (
+                f"embedding_fm: features must have one width, but that of feature {f} is {weights[t].size(1)} and "
+                f"that of feature 0 {D}"
+            ),
+        )
+    if linear_weight is not None:
+        torch._check(
+            linear_weight.numel() == len(tables) * D and linear_weight.dtype == weights[tables[0]].dtype,
+            lambda: (
+                "embedding_fm: linear_weight must have one value a column of the embeddings, "
+                f"{len(tables) * D}, and their dtype, {weights[tables[0]].dtype}, got shape "
+                f"{list(linear_weight.shape)} and {linear_weight.dtype}"
+            ),
+        )
+
+
+@torch.library.register_fake("rankkernels::embedding_fm", lib=lib)
+def _(weights, *rest, sparse=False):
+    *features, names, linear_weight = rest
+    (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
+    _check(weights, features[3], linear_weight)
+    B = embeddings.size(0)
+    return embeddings, embeddings.new_empty((B, 1)), embeddings.new_empty((0 if linear_weight is None else B, 1))
+
+
+@torch.library.register_fake("rankkernels::embedding_fm_backward", lib=lib)
+def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
+    grad = embeddings.new_empty(embeddings.shape)
+    return grad, embeddings.new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
+
+
+@torch.library.impl(lib, "embedding_fm", "CompositeExplicitAutograd")
+def _(weights, *rest, sparse=False):
+    *features, names, linear_weight = rest
+    (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
+    _check(weights, features[3], linear_weight)
+    notice_reference("embedding_fm", embeddings)
+    fm, linear = reference.fm_and_linear(embeddings, weights[features[3][0]].size(1), linear_weight)
+    return embeddings, fm, embeddings.new_empty((0, 1)) if linear is None else linear
+
+
+@torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")
+def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
+    x = reference.accumulator(embeddings)
+    grad, grad_linear_weight = torch.zeros_like(x), embeddings.new_empty(0)
+    if grad_embeddings is not None:
+        grad = grad + grad_embeddings
+    if grad_fm is not None:
+        fields = x.view(x.size(0), x.size(1) // dim, dim)
+        grad = grad + (reference.accumulator(grad_fm)[:, :, None] * (fields.sum(1, keepdim=True) - fields)).flatten(1)
+    if linear_weight is not None:
+        grad_linear_weight = torch.zeros_like(linear_weight, memory_format=torch.contiguous_format)
+        if grad_linear is not None:
+            ga = reference.accumulator(grad_linear)
+            grad = grad + ga * reference.accumulator(linear_weight).reshape(1, -1)
+            grad_linear_weight = (ga.t() @ x).to(x.dtype).view(linear_weight.shape).to(linear_weight.dtype)
+    return grad.to(embeddings.dtype), grad_linear_weight
+
+
+def _grad_lookups(grads, embeddings, linear_weight, dim) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The gradients of each feature's lookup and of the linear weights."""
+    grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(
+        *grads, embeddings, linear_weight, dim
+    )
+    return grad.split(dim, 1), None if linear_weight is None else grad_linear_weight
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    weights, *lists, tables, modes, padding_idx, frozen_rows, _names, linear_weight = inputs
+    ctx.set_materialize_grads(False)
+    ctx.has_linear, ctx.dim, ctx.sparse = linear_weight is not None, weights[0].size(1), keyword_only_inputs["sparse"]
+    lists = [weights if needs_values(modes, lists[2]) else [], *lists]
+    ctx.features = tables, modes, padding_idx, frozen_rows
+    ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
+    ctx.save_for_backward(output[0], *(t for values in lists for t in values), *([linear_weight] * ctx.has_linear))
+
+
+def _backward(ctx, *grads):
+    embeddings, *saved = ctx.saved_tensors
+    linear_weight = saved.pop() if ctx.has_linear else None
+    it = iter(saved)
+    weights, *lists = ([next(it) for _ in range(n)] for n in ctx.lengths)
+    if all(g is None for g in grads):
+        return [None] * len(ctx.rows), *([None] * len(v) for v in lists), *[None] * 6
+    grad_outs, grad_linear_weight = _grad_lookups(grads, embeddings, linear_weight, ctx.dim)
+    grad_weights, grad_psw = table_gradients(grad_outs, weights, ctx.rows, lists, ctx.features, ctx.sparse)
+    return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5, grad_linear_weight
+
+
+torch.library.register_autograd("rankkernels::embedding_fm", _backward, setup_context=_setup_context, lib=lib)
+
+
+class _Updating(torch.autograd.Function):
+    """The op with an optimizer's step in its backward; the tables themselves get no gradient."""
+
+    @staticmethod
+    def forward(ctx, optimizer, features, names, lengths, linear_weight, *tensors):
+        it = iter(tensors)
+        lists = [[next(it) for _ in range(n)] for n in lengths]
+        ctx.set_materialize_grads(False)
+        out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight)
+        ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
+        ctx.has_linear = linear_weight is not None
+        values = lists[0] if needs_values(features[1], lists[3]) else []
+        ctx.save_for_backward(out[0], *([linear_weight] * ctx.has_linear), *tensors[lengths[0] :], *values)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        embeddings, *saved = ctx.saved_tensors
+        linear_weight = saved.pop(0) if ctx.has_linear else None
+        it = iter(saved)
+        lists = [[next(it) for _ in range(n)] for n in ctx.lengths[1:]]
+        grad_linear_weight, grad_psw = None, [None] * len(lists[2])
+        if any(g is not None for g in grads):
+            grad_outs, grad_linear_weight = _grad_lookups(grads, embeddings, linear_weight, ctx.weights[0].size(1))
+            grad_psw = ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
+        return None, None, None, None, grad_linear_weight, *[None] * sum(ctx.lengths[:3]), *grad_psw
+
+
+def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, sparse=False,
+         optimizer: Optimizer | None = None):  # fmt: skip
+    """The op on arguments in the schema's own form, of features without offsets and per-sample weights."""
+    lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
+    with raise_index_errors():
+        if optimizer is not None and torch.is_grad_enabled():
+            tensors = [t for values in lists for t in values]
+            return _Updating.apply(optimizer, features, names, [len(v) for v in lists], linear_weight, *tensors)
+        return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, sparse=sparse)
+
+
+def embedding_fm(
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    linear_weight: Tensor | None = None,
+    *,
+    modes: Sequence[str] | None = None,
+    tables: Sequence[int] | None = None,
+    padding_idx: Sequence[int | None] | None = None,
+    frozen_rows: Sequence[int | None] | None = None,
+    names: Sequence[str] | None = None,
+    sparse: bool = False,
+    optimizer: Optimizer | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the linear, the FM and the deep part of DeepFM need of F features, from one pass over their tables.
+
+    Semantics: ``table_batched_embedding_bag(..., concat=True)``, ``fm_interaction`` of its fields and
+    ``torch.nn.functional.linear`` of all its columns; ``reference.fm_and_linear``.
+
+    Args:
+        weights: the tables, [R, D] with rows of their own and one D.
+        indices: of each feature, int32 or int64, [B], or [B, L] for a pooled one.
+        linear_weight: F * D values in the tables' dtype, in the order of the embeddings' columns, or None.
+        modes: "none", "sum", "mean" or "max" a feature; none for all by default.
+        tables, padding_idx, frozen_rows, names, sparse, optimizer: see ``table_batched_embedding_bag``.
+
+    Returns:
+        The embeddings [B, F * D]; the FM interaction [B, 1]; the linear term [B, 1], or None.
+
+    Raises:
+        IndexError: an id outside its table (on the CPU; other devices have their own report).
+        RuntimeError: shapes, dtypes or devices that do not fit.
+        ValueError: an unknown mode, a padding index that is no row.
+    """
+    arguments = in_schema(weights, indices, ["none"] * len(indices) if modes is None else modes, tables, padding_idx,
+                          frozen_rows, names)  # fmt: skip
+    embeddings, fm, linear = call(weights, indices, *arguments, linear_weight, sparse, optimizer)
+    return embeddings, fm, None if linear_weight is None else linear

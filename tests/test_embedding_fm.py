@@ -1,0 +1,189 @@
+"""Lookup + FM + linear term in one pass, beyond the cases of test_ops.py, and DeepFM on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rankkernels as rk
+from rankkernels.nn.embedding import EmbeddingLayer
+from rankkernels.testing import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
+MODES, TABLES = ["none", "mean", "max", "sum", "none"], [0, 1, 2, 1, 3]
+
+
+@pytest.fixture(autouse=True)
+def seed_and_threads():
+    torch.manual_seed(0)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def batch(B: int = 1500, rows=(20, 3000, 50, 7), D: int = 19):
+    weights = [torch.randn(r, D, requires_grad=True) for r in rows]
+    ids = [torch.randint(0, rows[t], (B,) if m == "none" else (B, 4)) for t, m in zip(TABLES, MODES)]
+    return weights, ids, torch.randn(1, len(ids) * D, requires_grad=True)
+
+
+OPTIONS = dict(modes=MODES, tables=TABLES, padding_idx=[None, 1, 3, None, None], frozen_rows=[None, 1, None, 6])
+
+
+def apart(weights, ids, linear_weight, **options):
+    """The same by the separate ops."""
+    (e,) = rk.table_batched_embedding_bag(weights, ids, **options, concat=True)
+    fm = rk.fm_interaction(e.view(e.size(0), len(ids), -1))
+    return e, fm, None if linear_weight is None else nn.functional.linear(e, linear_weight)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("used", ["all", "fm", "linear", "embeddings"])
+def test_is_the_separate_ops(sparse, used):
+    weights, ids, a = batch()
+    results = []
+    for function in (rk.embedding_fm, apart):
+        e, fm, linear = function(weights, ids, a, **OPTIONS, sparse=sparse)
+        parts = {"embeddings": e.sin().sum(), "fm": fm.sin().sum(), "linear": linear.sin().sum()}
+        loss = sum(parts.values()) if used == "all" else parts[used]
+        grads = torch.autograd.grad(loss, [*weights, a], allow_unused=True)
+        results.append([e, fm, linear, *grads])
+    assert torch.equal(results[0][0], results[1][0])
+    for ours, theirs in zip(*results):
+        if theirs is None:
+            assert ours is None or (ours == 0).all()
+            continue
+        assert ours.layout == theirs.layout
+        if sparse and ours.layout == torch.sparse_coo:
+            assert torch.equal(ours._indices(), theirs._indices())
+        assert relative_error(ours.to_dense(), theirs.to_dense()) < 1e-5
+
+
+@pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
+def test_bits_do_not_depend_on_threads():
+    weights, ids, a = batch()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        e, fm, linear = rk.embedding_fm(weights, ids, a, **OPTIONS)
+        loss = e.sin().sum() + fm.sin().sum() + linear.sin().sum()
+        results.append([e, fm, linear, *torch.autograd.grad(loss, [*weights, a])])
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "RowWiseAdagrad", "Adam"])
+def test_fused_optimizer(optimizer):
+    results = []
+    for function in (rk.embedding_fm, apart):
+        torch.manual_seed(0)
+        weights, ids, a = batch()
+        rows = getattr(rk.optim, optimizer)(weights, lr=1e-3)
+        for _ in range(2):
+            e, fm, linear = function(weights, ids, a, **OPTIONS, optimizer=rows)
+            (e.sin().sum() + fm.sin().sum() + linear.sin().sum()).backward()
+        assert all(w.grad is None for w in weights)
+        results.append([*(w.detach() for w in weights), a.grad])
+    for ours, theirs in zip(*results):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+def test_bad_input():
+    weights, ids, a = batch()
+    with pytest.raises(RuntimeError, match="embedding_fm: features must have one width, but that of .* is 4"):
+        rk.embedding_fm([*weights[:3], torch.randn(7, 4)], ids, modes=MODES, tables=TABLES)
+    for bad in (a[:, 1:], a.double()):
+        with pytest.raises(RuntimeError, match="embedding_fm: linear_weight must have one value a column"):
+            rk.embedding_fm(weights, ids, bad, modes=MODES, tables=TABLES)
+    with pytest.raises(RuntimeError, match=r"with concat, features must give \[B, D\] of one B"):
+        rk.embedding_fm(weights, [ids[0][1:], *ids[1:]], modes=MODES, tables=TABLES)
+    ids[3][70, 2] = 3000
+    rows = rk.optim.Adam(weights)
+    before = [w.detach().clone() for w in weights]
+    with pytest.raises(
+        IndexError, match=r"embedding_bag: d\[70, 2\] = 3000 is out of range for a table with 3000 rows"
+    ):
+        rk.embedding_fm(weights, ids, a, modes=MODES, tables=TABLES, names=list("abcde"), optimizer=rows)
+    assert all(torch.equal(w, old) for w, old in zip(weights, before))
+
+
+def features():
+    return [
+        rk.SparseFeature("a", 20, 8, padding_idx=0),
+        rk.SparseFeature("b", 30, 8),
+        rk.SequenceFeature("s", 20, 8, pooling="mean", shared_with="a", padding_idx=0),
+        rk.DenseFeature("d"),
+    ]
+
+
+def deepfm(deep, fm) -> rk.DeepFM:
+    torch.manual_seed(0)
+    return rk.DeepFM(deep, fm, {"dims": [9]})
+
+
+def inputs(B: int = 64):
+    generator = torch.Generator().manual_seed(1)
+    ids = {"a": torch.randint(0, 20, (B,), generator=generator), "b": torch.randint(0, 30, (B,), generator=generator)}
+    return {**ids, "s": torch.randint(0, 20, (B, 5), generator=generator), "d": torch.rand(B, generator=generator)}
+
+
+def losses_and_gradients(model, x):
+    out = model(x)
+    grads = torch.autograd.grad(out.square().sum(), list(model.parameters()))
+    return [out, *grads]
+
+
+def test_deepfm_takes_it(monkeypatch):
+    """One pass where the deep and the FM part have the same tables; the same numbers as by the separate ops."""
+    everything, x = features(), inputs()
+    model = deepfm(everything, everything[:3])
+    assert model.embedding.lookup_fm(x, everything, everything[:3], model.linear.fc.weight) is not None
+    ours = losses_and_gradients(model, x)
+    monkeypatch.setattr(EmbeddingLayer, "lookup_fm", lambda *_: None)
+    for a, b in zip(ours, losses_and_gradients(model, x)):
+        assert relative_error(a, b, floor=1e-3) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["fewer in fm", "other order", "repeated", "other width", "own module", "2-D ids"])
+def test_deepfm_where_it_does_not_apply(case, monkeypatch):
+    deep, x = features(), inputs()
+    fm = deep[:3]
+    if case == "fewer in fm":
+        fm = deep[:2]
+    elif case == "other order":
+        fm = fm[::-1]
+    elif case == "repeated":
+        fm = [*fm, deep[0]]
+    elif case == "other width":
+        deep = [*deep, rk.SparseFeature("e", 9, 4)]
+        x["e"] = torch.randint(0, 9, (64,))
+    model = deepfm(deep, fm)
+    if case == "own module":
+        model.embedding.embed_dict["b"] = nn.Embedding(30, 8, max_norm=1.0)
+    elif case == "2-D ids":
+        x["a"] = x["a"][:, None]
+    assert model.embedding.lookup_fm(x, deep, fm, model.linear.fc.weight) is None
+    if case != "2-D ids":  # which no layer takes
+        assert model(x).shape == (64,)
+
+
+def test_deepfm_hooks_and_subclasses_run():
+    everything, x = features(), inputs()
+    model = deepfm(everything, everything[:3])
+    expected, seen = model(x), []
+    model.fm.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [(64, 3, 8)]
+    nn.utils.parametrizations.weight_norm(model.linear.fc)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_deepfm_compiles():
+    everything, x = features(), inputs()
+    model = deepfm(everything, everything[:3])
+    expected = losses_and_gradients(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for a, b in zip(losses_and_gradients(compiled, x), expected):
+        torch.testing.assert_close(a, b)
