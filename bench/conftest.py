@@ -47,11 +47,20 @@ def pytest_addoption(parser):
         "--malloc", choices=("keep", "default"), default="keep", help="keep freed memory in the process (see conftest)"
     )
 
+    parser.addoption("--quick", action="store_true", help="two rounds each: does everything run? No numbers to quote")
+
 
 def pytest_configure(config):
+    global SECONDS, MIN_ROUNDS, PATIENCE
+    if config.getoption("--quick"):
+        SECONDS, MIN_ROUNDS, PATIENCE = 0.1, 2, 0.0
     config.stash[ROWS] = []
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    config.stash[CONDITIONS] = {**machine.conditions(), "malloc": "glibc's defaults"}
+    config.stash[CONDITIONS] = {
+        **machine.conditions(),
+        "malloc": "glibc's defaults",
+        "quick": config.getoption("--quick"),
+    }
     if config.getoption("--malloc") == "keep" and machine.keep_freed_memory():
         config.stash[CONDITIONS]["malloc"] = "freed memory kept"
 
@@ -110,6 +119,8 @@ def pytest_terminal_summary(terminalreporter, config):
     )
     for name, text, _ in rows:
         write(f"{name:<64} {text}")
+    if conditions["quick"]:
+        write("--quick: no numbers to quote", red=True)
     for peer, reason in conditions["not_measured"].items():
         write(f"not measured: {peer} ({reason})")
     disturbed = sum(d for _, _, d in rows)

@@ -1,0 +1,91 @@
+"""What became slower: ``python bench/compare.py OLD NEW``, two records or two folders of records.
+
+Compared are speed-ups over the baseline of the same run (eager PyTorch, mostly), because a second of one run is not a
+second of another. A race is slower if its speed-up fell by more than ``--tolerance`` and by more than the noise: its
+upper quartile is below the lower one of old. Peak memory grows beyond the same tolerance and a MiB, or not at all.
+Exits 1 if something became slower, larger, or is not measured any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def load(path: Path) -> tuple[dict[str, dict], list[str]]:
+    """The entries by name, and the machines they were measured on."""
+    entries, machines = {}, []
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        sys.exit(f"compare.py: no record in {path}")
+    for file in files:
+        record = json.loads(file.read_text())
+        cpu = record["machine_info"]["cpu"].get("brand_raw", "unknown processor")
+        conditions = record["conditions"]
+        machines.append(f"{cpu}, torch {conditions['versions']['torch']}, {conditions['malloc']}")
+        for benchmark in record["benchmarks"]:
+            entries[benchmark["fullname"]] = benchmark["extra_info"]
+    return entries, list(dict.fromkeys(machines))
+
+
+def speed(entry: dict) -> tuple[float, float, float] | None:
+    """The speed-up over the baseline: lower quartile, median, upper quartile."""
+    if "contenders" in entry:
+        if entry.get("baseline") in (None, "ours"):
+            return None
+        found = entry["contenders"][entry["baseline"]]
+        return found["ratio_q1"], found["ratio"], found["ratio_q3"]
+    if "speed_up" in entry:
+        return tuple(entry["speed_up"])
+    return None
+
+
+def verdict(old: dict, new: dict, tolerance: float) -> tuple[str, str] | None:
+    """What changed, slower, larger, faster or smaller, and by how much; None if nothing did beyond the noise."""
+    if "peak" in old and "peak" in new:
+        before, after = (e["peak"]["ours"]["allocator_mib"] for e in (old, new))
+        if abs(after - before) <= max(1.0, tolerance * before):
+            return None
+        return "larger" if after > before else "smaller", f"{before:.1f} -> {after:.1f} MiB"
+    was, now = speed(old), speed(new)
+    if was is None or now is None:
+        return None
+    note = " (disturbed)" if old.get("disturbed") or new.get("disturbed") else ""
+    text = (
+        f"{was[1]:.2f} ({was[0]:.2f}-{was[2]:.2f}) -> {now[1]:.2f} ({now[0]:.2f}-{now[2]:.2f}) times {old['baseline']}"
+        f"{note}"
+    )
+    if now[1] < was[1] * (1 - tolerance) and now[2] < was[0]:
+        return "slower", text
+    if was[1] < now[1] * (1 - tolerance) and was[2] < now[0]:
+        return "faster", text
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.15, help="relative change that counts (%(default)s)")
+    arguments = parser.parse_args(argv)
+    (old, old_machines), (new, new_machines) = load(arguments.old), load(arguments.new)
+    if old_machines != new_machines:
+        print(f"not the same conditions: {'; '.join(old_machines)} and {'; '.join(new_machines)}")
+    changes = {"slower": [], "larger": [], "gone": sorted(old.keys() - new.keys()), "faster": [], "smaller": []}
+    compared = sorted(old.keys() & new.keys())
+    for name in compared:
+        change = verdict(old[name], new[name], arguments.tolerance)
+        if change:
+            changes[change[0]].append(f"{name}: {change[1]}")
+    for kind, lines in changes.items():
+        for line in lines:
+            print(f"{kind}: {line}")
+    counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in changes.items())
+    print(f"{len(compared)} compared, {counts}, {len(new.keys() - old.keys())} new")
+    return int(bool(changes["slower"] or changes["larger"] or changes["gone"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The benchmarks' tools: what a record becomes, and what counts as slower."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def race(ratio: float, spread: float = 0.02) -> dict:
+    contender = dict(median_s=ratio, q1_s=ratio, q3_s=ratio)
+    ratios = dict(ratio=ratio, ratio_q1=ratio * (1 - spread), ratio_q3=ratio * (1 + spread))
+    ours = dict(median_s=1.0, q1_s=1.0, q3_s=1.0, ratio=1.0, ratio_q1=1.0, ratio_q3=1.0)
+    return dict(
+        case="FM",
+        kind="forward",
+        threads=2,
+        baseline="eager",
+        contenders={"eager": {**contender, **ratios}, "ours": ours},
+    )
+
+
+def record(**entries: dict) -> dict:
+    return {
+        "machine_info": {"cpu": {"brand_raw": "a processor"}},
+        "conditions": {"versions": {"torch": "2.13.0"}, "malloc": "freed memory kept"},
+        "benchmarks": [{"fullname": name, "extra_info": entry} for name, entry in entries.items()],
+    }
+
+
+PEAK = {"case": "FM", "kind": "peak memory", "peak": {"ours": {"allocator_mib": 10.0, "resident_mib": 11.0}}}
+
+
+@pytest.mark.parametrize(
+    "change, code, said",
+    [
+        (lambda r: None, 0, "3 compared, 0 slower, 0 larger, 0 gone, 0 faster, 0 smaller, 0 new"),
+        (lambda r: r["fm"].update(race(4.6)), 0, "0 slower"),  # 8 % is within the tolerance
+        (lambda r: r["fm"].update(race(4.0)), 1, "slower: fm: 5.00 (4.90-5.10) -> 4.00 (3.92-4.08) times eager"),
+        (lambda r: r["fm"].update(race(4.0, spread=0.3)), 0, "0 slower"),  # within the noise
+        (lambda r: r["fm"].update(race(7.0)), 0, "faster: fm"),
+        (lambda r: r["fm"].update(race(4.0), disturbed=True), 1, "times eager (disturbed)"),
+        (lambda r: r["peak"]["peak"].update(ours={"allocator_mib": 12.0}), 1, "larger: peak: 10.0 -> 12.0 MiB"),
+        (lambda r: r["peak"]["peak"].update(ours={"allocator_mib": 10.9}), 0, "0 larger"),
+        (lambda r: r["peak"]["peak"].update(ours={"allocator_mib": 5.0}), 0, "smaller: peak"),
+        (lambda r: r.pop("din"), 1, "gone: din"),
+        (lambda r: r.update(more=race(2.0)), 0, "1 new"),
+    ],
+)
+def test_compare(tmp_path, capsys, change, code, said):
+    entries = {"fm": race(5.0), "din": race(3.0), "peak": copy.deepcopy(PEAK)}
+    (tmp_path / "old.json").write_text(json.dumps(record(**entries)))
+    change(entries)
+    (tmp_path / "new.json").write_text(json.dumps(record(**entries)))
+    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
+    for folder, torch in (("old", "2.13.0"), ("new", "2.14.0")):
+        (tmp_path / folder).mkdir()
+        content = record(fm=race(5.0))
+        content["conditions"]["versions"]["torch"] = torch
+        (tmp_path / folder / "ops.json").write_text(json.dumps(content))
+    assert load("compare").main([str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    assert "not the same conditions" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no record in"):
+        load("compare").main([str(tmp_path), str(tmp_path / "new")])
