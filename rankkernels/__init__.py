@@ -22,7 +22,14 @@ from rankkernels.nn import (
     XavierNormal,
     XavierUniform,
 )
-from rankkernels.ops import din_attention, embedding_bag, embedding_fm, fm_interaction, table_batched_embedding_bag
+from rankkernels.ops import (
+    din_attention,
+    embedding_bag,
+    embedding_fm,
+    fm_interaction,
+    norm_activation,
+    table_batched_embedding_bag,
+)
 from rankkernels.ops._library import ReferenceWarning
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "embedding_bag",
     "embedding_fm",
     "fm_interaction",
+    "norm_activation",
     "optim",
     "table_batched_embedding_bag",
 ]

@@ -9,7 +9,7 @@ import torch
 
 from rankkernels.ops import _library
 
-OPS = ("fm_interaction", "din_attention", "embedding_bag", "embedding_fm")
+OPS = ("fm_interaction", "din_attention", "norm_activation", "embedding_bag", "embedding_fm")
 
 
 def backend(op: str, device: str) -> str:

@@ -107,6 +107,45 @@ def dice_batch_norm(x: Tensor, alpha: Tensor, norm: BatchNorm, training: bool) -
     return p * x + (1 - p) * alpha * x, stats
 
 
+def activate(x: Tensor, activation: str, alpha: Tensor | None = None, dice_epsilon: float = 1e-3) -> Tensor:
+    """x [N, H] through linear, sigmoid, relu, leakyrelu, prelu or dice, the last two with ``alpha`` [1] or [H]."""
+    if activation == "sigmoid":
+        return torch.sigmoid(x)
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "leakyrelu":
+        return F.leaky_relu(x)
+    if activation == "prelu":
+        return F.prelu(x, alpha)
+    if activation == "dice":
+        return dice(x, alpha, dice_epsilon)
+    if activation != "linear":
+        raise ValueError(f"unknown activation {activation!r}")
+    return x
+
+
+def norm_activation(
+    x: Tensor,
+    norm: BatchNorm | None,
+    activation: str,
+    alpha: Tensor | None = None,
+    training: bool = False,
+    dice_epsilon: float = 1e-3,
+) -> tuple[Tensor, BatchStats | None]:
+    """A hidden layer behind its product: x [N, H] normalized if there is a ``norm``, then activated -> [N, H].
+
+    The ``norm`` of dice_batch_norm is the one inside that activation.
+    """
+    xa, stats = accumulator(x), None
+    if activation == "dice_batch_norm":
+        y, stats = dice_batch_norm(xa, alpha, norm, training)
+    else:
+        if norm is not None:
+            xa, stats = batch_norm(xa, norm, training)
+        y = activate(xa, activation, alpha, dice_epsilon)
+    return y.to(x.dtype), stats
+
+
 class Hidden(NamedTuple):
     """A hidden layer of the attention MLP: linear, then an optional normalization, then the activation.
 
@@ -129,21 +168,11 @@ class Hidden(NamedTuple):
         if self.norm is not None:
             x, stats = batch_norm(x, self.norm, training)
             all_stats.append(stats)
-        if self.activation == "sigmoid":
-            x = torch.sigmoid(x)
-        elif self.activation == "relu":
-            x = torch.relu(x)
-        elif self.activation == "leakyrelu":
-            x = F.leaky_relu(x)
-        elif self.activation == "prelu":
-            x = F.prelu(x, self.alpha)
-        elif self.activation == "dice":
-            x = dice(x, self.alpha, self.dice_epsilon)
-        elif self.activation == "dice_batch_norm":
+        if self.activation == "dice_batch_norm":
             x, stats = dice_batch_norm(x, self.alpha, self.dice_norm, training)
             all_stats.append(stats)
-        elif self.activation != "linear":
-            raise ValueError(f"din_attention: unknown activation {self.activation!r}")
+        else:
+            x = activate(x, self.activation, self.alpha, self.dice_epsilon)
         return x, all_stats
 
 

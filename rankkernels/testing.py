@@ -160,6 +160,46 @@ def din_attention_case(
     )
 
 
+def norm_activation_case(
+    N: int, H: int, activation: str = "dice", batch_norm: bool = True, affine: bool = True, training: bool = True
+) -> OpCase:
+    """``affine``: whether a normalization has weight and bias. The slope of prelu and dice is one for all units."""
+    affine = affine and batch_norm
+    running = torch.linspace(-0.5, 0.5, H).double(), torch.linspace(0.5, 2, H).double()
+    flags = (list(ACTIVATIONS).index(activation), batch_norm, training, 1e-5, 1e-3)
+
+    def make(dtype, generator):
+        alpha = {"prelu": 1, "dice": 1, "dice_batch_norm": H}.get(activation)
+        sizes = [H, H] * affine + ([] if alpha is None else [alpha])
+        return randn((N, H), dtype, generator), *(randn((n,), dtype, generator) for n in sizes)
+
+    def arguments(x, *params):
+        params = list(params)
+        weight, bias = (params.pop(0), params.pop(0)) if affine else (None, None)
+        stats_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        stats = [t.to(x.device, stats_dtype) if batch_norm and not training else None for t in running]
+        return x, weight, bias, params[0] if params else None, *stats, *flags
+
+    def run_reference(*inputs):
+        x, weight, bias, alpha, mean, var, *_ = arguments(*inputs)
+        norm = reference.BatchNorm(weight, bias, mean, var, 1e-5) if batch_norm else None
+        return reference.norm_activation(x, norm, activation, alpha, training)[0]
+
+    norm_id = "" if not batch_norm else "-bn" if affine else "-bn_not_affine"
+    return OpCase(
+        op="norm_activation",
+        id=f"norm_activation-N{N}-H{H}-{activation}{norm_id}" + ("-train" if training else ""),
+        make=make,
+        function=lambda *inputs: torch.ops.rankkernels.norm_activation.default(*arguments(*inputs))[0],
+        reference=run_reference,
+        overload=torch.ops.rankkernels.norm_activation.default,
+        arguments=arguments,
+        elements=2 * N * H,
+        flops=(30 if activation.startswith("dice") else 10) * N * H,
+        backward_flops=(60 if activation.startswith("dice") else 20) * N * H,
+    )
+
+
 def embedding_bag_case(
     rows: Sequence[int],
     dims: Sequence[int],
@@ -325,6 +365,20 @@ TEST_CASES = [
     din_attention_case(4, 7, 3, [5], "sigmoid", batch_norm=False, training=False, form="offsets", dropout=0.6),
     din_attention_case(2, 0, 4, [5], training=False),
     din_attention_case(0, 3, 4, [5], "relu", training=False),
+    norm_activation_case(7, 10),
+    norm_activation_case(5, 33, training=False),
+    norm_activation_case(40, 7, "dice_batch_norm"),
+    norm_activation_case(9, 20, "dice_batch_norm", affine=False),
+    norm_activation_case(6, 5, "dice_batch_norm", training=False),
+    norm_activation_case(12, 9, "sigmoid"),
+    norm_activation_case(4, 17, "relu", training=False),
+    norm_activation_case(30, 8, "prelu", affine=False),
+    norm_activation_case(3, 65, "leakyrelu"),
+    norm_activation_case(18, 4, "linear"),
+    norm_activation_case(6, 130, batch_norm=False, training=False),
+    norm_activation_case(1, 1, batch_norm=False),
+    norm_activation_case(3, 6, "sigmoid", batch_norm=False),
+    norm_activation_case(0, 4, "relu", training=False),
     embedding_bag_case([11], [5], [0], ["sum"], B=4, L=3),
     embedding_bag_case([11, 7], [5, 5], [0, 1, 0], ["mean", "none", "max"], B=4, L=3, padding_idx=0),
     embedding_bag_case([9], [3], [0, 0], ["sum", "mean"], B=3, L=4, weighted=True),
@@ -342,6 +396,10 @@ BENCH_CASES = [
     fm_interaction_case(8192, 39, 64),
     fm_interaction_case(4096, 39, 10),
     fm_interaction_case(4096, 26, 16),
+    norm_activation_case(4096, 256, "relu"),
+    norm_activation_case(1024, 256, "dice"),
+    norm_activation_case(65536, 256, "dice"),
+    norm_activation_case(65536, 256, "dice_batch_norm"),
 ]
 
 #: What a user trains with on a GPU, in the dtypes it is compiled and measured in.
@@ -360,5 +418,9 @@ GPU_CASES = [
         (din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), torch.float32),
         (din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), torch.bfloat16),
         (din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), torch.float32),
+        (norm_activation_case(4096, 256, "dice"), torch.float32, torch.bfloat16),
+        (norm_activation_case(4096, 200, "dice_batch_norm", affine=False), torch.float32),
+        (norm_activation_case(4096, 128, "relu"), torch.float16),
+        (norm_activation_case(4096, 256, "relu", training=False), torch.float64),
     ]
 ]

@@ -4,3 +4,4 @@
 #include "embedding_bag_backward.h"
 #include "embedding_fm.h"
 #include "fm_interaction.h"
+#include "norm_activation.h"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn.layers import MLP, Dice
+from rankkernels.nn.layers import MLP, activation_of, update_running_stats
 
 
 class _FusedMLP(NamedTuple):
@@ -24,18 +24,6 @@ class _FusedMLP(NamedTuple):
     dropout: float
 
 
-def _activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
-    """The op's name for an activation module, its parameters, and Dice's epsilon; no name if it has none."""
-    kind = type(module)
-    if kind is Dice:
-        return "dice", [module.alpha], module.epsilon
-    if kind is nn.PReLU:
-        return "prelu", [module.weight], 0.0
-    if kind is nn.LeakyReLU and module.negative_slope == 0.01:
-        return "leakyrelu", [], 0.0
-    return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
-
-
 def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
     """``mlp`` for the op, or None where it is not what ``MLP`` built: a layer was replaced, wrapped or re-configured
     since, or its norms, activations or dropouts differ among themselves."""
@@ -44,7 +32,7 @@ def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
         return None
     params, norms, kinds = [], [], set()
     for linear, norm, act, dropout in zip(*[iter(hidden)] * 4):
-        name, learnt, dice_eps = _activation_of(act)
+        name, learnt, dice_eps = activation_of(act)
         if (
             type(linear) is not nn.Linear
             or linear.bias is None
@@ -62,17 +50,6 @@ def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
         return None
     name, dice_eps, norm_eps, training, p = kinds.pop() if kinds else ("linear", 0.0, 0.0, False, 0.0)
     return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps, p)
-
-
-@torch.no_grad()
-def _update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -> None:
-    """What ``nn.BatchNorm1d`` does with a batch's mean and unbiased variance."""
-    stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
-    for norm in norms:
-        norm.num_batches_tracked.add_(1)
-        momentum = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        for running, batch in ((norm.running_mean, next(stats)), (norm.running_var, next(stats))):
-            running.mul_(1 - momentum).add_(batch.to(running.dtype) * momentum)
 
 
 class ActivationUnit(nn.Module):
@@ -148,5 +125,5 @@ class ActivationUnit(nn.Module):
             seed=seed,
         )
         if fused.training:
-            _update_running_stats(fused.norms, batch_stats)
+            update_running_stats(fused.norms, batch_stats)
         return out

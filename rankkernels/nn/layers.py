@@ -50,7 +50,9 @@ class Dice(nn.Module):
         self.alpha = nn.Parameter(torch.randn(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return reference.dice(x, self.alpha, self.epsilon)
+        if x.dim() != 2:  # the statistics are of dimension 1, whatever the others are
+            return reference.dice(x, self.alpha, self.epsilon)
+        return ops.norm_activation(x, alpha=self.alpha, activation="dice", dice_eps=self.epsilon)[0]
 
 
 _ACTIVATIONS = {
@@ -74,10 +76,56 @@ def activation_layer(activation: str | type[nn.Module]) -> nn.Module:
     )
 
 
+def activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
+    """The ops' name for an activation module, its parameters, and Dice's epsilon; no name if it has none."""
+    kind = type(module)
+    if kind is Dice:
+        return "dice", [module.alpha], module.epsilon
+    if kind is nn.PReLU:
+        return "prelu", [module.weight], 0.0
+    if kind is nn.LeakyReLU and module.negative_slope == 0.01:
+        return "leakyrelu", [], 0.0
+    return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
+
+
+@torch.no_grad()
+def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -> None:
+    """What ``nn.BatchNorm1d`` does with a batch's mean and unbiased variance."""
+    stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
+    for norm in norms:
+        norm.num_batches_tracked.add_(1)
+        for running, batch in ((norm.running_mean, next(stats)), (norm.running_var, next(stats))):
+            momentum = norm.momentum
+            if momentum is None:  # the mean over all batches
+                momentum = norm.num_batches_tracked.to(running.dtype).reciprocal()
+            running.lerp_(batch.to(running.dtype), momentum)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(norm(x))``, fused where the op has both and neither has a hook."""
+    name, learnt, dice_eps = activation_of(activation)
+    if not name or norm.running_mean is None or x.dim() != 2 or _hooked(norm) or _hooked(activation):
+        return activation(norm(x))
+    out, batch_stats = ops.norm_activation(
+        x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
+        activation=name, batch_norm=True, training=norm.training, norm_eps=norm.eps, dice_eps=dice_eps,
+    )  # fmt: skip
+    if norm.training:
+        update_running_stats([norm], batch_stats)
+    return out
+
+
 class MLP(nn.Module):
     """Hidden layers of Linear, BatchNorm1d, activation and Dropout, then Linear(., 1) if ``output_layer``.
 
-    torch-rechub's ``MLP``: x [N, input_dim] -> [N, 1] or [N, dims[-1]], all modules in ``mlp``.
+    torch-rechub's ``MLP``: x [N, input_dim] -> [N, 1] or [N, dims[-1]], all modules in ``mlp``. A normalization and the
+    activation behind it run as one op (``rankkernels.norm_activation``).
 
     Args:
         input_dim: width of the input.
@@ -113,4 +161,12 @@ class MLP(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mlp(x)
+        norm = None
+        for module in self.mlp:
+            if norm is not None:
+                x, norm = normalize_and_activate(norm, module, x), None
+            elif type(module) is nn.BatchNorm1d:
+                norm = module
+            else:
+                x = module(x)
+        return x if norm is None else norm(x)

@@ -4,5 +4,13 @@ from rankkernels.ops.din_attention import din_attention
 from rankkernels.ops.embedding_bag import embedding_bag, table_batched_embedding_bag
 from rankkernels.ops.embedding_fm import embedding_fm
 from rankkernels.ops.fm_interaction import fm_interaction
+from rankkernels.ops.norm_activation import norm_activation
 
-__all__ = ["din_attention", "embedding_bag", "embedding_fm", "fm_interaction", "table_batched_embedding_bag"]
+__all__ = [
+    "din_attention",
+    "embedding_bag",
+    "embedding_fm",
+    "fm_interaction",
+    "norm_activation",
+    "table_batched_embedding_bag",
+]

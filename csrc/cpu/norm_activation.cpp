@@ -1,0 +1,389 @@
+// Checks, statistics, threads and registration of normalization and activation; the kernels and their
+// mathematics are in norm_activation.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../check.h"
+#include "din_attention_plan.h"
+#include "dispatch.h"
+#include "memory.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class T> void norm_statistics(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                                       Accumulator<T>*, DinStats&))
+RK_DECLARE_ISA(template <class T> void norm_activation(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*,
+                                                       int64_t, int64_t, int64_t,
+                                                       const DinLayerScratch<Accumulator<T>>&))
+RK_DECLARE_ISA(template <class T>
+               void norm_activation_backward(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,
+                                             int64_t, T*, int64_t, int64_t, int64_t,
+                                             const DinLayerScratch<Accumulator<T>>&, Accumulator<T>*,
+                                             Accumulator<T>*, const DinLayerGrad<Accumulator<T>>&))
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct NormArguments {
+  const Tensor& x;
+  const OptionalTensor &weight, &bias, &alpha, &running_mean, &running_var;
+  ActivationName activation;
+  bool batch_norm, training;
+  double norm_eps, dice_eps;
+
+  int64_t N() const { return x.size(0); }
+  int64_t H() const { return x.size(1); }
+  bool has_alpha() const { return activation >= ActivationName::prelu; }
+  bool batch_statistics() const { return batch_norm && training; }
+};
+
+#define RK_NORM_CHECK(condition, ...) RK_CHECK(condition, "norm_activation: ", __VA_ARGS__)
+
+// The texts are those of ops/norm_activation.py.
+static void check(const NormArguments& a) {
+  const Tensor& x = a.x;
+  RK_CHECK_DIM("norm_activation", x, 2);
+  RK_CHECK_FLOATING("norm_activation", x);
+  RK_NORM_CHECK(a.batch_norm || a.activation != ActivationName::dice_batch_norm,
+                "dice_batch_norm needs batch_norm");
+  RK_NORM_CHECK(a.weight.has_value() == a.bias.has_value(), "give both weight and bias, or neither");
+  RK_NORM_CHECK(a.batch_norm || !a.weight, "weight and bias belong to batch_norm");
+  RK_NORM_CHECK(a.alpha.has_value() == a.has_alpha(), "activation ", static_cast<int64_t>(a.activation),
+                a.has_alpha() ? " needs an alpha" : " has no alpha");
+  RK_NORM_CHECK(!a.batch_norm || a.training || (a.running_mean && a.running_var),
+                "give running_mean and running_var, or training");
+  RK_NORM_CHECK(!a.batch_statistics() || a.N() > 1, "training needs more than one row, got ", a.N());
+  const auto check_vector = [&](const OptionalTensor& t, const char* name, bool may_be_one) {
+    if (!t) return;
+    RK_NORM_CHECK(t->dim() == 1 && (t->size(0) == a.H() || (may_be_one && t->size(0) == 1)), name,
+                  " must be [H] = [", a.H(), may_be_one ? "] or [1], got " : "], got ", shape_of(*t));
+    const auto dtype = t->scalar_type();
+    RK_NORM_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                      dtype == ScalarType::BFloat16,
+                  name, " must be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+    RK_NORM_CHECK(t->is_cpu(), name, " must be on the device of x, cpu");
+  };
+  check_vector(a.weight, "weight", false);
+  check_vector(a.bias, "bias", false);
+  check_vector(a.running_mean, "running_mean", false);
+  check_vector(a.running_var, "running_var", false);
+  check_vector(a.alpha, "alpha", true);
+}
+
+// Rows whose statistics are taken at once: enough to make little of merging them, few enough to be in the
+// second-level cache when they are read again.
+constexpr int64_t kStatisticsRows = 64;
+
+// Rows in chunks of about equal work. The bounds depend on the shape alone, and sums are taken by chunk: the
+// same bits for any number of threads.
+struct NormChunks {
+  explicit NormChunks(const NormArguments& a, int64_t bytes) : N(a.N()) {
+    constexpr int64_t kGrain = 16384;  // values worth waking a thread for: about 20 us
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kGrain, 128));
+    rows = std::max<int64_t>(1, (N + most - 1) / most);
+    // Blocks of rows: three arrays of accumulators stay in the first-level cache, rows read in groups of
+    // vectors.
+    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kDinRows);
+  }
+  int64_t size() const { return (N + rows - 1) / rows; }
+  int64_t begin(int64_t chunk) const { return chunk * rows; }
+  int64_t end(int64_t chunk) const { return std::min(N, (chunk + 1) * rows); }
+
+  template <class Body>
+  void parallel_for(const Body& body) const {
+    torch::stable::parallel_for(0, size(), 1, [&](int64_t c0, int64_t c1) { body(c0, c1); });
+  }
+  int64_t N, rows, block;
+};
+
+// The layer as the kernels take it: g = n, or x without a normalization.
+template <class A>
+class NormLayer {
+ public:
+  explicit NormLayer(const NormArguments& a) : args_(a) {
+    const int64_t H = a.H();
+    f.out = H;
+    f.undropped = 1;
+    f.unit = row(std::vector<A>(H, A(1)));
+    f.epsilon = static_cast<A>(H * a.dice_eps);
+    f.activation = a.activation == ActivationName::sigmoid           ? DinActivation::sigmoid
+                   : a.activation == ActivationName::dice            ? DinActivation::dice
+                   : a.activation == ActivationName::dice_batch_norm ? DinActivation::dice_batch_norm
+                                                                     : DinActivation::leaky;
+    std::vector<A> alpha{static_cast<A>(a.activation == ActivationName::linear      ? 1
+                                        : a.activation == ActivationName::leakyrelu ? 0.01
+                                                                                    : 0)};
+    if (a.alpha) alpha = values_of<A>(*a.alpha);
+    if (alpha.size() == 1) alpha.resize(H, alpha[0]);
+    f.alpha = row(alpha);
+    if (a.batch_norm && !a.training)
+      set_statistics(values_of<double>(*a.running_mean), values_of<double>(*a.running_var));
+  }
+
+  // Mean and biased variance of each column.
+  void set_statistics(const std::vector<double>& mean, const std::vector<double>& var) {
+    const int64_t H = args_.H();
+    std::vector<double> r(H), shift(H), weight(H, 1), bias(H, 0);
+    for (int64_t h = 0; h < H; ++h) {
+      r[h] = 1 / std::sqrt(var[h] + args_.norm_eps);
+      shift[h] = -mean[h] * r[h];
+    }
+    if (args_.weight) {
+      weight = values_of<double>(*args_.weight);
+      bias = values_of<double>(*args_.bias);
+    }
+    f.g_scale = f.r = row(r);
+    f.g_shift = row(shift);
+    f.c1 = f.c2 = arena_.take(padded<A>(H));
+    const A *w = row(weight), *b = row(bias);
+    if (args_.activation == ActivationName::dice_batch_norm) {  // y = x, recovered from n
+      f.v_scale = w;
+      f.v_shift = b;
+      std::vector<double> back(H);
+      for (int64_t h = 0; h < H; ++h) back[h] = 1 / r[h];
+      f.y_scale = row(back);
+      f.y_shift = row(mean);
+    } else {
+      f.y_scale = w;
+      f.y_shift = b;
+    }
+  }
+
+  // The means of e and of e n over the batch.
+  void set_backward_means(const DinLayerGrad<A>& sums) {
+    const int64_t H = args_.H();
+    const bool inside = args_.activation == ActivationName::dice_batch_norm;
+    const A *weight = inside ? f.v_scale : f.y_scale, *e = sums.sums[inside ? 2 : 0],
+            *en = sums.sums[inside ? 3 : 1];
+    A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
+    for (int64_t h = 0; h < H; ++h) {
+      c1[h] = weight[h] * e[h] / args_.N();
+      c2[h] = weight[h] * en[h] / args_.N();
+    }
+    f.c1 = c1;
+    f.c2 = c2;
+  }
+
+  DinLayer<A> f{};
+
+ private:
+  template <class U>
+  const A* row(const std::vector<U>& values) {
+    A* p = arena_.take(padded<A>(values.size()));
+    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<A>(values[i]);
+    return p;
+  }
+  const NormArguments& args_;
+  Arena<A> arena_;
+};
+
+// One thread's memory.
+template <class A>
+struct NormWorkspace {
+  NormWorkspace(int64_t H, int64_t block) {
+    const int64_t ld = padded<A>(H);
+    s.g = arena.take(block * ld);
+    s.a = arena.take(block * ld);
+    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_u}) *of_rows = arena.take(block);
+    d = arena.take(block * ld);
+    vector = arena.take(ld);
+  }
+  Arena<A> arena;
+  DinLayerScratch<A> s{};
+  A *d, *vector;
+};
+
+// Sums of a range of rows.
+template <class A>
+struct NormSums {
+  explicit NormSums(int64_t H) : ld(padded<A>(H)) {
+    grad.alpha = arena.take(5 * ld);
+    for (int64_t i = 0; i < 4; ++i) grad.sums[i] = grad.alpha + (1 + i) * ld;
+  }
+  void operator+=(const NormSums& other) {
+    for (int64_t i = 0; i < 5 * ld; ++i) grad.alpha[i] += other.grad.alpha[i];
+  }
+  int64_t ld;
+  Arena<A> arena;
+  DinLayerGrad<A> grad{};
+};
+
+template <class T, class A = Accumulator<T>>
+void take_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x, NormLayer<A>& layer,
+                     A* batch_stats) {
+  const int64_t H = a.H(), stride_xn = x.stride(0);
+  const T* xp = static_cast<const T*>(x.const_data_ptr());
+  std::vector<double> memory(2 * H * chunks.size());
+  std::vector<DinStats> stats(chunks.size());
+  for (size_t c = 0; c < stats.size(); ++c) stats[c] = {0, &memory[2 * c * H], &memory[(2 * c + 1) * H]};
+  chunks.parallel_for([&](int64_t c0, int64_t c1) {
+    Arena<A> arena;
+    A* vectors = arena.take(3 * padded<A>(H));
+    for (int64_t c = c0; c < c1; ++c)
+      RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
+                      vectors, stats[c]);
+  });
+  std::vector<double> mean(H), var(H);
+  double count = 0;
+  for (const DinStats& s : stats) {
+    const double total = count + s.count, share = s.count / total;
+    for (int64_t h = 0; h < H; ++h) {
+      const double delta = s.mean[h] - mean[h];
+      mean[h] += delta * share;
+      var[h] += s.deviation[h] + delta * delta * count * share;
+    }
+    count = total;
+  }
+  for (int64_t h = 0; h < H; ++h) {
+    batch_stats[h] = static_cast<A>(mean[h]);
+    batch_stats[H + h] = static_cast<A>(var[h] / (count - 1));
+    var[h] /= count;
+  }
+  layer.set_statistics(mean, var);
+}
+
+static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& alpha,
+                                                      const OptionalTensor& running_mean,
+                                                      const OptionalTensor& running_var, int64_t activation,
+                                                      bool batch_norm, bool training, double norm_eps,
+                                                      double dice_eps) {
+  const NormArguments a{x,
+                        weight,
+                        bias,
+                        alpha,
+                        running_mean,
+                        running_var,
+                        static_cast<ActivationName>(activation),
+                        batch_norm,
+                        training,
+                        norm_eps,
+                        dice_eps};
+  check(a);
+  const Tensor xu = unit_stride_last(x);
+  Tensor out = new_empty_paged(x, {a.N(), a.H()});
+  const auto wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide);
+  dispatch_floating(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
+    const NormChunks chunks(a, sizeof(A));
+    NormLayer<A> layer(a);
+    if (a.batch_statistics())
+      take_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
+    const T* xp = static_cast<const T*>(xu.const_data_ptr());
+    T* outp = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t stride_xn = xu.stride(0);
+    chunks.parallel_for([&](int64_t c0, int64_t c1) {
+      const NormWorkspace<A> w(a.H(), chunks.block);
+      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, chunks.begin(c0), chunks.end(c1 - 1),
+                      chunks.block, w.s);
+    });
+  });
+  return {out, batch_stats};
+}
+
+template <class A, class Value>
+Tensor vector_gradient(const Tensor& param, const Value& value) {
+  Tensor grad = torch::stable::new_empty(param, param.sizes());
+  with_values(grad.scalar_type(), [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    P* p = static_cast<P*>(grad.mutable_data_ptr());
+    for (int64_t h = 0; h < grad.numel(); ++h) p[h] = static_cast<P>(value(h));
+  });
+  return grad;
+}
+
+static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
+    const Tensor& grad_out, const Tensor& batch_stats, const Tensor& x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& alpha, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, int64_t activation, bool batch_norm, bool training, double norm_eps,
+    double dice_eps) {
+  const NormArguments a{x,
+                        weight,
+                        bias,
+                        alpha,
+                        running_mean,
+                        running_var,
+                        static_cast<ActivationName>(activation),
+                        batch_norm,
+                        training,
+                        norm_eps,
+                        dice_eps};
+  check(a);
+  const int64_t N = a.N(), H = a.H();
+  RK_CHECK_DIM("norm_activation_backward", grad_out, 2);
+  RK_CHECK_SIZE("norm_activation_backward", grad_out, 0, N);
+  RK_CHECK_SIZE("norm_activation_backward", grad_out, 1, H);
+  RK_CHECK_SAME_DTYPE("norm_activation_backward", grad_out, x);
+  RK_CHECK_CPU("norm_activation_backward", grad_out);
+  RK_CHECK_SIZE("norm_activation_backward", batch_stats, 0, (a.batch_statistics() ? 2 * H : 0));
+  const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
+  Tensor grad_x = new_empty_paged(x, {N, H});
+  std::vector<Tensor> grad_params;
+  dispatch_floating(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
+    const NormChunks chunks(a, sizeof(A));
+    NormLayer<A> layer(a);
+    if (a.batch_statistics()) {
+      const std::vector<double> stats = values_of<double>(batch_stats);
+      std::vector<double> mean(stats.begin(), stats.begin() + H), var(stats.begin() + H, stats.end());
+      for (double& v : var) v *= (N - 1.) / N;
+      layer.set_statistics(mean, var);
+    }
+    const T *xp = static_cast<const T*>(xu.const_data_ptr()),
+            *gp = static_cast<const T*>(gu.const_data_ptr());
+    const int64_t stride_xn = xu.stride(0), stride_gn = gu.stride(0);
+    std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
+    const auto pass = [&](T* grad_xp) {
+      chunks.parallel_for([&](int64_t c0, int64_t c1) {
+        const NormWorkspace<A> w(H, chunks.block);
+        for (int64_t c = c0; c < c1; ++c) {
+          partial[c] = std::make_unique<NormSums<A>>(H);
+          RK_DISPATCH_ISA(norm_activation_backward<T>, layer.f, gp, stride_gn, xp, stride_xn, grad_xp,
+                          chunks.begin(c), chunks.end(c), chunks.block, w.s, w.d, w.vector, partial[c]->grad);
+        }
+      });
+    };
+    NormSums<A> sums(H);
+    const auto add = [&] {
+      for (const auto& p : partial) sums += *p;
+    };
+    T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
+    if (a.batch_statistics()) {
+      pass(nullptr);
+      add();
+      layer.set_backward_means(sums.grad);
+      pass(grad_xp);
+    } else {
+      pass(grad_xp);
+      add();
+    }
+    const bool inside = a.activation == ActivationName::dice_batch_norm;
+    if (a.weight) {
+      const A *e = sums.grad.sums[inside ? 2 : 0], *en = sums.grad.sums[inside ? 3 : 1];
+      grad_params.push_back(vector_gradient<A>(*a.weight, [&](int64_t h) { return en[h]; }));
+      grad_params.push_back(vector_gradient<A>(*a.bias, [&](int64_t h) { return e[h]; }));
+    }
+    if (a.alpha) {
+      A all = 0;
+      for (int64_t h = 0; h < H; ++h) all += sums.grad.alpha[h];
+      const bool one = a.alpha->numel() == 1;
+      grad_params.push_back(
+          vector_gradient<A>(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
+    }
+  });
+  return {grad_x, grad_params};
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {
+  m.impl("norm_activation", TORCH_BOX(&rk::norm_activation_cpu));
+  m.impl("norm_activation_backward", TORCH_BOX(&rk::norm_activation_backward_cpu));
+}
