@@ -3,10 +3,12 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SMOKE_TORCH ?= torch==2.14.1
-BENCH ?= bench
-RECORD := bench/results/ops.json
+BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
+RECORDS ?= build/bench
+PEERS ?= fbgemm-gpu-cpu==1.8.0 zentorch==2.13.0.2 deprecated wrapt
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH_PYTHON ?= $(BIN)/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -16,8 +18,9 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
 	@echo "make test    the test suite (TESTS='tests/test_ops.py -k fm' for a part)"
-	@echo "make bench   the benchmarks (BENCH='bench/bench_ops.py -k forward' for a part)"
-	@echo "make results measure again what the README shows, and write it there"
+	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
+	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there"
+	@echo "make peers   install FBGEMM's CPU operators and zentorch for the benchmarks, where there are wheels of them"
 	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/results/gpu_kernels.md"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
@@ -43,14 +46,22 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(TESTS)
 
+# A process and a record for each file of bench/, so that none finds what another left behind.
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m pytest $(BENCH)
+	mkdir -p $(RECORDS)
+	set -e; for name in $(BENCH); do \
+		$(BENCH_PYTHON) -m pytest bench/bench_$$name.py --benchmark-columns=median \
+			--benchmark-json=$(RECORDS)/$$name.json $(BENCH_OPTIONS); \
+	done
 
-# What the README shows: the record, the tables between its markers, and the chart.
-results: $(VENV)/bench.stamp
-	$(BIN)/python -m pytest bench/bench_ops.py bench/bench_din_attention.py -k "bench_ops or 2_threads or peak" \
-		--benchmark-columns=median --benchmark-json=$(RECORD)
-	$(BIN)/python bench/report.py $(RECORD) --into README.md --chart $(RECORD:.json=.svg)
+# What README.md and bench/RESULTS.md show: the records, the tables and the charts.
+results:
+	$(MAKE) bench RECORDS=bench/results
+	$(BIN)/python bench/report.py
+
+# FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.
+peers: $(VENV)/bench.stamp
+	-$(PIP) install --no-deps $(PEERS)
 
 gpu-report: $(VENV)/test.stamp
 	$(BIN)/python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md

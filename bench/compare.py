@@ -25,6 +25,9 @@ def load(path: Path) -> tuple[dict[str, dict], list[str]]:
         cpu = record["machine_info"]["cpu"].get("brand_raw", "unknown processor")
         conditions = record["conditions"]
         machines.append(f"{cpu}, torch {conditions['versions']['torch']}, {conditions['malloc']}")
+        for threads, read in conditions.get("read_gb_s", {}).items():
+            if read and read[0] < 0.75 * read[1]:
+                print(f"{file}: reading memory with {threads} threads varied from {read[0]:.0f} to {read[1]:.0f} GB/s")
         for benchmark in record["benchmarks"]:
             entries[benchmark["fullname"]] = benchmark["extra_info"]
     return entries, list(dict.fromkeys(machines))

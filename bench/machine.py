@@ -129,6 +129,20 @@ def best_time(function: Callable[[], object], seconds: float = 0.15) -> float:
 
 
 @functools.cache
+def _probe_input() -> torch.Tensor:
+    return torch.ones(64 << 18)
+
+
+def probe() -> float:
+    """GB/s of reading 64 MiB now. On a shared machine it tells what /proc/stat cannot: a neighbour behind the
+    hypervisor who takes memory bandwidth, to whoever is bound by it more than to others."""
+    x = _probe_input()
+    start = time.perf_counter()
+    torch.dot(x, x)
+    return 4 * x.numel() / (time.perf_counter() - start) / 1e9
+
+
+@functools.cache
 def ceilings(threads: int) -> dict:
     """The best that this machine was seen to do: float32 GFLOP/s of a matrix product, and GB/s of reading, by MiB read.
 

@@ -1,8 +1,6 @@
-"""From a benchmark record to Markdown tables and a chart: ``python bench/report.py results/ops.json``.
-
-The record is ``pytest bench --benchmark-json FILE``. Tables go to standard output, the chart to ``--chart FILE.svg``.
-``--into FILE.md`` writes the tables between the markers ``<!-- bench -->`` and ``<!-- /bench -->`` of that file, and
-``--check`` only says whether they already stand there.
+"""From the records in bench/results to tables and charts: ``python bench/report.py`` writes README.md's part between
+``<!-- bench -->`` and ``<!-- /bench -->``, bench/RESULTS.md and the charts; ``--check`` writes nothing and exits 1 if
+something there is not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
 """
 
 from __future__ import annotations
@@ -11,114 +9,399 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+RESULTS, README, PAGE = ROOT / "bench/results", ROOT / "README.md", ROOT / "bench/RESULTS.md"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+#: The records, in the order of the page, and their titles. Others come after them, under their names.
+TITLES = {
+    "steps": "Whole training steps",
+    "ops": "FM interaction",
+    "din_attention": "DIN attention",
+    "embedding_bag": "Embedding tables",
+    "serving": "Serving one user",
+    "import": "Import",
+    "scaling": "Scaling",
+    "end_to_end": "End to end",
+}
+TRAINING = "forward + backward"
 
 
-def load(path: Path) -> tuple[str, list[dict], list[dict]]:
-    """The conditions in one line, the races against eager and torch.compile, and the peaks of memory."""
-    record = json.loads(path.read_text())
-    races, peaks = [], []
-    for extra in (b["extra_info"] for b in record["benchmarks"]):
-        medians = extra.get("medians_s", {})
-        if "eager" in medians and "compile" in medians:
-            ours = medians["ours"]
-            reading = [medians[name] for name in ("read_sum", "read_dot") if name in medians]
-            races.append(
+HEAD = """\
+# Measured
+
+`make results` measures all of this again and writes this page and the charts, `make results BENCH=ops` a part of it.
+`make bench` measures into build/bench and leaves this page alone; what became slower is said by
+`python bench/compare.py bench/results build/bench`. Written by bench/report.py.
+
+Each contender's result was compared with ours before anything was timed. They take turns in every round; times are
+medians. A column of another's name says how many times faster than its form ours is, as it stands and after the stroke
+under torch.compile: the median over the rounds of the ratio within a round. GB/s and GFLOP/s count the bytes and the
+flops that the mathematics needs. The floor is those bytes at the bandwidth of reading as many, or those flops at
+sgemm's rate, whichever takes longer, both measured in the same run. How it is done, and why so:
+[conftest.py](conftest.py).
+"""
+PEAKS = """\
+Peak memory of a training step beyond inputs, outputs and gradients, MiB: of torch's allocator / of the process. A
+process each, with glibc's defaults.
+"""
+
+
+@dataclass
+class Record:
+    name: str
+    content: dict
+
+    @property
+    def entries(self) -> list[dict]:
+        return [b["extra_info"] for b in self.content["benchmarks"]]
+
+    @property
+    def races(self) -> list[dict]:
+        return [e for e in self.entries if len(e.get("contenders", ())) > 1 and "curve" not in e]
+
+    @property
+    def peaks(self) -> list[dict]:
+        return [e for e in self.entries if "peak" in e]
+
+    @property
+    def conditions(self) -> str:
+        c, cpu = self.content["conditions"], self.content["machine_info"]["cpu"]
+        return (
+            f"{cpu.get('brand_raw', 'unknown processor')}, {c['cores']} cores, {c['isa']} kernels, "
+            f"torch {c['versions']['torch']}, {c['malloc']}"
+        )
+
+
+def load(folder: Path) -> dict[str, Record]:
+    records = {path.stem: Record(path.stem, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))}
+    order = [*TITLES, *records]
+    return {name: records[name] for name in sorted(records, key=order.index)}
+
+
+# -------------------------------------------------------------------------------------------------------------- races
+
+
+def library(contender: str) -> tuple[str, bool]:
+    """Whose form of the computation a contender runs, and whether compiled."""
+    if contender == "compile":
+        return "eager", True
+    return contender.removesuffix(" compiled"), contender.endswith(" compiled")
+
+
+def most_threads(races: list[dict]) -> list[dict]:
+    most = max((r["threads"] for r in races), default=0)
+    return [r for r in races if r["threads"] == most]
+
+
+def speed_up(race: dict, contender: str) -> list[float]:
+    """How many times faster than the baseline: the median and its quartiles."""
+    baseline, found = race["contenders"][race["baseline"]], race["contenders"][contender]
+    if contender == "ours":
+        return [baseline["ratio"], baseline["ratio_q1"], baseline["ratio_q3"]]
+    return [baseline["ratio"] / found["ratio"]] * 3
+
+
+def bars(races: list[dict]) -> list[dict]:
+    """For a chart: ours and the fastest compiled contender, over the baseline."""
+    rows = []
+    for race in races:
+        compiled = [name for name in race["contenders"] if library(name)[1]]
+        fastest = min(compiled, key=lambda name: race["contenders"][name]["ratio"], default=None)
+        rows.append(
+            {
+                "label": [race["case"], race["kind"]],
+                "ours": speed_up(race, "ours"),
+                "compiled": speed_up(race, fastest)[0] if fastest else None,
+            }
+        )
+    return rows
+
+
+def times(x: float) -> str:
+    return f"{x:.0f}" if x >= 99.5 else f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def race_table(races: list[dict]) -> list[str]:
+    peers = list(dict.fromkeys(library(name)[0] for race in races for name in race["contenders"] if name != "ours"))
+    shares = any("floor_s" in race for race in races)
+    head = ["case", "pass", "threads", "ours, ms (quartiles)"]
+    head += ["GB/s", "GFLOP/s", "of the floor"] if shares else []
+    lines = ["| " + " | ".join(head + peers) + " |", "| --- " * len(head + peers) + "|"]
+    for race in races:
+        ours = race["contenders"]["ours"]
+        cells = [race["case"], race["kind"], str(race["threads"])]
+        cells.append("{} ({}–{})".format(*(milliseconds(ours[k]) for k in ("median_s", "q1_s", "q3_s"))))
+        if "floor_s" in race:
+            seconds = ours["median_s"]
+            cells += [f"{race[k] / seconds / 1e9:.1f}" for k in ("size", "flops")]
+            cells.append(f"{100 * race['floor_s'] / seconds:.0f} %")
+        elif shares:
+            cells += [""] * 3
+        if race.get("disturbed"):
+            cells[0] += " **!**"
+        for peer in peers:
+            found = {library(n)[1]: c["ratio"] for n, c in race["contenders"].items() if library(n)[0] == peer}
+            cells.append(" / ".join(times(found[c]) if c in found else "–" for c in (False, True)) if found else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def peak_table(peaks: list[dict]) -> list[str]:
+    names = list(dict.fromkeys(name for p in peaks for name in p["peak"] if name != "ours"))
+    head = ["case", "ours", *names]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for p in peaks:
+        cells = [
+            "{allocator_mib:.1f} / {resident_mib:.1f}".format(**p["peak"][n]) if n in p["peak"] else ""
+            for n in ("ours", *names)
+        ]
+        lines.append("| " + " | ".join([p["case"], *cells]) + " |")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+
+
+def charts(records: dict[str, Record]) -> dict[str, tuple[str, dict]]:
+    """What each chart shows, by its name: its kind and everything that is drawn."""
+    found: dict[str, tuple[str, dict]] = {}
+    timed = [records[name] for name in ("steps", "ops", "din_attention", "embedding_bag", "serving") if name in records]
+    for name, kinds in (("speedup", lambda k: k != "forward"), ("speedup_forward", lambda k: k == "forward")):
+        races = [r for record in timed for r in most_threads(record.races) if r["kind"] and kinds(r["kind"])]
+        if races:
+            caption = f"float32, {races[0]['threads']} threads, {timed[0].conditions}"
+            found[name] = "bars", {"rows": bars(races), "caption": caption}
+    peaks = [p for record in timed for p in record.peaks]
+    if peaks:
+        rows = []
+        for p in peaks:
+            baseline = next(n for n in p["peak"] if n != "ours" and not library(n)[1])
+            rows.append(
                 {
-                    "case": extra["case"],
-                    "pass": "forward + backward" if extra["training"] else "forward",
-                    "threads": extra["threads"],
-                    "ours": ours,
-                    "eager": medians["eager"] / ours,
-                    "compile": medians["compile"] / ours,
-                    "read": min(reading) / ours if reading and not extra["training"] else None,
+                    "label": [p["case"], "training step"],
+                    "baseline": p["peak"][baseline]["allocator_mib"],
+                    "compiled": next((v["allocator_mib"] for n, v in p["peak"].items() if library(n)[1]), None),
+                    "ours": p["peak"]["ours"]["allocator_mib"],
                 }
             )
-        elif "peak_mib" in extra:
-            peaks.append({"case": extra["case"], **extra["peak_mib"]})
-    info = next(b["extra_info"] for b in record["benchmarks"] if "isa" in b["extra_info"])
-    cpu = record["machine_info"]["cpu"].get("brand_raw", record["machine_info"]["processor"])
-    return f"{cpu}, {info['isa']} kernels, torch {info['torch']}", races, peaks
-
-
-def tables(conditions: str, races: list[dict], peaks: list[dict]) -> str:
-    lines = [
-        f"float32, medians of interleaved rounds, results compared before timing. {conditions}.",
-        "",
-        "| case | pass | threads | ours, ms | faster than eager | than torch.compile | of read bandwidth |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for r in races:
-        share = "" if r["read"] is None else f"{100 * r['read']:.0f} %"
-        lines.append(
-            f"| {r['case']} | {r['pass']} | {r['threads']} | {r['ours'] * 1e3:.2f} | {r['eager']:.1f} × "
-            f"| {r['compile']:.1f} × | {share} |"
+        found["memory"] = "memory", {"rows": rows, "caption": f"float32, {timed[0].conditions}"}
+    with_floor = [r for record in timed for r in most_threads(record.races) if "floor_s" in r]
+    if with_floor:
+        threads = with_floor[0]["threads"]
+        holder = next(r for r in timed if str(threads) in r.content["conditions"].get("ceilings", {}))
+        points = []
+        for race in with_floor:
+            rate = {n: race["flops"] / race["contenders"][n]["median_s"] / 1e9 for n in ("ours", race["baseline"])}
+            points.append(
+                {
+                    "op": race["case"].split(" B")[0],
+                    "kind": race["kind"],
+                    "intensity": race["flops"] / race["size"],
+                    "ours": rate["ours"],
+                    "baseline": rate[race["baseline"]],
+                }
+            )
+        found["roofline"] = (
+            "roofline",
+            {
+                "points": points,
+                "ceiling": holder.content["conditions"]["ceilings"][str(threads)],
+                "caption": f"float32, {threads} threads, {holder.conditions}",
+            },
         )
-    if peaks:
-        lines += [
-            "",
-            "Peak memory of a training step beyond inputs, outputs and gradients:",
-            "",
-            "| case | ours, MiB | eager, MiB | ours / eager |",
-            "| --- | --- | --- | --- |",
-            *(f"| {p['case']} | {p['ours']:.1f} | {p['eager']:.1f} | {p['ours'] / p['eager']:.3f} |" for p in peaks),
-        ]
-    return "\n".join(lines) + "\n"
+    if "scaling" in records:
+        record, curves = records["scaling"], {}
+        for e in record.entries:
+            if "curve" in e:
+                c = e["curve"]
+                curve = curves.setdefault((c["op"], c["axis"]), {**c, "points": []})
+                baseline = e["contenders"][e["baseline"]]["median_s"]
+                curve["points"].append([c["value"], e["contenders"]["ours"]["median_s"], baseline, e["floor_s"]])
+        found["scaling"] = (
+            "scaling",
+            {"curves": list(curves.values()), "caption": f"float32, {record.conditions}, medians"},
+        )
+    if any(e.get("target_auc") for e in (records["end_to_end"].entries if "end_to_end" in records else ())):
+        record = records["end_to_end"]
+        tasks = [e for e in record.entries if e.get("target_auc")]
+        found["end_to_end"] = (
+            "learning",
+            {
+                "tasks": [
+                    {
+                        "task": e["case"],
+                        "target_auc": e["target_auc"],
+                        "curves": {name: run["auc_curve"] for name, run in e["learning"].items()},
+                    }
+                    for e in tasks
+                ],
+                "caption": f"{tasks[0]['threads']} threads, {record.conditions}",
+            },
+        )
+    return found
 
 
-def chart(conditions: str, races: list[dict], path: Path) -> None:
-    """Speed-ups over eager at the most threads measured, torch.compile's beside ours."""
-    import matplotlib
+CHART_TEXTS = {
+    "speedup": (
+        "Training: how many times faster than eager PyTorch",
+        "Medians over interleaved rounds of the ratio within a round; whiskers are quartiles. torch.compile is the "
+        "fastest of the compiled forms.",
+    ),
+    "memory": (
+        "Training: peak memory beyond inputs, outputs and gradients, as a share of eager PyTorch's",
+        "Of torch's allocator.",
+    ),
+    "speedup_forward": ("Forward: how many times faster than eager PyTorch", "As above."),
+    "roofline": (
+        "Roofline: ours and eager PyTorch against what the machine can do",
+        "Flops and bytes are those that the mathematics needs, for both.",
+    ),
+    "scaling": ("Scaling: time against one size at a time", "The floor is the bytes at the bandwidth of reading as "
+                "many, or the flops at sgemm's rate, whichever takes longer."),
+    "end_to_end": ("End to end: AUC against seconds of training", "Compilation and evaluation are not counted."),
+}  # fmt: skip
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
 
-    threads = max(r["threads"] for r in races)
-    races = [r for r in races if r["threads"] == threads][::-1]
-    ink, ours, compiled = "#808080", "#0072b2", "#e69f00"  # Okabe and Ito's palette; the grey shows on light and dark
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rankkernels", "font.size": 10})
-    plt.rcParams.update({key: ink for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")})
-    figure, axes = plt.subplots(figsize=(10, 0.56 * len(races) + 1.6), layout="constrained")
-    for y, r in enumerate(races):
-        for offset, value, colour in ((0.2, r["eager"], ours), (-0.2, r["eager"] / r["compile"], compiled)):
-            axes.barh(y + offset, value, 0.36, color=colour)
-            axes.annotate(f"{value:.1f}×", (value, y + offset), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(range(len(races)), [f"{r['case']}\n{r['pass']}" for r in races])
-    axes.axvline(1, color=ink, linewidth=1)
-    axes.set_xlabel("times faster than eager PyTorch (1 = eager)")
-    axes.set_xlim(0, 1.12 * max(max(r["eager"], r["eager"] / r["compile"]) for r in races))
-    axes.set_ylim(-0.6, len(races) - 0.4)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(ink)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (ours, compiled)]
-    figure.legend(handles, ["rankkernels", "torch.compile"], loc="outside upper right", ncols=2, frameon=False)
-    figure.suptitle(f"float32, {threads} threads, {conditions}", x=0.01, ha="left", fontsize=9, color=ink)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+def picture(name: str, folder: str) -> list[str]:
+    title, text = CHART_TEXTS[name]
+    return [f"![{title}]({folder}{name}.svg)", "", f"<sub>{title}. {text}</sub>", ""]
+
+
+# --------------------------------------------------------------------------------------------------------------- pages
+
+
+def business(record: Record) -> str:
+    c = record.content["conditions"]
+    disturbed, races = c["disturbed"], sum("contenders" in e for e in record.entries)
+    if c["quick"]:
+        return "**measured with --quick: no numbers to quote**"
+    if c["others_cores"] is None:
+        return "unknown"
+    varied = [r for r in c["read_gb_s"].values() if r and r[0] < 0.75 * r[1]]
+    steadiness = "".join(f", reading memory varied from {low:.0f} to {high:.0f} GB/s" for low, high in varied)
+    if disturbed:
+        return f"**busy: other processes took part in {len(disturbed)} of {races} races (marked !)**{steadiness}"
+    return "quiet" + steadiness
+
+
+def conditions_section(records: dict[str, Record]) -> list[str]:
+    lines = [
+        "## Conditions",
+        "",
+        "| record | machine | of the day | load before | the machine was | command |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, record in records.items():
+        c = record.content["conditions"]
+        lines.append(
+            f"| [{name}](results/{name}.json) | {record.conditions} | {record.content['datetime'][:10]} "
+            f"| {c['load_before']:.2f} | {business(record)} | `make results BENCH={name}` |"
+        )
+    missing: dict[str, set] = {}
+    for record in records.values():
+        for peer, reason in record.content["conditions"]["not_measured"].items():
+            missing.setdefault(f"{peer} ({reason})", set()).add(record.name)
+        for e in record.entries:
+            for peer, reason in e.get("not_measured", {}).items():
+                if peer not in record.content["conditions"]["not_measured"]:
+                    missing.setdefault(f"{peer} ({reason})", set()).add(f"{record.name}, {e['kind']}")
+    versions = next(iter(records.values())).content["conditions"]["versions"]
+    lines += ["", "Versions: " + ", ".join(f"{n} {v}" for n, v in versions.items() if v) + ".", ""]
+    if missing:
+        lines += ["Not measured: " + "; ".join(f"{m}: {', '.join(sorted(w))}" for m, w in missing.items()) + ".", ""]
+    ceilings = {t: (c, r) for r in records.values() for t, c in r.content["conditions"].get("ceilings", {}).items()}
+    for threads, (ceiling, record) in sorted(ceilings.items()):
+        reading = ", ".join(f"{rate:.0f} GB/s of {mib} MiB" for mib, rate in ceiling["read_gb_s"].items())
+        lines.append(
+            f"Ceilings with {threads} thread{'s' * (threads != '1')} ({record.name}): sgemm "
+            f"{ceiling['sgemm_gflop_s']:.0f} GFLOP/s; reading {reading}."
+        )
+        lines.append("")
+    return lines
+
+
+def learning_table(entries: list[dict]) -> list[str]:
+    head = ["task", "who", "samples/s", "AUC at the end", "AUC aimed at", "seconds until then"]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for e in entries:
+        for name, run in e["learning"].items():
+            until = "–" if run["seconds_to_target"] is None else f"{run['seconds_to_target']:.2f}"
+            auc = f"{run['auc_curve'][-1][1]:.4f}" if run["auc_curve"] else "–"
+            target = f"{e['target_auc']:.4f}" if e["target_auc"] else "–"
+            cells = [e["case"], name, f"{run['samples_per_s']:,.0f}", auc, target, until]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(records: dict[str, Record], pictures: dict) -> str:
+    lines = [
+        HEAD,
+        *conditions_section(records),
+    ]
+    if pictures:
+        lines += ["## Charts", ""]
+        for name in CHART_TEXTS:
+            lines += picture(name, "results/") if name in pictures else []
+    for name, record in records.items():
+        parts = []
+        if record.races:
+            parts += [*race_table(record.races), ""]
+        if learning := [e for e in record.entries if "learning" in e]:
+            parts += [*learning_table(learning), ""]
+        if record.peaks:
+            parts += [
+                PEAKS,
+                *peak_table(record.peaks),
+                "",
+            ]
+        if parts:
+            lines += [f"## {TITLES.get(name, name)}", "", *parts]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def excerpt(records: dict[str, Record], pictures: dict) -> str:
+    """What the README shows: the first two charts."""
+    lines = []
+    for name in ("speedup", "memory"):
+        lines += picture(name, "bench/results/") if name in pictures else []
+    busy = [r.name for r in records.values() if r.content["conditions"]["disturbed"]]
+    if busy:
+        lines += [f"<sub>Other processes took part while these were measured: {', '.join(busy)}.</sub>", ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--chart", type=Path, help="write the chart to this SVG file")
-    parser.add_argument("--into", type=Path, help="write the tables between the markers of this file")
-    parser.add_argument("--check", action="store_true", help="with --into: change nothing, exit 1 if they differ")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if something differs")
     arguments = parser.parse_args()
-    conditions, races, peaks = load(arguments.record)
-    text = tables(conditions, races, peaks)
-    if arguments.chart:
-        chart(conditions, races, arguments.chart)
-    if not arguments.into:
-        print(text)
-        return 0
-    old = arguments.into.read_text()
-    new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{text}{END}", old, flags=re.DOTALL)
+    records = load(RESULTS)
+    pictures = charts(records)
+    old = README.read_text()
     if BEGIN not in old:
-        parser.error(f"{arguments.into}: no line {BEGIN}")
+        parser.error(f"{README}: no line {BEGIN}")
+    new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{excerpt(records, pictures)}{END}", old, flags=re.DOTALL)
+    texts = {README: new, PAGE: page(records, pictures)}
+    from charts import draw, is_current
+
     if arguments.check:
-        return int(new != old)
-    arguments.into.write_text(new)
+        stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+        stale += [
+            RESULTS / f"{name}.svg" for name, (_, data) in pictures.items() if not is_current(RESULTS / name, data)
+        ]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the records say")
+        return int(bool(stale))
+    for path, text in texts.items():
+        path.write_text(text)
+    for name, (kind, data) in pictures.items():
+        draw(kind, data, RESULTS / name)
     return 0
 
 

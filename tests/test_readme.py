@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,35 @@ def test_examples():
     assert session["p"].shape == (2,) and session["y"].shape == (4096, 1)
 
 
-def test_numbers_are_those_of_the_record():
-    """The table of measurements is what the committed record says."""
+def test_numbers_and_charts_are_those_of_the_records():
+    """README.md, bench/RESULTS.md and the charts say what the committed records say."""
+    command = [sys.executable, "bench/report.py", "--check"]
+    check = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
+    assert check.returncode == 0, f"{check.stdout}{check.stderr}run: python bench/report.py"
+
+
+def test_a_changed_number_is_noticed(tmp_path):
+    """The check before this one is worth something: one digit in one record, and it fails."""
     root = README.parent
-    command = [sys.executable, "bench/report.py", "bench/results/ops.json", "--into", "README.md", "--check"]
-    assert subprocess.run(command, cwd=root).returncode == 0, "run: " + " ".join(command[1:-1])
+    for folder in ("bench", "bench/results"):
+        (tmp_path / folder).mkdir()
+        for file in (root / folder).iterdir():
+            if file.is_file():
+                shutil.copy(file, tmp_path / folder)
+    shutil.copy(README, tmp_path)
+
+    def check():
+        command = [sys.executable, "bench/report.py", "--check"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert check().returncode == 0
+    path = tmp_path / "bench/results/ops.json"
+    record = json.loads(path.read_text())
+    next(b for b in record["benchmarks"] if "contenders" in b["extra_info"])["extra_info"]["contenders"]["eager"][
+        "ratio"
+    ] *= 2
+    path.write_text(json.dumps(record))
+    changed = check()
+    assert changed.returncode == 1
+    assert "bench/RESULTS.md is not what the records say" in changed.stdout
+    assert "speedup" in changed.stdout
