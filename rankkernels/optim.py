@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels.nn.embedding import fused_weight
+from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse"]
@@ -61,6 +62,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             for name in self._states:
                 shape = p.shape[:1] if self._one_a_row else p.shape
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
+                use_huge_pages(state[name])
         state["step"] += 1
         lr = self._learning_rate(group, state["step"])
         hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"]]
@@ -261,4 +263,6 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
                 raise ValueError(f"fuse: table {full} is looked up by a module of its own: {m}")
     for layer in layers.values():
         layer.fused_optimizer = optimizer
+        for p in layer.parameters():
+            use_huge_pages(p)
     return module

@@ -15,7 +15,7 @@
 //   max   grad e_{i_p, d} += grad_out[b, d] for the first p that attains the maximum
 //
 // Bytes: n D loads in lines scattered over the table, D stores a bag; 2 n D flops. The latency of the loads
-// is all there is: the rows of the ids kAhead further on are prefetched.
+// is all there is.
 #pragma once
 
 #include "columns.h"
@@ -26,7 +26,10 @@ namespace rk {
 namespace RK_ISA {
 namespace bags {
 
-constexpr int64_t kAhead = 16;
+// Ids between a row's turn and asking for it. Further than covers one row's latency: what counts is how many
+// rows are on their way. In a bag each vector asks for its own of that row: a burst for all of a row's lines
+// fills the queue of misses, and the loads wait behind it (8 x 1M x 64, 20 ids a bag: 2.5 times as long).
+constexpr int64_t kAhead = 40;
 
 RK_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
@@ -97,8 +100,9 @@ void embedding_bags(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
       V acc[kVecs] = {};
       bool empty = true;
       for (int64_t p = p0; p < p1; ++p) {
-        if (d == 0 && p + bags::kAhead < f.N)
-          bags::prefetch_row(weight + ids[p + bags::kAhead] * f.stride_wr, f.D * sizeof(T));
+        const T* next = weight + ids[p + bags::kAhead < f.N ? p + bags::kAhead : p] * f.stride_wr + d;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) __builtin_prefetch(next + v * kLanes);
         if (ids[p] == f.padding_idx) continue;
         const T* row = weight + ids[p] * f.stride_wr + d;
         if (f.mode != kMax) {

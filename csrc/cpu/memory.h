@@ -3,11 +3,23 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <utility>
 #if defined(__linux__)
 #  include <sys/mman.h>
 #endif
 
 namespace rk {
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+constexpr uintptr_t kHugePage = 2 << 20;
+// Where the first huge page begins and the last one ends that lie within a tensor's memory.
+inline std::pair<uintptr_t, uintptr_t> huge_pages_of(const torch::stable::Tensor& t) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  return {(begin + kHugePage - 1) & ~(kHugePage - 1),
+          (begin + t.numel() * t.element_size()) & ~(kHugePage - 1)};
+}
+#endif
 
 // torch::stable::new_empty, asking for huge pages where a large buffer has no pages yet. The allocator maps
 // many of them afresh at every call, and the system zeroes and maps each page on first touch: with pages of 4
@@ -17,10 +29,7 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
                                              torch::headeronly::IntHeaderOnlyArrayRef size) {
   torch::stable::Tensor t = torch::stable::new_empty(like, size);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (begin + t.numel() * t.element_size()) & ~(kHugePage - 1);
+  const auto [first, last] = huge_pages_of(t);
   unsigned char resident = 0;
   if (last >= first + kHugePage && mincore(reinterpret_cast<void*>(last - kHugePage), 1, &resident) == 0 &&
       !(resident & 1))

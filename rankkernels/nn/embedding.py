@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.embedding_bag import MODES, call
 from rankkernels.ops.embedding_fm import call as call_fm
 
@@ -115,7 +116,8 @@ class EmbeddingLayer(nn.Module):
                         f"EmbeddingLayer: feature {feature.name!r} cannot own a table: torch allows no module of that "
                         "name in a ModuleDict"
                     )
-                self.embed_dict[feature.name] = feature.get_embedding_layer()
+                table = self.embed_dict[feature.name] = feature.get_embedding_layer()
+                use_huge_pages(table.weight)
         for feature in features:
             if not is_dense(feature) and _table_name(feature) not in self.embed_dict:
                 raise ValueError(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
+from rankkernels.ops._library import use_huge_pages
 
 
 class EmbeddingBag(nn.EmbeddingBag):
@@ -123,6 +124,7 @@ class TableBatchedEmbeddingBag(nn.Module):
             nn.init.normal_(weight)
             if padding_idx is not None:
                 weight[padding_idx].zero_()
+            use_huge_pages(weight)
 
     def forward(
         self,

@@ -41,8 +41,18 @@ def _load_extension() -> str | None:
 
 
 lib.define("cpu_isa() -> int")
+lib.define("use_huge_pages(Tensor t) -> ()")
+torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
+torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
 no_extension: str | None = _load_extension()
 has_triton: bool = importlib.util.find_spec("triton") is not None and no_extension != "RANKKERNELS_REFERENCE is set"
+
+
+def use_huge_pages(t: Tensor) -> None:
+    """Moves a large table on the CPU to huge pages, where the system has them; its values stay, its address too."""
+    if t.device.type == "cpu" and t.is_contiguous() and t.numel() * t.element_size() >= 4 << 20:
+        torch.ops.rankkernels.use_huge_pages.default(t.detach())
+
 
 #: Ops that ran on the reference in this process, and why: what ``python -m rankkernels.info`` is about.
 reference_notices: dict[tuple[str, str], str] = {}
