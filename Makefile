@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench results gpu-report lint format wheel smoke clean
+.PHONY: help demo test bench results gpu-check gpu-report lint format wheel smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
@@ -21,6 +21,8 @@ help:
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
 	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there"
 	@echo "make peers   install FBGEMM's CPU operators and zentorch for the benchmarks, where there are wheels of them"
+	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
+	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
 	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/results/gpu_kernels.md"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
@@ -62,6 +64,9 @@ results:
 # FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.
 peers: $(VENV)/bench.stamp
 	-$(PIP) install --no-deps $(PEERS)
+
+gpu-check: $(VENV)/test.stamp
+	$(BIN)/python bench/gpu_check.py --out results $(GPU_CHECK)
 
 gpu-report: $(VENV)/test.stamp
 	$(BIN)/python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md

@@ -1,0 +1,454 @@
+"""Everything that only a GPU can show, in under eight minutes and without a network: ``python bench/gpu_check.py``.
+
+Correctness of every op and model against float64 on the CPU, in all dtypes and with the same bits twice; capture of
+every op's forward and backward in a CUDA graph; compute-sanitizer where it is installed; then, on shapes of practice,
+timings beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, as shares of the copy bandwidth and the matrix
+rate measured here. ``--out DIR`` keeps gpu_check.json and gpu_check.md. Exits with 1 where anything is wrong, with 2
+where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpu_check_report
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankkernels import _version, gpu_report
+from rankkernels.ops import _library
+from rankkernels.testing import (
+    GPU_CASES,
+    TEST_CASES,
+    TOLERANCE,
+    OpCase,
+    embedding_bag_case,
+    embedding_fm_case,
+    relative_error,
+)
+
+#: Seconds a part may take; what is left then is reported as not done.
+BUDGET = {"correctness": 160, "models": 40, "capture": 40, "sanitizer": 60, "timings": 150}
+HARD_LIMIT = sum(BUDGET.values()) + 25  # a check that is under way when its part's time is over goes on
+#: A model's layers round one after the other: its results and gradients may be off by so many times TOLERANCE, or by
+#: twice what they are off by on the CPU in the same dtype.
+MODEL_ROUNDINGS = 8
+EMBEDDING_CASES = [
+    embedding_bag_case([100_000] * 26, [16] * 26, list(range(26)), ["sum"] * 26, B=4096, L=1),
+    embedding_bag_case([1_000_000] * 8, [64] * 8, list(range(8)), ["sum"] * 8, B=1024, L=20),
+    embedding_fm_case([100_000] * 26, 16, list(range(26)), ["none"] * 26, B=4096),
+]
+
+
+@dataclass
+class Finding:
+    """What one check says: ``ok`` is None where it could not be done."""
+
+    part: str
+    what: str
+    ok: bool | None
+    detail: str = ""
+
+
+Check = tuple[str, Callable[[], tuple[bool | None, str]]]
+
+
+# Correctness.
+
+
+def on(device: torch.device, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach().to(device).requires_grad_(t.is_floating_point()) for t in inputs]
+
+
+def step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+    """The result of a forward, and the gradients of a backward."""
+    out = function(*inputs)
+    wanted = [t for t in inputs if t.requires_grad]
+    grads = torch.autograd.grad(out, wanted, grad_out, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted))]
+
+
+def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative error of the result and of the gradients, small ones on the scale of the largest."""
+    floor = 0.1 * max((g.double().norm().item() for g in expected[1:]), default=0.0)
+    errors = [relative_error(actual[0].cpu(), expected[0])]
+    errors += [relative_error(a.cpu(), e, floor) for a, e in zip(actual[1:], expected[1:])]
+    return float("inf") if any(e != e for e in errors) else max(errors)
+
+
+def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Forward and backward on the device against the reference in float64 on the CPU; twice, with the same bits."""
+    inputs = case.inputs(dtype)
+    exact = on(torch.device("cpu"), [t.double() if t.is_floating_point() else t for t in inputs])
+    shape = case.reference(*exact).shape
+    grad_out = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = step(case.reference, exact, grad_out.double())
+    actual, again = (step(case.function, on(device, inputs), grad_out.to(device)) for _ in range(2))
+    error = worst_error(actual, expected)
+    same = same_bits(actual, again)
+    detail = f"error {error:.1e} of {TOLERANCE[dtype]:.0e}" + ("" if same else ", other bits the second time")
+    return error <= TOLERANCE[dtype] and same, detail
+
+
+def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Probabilities and gradients of a training step on the device, in 16 bits under autocast, against the same model
+    in float64 on the CPU."""
+    torch.manual_seed(0)
+    model, x, y = make(B=64, rows=200)
+
+    def trained(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+        ours = copy.deepcopy(model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        batch = {k: v.to(device) for k, v in x.items()}
+        sixteen = dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(torch.device(device).type, dtype if sixteen else torch.bfloat16, enabled=sixteen):
+            p = ours(batch)
+        loss = F.binary_cross_entropy(p.double(), y.to(device).double())
+        return [p.detach(), *torch.autograd.grad(loss, list(ours.parameters()))]
+
+    expected = trained("cpu", torch.float64)
+    error, on_cpu = (worst_error(trained(place, dtype), expected) for place in (device, "cpu"))
+    allowed = max(MODEL_ROUNDINGS * TOLERANCE[dtype], 2 * on_cpu)
+    return error <= allowed, f"error {error:.1e} of {allowed:.0e}"
+
+
+def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """A forward and a backward in a CUDA graph, replayed on other values, against the same without a graph."""
+    static, other = (on(device, case.inputs(dtype, seed=seed)) for seed in (0, 1))
+    grad_out = torch.ones_like(case.function(*static))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(case.function, static, grad_out)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(case.function, static, grad_out)
+    with torch.no_grad():
+        for t, o in zip(static, other):
+            t.copy_(o)
+    graph.replay()
+    same = same_bits(captured, step(case.function, other, grad_out))
+    return same, "" if same else "a replay differs from a run"
+
+
+def has_kernels(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", "CUDA")
+
+
+def correctness(device: torch.device) -> Iterator[Check]:
+    """All cases in float32 first: should time run out, every op has had its turn."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for case in TEST_CASES:
+            if dtype in case.dtypes:
+                yield f"{case.id} {name_of(dtype)}", lambda case=case, dtype=dtype: check_case(case, dtype, device)
+
+
+def models(device: torch.device) -> Iterator[Check]:
+    for name, make in {"DeepFM": gpu_report.deepfm, "DIN": gpu_report.din}.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
+
+
+def capture(device: torch.device) -> Iterator[Check]:
+    """Every op's first test case that is not empty, in the dtypes of training."""
+    for op in sorted({case.op for case in TEST_CASES}):
+        case = next(c for c in TEST_CASES if c.op == op and c.elements)
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def captured(case=case, dtype=dtype):
+                if not has_kernels(case.op):
+                    return None, "no kernel in this build: the reference is not made for capture"
+                return capture_case(case, dtype, device)
+
+            yield f"{case.id} {name_of(dtype)}", captured
+
+
+def sanitizer(device: torch.device) -> Iterator[Check]:
+    """compute-sanitizer on a run of this file's correctness part, a case an op."""
+    yield "compute-sanitizer memcheck", lambda: sanitize(shutil.which("compute-sanitizer"), BUDGET["sanitizer"])
+
+
+def sanitize(program: str | None, seconds: float) -> tuple[bool | None, str]:
+    if program is None:
+        return None, "compute-sanitizer is not on PATH"
+    command = [program, "--error-exitcode=9", sys.executable, __file__, "--part=correctness", "--first-cases"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=0.9 * seconds)
+    except subprocess.TimeoutExpired:
+        return None, f"not done in {0.9 * seconds:.0f} s"
+    return done.returncode == 0, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+
+PARTS = {"correctness": correctness, "models": models, "capture": capture, "sanitizer": sanitizer}
+
+
+def run_checks(part: str, checks: Iterator[Check], seconds: float, now=time.monotonic) -> Iterator[Finding]:
+    """The findings of a part; after ``seconds`` the checks that are left are said to be left."""
+    end = now() + seconds
+    for what, check in checks:
+        if now() >= end:
+            yield Finding(part, what, None, f"not done: the part's {seconds:.0f} s are over")
+            continue
+        try:
+            yield Finding(part, what, *check())
+        except Exception as error:  # whatever it is, the check failed, and the others are still of interest
+            yield Finding(part, what, False, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+# Timings.
+
+
+class EventClock:
+    """Seconds on the device's own clock. It is kept busy while the host gets ahead, so that launches cost nothing."""
+
+    def __init__(self):
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        torch.cuda._sleep(500_000)
+        self.begin.record()
+        function()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end) / 1e3
+
+
+def rotations(case_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
+    """Sets of inputs that together leave nothing of one in the cache when its turn comes again."""
+    return max(1, min(-(-4 * cache_bytes // max(case_bytes, 1)), memory_bytes // (4 * max(case_bytes, 1)), 64))
+
+
+def race(
+    functions: dict[str, Callable], sets: Sequence[Sequence[Tensor]], clock, seconds: float, now=time.monotonic
+) -> dict[str, float]:
+    """Median seconds of each function, in rounds in which all take their turns, each on the next set of inputs."""
+    for function in functions.values():
+        for _ in range(2):
+            function(*sets[0])
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end, turn = now() + seconds, 0
+    while len(times["ours"]) < 5 or (now() < end and len(times["ours"]) < 50):
+        for name, function in functions.items():
+            turn += 1
+            times[name].append(clock.seconds(lambda: function(*sets[turn % len(sets)])))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ceilings(device: torch.device, clock, copied: int = 1 << 30, n: int = 8192) -> dict[str, float]:
+    """Bytes a second of a copy, reads and writes counted, and flops a second of a matrix product in each dtype."""
+
+    def best(function: Callable, *tensors: Tensor) -> float:
+        return min(clock.seconds(lambda: function(*tensors)) for _ in range(8))
+
+    x, y = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
+    found = {"copy": 2 * copied / best(torch.Tensor.copy_, y, x)}
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        found[name_of(dtype)] = 2 * n**3 / best(torch.matmul, a, b)
+    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default, in which eager is timed
+    return found
+
+
+def embedding_peers(case: OpCase, device: torch.device) -> dict[str, Callable]:
+    """nn.EmbeddingBag's function, a table a call, and FBGEMM's operator, of a bag case without weights or offsets."""
+    inputs = case.inputs()
+    n = len(inputs) // 2
+    peers: dict[str, Callable] = {
+        "EmbeddingBag": lambda *t: torch.cat([F.embedding_bag(i, w, mode="sum") for w, i in zip(t[:n], t[n:])], 1)
+    }
+    try:
+        import fbgemm_gpu  # noqa: F401
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except Exception:  # not installed, or not for this GPU
+        return peers
+    weights, ids = inputs[:n], inputs[n:]
+    place = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+    module = SplitTableBatchedEmbeddingBagsCodegen([(*w.shape, *place) for w in weights], device=device)
+    for own, w in zip(module.split_embedding_weights(), weights):
+        own.copy_(w)
+    B, L = ids[0].shape
+    offsets = torch.arange(0, n * B * L + 1, L, device=device)
+    peers["FBGEMM"] = lambda *t: module(torch.stack(t[n:]).flatten(), offsets)
+    return peers
+
+
+def trained(function: Callable) -> Callable:
+    """A forward and a backward with a gradient of ones."""
+
+    def both(*inputs):
+        out = function(*inputs)
+        return step(lambda *_: out, inputs, torch.ones_like(out))
+
+    return both
+
+
+TIMED = [(c, d) for c in GPU_CASES for d in c.dtypes if d != torch.float64]
+TIMED += [(c, torch.float32) for c in EMBEDDING_CASES]
+
+
+def timings(
+    device: torch.device, clock, cache: int, memory: int, seconds: float, timed=TIMED, now=time.monotonic
+) -> Iterator[dict]:
+    """A record for each case, dtype and pass, ours checked first. ``cache`` and ``memory``: the device's, in bytes."""
+    end = now() + seconds
+    for i, (case, dtype) in enumerate(timed):
+        record = {"case": case.id, "dtype": name_of(dtype)}
+        if now() >= end:
+            yield record | {"error": f"not measured: the part's {seconds:.0f} s are over"}
+            continue
+        share = (end - now()) / (len(timed) - i)
+        try:
+            yield from (record | entry for entry in time_case(case, dtype, device, clock, cache, memory, share, now))
+        except Exception as error:  # one case too large for the memory, say, must not lose the others
+            yield record | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "wrong": True}
+
+
+def time_case(case, dtype, device, clock, cache: int, memory: int, seconds: float, now) -> Iterator[dict]:
+    end = now() + seconds
+    inputs = on(device, case.inputs(dtype))
+    embedding = case.op.startswith("embedding")  # its rows are scattered over tables larger than a cache
+    moved = sum(t.numel() * t.element_size() for t in inputs)
+    sets = [inputs, *(on(device, inputs) for _ in range(0 if embedding else rotations(moved, cache, memory) - 1))]
+    functions = {"ours": case.function, "eager": case.reference}
+    actual, expected = (step(f, inputs, torch.ones_like(f(*inputs))) for f in functions.values())
+    error = worst_error(actual, [e.cpu() for e in expected])
+    if not error <= 2 * TOLERANCE[dtype]:
+        yield {"error": f"{error:.1e} from eager, tolerance {2 * TOLERANCE[dtype]:.0e}", "wrong": True}
+        return
+    del actual, expected
+    torch._dynamo.reset()
+    functions["compile"] = torch.compile(case.reference)
+    if case.op == "embedding_bag":
+        functions |= embedding_peers(case, device)
+    for kind, flops in (("forward", case.flops), ("forward + backward", case.flops + case.backward_flops)):
+        if kind == "forward":
+            raced = functions
+        else:  # FBGEMM steps an optimizer in its backward
+            raced = {name: trained(f) for name, f in functions.items() if name != "FBGEMM"}
+        with torch.set_grad_enabled(kind != "forward"):
+            medians = race(raced, sets, clock, (end - now()) / 2, now)
+        passes = 1 if kind == "forward" else 3  # the backward reads the inputs again, and writes as much
+        yield {
+            "kind": kind,
+            "seconds": medians,
+            "bytes_per_second": passes * case.elements * dtype.itemsize / medians["ours"],
+            "flops_per_second": flops / medians["ours"],
+        }
+
+
+# The whole.
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(device: torch.device) -> dict:
+    """The device, plainly."""
+    p = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip
+    return {
+        "name": p.name,
+        "kind": f"AMD, ROCm {hip}, {getattr(p, 'gcnArchName', '')}" if hip else
+                f"NVIDIA, CUDA {torch.version.cuda}, sm_{p.major}{p.minor}",
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "multiprocessors": p.multi_processor_count,
+        "torch": torch.__version__,
+        "rankkernels": _version.__version__,
+        "kernels": {op: has_kernels(op) for op in sorted({case.op for case in TEST_CASES})},
+    }  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write gpu_check.json and gpu_check.md here")
+    parser.add_argument("--part", choices=BUDGET, action="append", help="only this part; may be repeated")
+    parser.add_argument("--first-cases", action="store_true", help="of correctness, one case an op, float32")
+    return parser.parse_args(argv)
+
+
+def first_of_each_op(checks: Iterator[Check]) -> Iterator[Check]:
+    seen = set()
+    for what, check in checks:
+        op = what.split("-")[0]
+        if what.endswith("float32") and op not in seen:
+            seen.add(op)
+            yield what, check
+
+
+class OutOfTime(BaseException):
+    """Not an Exception: a check that fails does not stop the others, this does."""
+
+
+def out_of_time(*_) -> None:
+    raise OutOfTime
+
+
+def run(record: dict, device: torch.device, parts: Sequence[str], first_cases: bool) -> None:
+    for part in (p for p in PARTS if p in parts):
+        checks = PARTS[part](device)
+        for finding in run_checks(part, first_of_each_op(checks) if first_cases else checks, BUDGET[part]):
+            record["findings"].append(vars(finding))
+            if finding.ok is False:
+                print(f"{part}: {finding.what}: {gpu_check_report.verdict(False)}: {finding.detail}", flush=True)
+    if "timings" in parts:
+        clock = EventClock()
+        record["ceilings"] = ceilings(device, clock)
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+        free, _ = torch.cuda.mem_get_info(device)
+        for entry in timings(device, clock, cache, free, BUDGET["timings"]):
+            record["timings"].append(entry)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if not torch.cuda.is_available():
+        print("gpu_check: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
+    warnings.simplefilter("ignore", _library.ReferenceWarning)  # the report lists them
+    device, start = torch.device("cuda"), time.monotonic()
+    record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
+    print(gpu_check_report.device_line(record["device"]), flush=True)
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(HARD_LIMIT)
+    try:
+        run(record, device, arguments.part or list(BUDGET), arguments.first_cases)
+    except OutOfTime:
+        record["findings"].append(vars(Finding("all", "the time", False, f"stopped after {HARD_LIMIT} s")))
+    signal.alarm(0)
+    record["reference"] = [f"{op}: {why}" for (op, kind), why in _library.reference_notices.items() if kind == "cuda"]
+    record["seconds"] = round(time.monotonic() - start, 1)
+    page = gpu_check_report.markdown(record)
+    print(page)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+        (arguments.out / "gpu_check.md").write_text(page)
+    return 1 if gpu_check_report.failures(record) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
