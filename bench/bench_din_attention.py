@@ -52,6 +52,8 @@ SHAPES = [
     Shape(2048, 50, 64, [80, 40], "sigmoid", mean_length=12),
     Shape(1024, 100, 32, [256, 128], "relu", use_softmax=True, mean_length=30),
 ]
+#: The wide ones take minutes with one thread.
+ONE_THREAD = [SHAPES[0], SHAPES[1], SHAPES[5]]
 
 
 class Pass:
@@ -140,7 +142,12 @@ class Pass:
         return peers.missing(*names) | ({"zentorch": zentorch} if zentorch else {})
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "threads, shape",
+    [(2, shape) for shape in SHAPES] + [(1, shape) for shape in ONE_THREAD],
+    indirect=["threads"],
+    ids=lambda value: {2: "2_threads", 1: "1_thread"}.get(value) if isinstance(value, int) else str(value),
+)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_attention(shape, training, threads, race):
     if not shape.mean_length:

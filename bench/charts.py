@@ -43,7 +43,17 @@ def draw(kind: str, data: dict, stem: Path) -> None:
 
 
 def caption(figure, text: str, width: int) -> None:
-    figure.suptitle(textwrap.fill(text, width), x=0.01, y=0.995, va="top", ha="left", fontsize=9, color=INK)
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+    figure.suptitle(textwrap.fill(text, width), x=0.01, ha="left", fontsize=9, color=INK)
+
+
+def plain(axis) -> None:
+    """0.5, 1, 2, 5 on a logarithmic axis, and not powers of ten."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def label(parts: list[str]) -> str:
@@ -115,7 +125,7 @@ def roofline(plt, data: dict):
         rate = ceiling["read_gb_s"][mib]
         axes.plot(xs, [min(sgemm, rate * x) for x in xs], style, color=INK, lw=1.2)
         text = f"reading {mib} MiB: {rate:.0f} GB/s"
-        axes.annotate(text, (xs[0], rate * xs[0]), (0, 14), textcoords="offset points", fontsize=8.5)
+        axes.annotate(text, (xs[0], rate * xs[0]), (0, 34), textcoords="offset points", fontsize=8.5)
     axes.annotate(
         f"sgemm: {sgemm:.0f} GFLOP/s", (xs[-1], sgemm), (0, 5), textcoords="offset points", ha="right", fontsize=8.5
     )
@@ -126,6 +136,8 @@ def roofline(plt, data: dict):
         axes.plot(x, [p["baseline"] for p in mine], MARKERS[i % 8], color=EAGER, ms=8, ls="", mfc="none")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain(axes.xaxis)
+    plain(axes.yaxis)
     axes.set_xlabel("flops that the mathematics needs for each byte that it must move")
     axes.set_ylabel("GFLOP/s")
     axes.grid(color=INK, alpha=0.25, lw=0.5)
@@ -151,13 +163,16 @@ def roofline(plt, data: dict):
 
 def scaling(plt, data: dict):
     """Time against one size at a time."""
-    curves = data["curves"]
-    columns = 3
-    rows = math.ceil(len(curves) / columns)
-    figure, grid = plt.subplots(rows, columns, figsize=(11, 2.9 * rows + 0.8), layout="constrained", squeeze=False)
+    ops = list(dict.fromkeys(curve["op"] for curve in data["curves"]))
+    lines = [[curve for curve in data["curves"] if curve["op"] == op] for op in ops]
+    columns = max(map(len, lines))
+    figure, grid = plt.subplots(
+        len(lines), columns, figsize=(12, 2.7 * len(lines) + 0.8), layout="constrained", squeeze=False
+    )
+    places = [(axes, curve) for row, line in zip(grid, lines) for axes, curve in zip(row, line)]
     names = {"rows": "rows of the table", "L": "history or bag length L", "B": "batch size B", "F": "fields F",
              "D": "embedding width D", "threads": "threads"}  # fmt: skip
-    for axes, curve in zip(grid.flat, curves):
+    for axes, curve in places:
         x, ours, eager, floor = zip(*sorted(curve["points"]))
         axes.plot(x, [1e3 * t for t in eager], "s-", color=EAGER, ms=4, label="eager PyTorch")
         axes.plot(x, [1e3 * t for t in ours], "o-", color=OURS, ms=4, label="rankkernels")
@@ -166,12 +181,13 @@ def scaling(plt, data: dict):
         axes.set_yscale("log")
         axes.set_xticks(x, [f"{v:,}" if v < 100_000 else f"{v:.0e}".replace("e+0", "e") for v in x])
         axes.minorticks_off()
+        plain(axes.yaxis)
         axes.set_xlabel(names.get(curve["axis"], curve["axis"]))
         axes.set_ylabel("ms")
-        axes.set_title(f"{curve['op']}, {curve['fixed']}", fontsize=9)
+        axes.set_title(f"{curve['op']}\n{curve['fixed']}", fontsize=8.5)
         axes.grid(color=INK, alpha=0.25, lw=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid.flat[len(curves) :]:
+    for axes in set(grid.flat) - {axes for axes, _ in places}:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -192,6 +208,7 @@ def learning(plt, data: dict):
         axes.axhline(task["target_auc"], color=INK, lw=1, ls=":")
         axes.set_title(task["task"], fontsize=9)
         axes.set_xscale("log")
+        plain(axes.xaxis)
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("AUC of the test part")
         axes.grid(color=INK, alpha=0.25, lw=0.5)

@@ -36,7 +36,7 @@ from rankkernels.testing import relative_error
 
 ROWS, CONDITIONS = pytest.StashKey[list](), pytest.StashKey[dict]()
 #: A race takes about this long, but for long calls, and never fewer rounds than MIN_ROUNDS.
-SECONDS, MAX_ROUNDS, MIN_ROUNDS = 2.0, 100, 7
+SECONDS, MAX_ROUNDS, MIN_ROUNDS = 1.5, 100, 7
 WARM_CALL_BELOW = 0.05
 #: All waiting of a run for a quiet machine, in seconds: a busy one is not waited for, but named.
 PATIENCE = 60.0
