@@ -114,11 +114,13 @@ struct DinWorkspace {
 
 // ---- forward
 
-// The z that training keeps for the backward: of each layer behind the first, when it is normalized.
+// What training keeps of a row for the backward: Dice's two statistics of each layer, and z of the layers
+// behind the first when they are normalized.
 static int64_t kept_widths(const DinArguments& a) {
-  if (!a.config.training || a.config.norms() == 0) return 0;
-  int64_t widths = 0;
-  for (int64_t i = 1; i < a.layers(); ++i) widths += a.params[i * a.config.params_per_layer()].size(0);
+  if (!a.config.training) return 0;
+  int64_t widths = a.config.keeps_dice() ? 2 * a.layers() : 0;
+  if (a.config.norms() > 0)
+    for (int64_t i = 1; i < a.layers(); ++i) widths += a.params[i * a.config.params_per_layer()].size(0);
   return widths;
 }
 
@@ -127,7 +129,13 @@ template <class A>
 void place_saved(DinPlan<A>& plan, const DinArguments& a, int64_t rows, A* saved) {
   plan.net().row_weight = saved;
   saved += rows;
-  if (kept_widths(a) == 0) return;
+  if (a.config.keeps_dice() && !plan.no_hidden())
+    for (int64_t i = 0; i < plan.layers(); ++i) {
+      plan.layer(i).kept_mean = saved;
+      plan.layer(i).kept_inverse = saved + rows;
+      saved += 2 * rows;
+    }
+  if (!a.config.training || a.config.norms() == 0) return;
   for (int64_t i = 1; i < plan.layers(); ++i) {
     plan.layer(i).kept = saved;
     saved += rows * plan.layer(i).out;

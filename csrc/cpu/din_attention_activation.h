@@ -81,12 +81,13 @@ static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
       [&](int64_t r, V squares) { X::store(s.inverse + r, inverse_root(squares + f.epsilon)); });
 }
 
-// g -> a; with dice also its statistics, and without need_a them alone.
+// g -> a; with dice also its statistics unless they are known, and without need_a them alone.
 template <class A>
-static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a) {
+static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a,
+                     bool statistics_known = false) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  if (f.activation == DinActivation::dice) dice_statistics(f, rows, s);
+  if (f.activation == DinActivation::dice && !statistics_known) dice_statistics(f, rows, s);
   if (!need_a) return;
   const auto each = [&](const auto& function) __attribute__((always_inline)) {
     for (int64_t r = 0; r < rows; ++r)
@@ -115,34 +116,61 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
   }
 }
 
+// What only the last layer's backward has: da = w_out dL/dscore, and w_out's gradient.
+template <class A>
+struct LastLayer {
+  const A *grad_score, *out_weight;  // [rows], [padded(out)]; null: da is given
+  A* grad_out_weight;                // or null
+};
+
 // Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place. What is left of dL/dy, - mean(w) / s and
 // - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and
-// s.along_u. Adds to alpha's gradient.
-template <class A>
-static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha) {
+// s.along_u. Adds to alpha's gradient. Four rows at a time, so that what belongs to the units is read once
+// for four of them.
+template <bool kLast, class A>
+static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha,
+                          LastLayer<A> top) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
+  constexpr int kMost = X::lanes < 4 ? X::lanes : 4;
+  V sum_w[X::lanes], sum_wu[X::lanes];
+  const auto some_rows = [&](auto number, int64_t r0, int64_t i0) __attribute__((always_inline)) {
+    constexpr int kRows = decltype(number)::value;
+    const A *g = s.g + r0 * ld, *mean = s.mean + r0, *inverse = s.inverse + r0,
+            *ds = kLast ? top.grad_score + r0 : nullptr;
+    A* dp = d + r0 * ld;
+    V w_of_row[kRows] = {}, wu_of_row[kRows] = {};
+    for (int64_t n = 0; n < end; n += X::lanes) {
+      const V alpha = X::load(f.alpha + n), beta = 1 - alpha, unit = X::load(f.unit + n),
+              scale = f.y_scale ? X::load(f.y_scale + n) : V{} + 1,
+              shift = f.y_scale ? X::load(f.y_shift + n) : V{};
+      V out_weight = {}, to_alpha = {}, to_out_weight = {};
+      if (kLast) out_weight = X::load(top.out_weight + n);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const V y = X::load(g + r * ld + n) * scale + shift, u = (y - mean[r] * unit) * inverse[r];
+        const V p = sigmoid_unit(u), da = kLast ? ds[r] * out_weight : X::load(dp + r * ld + n);
+        const V day = da * y, w = beta * day * (p - p * p), slope = alpha + beta * p;
+        w_of_row[r] += w;
+        wu_of_row[r] += w * u;
+        to_alpha += day * (1 - p);
+        if (kLast) to_out_weight += ds[r] * (y * slope);
+        X::store(dp + r * ld + n, da * slope + w * inverse[r]);
+      }
+      X::store(grad_alpha + n, X::load(grad_alpha + n) + to_alpha);
+      if (kLast && top.grad_out_weight)
+        X::store(top.grad_out_weight + n, X::load(top.grad_out_weight + n) + to_out_weight);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum_w[i0 + r] = w_of_row[r], sum_wu[i0 + r] = wu_of_row[r];
+  };
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
     const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
-    V sum_w[X::lanes], sum_wu[X::lanes];
     for (int64_t i = group; i < X::lanes; ++i) sum_w[i] = sum_wu[i] = V{};
-    for (int64_t i = 0; i < group; ++i) {
-      const A *g = s.g + (r0 + i) * ld, mean = s.mean[r0 + i], inverse = s.inverse[r0 + i];
-      A* dp = d + (r0 + i) * ld;
-      V w_of_row = {}, wu_of_row = {};
-      for (int64_t n = 0; n < end; n += X::lanes) {
-        const V y = pre_activation(f, X::load(g + n), n), u = (y - mean * X::load(f.unit + n)) * inverse;
-        const V alpha = X::load(f.alpha + n), p = sigmoid_unit(u), da = X::load(dp + n), day = da * y;
-        const V w = (1 - alpha) * day * (p - p * p);
-        w_of_row += w;
-        wu_of_row += w * u;
-        X::store(grad_alpha + n, X::load(grad_alpha + n) + day * (1 - p));
-        X::store(dp + n, da * (alpha + (1 - alpha) * p) + w * inverse);
-      }
-      sum_w[i] = w_of_row;
-      sum_wu[i] = wu_of_row;
-    }
+    int64_t i = 0;
+    for (; i + kMost <= group; i += kMost) some_rows(Int<kMost>(), r0 + i, i);
+    for (; i < group; ++i) some_rows(Int<1>(), r0 + i, i);
     const V inverse = X::load(s.inverse + r0);
     X::store(s.mean_w + r0, sum_each(sum_w) * inverse / static_cast<A>(f.out));
     X::store(s.along_u + r0, sum_each(sum_wu) * inverse * inverse);
@@ -171,7 +199,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
         dy = y > 0 ? da : da * alpha;
         grad_alpha += y > 0 ? V{} : da * y;
       } else if (kind == DinActivation::sigmoid) {
-        const V a = X::load(s.a + row * ld + n) * f.undropped;
+        const V a = X::load(s.a + row * ld + n) * (1 - f.dropped);
         dy = da * (a - a * a);
       } else if (kind == DinActivation::dice) {
         dy = da - s.mean_w[row] - (y - s.mean[row]) * s.along_u[row];
@@ -207,10 +235,11 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
   }
 }
 
-// d = dL/da -> dL/dz in place, or with only_sums nothing but the sums.
+// d = dL/da, of the last layer's Dice to be computed, -> dL/dz in place, or with only_sums nothing but the
+// sums.
 template <class A>
 static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
-                                A* grad_bias, DinLayerGrad<A> grad) {
+                                A* grad_bias, DinLayerGrad<A> grad, LastLayer<A> top = {}) {
   using Kind = DinActivation;
   switch (f.activation) {
     case Kind::leaky:
@@ -222,7 +251,8 @@ static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> 
     case Kind::dice_batch_norm:
       return units_backward<Kind::dice_batch_norm, true>(f, rows, s, d, only_sums, grad_bias, grad);
     case Kind::dice:
-      dice_backward(f, rows, s, d, grad.alpha);
+      top.grad_score ? dice_backward<true>(f, rows, s, d, grad.alpha, top)
+                     : dice_backward<false>(f, rows, s, d, grad.alpha, top);
       return f.r ? units_backward<Kind::dice, true>(f, rows, s, d, only_sums, grad_bias, grad)
                  : units_backward<Kind::dice, false>(f, rows, s, d, only_sums, grad_bias, grad);
   }

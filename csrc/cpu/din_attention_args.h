@@ -43,11 +43,13 @@ struct DinLayer {
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
   DinActivation activation;
-  A undropped;     // 1 / the dropout's scale: from a kept unit's value to the activation's
+  A dropped;       // the dropout's probability
   const A* alpha;  // of all but sigmoid
   A epsilon;       // out * dice's epsilon
   const A* unit;   // 1 for the channels there are
   A* kept;         // [rows, out]: z of each valid row, or null where the backward computes it again
+  A *kept_mean,
+      *kept_inverse;  // [rows]: dice's statistics of each valid row, or null where it takes them again
   // Backward through a normalization: dL/dz = r (e - c1 - c2 g) with e the derivative by g that leaves the
   // statistics fixed (in eval c1 = c2 = 0). Null r: no normalization.
   const A *r, *c1, *c2;

@@ -46,11 +46,6 @@ static __attribute__((noinline)) void gemm_tile(int64_t K, Operand<A> a, const A
     }
 }
 
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
 template <class A, int kVecs>
 static inline void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
                               const A* init, int64_t ldi) {

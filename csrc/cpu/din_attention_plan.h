@@ -86,6 +86,7 @@ struct DinConfig {
   double norm_eps, dice_eps, dropout;
   uint64_t seed;
 
+  bool keeps_dice() const { return training && activation == ActivationName::dice; }
   bool dice_norm() const { return activation == ActivationName::dice_batch_norm; }
   int64_t norms() const { return batch_norm + dice_norm(); }
   int64_t activation_params() const {
@@ -301,7 +302,7 @@ class DinPlan {
   void fixed_part(DinLayer<A>& layer, const DinHidden<A>& f) {
     layer.in = f.in;
     layer.out = f.out;
-    layer.undropped = static_cast<A>(net_.drops ? 1 - config_.dropout : 1);
+    layer.dropped = static_cast<A>(net_.drops ? config_.dropout : 0);
     layer.unit = row(std::vector<A>(f.out, A(1)));
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
     std::vector<A> alpha = f.alpha;

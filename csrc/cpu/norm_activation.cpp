@@ -107,7 +107,6 @@ class NormLayer {
   explicit NormLayer(const NormArguments& a) : args_(a) {
     const int64_t H = a.H();
     f.out = H;
-    f.undropped = 1;
     f.unit = row(std::vector<A>(H, A(1)));
     f.epsilon = static_cast<A>(H * a.dice_eps);
     f.activation = a.activation == ActivationName::sigmoid           ? DinActivation::sigmoid

@@ -184,6 +184,10 @@ struct Tail<double> {
 };
 #endif
 
+template <int n>
+struct Int {
+  static constexpr int value = n;
+};
 template <int... j>
 struct Lanes {};
 RK_INLINE auto lanes_of(f32v) {

@@ -215,12 +215,16 @@ def _stats_size(params, flags):
 
 
 def _saved_size(history, params, flags):
-    """The weight of each row in the sum and, in training, z of the normalized layers behind the first."""
+    """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
+    normalized layers behind the first."""
     rows = history.size(0) * (history.size(1) if history.dim() == 3 else 1)
     per_layer = params_per_layer(flags.name, flags.batch_norm)
-    if not (flags.training and norms_per_layer(flags.name, flags.batch_norm)):
-        return rows
-    return rows * (1 + sum(p.size(0) for p in params[per_layer:-2:per_layer]))
+    width, layers = 1, (len(params) - 2) // per_layer
+    if flags.training and flags.name == "dice":
+        width += 2 * layers
+    if flags.training and norms_per_layer(flags.name, flags.batch_norm):
+        width += sum(p.size(0) for p in params[per_layer:-2:per_layer])
+    return rows * width
 
 
 @torch.library.register_fake("rankkernels::din_attention", lib=lib)

@@ -1,0 +1,102 @@
+// The rows of a sample on their way into the DIN attention kernels and their gradients' way out, for one
+// instruction set.
+#pragma once
+
+#include "din_attention_args.h"
+#include "vec.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace din {
+
+// Which rows of the history sample b has: null for the first ones.
+template <class T, class A>
+static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScratch<A>& s) {
+  if (!rows.mask) return nullptr;
+  const int64_t places = rows.first[b + 1] - rows.first[b];
+  const bool* mask = rows.mask + rows.first[b];
+  int64_t n = 0;
+  for (int64_t l = 0; l < places; ++l) {
+    s.positions[n] = static_cast<int32_t>(l);
+    n += mask[l];
+  }
+  return s.positions;
+}
+
+// Calls body(first row, rows) on equal blocks of a sample's n rows.
+template <class Body>
+RK_INLINE void for_each_block(int64_t n, const Body& body) {
+  const int64_t blocks = (n + kDinRows - 1) / kDinRows;
+  for (int64_t i = 0; i < blocks; ++i) body(n * i / blocks, n * (i + 1) / blocks - n * i / blocks);
+}
+
+template <class T, class A>
+RK_INLINE void convert_row(const T* from, A* to, int64_t D, const Tail<T>& tail) {
+  int64_t d = 0;
+  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+    Traits<A>::store(to + d, Traits<T>::load(from + d));
+  if (d < D) Traits<A>::store(to + d, tail.load(from + d));
+}
+template <class T, class A>
+RK_INLINE void convert_row_back(const A* from, T* to, int64_t D, const Tail<T>& tail) {
+  int64_t d = 0;
+  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+    Traits<T>::store(to + d, Traits<A>::load(from + d));
+  if (d < D) tail.store(to + d, Traits<A>::load(from + d));
+}
+
+// n rows of D values that the products can read, or write: ld apart.
+template <class A>
+struct Block {
+  A* p;
+  int64_t ld;
+};
+
+// Rows that lie together in the accumulators' own type, D values of whole vectors, are read and written where
+// they are. That takes the compiler's word for T and A being one type.
+RK_INLINE float* same(float* p, float*) { return p; }
+RK_INLINE double* same(double* p, double*) { return p; }
+template <class T, class A>
+RK_INLINE A* same(T*, A*) {
+  return nullptr;
+}
+
+// Rows [r0, r0 + n) of sample b: in place, or converted into s.history.
+template <class T, class A>
+static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
+                                   int64_t n, int64_t D, const DinScratch<A>& s) {
+  const T* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+  // Wider rows are copied: beside their products that costs little, it reads ahead where the products, which
+  // begin with eight rows at once, would wait for each, and the copy's odd number of lines suits the caches.
+  constexpr int64_t kInPlace = 256;
+  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) < kInPlace)
+    if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
+  const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
+  for (int64_t r = 0; r < n; ++r)
+    convert_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D),
+                D, tail);
+  return {s.history, padded<A>(D)};
+}
+
+// Where the gradients of these rows are computed, and their way to grad_history.
+template <class T, class A>
+RK_INLINE Block<A> grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
+                             int64_t D, const DinScratch<A>& s) {
+  if (!position && D % Traits<T>::lanes == 0)
+    if (A* p = same(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
+  return {s.grad_history, padded<A>(D)};
+}
+template <class T, class A>
+static void store_grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0, int64_t n,
+                            int64_t D, const DinScratch<A>& s, Block<A> grad) {
+  if (grad.p != s.grad_history) return;
+  const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
+  for (int64_t r = 0; r < n; ++r)
+    convert_row_back(grad.p + r * grad.ld,
+                     rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D,
+                     tail);
+}
+
+}  // namespace din
+}  // namespace RK_ISA
+}  // namespace rk
