@@ -1,0 +1,78 @@
+"""Whole training steps and evaluation passes, drop-in: ours and torch-rechub's, eager and under torch.compile, with the
+same optimizer. The losses of the first steps are compared before anything is timed. See ``steps.py``."""
+
+from __future__ import annotations
+
+import copy
+
+import machine
+import pytest
+import torch
+from peers import missing
+from steps import Step, Workload, compiled, deepfm, din
+
+STEPS = 6
+DIN, DEEPFM, SMALL, LARGE = din(), deepfm(100_000), deepfm(1_000), deepfm(1_000_000)
+
+
+def named(workloads: list[Workload]):
+    return pytest.mark.parametrize("workload", workloads, ids=lambda w: w.id)
+
+
+def first_losses(step: Step) -> torch.Tensor:
+    return torch.tensor([step() for _ in range(STEPS)])
+
+
+@pytest.fixture(autouse=True)
+def rechub():
+    if machine.missing("torch-rechub"):
+        pytest.skip("torch-rechub is not installed")
+
+
+@named([DIN, DEEPFM, SMALL])
+def test_step(workload, threads, race):
+    models, batch = workload.models(), workload.batch()
+    models["compile"] = compiled(copy.deepcopy(models["torch-rechub"]))
+    steps = {name: Step(model, *batch) for name, model in models.items()}
+    losses = {name: first_losses(step) for name, step in steps.items()}
+    for name in steps:
+        torch.testing.assert_close(losses["ours"], losses[name], rtol=1e-4, atol=0)
+    ours = steps.pop("ours")
+    race(
+        lambda: (ours(), None)[1],
+        {{"torch-rechub": "eager"}.get(name, name): lambda s=step: (s(), None)[1] for name, step in steps.items()},
+        case=workload.name,
+        kind="training step",
+        missing=missing("torch-rechub"),
+    )
+
+
+@named([DEEPFM, LARGE])
+def test_fused_optimizer(workload, threads, race):
+    """Adam on the rows looked up, against dense Adam on all of them: other losses, the same work for a user."""
+    models, batch = workload.models(), workload.batch()
+    ours, theirs = Step(models["ours"], *batch, fused=True), Step(models["torch-rechub"], *batch)
+    first, their_first = (float(first_losses(step)[0]) for step in (ours, theirs))
+    assert first == pytest.approx(their_first, rel=1e-4)
+    race(
+        lambda: (ours(), None)[1],
+        {"eager": lambda: (theirs(), None)[1]},
+        case=workload.name,
+        kind="training step, fused optimizer",
+        missing=missing("torch-rechub"),
+    )
+
+
+@named([DIN, DEEPFM])
+@torch.inference_mode()
+def test_eval(workload, threads, race):
+    models, (x, _) = workload.models(), workload.batch()
+    ours, theirs = models["ours"].eval(), models["torch-rechub"].eval()
+    code = compiled(theirs)
+    race(
+        lambda: ours(x),
+        {"eager": lambda: theirs(x), "compile": lambda: code(x)},
+        case=workload.name,
+        kind="evaluation",
+        missing=missing("torch-rechub"),
+    )
