@@ -29,7 +29,8 @@ class OpCase:
     ``make(dtype, generator)`` gives the input tensors, random and never zero; the floating-point ones get gradients.
     ``function`` and ``reference`` take them and return the result; ``overload`` and ``arguments`` are what
     ``torch.library.opcheck`` takes. ``elements`` is what a forward must read and write, ``flops`` what it must do and
-    ``backward_flops`` what a backward must, what it computes again included.
+    ``backward_flops`` what a backward must, what it computes again included. ``targets``: the GPUs that a GPU case is
+    compiled for, those of ``gpu_report`` without.
     """
 
     op: str
@@ -43,6 +44,7 @@ class OpCase:
     flops: int
     backward_flops: int
     dtypes: Sequence[torch.dtype] = field(default=tuple(TOLERANCE))
+    targets: Sequence[str] = ()
 
     def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0):
         tensors = self.make(dtype, torch.Generator().manual_seed(seed))
@@ -423,4 +425,16 @@ GPU_CASES = [
         (norm_activation_case(4096, 128, "relu"), torch.float16),
         (norm_activation_case(4096, 256, "relu", training=False), torch.float64),
     ]
-]
+] + [
+    # The widest layers, and what else the kernels of DIN attention are compiled to: do the registers suffice?
+    replace(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtypes=(dtype,),
+            targets=("sm_80", "sm_90"))
+    for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
+        (128, [128, 128], "dice", True, True, True, "mask", 0.1, torch.float32),
+        (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, torch.float16),
+        (128, [128], "dice_batch_norm", True, False, True, "lengths", 0.0, torch.bfloat16),
+        (64, [80, 40], "sigmoid", False, False, True, "lengths", 0.2, torch.float32),
+        (32, [64, 16], "prelu", True, True, False, "padded", 0.0, torch.float16),
+        (16, [36], "dice", True, True, True, "mask", 0.1, torch.float32),
+    ]
+]  # fmt: skip

@@ -24,7 +24,7 @@ from rankkernels.ops._library import has_triton, lib, notice_reference, vjp
 # ``dropout``: the probability of dropping a unit behind the activation of each hidden layer; ``seed``: an int64 scalar
 # that chooses which (``reference.dropout_factor``), drawn by the caller, so that the same call gives the same bits and
 # the backward draws the same units again; unused without dropout.
-# ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``_saved_size``.
+# ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``saved_size``.
 _SIGNATURE = (
     "Tensor history, Tensor target, Tensor? lengths, Tensor? mask, Tensor? offsets, Tensor[] params, "
     "Tensor[] running_stats, int activation, bool batch_norm, bool use_softmax, bool training, float norm_eps, "
@@ -214,10 +214,13 @@ def _stats_size(params, flags):
     return 2 * widths * norms_per_layer(flags.name, flags.batch_norm)
 
 
-def _saved_size(history, params, flags):
+def saved_size(history, target, params, flags):
     """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
-    normalized layers behind the first."""
-    rows = history.size(0) * (history.size(1) if history.dim() == 3 else 1)
+    normalized layers behind the first. On a GPU the score of each row, and with a softmax the sum in float32, the
+    scores' peak and their total of each sample."""
+    rows = history.shape[:-1].numel()
+    if history.device.type == "cuda":
+        return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
     per_layer = params_per_layer(flags.name, flags.batch_norm)
     width, layers = 1, (len(params) - 2) // per_layer
     if flags.training and flags.name == "dice":
@@ -233,7 +236,7 @@ def _(history, target, lengths, mask, offsets, params, running_stats, *flags):
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     stats = history.new_empty(_stats_size(params, flags), dtype=stats_dtype)
-    saved = history.new_empty(_saved_size(history, params, flags), dtype=stats_dtype)
+    saved = history.new_empty(saved_size(history, target, params, flags), dtype=stats_dtype)
     return target.new_empty(target.shape), stats, saved
 
 
@@ -263,7 +266,7 @@ def _default(history, target, lengths, mask, offsets, params, running_stats, *fl
     flat = [t for stats in all_stats if stats is not None for t in stats]
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     stats = torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
-    return out, stats, history.new_zeros(_saved_size(history, params, flags), dtype=stats_dtype)
+    return out, stats, history.new_zeros(saved_size(history, target, params, flags), dtype=stats_dtype)
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
@@ -283,8 +286,7 @@ if has_triton:
         """The Triton kernels, where they serve these arguments."""
         from rankkernels._triton import din_attention as kernels
 
-        serve = kernels.supports(history, params, flags.name, flags.batch_norm, flags.training)
-        return kernels if serve and flags.dropout == 0 else None
+        return kernels if kernels.supports(history, params, flags) else None
 
     @torch.library.impl(lib, "din_attention", "CUDA")
     def _(history, target, lengths, mask, offsets, params, running_stats, *flags):
@@ -294,10 +296,7 @@ if has_triton:
         if kernels is None:
             return _default(*tensors, *flags)
         _check("din_attention", *tensors, flags)
-        out, score = kernels.din_attention(
-            *tensors, flags.name, flags.batch_norm, flags.use_softmax, flags.norm_eps, flags.dice_eps
-        )
-        return out, score.new_empty(0), score
+        return kernels.din_attention(*tensors, flags)
 
     @torch.library.impl(lib, "din_attention_backward", "CUDA")
     def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags):
@@ -306,9 +305,7 @@ if has_triton:
         kernels = _kernels(history, params, flags)
         if kernels is None:
             return _default_backward(grad_out, batch_stats, saved, *tensors, *flags)
-        return kernels.din_attention_backward(
-            grad_out, saved, *tensors, flags.name, flags.batch_norm, flags.use_softmax, flags.norm_eps, flags.dice_eps
-        )
+        return kernels.din_attention_backward(grad_out, batch_stats, saved, *tensors, flags)
 
 
 def _setup_context(ctx, inputs, output):

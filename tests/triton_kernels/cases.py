@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops.din_attention import unflatten
+from rankkernels.ops.din_attention import ACTIVATIONS, Flags, unflatten
 
 MAP_NORESERVE = 0x4000  # Linux: pages exist when they are touched
 
@@ -39,9 +39,13 @@ class Op:
     expected: Callable[..., Sequence[Tensor]]
     configs: Sequence[dict]
     dtypes: Sequence[torch.dtype]
-    #: Source edits (what, old, new), each of which must make a config of ``configs`` fail.
+    #: Source edits (what, old, new) of the module or one it is split into (its name and an ending), each of which must
+    #: make a config of ``configs`` fail.
     mutations: Sequence[tuple[str, str, str]]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: ROUNDED_ONCE)
+    #: The argument that the first launch reads once, with ``streamed_configs`` in which it reads all of it.
+    streamed: str = ""
+    streamed_configs: Sequence[dict] = ()
 
 
 def strided(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
@@ -127,6 +131,8 @@ FM = Op(
     ]
     + [{"shape": (5, 4, 12), "reduce_sum": reduce_sum, "expanded": True} for reduce_sum in (True, False)],
     dtypes=(SINGLE, HALF, BF16, DOUBLE),
+    streamed="x",
+    streamed_configs=[{"shape": (3, 26, 10)}, {"shape": (2, 70, 65)}],
     mutations=[
         (
             "forward: a field too many",
@@ -206,40 +212,61 @@ def din_make(config: dict, dtype: torch.dtype) -> dict:
         "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) if form == "offsets" else None,
         "params": params,
         "running_stats": running_stats,
-        "flags": (activation, batch_norm, config.get("softmax", False), 1e-5, 1e-3),
+        "flags": Flags(
+            list(ACTIVATIONS).index(activation),
+            batch_norm,
+            config.get("softmax", False),
+            config.get("training", False),
+            1e-5,
+            1e-3,
+            config.get("dropout", 0.0),
+            torch.tensor(2**62 + 12345),
+        ),
+        "programs": config.get("programs", 2),
     }
 
 
-def by_layer(out: Tensor, grad_history: Tensor, grad_target: Tensor, grad_params: Sequence[Tensor], layers: int):
+def by_layer(
+    out: Tensor,
+    batch_stats: Tensor,
+    grad_history: Tensor,
+    grad_target: Tensor,
+    grad_params: Sequence[Tensor],
+    layers: int,
+):
     """Each layer's gradients as one vector: alone some are zero in truth, a bias under a softmax for one."""
     per_layer = (len(grad_params) - 2) // layers
     groups = [grad_params[i * per_layer : (i + 1) * per_layer] for i in range(layers)] + [grad_params[-2:]]
-    return out, grad_history, grad_target, *(torch.cat([g.flatten() for g in group]) for group in groups)
+    gradients = [torch.cat([g.flatten() for g in group]) for group in groups]
+    return out, batch_stats, grad_history, grad_target, *gradients
 
 
 def din_layers(params: Sequence[Tensor]) -> int:
     return sum(p.dim() == 2 for p in params) - 1
 
 
-def din_launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags):
-    inputs = history, target, lengths, mask, offsets, params, running_stats, *flags
-    module.PROGRAMS = 2  # so that a program of the backward has several samples
-    out, score = module.din_attention(*inputs)
-    return by_layer(out, *module.din_attention_backward(grad_out, score, *inputs), din_layers(params))
+def din_launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+    inputs = history, target, lengths, mask, offsets, params, running_stats, flags
+    module.PROGRAMS = programs
+    out, batch_stats, saved = module.din_attention(*inputs)
+    grads = module.din_attention_backward(grad_out, batch_stats, saved, *inputs)
+    return by_layer(out, batch_stats, *grads, din_layers(params))
 
 
-def din_expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags):
-    activation, batch_norm, softmax, norm_eps, dice_eps = flags
+def din_expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+    layers = flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     params = [p.double().requires_grad_() for p in params]
     history, target = history.requires_grad_(), target.requires_grad_()
-    hidden, out_weight, out_bias = unflatten(params, running_stats, activation, batch_norm, norm_eps, dice_eps)
-    out, _ = reference.din_attention(
-        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets, use_softmax=softmax
-    )
+    hidden, out_weight, out_bias = unflatten(params, running_stats, *layers)
+    out, stats = reference.din_attention(
+        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
+        use_softmax=flags.use_softmax, training=flags.training, dropout=flags.dropout, seed=flags.seed,
+    )  # fmt: skip
+    stats = torch.cat([t for s in stats if s is not None for t in s] or [out.new_empty(0)])
     inputs = [history, target, *params]
     grads = torch.autograd.grad(out, inputs, grad_out, allow_unused=True)
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
-    return by_layer(out, grads[0], grads[1], grads[2:], din_layers(params))
+    return by_layer(out, stats, grads[0], grads[1], grads[2:], din_layers(params))
 
 
 DIN = Op(
@@ -274,35 +301,59 @@ DIN = Op(
         ]
     ]
     + [
+        {"shape": shape, "activation": activation, "form": form, "softmax": softmax, "batch_norm": norm}
+        | {"training": True, "dropout": dropout}
+        for shape in ((3, 37, 10, 20), (3, 19, 7, 36, 9))
+        for activation, form, softmax, norm, dropout in [
+            ("dice_batch_norm", "mask", False, False, 0.0),
+            ("dice_batch_norm", "lengths", True, True, 0.5),
+            ("dice", "offsets", False, True, 0.2),
+            ("sigmoid", "all", True, True, 0.0),
+        ]
+    ]
+    + [
+        # Few samples: programs share them.
+        {"shape": (2, 200, 10, 20), "activation": "dice", "form": "lengths", "softmax": True, "programs": 6},
+        {"shape": (3, 200, 10, 20), "activation": "sigmoid", "form": "offsets", "softmax": True, "programs": 64},
+        {"shape": (1, 200, 10, 20, 7), "activation": "dice_batch_norm", "form": "mask", "programs": 3}
+        | {"training": True, "dropout": 0.3},
         {"shape": (2, 17, 70, 100, 40), "activation": "dice", "form": "lengths", "softmax": True, "layout": "sliced"},
         {"shape": (4, 75, 6, 8), "activation": "sigmoid", "form": "all", "softmax": True},
         {"shape": (2, 5, 128, 128, 128), "activation": "prelu", "form": "mask", "layout": "reversed"},
         {"shape": (2, 5, 3, 1), "activation": "dice", "form": "offsets", "layout": "stepped"},
         {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
+        {"shape": (2, 9, 5, 6), "activation": "dice", "form": "all", "dropout": 1.0},
         {"shape": (2, 0, 4, 3), "activation": "relu", "form": "lengths", "softmax": True},
         {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
     ],
     dtypes=(SINGLE, HALF, BF16),
     mutations=[
-        ("forward: rows past the sample's end", "valid = o_l < n\n", "valid = o_l < n + 1\n"),
-        ("forward: columns past D", "o_k < D)[None, :]", "o_k < D + 1)[None, :]"),
-        ("forward: target left out of M", "tl.load(wp_ptr + o) * b_target[:, None]", "tl.load(wp_ptr + o)"),
-        ("forward: softmax not rescaled", "out, total, peak = out * decay,", "out, total, peak = out,"),
+        ("rows past the sample's end", "valid = o_l < end\n", "valid = o_l < end + 1\n"),
+        ("columns past D", "(o_k < D)[None, :]", "(o_k < D + 1)[None, :]"),
+        ("rows of another task", "task % splits * share", "task // splits * share"),
         (
-            "forward: pooled over columns",
-            "out += tl.sum(weight[:, None] * b_history, 0)",
-            "out += tl.sum(weight[:, None] * b_history)",
+            "offsets of the sample before",
+            "tl.load(rows_ptr + b).to(tl.int64), 0)",
+            "tl.load(rows_ptr + tl.maximum(b - 1, 0)).to(tl.int64), 0)",
+        ),
+        ("products: the first part for all", "tl.where(k == i, parts[i], x)", "tl.where(k == i, parts[0], x)"),
+        ("first layer: target left out of M", "tl.load(wp_ptr + o) * b_target[:, None]", "tl.load(wp_ptr + o)"),
+        (
+            "second layer: a part missed",
+            "tl.range(0, parts_h, disable_licm=True):\n        o_h",
+            "tl.range(0, parts_h - 1, disable_licm=True):\n        o_h",
         ),
         (
-            "forward: padding in the softmax",
-            'b_score = tl.where(valid, b_score, -float("inf"))',
-            "b_score = tl.where(valid, b_score, 0.0)",
+            "second layer: backward with the wrong stride",
+            "weight2_ptr + o_h2[:, None] * BLOCK_H",
+            "weight2_ptr + o_h2[:, None] * BLOCK_H2",
         ),
+        ("a layer's vectors with the wrong stride", "WHICH * BLOCK_H + o_h)", "WHICH * 32 + o_h)"),
         (
             "dice: mean over the block",
-            "tl.sum(z, 1, keep_dims=True) / H, 0.0)",
-            "tl.sum(z, 1, keep_dims=True) / 32, 0.0)",
+            "tl.sum(y, 1, keep_dims=True) / H, 0.0)",
+            "tl.sum(y, 1, keep_dims=True) / 32, 0.0)",
         ),
         (
             "dice: statistics over rows",
@@ -310,43 +361,74 @@ DIN = Op(
             "tl.sum(centred * centred, 0, keep_dims=True)",
         ),
         ("dice: backward without the mean's share", " - tl.sum(grad_c, 1, keep_dims=True) / H", ""),
+        ("training: shift of a normalization left out", " + _vector(vectors_ptr, Y_SHIFT, o_h, BLOCK_H)", ""),
+        ("training: a mean left out of G", "grad -= x * _vector(vectors_ptr, W, o_h, BLOCK_H)", "pass"),
+        ("training: padding has a G", "return tl.where(valid[:, None], grad, 0.0)", "return grad"),
+        ("dropout: of other rows", "quad = l0 // 4 +", "quad = l0 +"),
+        ("dropout: rows of a quad exchanged", "tl.join(w0, w2), tl.join(w1, w3)", "tl.join(w0, w1), tl.join(w2, w3)"),
+        ("dropout: one for both layers", "zeros + LAYER", "zeros"),
+        ("forward: softmax not rescaled", "total, peak = total * decay +", "total, peak = total +"),
         (
-            "second layer: a part missed",
-            "range(BLOCK_H // 32):\n        b_weight2",
-            "range(BLOCK_H // 64):\n        b_weight2",
+            "forward: pooled over columns",
+            "return (out[0] * decay + tl.sum(weight * rows[0], 0),)",
+            "return (out[0] * decay + tl.sum(weight * rows[0]),)",
         ),
         (
-            "second layer: slope of the first",
-            "shift2_ptr, o_h2, H2, stride_alpha2, ACTIVATION)\n                a2 =",
-            "shift2_ptr, o_h2, H2, 1, ACTIVATION)\n                a2 =",
+            "forward: padding in the softmax",
+            'b_score = tl.where(valid, b_score, -float("inf"))',
+            "b_score = tl.where(valid, b_score, 0.0)",
         ),
+        ("forward: shares not rescaled", "sums * (share / total", "sums * (1 / total"),
+        (
+            "statistics: padding among the squares",
+            "tl.where(valid[:, None], x - b_mean[None, :], 0.0)",
+            "x - b_mean[None, :]",
+        ),
+        ("statistics: mean of the block's places", "tl.maximum(b_count, 1.0)", "BLOCK_L"),
+        ("statistics: distance of the means left out", " + step * step * (count * share)", ""),
+        ("statistics: over units", "squares += tl.sum(centred * centred, 0)", "squares += tl.sum(centred * centred)"),
+        ("statistics: partial sums with the wrong stride", "* (2 * LAST + 1)", "* (2 * LAST)"),
         ("backward: sums restart at each sample", "grad_wm += grad_m\n", "grad_wm = grad_m\n"),
-        ("backward: target of the weights left out", "grad_wp += grad_m * s_target[:, None]", "grad_wp += grad_m"),
-        ("backward: the softmax's mean left out", "weight * (grad_weight - mean)", "weight * grad_weight"),
+        (
+            "backward: target of the weights left out",
+            "grad_wp += grad_m * strided_vector(target, o_s, D, stride_td)[:, None]",
+            "grad_wp += grad_m",
+        ),
+        ("backward: the softmax's mean left out", "weight * (grad_score - mean)", "weight * grad_score"),
+        ("backward: scores of the first sample", "score_ptr + first_row + o_l", "score_ptr + o_l"),
         (
             "backward: padding keeps its memory's value",
-            'if FORM == "lengths":\n            for',
-            'if FORM == "never":\n            for',
+            'if FORM == "lengths":\n                for',
+            'if FORM == "never":\n                for',
         ),
-        ("backward: stray store past the last row", "(o_l < end)[:, None] &", "(o_l < end + 1)[:, None] &"),
-        ("backward: columns past the share's", "mask=rows & (o_s < D)[None, :]", "mask=rows & (o_s >= 0)[None, :]"),
         (
-            "backward: every share stores",
-            "if share == 0:\n            tl.store(grad_c_ptr",
-            "if share >= 0:\n            tl.store(grad_c_ptr",
+            "backward: stray store past the last row",
+            "(o_l < stored_end)[:, None] & (o_d < D)[None, :]\n                tl.store",
+            "(o_l < stored_end + 1)[:, None] & (o_d < D)[None, :]\n                tl.store",
+        ),
+        ("backward: columns past the share's", "valid[:, None] & (o_s < D)", "valid[:, None] & (o_s >= 0)"),
+        ("backward: a share of columns missed", "BLOCK_D // BLOCK_S if", "1 if"),
+        ("backward: alpha's sum over units", "alpha += tl.sum(grad_alpha, 0)", "alpha += tl.sum(grad_alpha)"),
+        ("backward: sum over units", "of_yx += tl.sum(grad_y * x, 0)", "of_yx += tl.sum(grad_y * x)"),
+        ("backward: second bias of the last block", "grad_bias2 += tl.sum", "grad_bias2 = tl.sum"),
+        (
+            "backward: second weight with the wrong stride",
+            "tl.store(weight2 + o_h2[:, None] * BLOCK_H ",
+            "tl.store(weight2 + o_h2[:, None] * BLOCK_H2 ",
         ),
         (
             "backward: folded norm left out of its weight",
             "grad_weight, grad_bias = grad_weight * s[:, None], grad_bias * s",
             "pass",
         ),
-        (
-            "offsets of the sample before",
-            "tl.load(rows_ptr + b).to(tl.int64), 0)",
-            "tl.load(rows_ptr + tl.maximum(b - 1, 0)).to(tl.int64), 0)",
-        ),
+        ("backward: normalization left out of its weight", "weight * layer.r[:, None]", "weight"),
     ],
     tolerance={SINGLE: 1e-5, HALF: 2e-3, BF16: 1e-2},
+    streamed="history",
+    streamed_configs=[
+        {"shape": (2, 37, 70, 20), "activation": "dice", "form": "all", "softmax": True},
+        {"shape": (2, 37, 16, 36, 9), "activation": "sigmoid", "form": "offsets"},
+    ],
 )
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import interpreter
 import numpy as np
@@ -60,21 +61,37 @@ def test_kernel_equals_reference(op, config, dtype):
     assert max(errors(op, module, config, dtype)) <= 1
 
 
-def edited(module: str, old: str, new: str, folder: Path) -> ModuleType:
-    """A copy of a kernels' module with ``new`` for ``old`` in its source."""
-    source = Path(importlib.util.find_spec(f"rankkernels._triton.{module}").origin).read_text()
-    assert source.count(old) == 1, f"the edit has to match once, and {old!r} matches {source.count(old)} times"
-    path = folder / f"edited_{module}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    copy = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    return copy
+@pytest.mark.parametrize(
+    "op, config",
+    [pytest.param(op, c, id=f"{op.module}-{described(c)}") for op in OPS if op.streamed for c in op.streamed_configs],
+)
+def test_forward_reads_its_input_once(op, config):
+    """By the loads of the first launch: it moves the bytes of inputs and outputs, the weights come from caches."""
+    interpreter.launched.clear()
+    arguments = op.make(config, SINGLE)
+    op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+    loads = interpreter.launched[0].loads_of(arguments[op.streamed])
+    assert (loads == 1).all()
+
+
+def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleType:
+    """A copy of a kernels' module, and of those it is split into, with ``new`` for ``old`` in the source of one."""
+    original = Path(importlib.util.find_spec(f"rankkernels._triton.{module}").origin)
+    sources = {p.stem: p.read_text() for p in original.parent.glob(f"{module}*.py")}
+    matches = sum(source.count(old) for source in sources.values())
+    assert not old or matches == 1, f"the edit has to match once, and {old!r} matches {matches} times"
+    for stem, source in sources.items():
+        source = source.replace(old, new) if old else source
+        (folder / f"edited_{stem}.py").write_text(source.replace("rankkernels._triton." + module, "edited_" + module))
+    for name in [name for name in sys.modules if name.startswith("edited_")]:
+        del sys.modules[name]
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(f"edited_{module}")
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.module)
 def test_unbroken_copy_passes(op, tmp_path):
-    copy = edited(op.module, "import triton\n", "import triton\n", tmp_path)
+    copy = edited(op.module, tmp_path)
     assert max(errors(op, copy, op.configs[0], SINGLE)) <= 1
 
 
@@ -87,7 +104,7 @@ def test_unbroken_copy_passes(op, tmp_path):
     ],
 )
 def test_broken_copy_is_noticed(op, old, new, tmp_path):
-    broken = edited(op.module, old, new, tmp_path)
+    broken = edited(op.module, tmp_path, old, new)
     for config in op.configs:
         try:
             if max(errors(op, broken, config, SINGLE)) > 1:

@@ -13,6 +13,8 @@ To be imported in a process with TRITON_INTERPRET=1; ``install`` changes the int
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import torch
 import triton.language as tl
@@ -21,6 +23,9 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 NOBODY, MANY = -1, -2
+
+#: The memories of the last launches, in their order.
+launched: collections.deque[Memory] = collections.deque(maxlen=16)
 
 
 def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -47,17 +52,19 @@ def _widened(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(bf16_to_float32(handle.data), tl.float32) if _is_bf16(handle) else handle
 
 
+def addresses_of(t: torch.Tensor) -> np.ndarray:
+    offsets = np.zeros((), np.int64)
+    for size, stride in zip(t.shape, t.stride()):
+        offsets = offsets[..., None] + np.arange(size) * stride
+    return (t.data_ptr() + offsets.ravel() * t.element_size()).astype(np.uint64)
+
+
 class Memory:
-    """The elements of a launch's tensors, and which program has read and stored each."""
+    """The elements of a launch's tensors, how often each was loaded, and which program has read and stored it."""
 
     def __init__(self, tensors: list[torch.Tensor]):
-        addresses = [np.zeros(0, np.uint64)]
-        for t in tensors:
-            offsets = np.zeros((), np.int64)
-            for size, stride in zip(t.shape, t.stride()):
-                offsets = offsets[..., None] + np.arange(size) * stride
-            addresses.append((t.data_ptr() + offsets.ravel() * t.element_size()).astype(np.uint64))
-        self.addresses = np.unique(np.concatenate(addresses))
+        self.addresses = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(addresses_of, tensors)]))
+        self.loads = np.zeros(self.addresses.size, np.int64)
         self.reader = np.full(self.addresses.size, NOBODY)
         self.writer = np.full(self.addresses.size, NOBODY)
 
@@ -68,10 +75,15 @@ class Memory:
             raise AssertionError(f"a {access} outside the tensors of the launch")
         return element
 
+    def loads_of(self, t: torch.Tensor) -> np.ndarray:
+        """How often each element of ``t`` was loaded."""
+        return self.loads[np.searchsorted(self.addresses, addresses_of(t))]
+
     def load(self, pointers: TensorHandle, mask: TensorHandle, program: int) -> None:
         element = self.elements(pointers, mask, "load")
         if (self.writer[element] != NOBODY).any():
             raise AssertionError("a program loads what was stored in the same launch")
+        np.add.at(self.loads, element, 1)
         reader = self.reader[element]
         self.reader[element] = np.where((reader == NOBODY) | (reader == program), program, MANY)
 
@@ -121,7 +133,9 @@ def install() -> None:
     def init_args(self, args, kwargs):
         host_args, host_kwargs = to_host(self, args, kwargs)
         flat = [t for a in (*host_args, *host_kwargs.values()) for t in (a if isinstance(a, tuple) else (a,))]
-        interpreter.interpreter_builder.memory = Memory([t for t in flat if isinstance(t, torch.Tensor)])
+        memory = Memory([t for t in flat if isinstance(t, torch.Tensor)])
+        launched.append(memory)
+        interpreter.interpreter_builder.memory = memory
         return host_args, host_kwargs
 
     def refuse_bf16(operation):

@@ -1,0 +1,175 @@
+"""DIN attention's forward: scores and pooling in one kernel, and before it in training the batch's statistics.
+
+Bytes a row: D items of history, read once, and the score's 4 written. Flops a row: 2 D H (+ 2 H H2), and the pooling's
+2 D. A pass for statistics is the products again, as far as the layer asked for, without scores and pooling.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rankkernels._triton._alignment import aligned
+from rankkernels._triton.din_attention_blocks import (
+    OUT_WEIGHT,
+    _vector,
+    activate,
+    dropout_factor,
+    exp_less,
+    first_layer,
+    load_rows,
+    rows_of,
+    second_layer,
+    valid_rows,
+)
+
+
+@triton.jit
+def _pooled(out, weight, decay, rows, BLOCKS: tl.constexpr):
+    """out decay + sum_l weight_l h_l, in the blocks of columns of ``rows``."""
+    if BLOCKS == 1:
+        return (out[0] * decay + tl.sum(weight * rows[0], 0),)
+    elif BLOCKS == 2:
+        return out[0] * decay + tl.sum(weight * rows[0], 0), out[1] * decay + tl.sum(weight * rows[1], 0)
+    else:
+        return (
+            out[0] * decay + tl.sum(weight * rows[0], 0),
+            out[1] * decay + tl.sum(weight * rows[1], 0),
+            out[2] * decay + tl.sum(weight * rows[2], 0),
+            out[3] * decay + tl.sum(weight * rows[3], 0),
+        )
+
+
+@triton.jit
+def _no_columns(BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
+    zeros = tl.zeros([BLOCK_K], tl.float32)
+    if BLOCKS == 1:
+        return (zeros,)
+    elif BLOCKS == 2:
+        return zeros, zeros
+    else:
+        return zeros, zeros, zeros, zeros
+
+
+@triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "L", "splits", "threshold"])
+def din_attention_kernel(
+    history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
+    out_bias_ptr, score_ptr, out_ptr, sum_ptr, peak_ptr, total_ptr, seed_ptr,
+    splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
+    stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
+    D: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
+    DROPOUT: tl.constexpr, FORM: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_H2: tl.constexpr,
+):  # fmt: skip
+    """A sample, or its share program_id % splits: each row's score, before a softmax; and out [B, D].
+
+    With SPLIT the share's sum [B splits, D] instead, with a softmax relative to its peak and beside its total
+    [B splits].
+    """
+    BLOCKS: tl.constexpr = BLOCK_D // BLOCK_K
+    task = tl.program_id(0)
+    b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
+    o_h, o_h2 = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
+    stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
+    stride_hd, target = tl.cast(stride_hd, tl.int64), target_ptr + b * stride_tb
+    row = history_ptr + b * stride_hb + start * stride_hl
+    score = score_ptr + (start if FORM == "offsets" else b * L)
+    mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+    b_out_bias = tl.load(out_bias_ptr).to(tl.float32)
+    out = _no_columns(BLOCK_K, BLOCKS)
+    peak, total = -float("inf"), 0.0
+    for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
+        o_l = l0 + tl.arange(0, BLOCK_L)
+        valid = valid_rows(mask, o_l, end, stride_ml, FORM)
+        rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
+        x = first_layer(
+            rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * BLOCK_H, o_h, D, stride_td, PRECISION,
+            BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
+        )  # fmt: skip
+        a = activate(x, vectors_ptr, o_h, H, dice_eps, ACTIVATION, TRAINING, BLOCK_H)
+        a *= dropout_factor(seed_ptr, 0, b, l0, o_h, threshold, kept_scale, DROPOUT, BLOCK_L, BLOCK_H)
+        if H2 > 0:
+            x2 = second_layer(a, parts_h, weight2_ptr, vectors2_ptr, o_h2, PRECISION, BLOCK_L, BLOCK_H, BLOCK_H2)
+            a2 = activate(x2, vectors2_ptr, o_h2, H2, dice_eps, ACTIVATION, TRAINING, BLOCK_H2)
+            a2 *= dropout_factor(seed_ptr, 1, b, l0, o_h2, threshold, kept_scale, DROPOUT, BLOCK_L, BLOCK_H2)
+            b_score = tl.sum(a2 * _vector(vectors2_ptr, OUT_WEIGHT, o_h2, BLOCK_H2), 1) + b_out_bias
+        else:
+            b_score = tl.sum(a * _vector(vectors_ptr, OUT_WEIGHT, o_h, BLOCK_H), 1) + b_out_bias
+        tl.store(score + o_l, b_score, mask=valid)
+        decay = 1.0
+        if SOFTMAX:
+            b_score = tl.where(valid, b_score, -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(b_score, 0))
+            weight, decay = exp_less(b_score, new_peak), exp_less(peak, new_peak)
+            total, peak = total * decay + tl.sum(weight, 0), new_peak
+        else:
+            weight = tl.where(valid, b_score, 0.0)
+        out = _pooled(out, weight[:, None], decay, rows, BLOCKS)
+    for k in tl.static_range(BLOCKS):
+        o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_out = out[k]
+        if SPLIT:
+            tl.store(sum_ptr + tl.cast(task, tl.int64) * D + o_k, b_out, mask=o_k < D)
+        else:
+            if SOFTMAX:
+                b_out = b_out / tl.where(total > 0, total, 1.0)
+                tl.store(sum_ptr + b * D + o_k, b_out, mask=o_k < D)
+            tl.store(out_ptr + b * D + o_k, b_out, mask=o_k < D)
+    if SOFTMAX:
+        tl.store(peak_ptr + task, peak)
+        tl.store(total_ptr + task, total)
+
+
+@triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold"])
+def din_attention_statistics_kernel(
+    history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
+    partials_ptr, seed_ptr,
+    tasks, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
+    stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
+    D: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
+    DROPOUT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_H2: tl.constexpr,
+):  # fmt: skip
+    """Over the valid rows of tasks program_id, + num_programs, ..: their number, and of the last layer's product the
+    mean and the sum of squares from it, partials [programs, 2, BLOCK] and [programs] behind them.
+
+    Blocks are joined by Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances"
+    (1979): no difference of large sums.
+    """
+    pid = tl.program_id(0)
+    o_h, o_h2 = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
+    LAST: tl.constexpr = BLOCK_H2 if H2 > 0 else BLOCK_H
+    o_last = tl.arange(0, LAST)
+    stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
+    stride_hd = tl.cast(stride_hd, tl.int64)
+    count, mean, squares = 0.0, tl.zeros([LAST], tl.float32), tl.zeros([LAST], tl.float32)
+    for task in tl.range(pid, tasks, tl.num_programs(0), disable_licm=True):
+        b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
+        row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
+        mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+        for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
+            o_l = l0 + tl.arange(0, BLOCK_L)
+            valid = valid_rows(mask, o_l, end, stride_ml, FORM)
+            rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
+            x = first_layer(
+                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * BLOCK_H, o_h, D, stride_td, PRECISION,
+                BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
+            )  # fmt: skip
+            if H2 > 0:
+                a = activate(x, vectors_ptr, o_h, H, dice_eps, ACTIVATION, TRAINING, BLOCK_H)
+                a *= dropout_factor(seed_ptr, 0, b, l0, o_h, threshold, kept_scale, DROPOUT, BLOCK_L, BLOCK_H)
+                x = second_layer(a, parts_h, weight2_ptr, vectors2_ptr, o_h2, PRECISION, BLOCK_L, BLOCK_H, BLOCK_H2)
+            b_count = tl.sum(valid.to(tl.float32), 0)
+            b_mean = tl.sum(tl.where(valid[:, None], x, 0.0), 0) / tl.maximum(b_count, 1.0)
+            centred = tl.where(valid[:, None], x - b_mean[None, :], 0.0)
+            share = b_count / tl.maximum(count + b_count, 1.0)
+            step = b_mean - mean
+            squares += tl.sum(centred * centred, 0) + step * step * (count * share)
+            mean += step * share
+            count += b_count
+    partial = partials_ptr + tl.cast(pid, tl.int64) * (2 * LAST + 1)
+    tl.store(partial + o_last, mean)
+    tl.store(partial + LAST + o_last, squares)
+    tl.store(partial + 2 * LAST, count)
