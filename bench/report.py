@@ -218,7 +218,9 @@ def charts(records: dict[str, Record]) -> dict[str, tuple[str, dict]]:
                 )
         if rows:
             found[name] = "memory", {"rows": rows, "caption": f"float32, {timed[0].conditions}"}
-    with_floor = [r for record in timed for r in most_threads(record.races) if r.get("flops") and eager_of(r)]
+    with_floor = [
+        r for record in timed for r in most_threads(record.races) if r.get("flops") and r["size"] and eager_of(r)
+    ]
     if with_floor:
         threads = with_floor[0]["threads"]
         holder = next(r for r in timed if str(threads) in r.content["conditions"].get("ceilings", {}))
