@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import missing, zentorch
 from torch import nn
 
 import rankkernels as rk
@@ -80,19 +81,24 @@ def make(shape: Shape, skew: float):
     theirs = fbgemm(shape, weights, ids)
     if theirs is not None:
         contenders["FBGEMM"] = theirs
-    for contender in contenders.values():
-        torch.testing.assert_close(ours(), contender(), rtol=1e-4, atol=1e-4)
     return weights, ours, contenders
+
+
+def case_of(shape: Shape, skew: float) -> str:
+    ids = "uniform" if skew == 0 else f"Zipf {skew}"
+    return f"embedding_bag {shape.tables} x {shape.rows:,} x {shape.D} B{shape.B} L{shape.L} {ids}"
 
 
 @SHAPES
 @SKEWS
 def test_forward(shape, skew, threads, race):
     _, ours, contenders = make(shape, skew)
+    contenders |= zentorch(contenders["EmbeddingBag"])
     with torch.no_grad():
-        medians = race(ours, contenders)
-    moved = 4 * shape.tables * shape.B * (shape.L + 1) * shape.D
-    race.report(medians, f"{moved / medians['ours'] / 1e9:6.1f} GB/s")
+        race(
+            ours, contenders, case=case_of(shape, skew), kind="forward",
+            size=4 * shape.tables * shape.B * (shape.L + 1) * shape.D, missing=missing("fbgemm-gpu-cpu", "zentorch"),
+        )  # fmt: skip
 
 
 @SHAPES
@@ -105,10 +111,12 @@ def test_dense_gradient(shape, skew, threads, race):
     def step(function):
         return torch.autograd.grad(function(), weights, grad_out)
 
-    for a, b in zip(step(ours), step(contenders["EmbeddingBag"])):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    medians = race(lambda: step(ours), {"EmbeddingBag": lambda: step(contenders["EmbeddingBag"])})
-    race.report(medians)
+    race(
+        lambda: step(ours),
+        {"EmbeddingBag": lambda: step(contenders["EmbeddingBag"])},
+        case=case_of(shape, skew),
+        kind="forward + backward",
+    )
 
 
 @SHAPES
@@ -141,19 +149,54 @@ def test_fused_step(shape, skew, threads, race):
         adagrad.step()
 
     contenders["torch Adagrad"] = torchs
-    medians = race(ours, contenders)
-    race.report(medians)
+    race(ours, contenders, case=case_of(shape, skew), kind="fused step", missing=missing("fbgemm-gpu-cpu"))
+
+
+@pytest.mark.parametrize("gradients", ["sparse", "fused Adam"])
+def test_lookup_fm_linear(gradients, threads, race):
+    """What DeepFM needs of 39 features in one pass, against the lookup, the FM and the linear layer one by one."""
+    F_, D, B = 39, 16, 8192
+    ids, modes = make_ids(Shape(F_, 100_000, D, B, 1), 0.0), ["none"] * F_
+    ids = [i.flatten() for i in ids]
+    grads = torch.randn(B, F_ * D), torch.randn(B, 1)
+
+    def contender(function):
+        torch.manual_seed(0)
+        module = rk.TableBatchedEmbeddingBag([100_000] * F_, D)
+        weights, a = list(module.weights), nn.Parameter(torch.randn(1, F_ * D))
+        options = {"sparse": True}
+        if gradients != "sparse":
+            options = {"optimizer": rk.optim.Adam(weights, lr=1e-3)}
+
+        def step():
+            embeddings, fm, linear = function(weights, a, options)
+            for p in (*weights, a):
+                p.grad = None
+            torch.autograd.backward([embeddings, fm + linear], grads)
+
+        return step
+
+    def apart(weights, a, options):
+        (e,) = rk.table_batched_embedding_bag(weights, ids, modes=modes, concat=True, **options)
+        return e, rk.fm_interaction(e.view(B, F_, D)), F.linear(e, a)
+
+    race(
+        contender(lambda weights, a, options: rk.embedding_fm(weights, ids, a, **options)),
+        {"separate ops": contender(apart)},
+        case=f"embedding_fm {F_} x 100,000 x {D} B{B}",
+        kind=f"forward + backward, {gradients}",
+    )
 
 
 @pytest.mark.parametrize("rows", [100_000, 1_000_000, 10_000_000])
-def test_time_does_not_grow_with_rows(rows, threads, race):
+def test_time_does_not_grow_with_rows(rows, threads, race, benchmark):
     """The same lookups in larger tables: fused Adam on one table of width 16, 65536 ids."""
     module = rk.TableBatchedEmbeddingBag([rows], 16)
     rk.optim.fuse(module, rk.optim.Adam(module.parameters(), lr=0.01))
     ids = [torch.randint(0, rows, (65536, 1))]
     grad_out = torch.randn(65536, 16)
-    medians = race(lambda: module(ids).backward(grad_out), {})
-    race.report(medians)
+    race(lambda: module(ids).backward(grad_out), {}, case="embedding_bag by rows", kind="fused Adam")
+    benchmark.extra_info["rows"] = rows
 
 
 @pytest.mark.parametrize("B", [16, 4096])
@@ -168,6 +211,5 @@ def test_layer(B, threads, race):
         return torch.cat([tables[f.name](x[f.name].long()).unsqueeze(1) for f in features], 1)
 
     with torch.inference_mode():
-        assert torch.equal(layer(x, features), one_by_one())
-        medians = race(lambda: layer(x, features), {"one by one": one_by_one})
-    race.report(medians)
+        race(lambda: layer(x, features), {"one by one": one_by_one}, case=f"EmbeddingLayer 26 x 100,000 x 16 B{B}",
+             kind="forward")  # fmt: skip

@@ -5,7 +5,12 @@ Each works in two ways. As a ``torch.optim.Optimizer`` its ``step`` takes the co
 in the backward, and no gradient is ever stored.
 
 The state is named and shaped like that of torch's optimizers ("step", "sum"; "step", "exp_avg", "exp_avg_sq"), so that
-``load_state_dict`` takes theirs; it is float32 for tables in 16 bits.
+``load_state_dict`` takes theirs, and ``to_torch`` gives it back; it is float32 for tables in 16 bits.
+
+Mixed precision: ``torch.amp.GradScaler.step`` works with stepped optimizers as with torch's. A fused one is given the
+scaler (``fuse(module, optimizer, grad_scaler=scaler)``): it divides by the scale, in the precision of the state, and a
+backward with an infinity or a NaN in a gradient changes nothing. Its tables have no ``grad``, so what makes the scaler
+lower the scale is what its other optimizers see of the same backward.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from rankkernels.nn.embedding import fused_weight
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse", "to_torch"]
 
 
 def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,14 +38,17 @@ def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
 class _RowOptimizer(torch.optim.Optimizer):
     """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names its state, one value an element of the table or a row."""
 
+    _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf for the time of a step
+    grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
+
     _kind: str
     _states: tuple[str, ...] = ()
     _one_a_row = False
     _initial = 0.0
 
     def __init__(self, params: Iterable, **defaults):
-        for name in ("lr", "eps", "weight_decay"):
-            if float(defaults[name]) < 0:
+        for name in ("lr", "eps", "weight_decay", "max_row_norm"):
+            if float(defaults[name] or 0) < 0:
                 raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {defaults[name]}")
         for beta in defaults["betas"]:
             if not 0 <= beta < 1:
@@ -53,8 +61,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}"
                     )
 
-    def _advance(self, p: Tensor, group: dict) -> tuple[list[Tensor], list[float]]:
-        """Counts a step of ``p``; its state and the op's ``hyper``."""
+    def _advance(self, p: Tensor, group: dict, scale: float) -> tuple[list[Tensor], list[float]]:
+        """Counts a step of ``p``; its state and the op's ``hyper``, for a gradient times ``scale``."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -65,7 +73,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                 use_huge_pages(state[name])
         state["step"] += 1
         lr = self._learning_rate(group, state["step"])
-        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"]]
+        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"], 1 / scale]
+        hyper.append(group["max_row_norm"] or 0.0)
         return [state[name] for name in self._states], [float(h) for h in hyper]
 
     def _learning_rate(self, group: dict, step: int) -> float:
@@ -82,6 +91,10 @@ class _RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if float(getattr(self, "found_inf", 0)) > 0:
+            return loss
+        scale = getattr(self, "grad_scale", None)  # None: the scaler has divided by it
+        scale = 1.0 if scale is None else float(scale)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -92,7 +105,7 @@ class _RowOptimizer(torch.optim.Optimizer):
                         "with sparse=True, or take torch.optim's"
                     )
                 rows, values = _coalesced(p.grad)
-                states, hyper = self._advance(p, group)
+                states, hyper = self._advance(p, group, scale)
                 torch.ops.rankkernels.sparse_update.default(
                     p, states, rows, values, OPTIMIZERS.index(self._kind), hyper
                 )
@@ -125,9 +138,14 @@ class _RowOptimizer(torch.optim.Optimizer):
             grads = self.update([grad_outs[f] for f in kept], [weights[t] for t in place], lists, features)
             found = dict(zip(kept, grads))
             return [found.get(f, torch.zeros_like(w)) for f, w in enumerate(everywhere[2])]
+        scale = 1.0
+        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
+            scale = self.grad_scaler.get_scale()
+            if not all(bool(g.isfinite().all()) for g in grad_outs):
+                return [torch.zeros_like(w) for w in lists[2]]
         states, hyper = [], []
         for weight in weights:
-            own_states, own_hyper = self._advance(weight, group_of[weight])
+            own_states, own_hyper = self._advance(weight, group_of[weight], scale)
             states += own_states
             hyper += own_hyper
         grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
@@ -138,18 +156,44 @@ class _RowOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """As ``torch.optim.Optimizer``, but state keeps its precision where the tables have less."""
-        super().load_state_dict(state_dict)
+        """As ``torch.optim.Optimizer``, but state keeps its precision where the tables have less.
+
+        Takes that of torch's optimizer of the same name (``SparseAdam`` for ``Adam``) over the same tables, too; what
+        it does not say, like a weight decay for ``SparseAdam``, stays as it was given to this optimizer.
+
+        Raises:
+            ValueError: it is of an optimizer of another kind, or of one with momentum, amsgrad or maximize.
+        """
+        for group in state_dict["param_groups"]:
+            for name in ("momentum", "amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"{type(self).__name__}: there is no {name} here, the state to load has it")
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params):
             saved = state_dict["state"].get(i)
-            if saved is None:
+            for name in self._states if saved else ():
+                shape = p.shape[:1] if self._one_a_row else p.shape
+                if name not in saved or saved[name].shape != shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: the state of table {i} must have {name} of shape {list(shape)}, got "
+                        + ", ".join(f"{k} {list(getattr(v, 'shape', []))}" for k, v in saved.items())
+                    )
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before):
+            for name in set(group) - set(old) - {"initial_lr"}:
+                del group[name]
+            for name in set(old) - set(group):
+                group[name] = old[name]
+        for i, p in zip(ids, params):
+            saved = state_dict["state"].get(i)
+            if not saved:
                 continue
             dtype = torch.promote_types(p.dtype, torch.float32)
             for name in self._states:
                 self.state[p][name] = saved[name].to(device=p.device, dtype=dtype, copy=True).contiguous()
-            self.state[p]["step"] = int(saved["step"])
+            self.state[p]["step"] = int(saved.get("step", 0))
 
 
 class SGD(_RowOptimizer):
@@ -159,12 +203,15 @@ class SGD(_RowOptimizer):
         params: tables [R, D] or groups of them.
         lr: the learning rate, a number or a tensor.
         weight_decay: adds weight_decay w to the gradient of each row looked up.
+        max_row_norm: of each row looked up, the gradient is clipped to this norm (all optimizers have it).
     """
 
     _kind = "sgd"
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0):
-        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay)
+    def __init__(
+        self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, max_row_norm: float | None = None
+    ):
+        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay, max_row_norm=max_row_norm)
 
 
 class Adagrad(_RowOptimizer):
@@ -183,9 +230,18 @@ class Adagrad(_RowOptimizer):
         weight_decay: float = 0.0,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        max_row_norm: float | None = None,
     ):
         self._initial = initial_accumulator_value
-        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, lr_decay=lr_decay)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=(0.0, 0.0),
+            eps=eps,
+            weight_decay=weight_decay,
+            max_row_norm=max_row_norm,
+            lr_decay=lr_decay,
+        )
 
     def _learning_rate(self, group, step):
         return float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
@@ -196,8 +252,15 @@ class RowWiseAdagrad(_RowOptimizer):
 
     _kind, _states, _one_a_row = "rowwise_adagrad", ("sum",), True
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-2, weight_decay: float = 0.0, eps: float = 1e-8):
-        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay)
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        weight_decay: float = 0.0,
+        eps: float = 1e-8,
+        max_row_norm: float | None = None,
+    ):
+        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
 
 
 class Adam(_RowOptimizer):
@@ -215,8 +278,9 @@ class Adam(_RowOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        max_row_norm: float | None = None,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
 
 
 class AdamW(Adam):
@@ -231,16 +295,45 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        max_row_norm: float | None = None,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
 
 
-def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
+def to_torch(optimizer: _RowOptimizer, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Loads the state and the hyperparameters of ``optimizer`` into torch's optimizer over the same params; returns it.
+
+    The way back is ``optimizer.load_state_dict(theirs.state_dict())``. ``theirs`` is ``torch.optim.SGD`` without
+    momentum, ``Adagrad``, ``SparseAdam`` or ``Adam``, ``AdamW``. A dense optimizer goes on from the same numbers, but
+    from then on its moments decay in every step, of a row that no batch looks up as well.
+
+    Raises:
+        ValueError: ``theirs`` is of another kind.
+    """
+    kinds = {"sgd": ("SGD",), "adagrad": ("Adagrad",), "adam": ("SparseAdam", "Adam"), "adamw": ("AdamW",)}
+    if type(theirs).__name__ not in kinds.get(optimizer._kind, ()):
+        raise ValueError(f"to_torch: {type(theirs).__name__} has no place for the state of {type(optimizer).__name__}")
+    ours, state_dict = optimizer.state_dict(), theirs.state_dict()
+    if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in state_dict["param_groups"]]:
+        raise ValueError("to_torch: the optimizers must have the same groups of params")
+    for group, own in zip(state_dict["param_groups"], ours["param_groups"]):
+        group.update({name: own[name] for name in own if name in group})
+    if optimizer._kind != "sgd":
+        state_dict["state"] = {
+            i: {**state, "step": torch.tensor(float(state["step"]))} for i, state in ours["state"].items() if state
+        }
+    theirs.load_state_dict(state_dict)
+    return theirs
+
+
+def fuse(module: nn.Module, optimizer: _RowOptimizer, *, grad_scaler: torch.amp.GradScaler | None = None) -> nn.Module:
     """Lets ``optimizer`` step in the backward of every ``EmbeddingLayer``, ``EmbeddingBag`` and
     ``TableBatchedEmbeddingBag`` in ``module``, whose tables must all be among its params. Returns ``module``.
 
-    Each lookup's backward is a step of its tables, so look a table up once a batch; their ``grad`` stays None.
-    ``optimizer.state_dict`` holds the state, ``optimizer.step`` does nothing.
+    Each lookup's backward is a step of its tables, so look a table up once a batch: features that share a table in one
+    layer are one lookup, a layer that is called twice is two, and then two steps are taken, as on two batches. Their
+    ``grad`` stays None. ``optimizer.state_dict`` holds the state, ``optimizer.step`` does nothing. With
+    ``grad_scaler`` the backward is taken to be of a loss that it scaled.
 
     Raises:
         ValueError: there is no such layer in ``module``, or one has a table that is frozen, not among the params, or
@@ -261,6 +354,7 @@ def fuse(module: nn.Module, optimizer: _RowOptimizer) -> nn.Module:
             full = ".".join(part for part in (layer_name, name) if part)
             if (isinstance(m, nn.Embedding) and fused_weight(m) is None) or getattr(m, "scale_grad_by_freq", False):
                 raise ValueError(f"fuse: table {full} is looked up by a module of its own: {m}")
+    optimizer.grad_scaler = grad_scaler
     for layer in layers.values():
         layer.fused_optimizer = optimizer
         for p in layer.parameters():

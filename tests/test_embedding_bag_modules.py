@@ -69,6 +69,9 @@ def test_ids_after_the_last_offset_are_in_no_bag():
     assert torch.equal(out, expected)
     grads = (torch.autograd.grad(o.sin().sum(), module.weight)[0] for o in (out, expected))
     assert torch.equal(*grads)
+    module.sparse = True
+    (grad,) = torch.autograd.grad(module(ids, offsets).sin().sum(), module.weight)
+    assert torch.equal(grad._indices()[0], ids[:7].unique())
 
 
 def test_from_pretrained():
@@ -90,10 +93,13 @@ def test_samples_of_pytorch(dtype):
     compared = 0
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         weight, (ids,), options = sample.input, sample.args, dict(sample.kwargs)
-        if options.pop("scale_grad_by_freq", False) or options.pop("include_last_offset", False):
-            continue  # arguments of the module, above
         expected = info.op(weight, ids, **options)
-        out = rk.embedding_bag(weight, ids, **{"mode": "mean", **options})
+        given = {name: options.pop(name) for name in ("offsets", "per_sample_weights") if name in options}
+        module = rk.EmbeddingBag.from_pretrained(weight.detach(), False, **options)
+        del module._parameters["weight"]  # for the sample's own tensor
+        module.weight = weight
+        options = {**options, **given}
+        out = module(ids, **given)
         assert out.shape == expected.shape and out.dtype == expected.dtype
         assert relative_error(out, expected) < 2 * TOLERANCE[dtype]
         factors = options.get("per_sample_weights")

@@ -119,7 +119,7 @@ def test_kernel_is_the_reference(name):
     from rankkernels.ops import embedding_bag_update as ops
 
     number = ops.OPTIMIZERS.index(OURS[name][0]._kind)
-    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0]
+    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0, 0.5, 1.5]
     for dtype, D in ((torch.float32, 17), (torch.float64, 9), (torch.bfloat16, 33), (torch.float16, 5)):
         weight = torch.randn(50, D).to(dtype)
         count, state_dtype = len(OURS[name][0]._states), torch.promote_types(dtype, torch.float32)

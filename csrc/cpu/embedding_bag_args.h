@@ -48,7 +48,7 @@ struct Update {
   void* weight;  // [R, D], unit stride along D
   int64_t stride_wr;
   void *state1, *state2;  // [R, D], or [R] for row-wise Adagrad; null where there is none
-  double lr, beta1, beta2, eps, weight_decay, step, inverse_root;
+  double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
 };
 
 // A table in the backward: key first_key + r is its row r. The sum of a row goes to grad_weight [R, D],

@@ -63,7 +63,9 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
   return {grad_rows, values, backward.factor_grads()};
 }
 
-// An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step].
+// An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor,
+// max_norm].
+constexpr size_t kHyper = 8;
 static Update make_update(int64_t optimizer, const double* hyper, Tensor weight, const Tensor* states) {
   RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, "embedding_bag_update: unknown optimizer ", optimizer);
   RK_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
@@ -74,6 +76,7 @@ static Update make_update(int64_t optimizer, const double* hyper, Tensor weight,
   u.weight = weight.mutable_data_ptr();
   u.stride_wr = weight.stride(0);
   u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
+  u.grad_factor = hyper[6], u.max_norm = hyper[7];
   const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
   u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
   u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
@@ -107,14 +110,14 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
       {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
   RK_CHECK(states.size() == weights.size() * states_of(optimizer), "embedding_bag_update: states must hold ",
            states_of(optimizer), " tensors a table, got ", states.size(), " for ", weights.size());
-  RK_CHECK(hyper.size() == 6 * weights.size(),
-           "embedding_bag_update: hyper must hold 6 numbers a table, got ", hyper.size(), " for ",
+  RK_CHECK(hyper.size() == kHyper * weights.size(),
+           "embedding_bag_update: hyper must hold 8 numbers a table, got ", hyper.size(), " for ",
            weights.size());
   std::vector<Update> updates;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
     updates.push_back(
-        make_update(optimizer, hyper.data() + 6 * t, weights[t], states.data() + t * states_of(optimizer)));
+        make_update(optimizer, hyper.data() + kHyper * t, weights[t], states.data() + t * states_of(optimizer)));
     RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
                                    backward.widths[t] == weights[t].size(1)),
              "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
@@ -131,7 +134,7 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   RK_CHECK(static_cast<int64_t>(states.size()) == states_of(optimizer), "sparse_update: states must hold ",
            states_of(optimizer), " tensors, got ", states.size());
-  RK_CHECK(hyper.size() == 6, "sparse_update: hyper must hold 6 numbers, got ", hyper.size());
+  RK_CHECK(hyper.size() == kHyper, "sparse_update: hyper must hold 8 numbers, got ", hyper.size());
   const Update u = make_update(optimizer, hyper.data(), weight, states.data());
   const int64_t n = rows.numel(), D = weight.size(1);
   RK_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&

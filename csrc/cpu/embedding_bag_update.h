@@ -8,7 +8,8 @@
 //   adamw             the same m and v
 //                     w -= lr / (1 - beta1^t) m / (sqrt v / sqrt(1 - beta2^t) + eps)
 //
-// with g + weight_decay w for g, but in adamw first w -= lr weight_decay w. Only rows that were looked up
+// where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
+// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw first w -= lr weight_decay w. Only rows that were looked up
 // take part. The caller folds the factors that depend on t alone into `step` and `inverse_root`:
 //
 //   w -= step m / (inverse_root sqrt v + eps)
@@ -83,12 +84,22 @@ RK_INLINE void update_row(const Update& u, int64_t D, int64_t row, const typenam
   T* weight = static_cast<T*>(u.weight) + row * u.stride_wr;
   A* state1 = u.state1 ? static_cast<A*>(u.state1) + (rowwise ? row : row * D) : nullptr;
   A* state2 = u.state2 ? static_cast<A*>(u.state2) + row * D : nullptr;
+  A factor = A(u.grad_factor);
+  if (u.max_norm != 0) {
+    V squares = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const V g = factor * load(grad + d, d + kLanes <= D, tail_state);
+      squares += g * g;
+    }
+    const A norm = root(splat<A>(sum_lanes<T>(squares)))[0];
+    if (norm > A(u.max_norm)) factor *= A(u.max_norm) / norm;
+  }
   A row_scale = 0;
   if (rowwise) {
     V squares = {};
     for (int64_t d = 0; d < D; d += kLanes) {
       const bool whole = d + kLanes <= D;
-      V g = load(grad + d, whole, tail_state);
+      V g = factor * load(grad + d, whole, tail_state);
       if (decay != 0) g += decay * load(weight + d, whole, tail);
       squares += g * g;
     }
@@ -97,7 +108,7 @@ RK_INLINE void update_row(const Update& u, int64_t D, int64_t row, const typenam
   }
   for (int64_t d = 0; d < D; d += kLanes) {
     const bool whole = d + kLanes <= D;
-    V w = load(weight + d, whole, tail), g = load(grad + d, whole, tail_state);
+    V w = load(weight + d, whole, tail), g = factor * load(grad + d, whole, tail_state);
     if (decoupled)
       w -= lr * decay * w;
     else if (decay != 0)

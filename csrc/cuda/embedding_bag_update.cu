@@ -12,7 +12,8 @@ namespace cuda {
 
 static size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
 
-// The step on one table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step].
+// The step on one table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm].
+constexpr size_t kHyper = 8;
 static Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight,
                           const Tensor* states) {
   RK_CHECK_UPDATE(
@@ -26,6 +27,7 @@ static Update make_update(int64_t optimizer, const double* hyper, const Tensor& 
   u.R = weight.size(0);
   u.D = checked_int32(weight.size(1), "the width of a table");
   u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
+  u.grad_factor = hyper[6], u.max_norm = hyper[7];
   const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
   u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
   u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
@@ -50,7 +52,7 @@ static void check_optimizer(int64_t optimizer, size_t tables, size_t states, siz
   RK_CHECK_UPDATE(optimizer >= kSGD && optimizer <= kAdamW, "unknown optimizer ", optimizer);
   RK_CHECK_UPDATE(states == tables * states_of(optimizer), "states must hold ", states_of(optimizer),
                   " tensors a table, got ", states, " for ", tables);
-  RK_CHECK_UPDATE(hyper == 6 * tables, "hyper must hold 6 numbers a table, got ", hyper, " for ", tables);
+  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
 }
 
 // One launch for as many tables of a dtype as go with it.
@@ -92,7 +94,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
     updates.push_back(
-        make_update(optimizer, hyper.data() + 6 * t, weights[t], states.data() + t * states_of(optimizer)));
+        make_update(optimizer, hyper.data() + kHyper * t, weights[t], states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
     rows.push_back(updates[t].R);
     first_key += updates[t].R;

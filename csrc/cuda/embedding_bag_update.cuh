@@ -8,7 +8,8 @@
 //   adamw             the same m and v
 //                     w -= lr / (1 - beta1^t) m / (sqrt v / sqrt(1 - beta2^t) + eps)
 //
-// with g + weight_decay w for g, but in adamw first w -= lr weight_decay w. The host folds the factors that
+// where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
+// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw first w -= lr weight_decay w. The host folds the factors that
 // depend on t alone into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps).
 //
 // State is float, double for double tables. Bytes a row: g, w read and written, and each state read and
@@ -27,7 +28,7 @@ struct Update {
   void* weight;  // [R, D], rows stride_wr apart
   int64_t stride_wr, R, first_key;
   void* state[2];  // [R, D], or [R]; or null
-  double lr, beta1, beta2, eps, weight_decay, step, inverse_root;
+  double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
   int32_t D;
   bool packed;  // rows of the table, of the state and of the gradient are packs
 };
@@ -50,11 +51,21 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
   const A lr = A(u.lr), eps = A(u.eps), decay = optimizer == kAdamW ? A(0) : A(u.weight_decay);
   const A shrink = optimizer == kAdamW ? A(1 - u.lr * u.weight_decay) : A(1);
 
+  A factor = A(u.grad_factor);
+  if (u.max_norm != 0) {
+    A squares = 0;
+    for (int d = group.lane(); d < u.D; d += group.lanes()) {
+      const A g = factor * widen(grad[d]);
+      squares += g * g;
+    }
+    const A norm = sqrt(group.sum(squares));
+    if (norm > A(u.max_norm)) factor *= A(u.max_norm) / norm;
+  }
   A row_scale = lr;  // sgd's and row-wise adagrad's
   if (optimizer == kRowWiseAdagrad) {
     A squares = 0;
     for (int d = group.lane(); d < u.D; d += group.lanes()) {
-      const A g = widen(grad[d]) + decay * widen(weight[d]);
+      const A g = factor * widen(grad[d]) + decay * widen(weight[d]);
       squares += g * g;
     }
     A* sum = static_cast<A*>(u.state[0]) + row;
@@ -68,7 +79,7 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
     RK_UNROLL
     for (int i = 0; i < n; ++i) {
       w[i] = shrink * widen(weights.x[i]);
-      g[i] = widen(grads.x[i]) + decay * w[i];
+      g[i] = factor * widen(grads.x[i]) + decay * w[i];
     }
     if (optimizer == kSGD || optimizer == kRowWiseAdagrad) {
       RK_UNROLL

@@ -10,7 +10,8 @@ from rankkernels.ops.embedding_bag import FEATURES
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 
-# ``hyper`` holds lr, beta1, beta2, eps, weight_decay and the number of the step, of each table; ``states`` the state
+# ``hyper`` holds lr, beta1, beta2, eps, weight_decay, the number of the step, the factor of the gradients (1 over the
+# loss scale) and the norm that a row's gradient is clipped to (0: none), of each table; ``states`` the state
 # of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw), in float32, float64 for
 # a float64 table. Returned are the gradients of the per-sample weights.
 lib.define(
@@ -27,11 +28,13 @@ lib.define(
 @torch.library.impl(lib, "sparse_update", "CompositeExplicitAutograd")
 def _(weight, states, rows, values, optimizer, hyper):
     notice_reference("sparse_update", weight)
-    lr, beta1, beta2, eps, weight_decay, step = hyper
+    lr, beta1, beta2, eps, weight_decay, step, grad_factor, max_norm = hyper
     kind = OPTIMIZERS[optimizer]
     old = [s[rows] for s in states]
     dtype = states[0].dtype if states else torch.promote_types(weight.dtype, torch.float32)
-    w, g = weight[rows].to(dtype), values.to(dtype)
+    w, g = weight[rows].to(dtype), values.to(dtype) * grad_factor
+    if max_norm:
+        g = g * (max_norm / g.norm(dim=1, keepdim=True)).clamp(max=1)
     if kind == "adamw":
         w = w - lr * weight_decay * w
     else:
@@ -66,7 +69,7 @@ def _(grad_outs, weights, states, *rest):
     n, tables = len(states) // len(weights), features[3]
     for t in {tables[f] for f, g in enumerate(grad_outs) if g is not None}:
         torch.ops.rankkernels.sparse_update.default(
-            weights[t], states[n * t : n * t + n], rows[t], values[t], optimizer, hyper[6 * t : 6 * t + 6]
+            weights[t], states[n * t : n * t + n], rows[t], values[t], optimizer, hyper[8 * t : 8 * t + 8]
         )
     return grad_psw
 

@@ -1,4 +1,4 @@
-"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h, csrc/cuda/embedding_fm.cuh.
+"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h.
 
 The forward looks the features of a few samples up and combines them while they are in the cache. The backward turns the
 gradients of the embeddings, of the FM and of the linear term into that of the lookups, in one pass, and from there goes
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels import reference
-from rankkernels.ops._library import lib, notice_reference
+from rankkernels.ops._library import lib
 from rankkernels.ops.embedding_bag import (
     FEATURES,
     Optimizer,
@@ -72,32 +72,38 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
     return grad, embeddings.new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
 
 
+# Where no kernel does both, the separate ops do, each by the best that serves the device.
 @torch.library.impl(lib, "embedding_fm", "CompositeExplicitAutograd")
 def _(weights, *rest, sparse=False):
     *features, names, linear_weight = rest
     (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
     _check(weights, features[3], linear_weight)
-    notice_reference("embedding_fm", embeddings)
-    fm, linear = reference.fm_and_linear(embeddings, weights[features[3][0]].size(1), linear_weight)
-    return embeddings, fm, embeddings.new_empty((0, 1)) if linear is None else linear
+    fields = embeddings.view(embeddings.size(0), len(features[0]), -1) if embeddings.numel() else None
+    fm = (
+        embeddings.new_zeros((embeddings.size(0), 1))
+        if fields is None
+        else torch.ops.rankkernels.fm_interaction.default(fields, True)
+    )
+    if linear_weight is None:
+        return embeddings, fm, embeddings.new_empty((0, 1))
+    return embeddings, fm, F.linear(embeddings, linear_weight.reshape(1, -1))
 
 
 @torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")
 def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
-    x = reference.accumulator(embeddings)
-    grad, grad_linear_weight = torch.zeros_like(x), embeddings.new_empty(0)
+    grad = torch.zeros_like(embeddings, memory_format=torch.contiguous_format)
+    grad_linear_weight = embeddings.new_empty(0)
+    if grad_fm is not None and embeddings.numel():
+        fields = embeddings.view(embeddings.size(0), -1, dim)
+        grad = torch.ops.rankkernels.fm_interaction_backward.default(grad_fm, fields, True).flatten(1)
     if grad_embeddings is not None:
         grad = grad + grad_embeddings
-    if grad_fm is not None:
-        fields = x.view(x.size(0), x.size(1) // dim, dim)
-        grad = grad + (reference.accumulator(grad_fm)[:, :, None] * (fields.sum(1, keepdim=True) - fields)).flatten(1)
     if linear_weight is not None:
         grad_linear_weight = torch.zeros_like(linear_weight, memory_format=torch.contiguous_format)
         if grad_linear is not None:
-            ga = reference.accumulator(grad_linear)
-            grad = grad + ga * reference.accumulator(linear_weight).reshape(1, -1)
-            grad_linear_weight = (ga.t() @ x).to(x.dtype).view(linear_weight.shape).to(linear_weight.dtype)
-    return grad.to(embeddings.dtype), grad_linear_weight
+            grad = torch.addcmul(grad, grad_linear, linear_weight.reshape(1, -1))
+            grad_linear_weight = (grad_linear.t() @ embeddings).view(linear_weight.shape)
+    return grad, grad_linear_weight
 
 
 def _grad_lookups(grads, embeddings, linear_weight, dim) -> tuple[Sequence[Tensor], Tensor | None]:

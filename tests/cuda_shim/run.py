@@ -98,12 +98,12 @@ def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
     kind = OPTIMIZERS.index(optimizer)
     for step in (1.0, 2.0):
         _, features, grad_outs = features_of(case, dtype, seed=int(step))
-        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step)]
+        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step, 0.5, t % 2)]
         torch.ops.rankkernels.embedding_bag_update.default(grad_outs, weights, states, *features, kind, hyper)
     rows = torch.arange(0, weights[0].size(0), 2)
     values = torch.linspace(-1, 1, rows.numel() * weights[0].size(1), dtype=torch.float64).view(rows.numel(), -1)
     torch.ops.rankkernels.sparse_update.default(
-        weights[0], states[:count], rows, values.to(dtype), kind, [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0]
+        weights[0], states[:count], rows, values.to(dtype), kind, [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7]
     )
     return [*weights, *states]
 
@@ -227,12 +227,12 @@ def bad_arguments() -> None:
     update = torch.ops.rankkernels.embedding_bag_update.default
     features = [ids], [], [], [0], [1], [-1], [-1]
     for grad, states, kind, hyper, expected in (
-        (torch.ones(2, 4), [], 9, [0.1] * 6, "embedding_bag_update: unknown optimizer 9"),
-        (torch.ones(2, 4), [], 1, [0.1] * 6, "states must hold 1 tensors a table, got 0 for 1"),
-        (torch.ones(2, 4), [], 0, [0.1] * 5, "hyper must hold 6 numbers a table, got 5 for 1"),
-        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 6, "state 0 of a table of shape [5, 4] must be contiguous"),
-        (torch.ones(2, 3), [], 0, [0.1] * 6, "grad_outs[0] must have the dtype and the width of its table"),
-        (torch.ones(3, 4), [], 0, [0.1] * 6, "grad_outs[0] has shape [3, 4] for 2 bags"),
+        (torch.ones(2, 4), [], 9, [0.1] * 8, "embedding_bag_update: unknown optimizer 9"),
+        (torch.ones(2, 4), [], 1, [0.1] * 8, "states must hold 1 tensors a table, got 0 for 1"),
+        (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 8 numbers a table, got 7 for 1"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must be contiguous"),
+        (torch.ones(2, 3), [], 0, [0.1] * 8, "grad_outs[0] must have the dtype and the width of its table"),
+        (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
     ):
         before = weight.clone()
         try:
