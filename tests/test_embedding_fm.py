@@ -187,3 +187,19 @@ def test_deepfm_compiles():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(losses_and_gradients(compiled, x), expected):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("way", ["sparse", "fused"])
+def test_what_no_graph_can_have_breaks_it(way):
+    """Under torch.compile the lookups of sparse gradients and of fused optimizers run outside the graph."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        bag = rk.EmbeddingBag(30, 7, mode="sum", sparse=way == "sparse")
+        if way == "fused":
+            rk.optim.fuse(bag, rk.optim.Adam(bag.parameters(), lr=0.1))
+        function = torch.compile(bag, backend="aot_eager") if compiled else bag
+        function(torch.randint(0, 30, (4, 3))).sin().sum().backward()
+        results.append(bag.weight.grad.to_dense() if way == "sparse" else bag.weight.detach())
+    assert torch.equal(*results)

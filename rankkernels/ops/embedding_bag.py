@@ -317,11 +317,19 @@ class raise_index_errors:
             raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
 
 
+@torch.compiler.disable(reason="rows that a backward finds have a shape that no graph knows")
+def outside_graph(function, *arguments):
+    return function(*arguments)
+
+
 def call(
     weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=False,
     sparse=False, optimizer=None,
 ):  # fmt: skip
     """The op on arguments in the schema's own form."""
+    if (sparse or optimizer is not None) and torch.compiler.is_compiling():
+        return outside_graph(call, weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
+                             frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
             lists = weights, indices, offsets, per_sample_weights
@@ -393,7 +401,7 @@ def table_batched_embedding_bag(
         concat: write all features side by side into one tensor. Each must be pooled or have 1-D indices, with one
             number of bags and one dtype for all.
         sparse: give the tables sparse gradients, coalesced, as ``torch.optim.SparseAdam``, ``Adagrad`` and ``SGD`` take
-            them.
+            them. Under ``torch.compile`` the lookup is then a break in the graph, with an optimizer too.
         optimizer: one of ``rankkernels.optim``, to step on the rows looked up in the backward itself; the tables get
             no ``grad`` then.
 

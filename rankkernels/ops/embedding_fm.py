@@ -19,6 +19,7 @@ from rankkernels.ops.embedding_bag import (
     Optimizer,
     in_schema,
     needs_values,
+    outside_graph,
     raise_index_errors,
     table_gradients,
 )
@@ -171,6 +172,9 @@ class _Updating(torch.autograd.Function):
 def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, sparse=False,
          optimizer: Optimizer | None = None):  # fmt: skip
     """The op on arguments in the schema's own form, of features without offsets and per-sample weights."""
+    if (sparse or optimizer is not None) and torch.compiler.is_compiling():
+        return outside_graph(call, weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight,
+                             sparse, optimizer)  # fmt: skip
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
