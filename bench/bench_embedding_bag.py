@@ -68,7 +68,7 @@ def fbgemm(shape: Shape, weights, ids):
 
 
 def make(shape: Shape, skew: float):
-    weights = [torch.randn(shape.rows, shape.D, requires_grad=True) for _ in range(shape.tables)]
+    weights = list(rk.TableBatchedEmbeddingBag([shape.rows] * shape.tables, shape.D).weights)
     ids, modes = make_ids(shape, skew), ["sum"] * shape.tables
 
     def ours():
