@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rankkernels._version import __version__
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import DenseFeature, SequenceFeature, SparseFeature
-from rankkernels.testing import GPU_CASES, OpCase
+from rankkernels.testing import GPU_CASES, OpCase, din_attention_case, fm_interaction_case
 
 CSRC = Path(__file__).parents[1] / "csrc/cuda"
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -275,6 +275,29 @@ def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
     return _markdown(["kernel", *CUDA_TARGETS], rows)
 
 
+BATCHES = (1, 128, 1024, 8192)
+
+
+def grids() -> dict[str, dict[int, list]]:
+    """The kernels of some calls for batches from one user's to training's, on sm_90."""
+    from rankkernels._triton.ahead_of_time import compile_case
+
+    found: dict[str, dict[int, list]] = {}
+    for B in BATCHES:
+        for case in (fm_interaction_case(B, 39, 16), din_attention_case(B, 50, 64, [36], batch_norm=False)):
+            for call in compile_case(case, torch.float32, "sm_90"):
+                found.setdefault(call.op, {})[B] = call.kernels
+    return found
+
+
+def grids_table(found: dict[str, dict[int, list]]) -> list[str]:
+    rows = [
+        [op, *(" ".join("×".join(map(str, k.grid)) for k in by_batch[B]) for B in BATCHES)]
+        for op, by_batch in found.items()
+    ]
+    return _markdown(["call", *(f"B = {B}" for B in BATCHES)], rows)
+
+
 def launches_table(models: dict[str, list]) -> list[str]:
     from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
 
@@ -296,7 +319,9 @@ def launches_table(models: dict[str, list]) -> list[str]:
     )
 
 
-def report(records: Sequence[Record], cuda: dict | None, models: dict[str, list], versions: str) -> str:
+def report(
+    records: Sequence[Record], cuda: dict | None, models: dict[str, list], small: dict[str, dict], versions: str
+) -> str:
     """The page; ``cuda`` is None where there is no nvcc."""
     gpus = "; ".join(
         f"{g.name} {g.bandwidth:g} GB/s, {g.float32:g} TFLOP/s float32, {g.float64:g} float64, {g.tf32:g} tf32"
@@ -338,6 +363,16 @@ def report(records: Sequence[Record], cuda: dict | None, models: dict[str, list]
             "",
             *launches_table(models),
             "",
+            "## Grids",
+            "",
+            "Programs of each launch, for FM with 39 fields of 16 and DIN attention with 50 rows of 64 and 36 units.",
+            "With fewer programs than multiprocessors, 132 on an H100, latency bounds a launch. The first dimension",
+            "may reach 2³¹ - 1, others 65535, which the tests assert; CUDA C++ uses the first only.",
+            "Offsets into tensors have 64 bits: tested with rows 2³⁰ elements apart, in the interpreter and under the",
+            "CPU shim.",
+            "",
+            *grids_table(small),
+            "",
         ]
     )
 
@@ -363,7 +398,7 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         parser.exit(1, "rankkernels.gpu_report compiles: unset TRITON_INTERPRET\n")
     cuda = cuda_resources() if nvcc() and CSRC.exists() else None
-    page = report(list(triton_records()), cuda, model_launches(), versions())
+    page = report(list(triton_records()), cuda, model_launches(), grids(), versions())
     print(page)
     if out:
         out.write_text(page)

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from rankkernels.gpu_report import ptxas_resources
+
 ROOT = Path(__file__).parent.parent
 SHIM = Path(__file__).parent / "cuda_shim"
 TORCH = Path(torch.__file__).parent
@@ -95,18 +97,15 @@ def test_imports_beside_any_torch(build):
         assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
 
 
-def resources(log: str) -> dict[tuple[str, str], str]:
-    """What ptxas says of each (kernel's mangled name, architecture)."""
-    entry = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)a?'(.*?)(?=Compiling entry|\Z)", re.DOTALL)
-    return {(name, sm): text for name, sm, text in entry.findall(log)}
-
-
 @needs_nvcc
 def test_no_kernel_spills(build):
-    found = resources(build[1])
+    found = ptxas_resources(build[1])
     for sm in ARCHITECTURES:
         for kernel in KERNELS:
-            assert sum(f"{len(kernel)}{kernel}I" in name and sm == s for name, s in found) == len(DTYPES), (kernel, sm)
+            assert sum(f"{len(kernel)}{kernel}I" in name and f"sm_{sm}" == s for name, s in found) == len(DTYPES), (
+                kernel,
+                sm,
+            )
     assert len(found) == len(ARCHITECTURES) * (len(KERNELS) * len(DTYPES) + 4)  # the others have no dtype
     print("\nkernel, architecture: registers")
     for (name, sm), text in sorted(found.items()):
@@ -114,7 +113,7 @@ def test_no_kernel_spills(build):
         assert "lmem" not in text, (name, sm, text)
         registers = int(re.search(r"Used (\d+) registers", text)[1])
         assert registers <= MAX_REGISTERS, (name, sm, registers)
-        print(f"{name[:60]} sm_{sm}: {registers}")
+        print(f"{name[:60]} {sm}: {registers}")
 
 
 @needs_nvcc
@@ -250,6 +249,18 @@ def test_kernels_under_the_shim(shim):
     with ThreadPoolExecutor(2) as pool:
         outs = list(pool.map(lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order), orders))
     assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
+
+
+@needs_sanitizers
+def test_launches_under_the_shim(shim):
+    """All tables go with one launch of each kernel: what ``rankkernels.gpu_report`` counts."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
+
+    out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
+    counts = [part.count("launch of") for part in out.split("forward done")]
+    names = CUDA_LAUNCHES["embedding_bag"], [n for n in CUDA_LAUNCHES["embedding_bag_backward"] if n != "sort"]
+    assert counts == [len(n) for n in names]
 
 
 @needs_sanitizers

@@ -1,6 +1,6 @@
 """The CUDA ops, their kernels under the shim, against the reference. Run by tests/test_cuda.py in a process of its own.
 
-    python run.py LIBRARY accuracy | bad_ids | bad_arguments
+    python run.py LIBRARY accuracy | launches | bad_ids | bad_arguments
 
 The library has the ops' CUDA implementations compiled for the CPU; here they are called for CPU tensors. Uninitialised
 memory is NaN. ``accuracy`` prints a digest of all results, which must not depend on the order of threads and blocks.
@@ -9,6 +9,7 @@ memory is NaN. ``accuracy`` prints a digest of all results, which must not depen
 from __future__ import annotations
 
 import hashlib
+import mmap
 import sys
 
 import torch
@@ -130,6 +131,7 @@ def accuracy() -> None:
     mixed_dtypes()
     layouts()
     many_rows()
+    far_rows()
     for case in CASES:
         for dtype, tolerance in TOLERANCE.items():
             inputs = case.inputs(dtype)
@@ -186,6 +188,41 @@ def many_rows() -> None:
     )
     assert [r.tolist() for r in grad_rows] == [[0, 7, 2**31 - 1], [2**32, 2**33 - 1]]
     assert [v.tolist() for v in values] == [[[1, 2], [3, 4], [4, 6]], [[5, 6], [5, 6]]]
+
+
+def far(rows: int, width: int) -> torch.Tensor:
+    """Random rows, 2^30 elements apart: what lies between them is never touched, so it takes no memory."""
+    stride = 2**30
+    pages = mmap.mmap(-1, 4 * ((rows - 1) * stride + width), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
+    return torch.frombuffer(pages, dtype=torch.float32).as_strided((rows, width), (stride, 1)).copy_(
+        torch.randn(rows, width)
+    )  # fmt: skip
+
+
+def far_rows() -> None:
+    """Tables, gradients and updated rows at offsets beyond 32 bits."""
+    weight, ids = far(4, 12), torch.tensor([[0, 3], [1, 1], [2, 3], [3, 3], [0, 2]])
+    table, grad_out = weight.detach().requires_grad_(), far(5, 12)
+    near = weight.clone().requires_grad_()
+    for mode in ("sum", "max"):
+        out, expected = ops.embedding_bag(table, ids, mode=mode), reference.embedding_bag(near, ids, mode=mode)
+        assert torch.allclose(out, expected)
+        (a,), (e,) = (torch.autograd.grad(o, w, grad_out) for o, w in ((out, table), (expected, near)))
+        assert torch.allclose(a, e, atol=1e-6)
+    before, values = weight.clone(), torch.randn(2, 12)
+    torch.ops.rankkernels.sparse_update.default(weight, [], torch.tensor([0, 3]), values, 0, [0.5, 0, 0, 0, 0, 1.0])
+    before[[0, 3]] -= 0.5 * values
+    assert torch.allclose(weight, before)
+
+
+def launches() -> None:
+    """A forward and a backward of 26 tables; the shim says what they launch."""
+    call_cuda()
+    case = embedding_bag_case([5] * 26, [4] * 26, list(range(26)), ["sum"] * 26, B=3, L=2)
+    inputs = case.inputs(requires_grad=True)
+    out = case.function(*inputs)
+    print("forward done", flush=True)
+    torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
 
 
 def bad_ids() -> None:
@@ -250,4 +287,4 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    {"accuracy": accuracy, "bad_ids": bad_ids, "bad_arguments": bad_arguments}[sys.argv[2]]()
+    {"accuracy": accuracy, "launches": launches, "bad_ids": bad_ids, "bad_arguments": bad_arguments}[sys.argv[2]]()

@@ -161,6 +161,10 @@ inline std::vector<unsigned> ordered(unsigned n) {
 }
 
 inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
+  if (std::getenv("SHIM_SAY_LAUNCHES")) {
+    std::printf("launch of %u blocks\n", blocks);
+    std::fflush(stdout);
+  }
   Block& b = block();
   b.kernel = std::move(kernel);
   b.threads = threads;

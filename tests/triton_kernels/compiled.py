@@ -110,3 +110,9 @@ def test_the_report_refuses_the_interpreter():
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
+
+
+def test_the_page_says_what_was_not_compiled(records):
+    page = gpu_report.report(list(records.values()), None, {}, {}, "these versions")
+    assert "these versions. Nothing here ran on a GPU" in page
+    assert "Not compiled: no nvcc" in page
