@@ -31,8 +31,8 @@ def din_masked(B: int, rows: int):
 
 
 MODELS = {"DeepFM": gpu_report.deepfm, "DIN": gpu_report.din, "DIN, padding masked": din_masked}
-FORWARD = {"DeepFM": {"embedding_fm"}}
-BACKWARD = {"DeepFM": {"embedding_fm_backward", "embedding_bag_backward"}}
+FORWARD = {"DeepFM": {"embedding_fm", "norm_activation"}}
+BACKWARD = {"DeepFM": {"embedding_fm_backward", "embedding_bag_backward", "norm_activation_backward"}}
 
 
 class Waits(nn.Module):
@@ -119,7 +119,7 @@ def exported(make, what=None) -> list[torch.fx.GraphModule]:
 @pytest.mark.parametrize("trace", [compiled, traced, exported])
 def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
     graphs = trace(MODELS[name])
-    forward = FORWARD.get(name, {"embedding_bag", "din_attention"})
+    forward = FORWARD.get(name, {"embedding_bag", "din_attention", "norm_activation"})
     backward = set() if trace is exported else BACKWARD.get(name, {f"{op}_backward" for op in forward})
     assert set(ours(graphs)) == forward | backward
     assert not waits(graphs)
