@@ -17,10 +17,11 @@ G_l = dL/dz_l, dM = sum_l G_l h_l^T and dc = sum_l G_l:
 Normalizations are folded into the products before them (din_attention_layers.py), in training with statistics of a
 pass over the rows for each layer, and the sums that their backward needs come from a launch of its own.
 
-Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. Beside its inputs
-the backward keeps the scores and, with a softmax, out in float32 and its peak and total. Products without rows of
-history (c, d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole blocks of BLOCK_L rows; a mask
-costs all L. A batch of few samples is split over their rows.
+Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. One layer in eval has 6 of
+PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
+keeps the scores and, with a softmax, out in float32 and its peak and total. Products without rows of history (c,
+d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole blocks of BLOCK_L rows; a mask costs all L. A
+batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -132,20 +133,22 @@ class _Network(NamedTuple):
     def arguments(self, rows: _Rows, layers: Sequence[Layer]) -> tuple[dict, Tensor]:
         """What the kernels take of ``layers``, the first ones, and Wt + Wd of the first [H, D]."""
         first, D, flags, p = layers[0], rows.target.size(1), self.flags, self.flags.dropout
-        weight = first.weight.view(-1, 4, D)
-        weight_t = weight[:, 0] + weight[:, 2]
+        H = first.weight.size(0)
+        BLOCK_H, BLOCK_D = _block(H), _block(D)
+        padding = (0, BLOCK_D - D, 0, BLOCK_H - H)
+        weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
+        weight_t = (weight[0] + weight[2])[:, :D]
         if len(layers) == len(self.hidden):
             layers[-1].vectors["out_weight"] = self.out_weight[0].float()
-        H, BLOCK_H = weight.size(0), _block(weight.size(0))
-        padding = (0, BLOCK_H - H)
-        c = torch.nn.functional.pad(torch.addmm(first.bias, rows.target.float(), weight_t.t()), padding)
+        vectors = _vectors(first)
+        c = torch.addmm(vectors[VECTORS.index("bias")], rows.target.float(), weight_t.t())
         dtype, statistics = rows.history.dtype, flags.training and norms_per_layer(flags.name, flags.batch_norm)
         thrice = dtype == torch.float32 or (dtype == torch.float16 and statistics)
         arguments = rows.arguments() | dict(
             PRECISION="ieee" if torch.version.hip else "tf32x3" if thrice else "tf32",
-            c_ptr=c, wm_ptr=_padded(weight[:, 1] - weight[:, 2]), wp_ptr=_padded(weight[:, 3]),
-            vectors_ptr=_vectors(first), weight2_ptr=None, vectors2_ptr=None, dice_eps=flags.dice_eps,
-            seed_ptr=flags.seed, threshold=round(p * 2**24), kept_scale=1 / (1 - p) if p < 1 else 0.0, DROPOUT=p > 0,
+            c_ptr=c, wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=vectors, weight2_ptr=None,
+            vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, threshold=round(p * 2**24),
+            kept_scale=1 / (1 - p) if p < 1 else 0.0, DROPOUT=p > 0,
             H=H, H2=0, BLOCK_H=BLOCK_H, BLOCK_H2=32, parts_h=triton.cdiv(H, 32), parts_h2=0,
             ACTIVATION=self.hidden[0].activation, TRAINING=first.r is not None,
         )  # fmt: skip
@@ -155,7 +158,7 @@ class _Network(NamedTuple):
                 weight2_ptr=_padded(layers[1].weight), vectors2_ptr=_vectors(layers[1]), H2=H2,
                 BLOCK_H2=_block(H2), parts_h2=triton.cdiv(H2, 32),
             )  # fmt: skip
-        return arguments, weight_t
+        return arguments, weight_t[:H]
 
 
 def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: Flags) -> _Network:
@@ -222,7 +225,7 @@ def din_attention(
     empty = functools.partial(torch.empty, dtype=torch.float32, device=history.device)
     out = torch.empty((B, D), dtype=history.dtype, device=history.device)
     size = rows.total + (B * (D + 2) if flags.use_softmax else 0)
-    saved = torch.zeros(size, dtype=torch.float32, device=history.device)
+    saved = empty(size)
     statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
     if statistics and rows.total < 2:
         raise ValueError(
@@ -262,6 +265,11 @@ def din_attention(
             else:
                 out.copy_(sums.sum(1))
     return out, batch_stats, saved
+
+
+def _of_samples(x: Tensor, B: int) -> Tensor:
+    """Sums over each sample's tasks."""
+    return x if x.size(0) == B else x.view(B, -1, x.size(1)).sum(1)
 
 
 def _launches(arguments: dict) -> list[list[str]]:
@@ -315,9 +323,9 @@ def _launch(rows: _Rows, arguments: dict, parts: Sequence[str]) -> dict[str, Ten
         weight2, got["grad_bias2"] = got["grad_weight2"].split([BLOCK_H2 * BLOCK_H, BLOCK_H2])
         got["grad_weight2"] = weight2.view(BLOCK_H2, BLOCK_H)
     if "ROWS" in parts:
-        got |= {"grad_history": grad_history, "grad_c": grad_c.view(B, -1, BLOCK_H).sum(1)[:, :H]}
+        got |= {"grad_history": grad_history, "grad_c": _of_samples(grad_c, B)[:, :H]}
     if "WEIGHT" in parts:
-        got["grad_target"] = grad_target.view(B, -1, D).sum(1)
+        got["grad_target"] = _of_samples(grad_target, B)
     return got
 
 

@@ -182,7 +182,8 @@ def misbehaving_kernel(x_ptr, out_ptr, N, stride, WHAT: tl.constexpr, BLOCK: tl.
     elif WHAT == "atomic":
         tl.atomic_add(out_ptr + o, 1.0, mask=o < N)
     elif WHAT == "arithmetic in bfloat16":
-        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0).to(tl.bfloat16) * 2.0, mask=o < N)
+        x = tl.load(x_ptr + o * stride, mask=o < N, other=0.0).to(tl.bfloat16)
+        tl.store(out_ptr + o, x * x, mask=o < N)
     else:
         tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0), mask=o < N)
 
