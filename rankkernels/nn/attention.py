@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
@@ -52,6 +53,16 @@ def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
     return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps, p)
 
 
+def _first_layer(linear: nn.Linear, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
+    """``linear`` on [t, h, t - h, t h] of every row h [N, D] and its sample's target t [B, D], without concatenating:
+
+    W_t t + W_h h + W_d (t - h) + W_p (t h) + b = (W_h - W_d) h + W_p (t h) + [(W_t + W_d) t + b]
+    """
+    w_target, w_history, w_difference, w_product = linear.weight.chunk(4, dim=1)
+    of_target = F.linear(target, w_target + w_difference, linear.bias)
+    return F.linear(rows, w_history - w_difference) + F.linear(rows * target[sample], w_product) + of_target[sample]
+
+
 class ActivationUnit(nn.Module):
     """DIN's local activation unit: a history of embeddings, pooled with weights that depend on the target.
 
@@ -60,7 +71,8 @@ class ActivationUnit(nn.Module):
     ``history`` only the valid rows do.
 
     The attention MLP runs fused (``rankkernels.din_attention``); hooks on its layers are not called then. Where a layer
-    was replaced, or for an activation that the op lacks, the modules are called one after the other.
+    was replaced, or for an activation that the op lacks, the modules are called one after the other, but for the first:
+    where it is a linear layer it is still spared the concatenation.
 
     Args:
         emb_dim: width D of history and target.
@@ -103,7 +115,14 @@ class ActivationUnit(nn.Module):
         fused = _fused(self.attention.mlp)
         if fused is None:
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
-            score = self.attention(reference.attention_input(rows, target, sample)).squeeze(1)
+            first, *rest = self.attention.mlp
+            if type(first) is nn.Linear:
+                score = _first_layer(first, rows, target, sample)
+                for module in rest:
+                    score = module(score)
+            else:
+                score = self.attention(reference.attention_input(rows, target, sample))
+            score = score.squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
         # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
         seed = torch.randint(2**63 - 1, (), device=history.device) if fused.dropout else None
