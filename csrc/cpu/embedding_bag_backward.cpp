@@ -63,8 +63,8 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
   return {grad_rows, values, backward.factor_grads()};
 }
 
-// An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor,
-// max_norm].
+// An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step,
+// grad_factor, max_norm].
 constexpr size_t kHyper = 8;
 static Update make_update(int64_t optimizer, const double* hyper, Tensor weight, const Tensor* states) {
   RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, "embedding_bag_update: unknown optimizer ", optimizer);
@@ -116,8 +116,8 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
   std::vector<Update> updates;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
-    updates.push_back(
-        make_update(optimizer, hyper.data() + kHyper * t, weights[t], states.data() + t * states_of(optimizer)));
+    updates.push_back(make_update(optimizer, hyper.data() + kHyper * t, weights[t],
+                                  states.data() + t * states_of(optimizer)));
     RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
                                    backward.widths[t] == weights[t].size(1)),
              "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");

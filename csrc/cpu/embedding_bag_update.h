@@ -9,8 +9,9 @@
 //                     w -= lr / (1 - beta1^t) m / (sqrt v / sqrt(1 - beta2^t) + eps)
 //
 // where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
-// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw first w -= lr weight_decay w. Only rows that were looked up
-// take part. The caller folds the factors that depend on t alone into `step` and `inverse_root`:
+// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw
+// first w -= lr weight_decay w. Only rows that were looked up take part. The caller folds the factors that
+// depend on t alone into `step` and `inverse_root`:
 //
 //   w -= step m / (inverse_root sqrt v + eps)
 //

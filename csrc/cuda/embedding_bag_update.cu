@@ -12,7 +12,8 @@ namespace cuda {
 
 static size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
 
-// The step on one table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm].
+// The step on one table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor,
+// max_norm].
 constexpr size_t kHyper = 8;
 static Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight,
                           const Tensor* states) {
@@ -52,7 +53,8 @@ static void check_optimizer(int64_t optimizer, size_t tables, size_t states, siz
   RK_CHECK_UPDATE(optimizer >= kSGD && optimizer <= kAdamW, "unknown optimizer ", optimizer);
   RK_CHECK_UPDATE(states == tables * states_of(optimizer), "states must hold ", states_of(optimizer),
                   " tensors a table, got ", states, " for ", tables);
-  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
+  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ",
+                  tables);
 }
 
 // One launch for as many tables of a dtype as go with it.
@@ -93,8 +95,8 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   Ints rows;
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(
-        make_update(optimizer, hyper.data() + kHyper * t, weights[t], states.data() + t * states_of(optimizer)));
+    updates.push_back(make_update(optimizer, hyper.data() + kHyper * t, weights[t],
+                                  states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
     rows.push_back(updates[t].R);
     first_key += updates[t].R;
