@@ -10,16 +10,11 @@ import rankkernels as rk
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.testing import relative_error
 
-pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
+pytestmark = [
+    pytest.mark.usefixtures("seed_and_threads"),
+    pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks"),
+]
 MODES, TABLES = ["none", "mean", "max", "sum", "none"], [0, 1, 2, 1, 3]
-
-
-@pytest.fixture(autouse=True)
-def seed_and_threads():
-    torch.manual_seed(0)
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def batch(B: int = 1500, rows=(20, 3000, 50, 7), D: int = 19):

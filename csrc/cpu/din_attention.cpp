@@ -170,20 +170,10 @@ void take_statistics(DinPlan<A>& plan, const DinArguments& a, const DinGeometry&
       RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, i, chunks.begin(c), chunks.begin(c + 1),
                       workspace.scratch, &stats[c]);
   });
-  std::vector<double> mean(H), var(H);
-  for (int64_t h = 0; h < H; ++h) {
-    double count = 0, m = 0, deviation = 0;
-    for (const DinStats& s : stats) {
-      if (s.count == 0) continue;
-      const double delta = s.mean[h] - m, total = count + s.count;
-      m += delta * s.count / total;
-      deviation += s.deviation[h] + delta * delta * count * s.count / total;
-      count = total;
-    }
-    mean[h] = m;
-    var[h] = deviation / count;
-  }
-  plan.set_batch_statistics(i, mean, var);
+  const DinMoments all(stats, H);
+  std::vector<double> var(H);
+  for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / all.count;
+  plan.set_batch_statistics(i, all.mean, var);
   const double unbiased = g.valid / (g.valid - 1.);
   for (const auto* norm : {a.config.batch_norm ? &plan.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &plan.hidden(i).dice : nullptr}) {

@@ -44,11 +44,37 @@ class Arena {
     return p;
   }
 
+  // A vector of channels as the kernels want it.
+  template <class U>
+  const A* row(const std::vector<U>& values) {
+    A* p = take(padded<A>(values.size()));
+    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<A>(values[i]);
+    return p;
+  }
+
  private:
   static constexpr int64_t kLine = 64 / sizeof(A), kBlock = 65536 / sizeof(A);
   std::vector<std::unique_ptr<A, decltype(&std::free)>> blocks_;
   A* next_ = nullptr;
   int64_t left_ = 0;
+};
+
+// Of all rows: each unit's mean and sum of squared deviations from it, joined in the parts' order.
+struct DinMoments {
+  DinMoments(const std::vector<DinStats>& parts, int64_t H) : mean(H), deviation(H) {
+    for (const DinStats& part : parts) {
+      if (part.count == 0) continue;
+      const double total = count + part.count, share = part.count / total;
+      for (int64_t h = 0; h < H; ++h) {
+        const double delta = part.mean[h] - mean[h];
+        mean[h] += delta * share;
+        deviation[h] += part.deviation[h] + delta * delta * count * share;
+      }
+      count = total;
+    }
+  }
+  double count = 0;
+  std::vector<double> mean, deviation;
 };
 
 // Calls body with a null pointer to the C++ type of a floating-point dtype.
@@ -143,7 +169,7 @@ class DinPlan {
                     static_cast<A>(config.dropout < 1 ? 1 / (1 - config.dropout) : 0)};
     layers_.resize(hidden_.size());
     net_.layer = layers_.data();
-    net_.out_weight = row(no_hidden_ ? std::vector<A>{A(1)} : values_of<A>(param[0]));
+    net_.out_weight = arena_.row(no_hidden_ ? std::vector<A>{A(1)} : values_of<A>(param[0]));
     net_.out_bias = no_hidden_ ? A(0) : values_of<A>(param[1])[0];
     for (size_t i = 0; i < hidden_.size(); ++i) fixed_part(layers_[i], hidden_[i]);
   }
@@ -185,8 +211,8 @@ class DinPlan {
         }
       }
       if (config_.dice_norm()) {
-        layer.v_scale = row(v_scale);
-        layer.v_shift = row(v_shift);
+        layer.v_scale = arena_.row(v_scale);
+        layer.v_shift = arena_.row(v_shift);
       }
     }
     fold(i, scale, shift);
@@ -216,13 +242,13 @@ class DinPlan {
           y_shift[h] = of_z.mean[h];
         }
       }
-      layer.r = row(scale);
+      layer.r = arena_.row(scale);
       layer.c1 = layer.c2 = arena_.take(padded<A>(f.out));
-      layer.y_scale = row(y_scale);
-      layer.y_shift = row(y_shift);
+      layer.y_scale = arena_.row(y_scale);
+      layer.y_shift = arena_.row(y_shift);
       if (config_.dice_norm()) {
-        layer.v_scale = row(v_scale);
-        layer.v_shift = row(v_shift);
+        layer.v_scale = arena_.row(v_scale);
+        layer.v_shift = arena_.row(v_shift);
       }
     }
     fold(i, scale, shift);
@@ -254,8 +280,8 @@ class DinPlan {
         c2[h] += kappa * f.dice.weight[h] * sums[3][h] * (1 + kappa * kappa * left) / N;
       }
     }
-    layers_[i].c1 = row(c1);
-    layers_[i].c2 = row(c2);
+    layers_[i].c1 = arena_.row(c1);
+    layers_[i].c2 = arena_.row(c2);
   }
 
   // Gradients of the normalizations' parameters from the same sums.
@@ -291,19 +317,11 @@ class DinPlan {
   }
 
  private:
-  // A vector of channels as the kernels want it.
-  template <class U>
-  const A* row(const std::vector<U>& values) {
-    A* p = arena_.take(padded<A>(values.size()));
-    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<A>(values[i]);
-    return p;
-  }
-
   void fixed_part(DinLayer<A>& layer, const DinHidden<A>& f) {
     layer.in = f.in;
     layer.out = f.out;
     layer.dropped = static_cast<A>(net_.drops ? config_.dropout : 0);
-    layer.unit = row(std::vector<A>(f.out, A(1)));
+    layer.unit = arena_.row(std::vector<A>(f.out, A(1)));
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
     std::vector<A> alpha = f.alpha;
     switch (config_.activation) {
@@ -323,7 +341,7 @@ class DinPlan {
         if (config_.activation == ActivationName::leakyrelu) alpha = {A(0.01)};
     }
     if (alpha.size() == 1) alpha.resize(f.out, alpha[0]);  // one for all units
-    layer.alpha = row(alpha);
+    layer.alpha = arena_.row(alpha);
   }
 
   // scale (Wt + Wd), scale (Wh - Wd) and scale Wp with unit h and column d at h * stride_h + d * stride_d.
@@ -349,11 +367,11 @@ class DinPlan {
   void fold(int64_t i, const std::vector<double>& scale, const std::vector<double>& shift) {
     const DinHidden<A>& f = hidden_[i];
     DinLayer<A>& layer = layers_[i];
-    layer.g_scale = row(scale);
-    layer.g_shift = row(shift);
+    layer.g_scale = arena_.row(scale);
+    layer.g_shift = arena_.row(shift);
     std::vector<double> bias(f.out);
     for (int64_t h = 0; h < f.out; ++h) bias[h] = scale[h] * f.bias[h] + shift[h];
-    layer.bias = row(bias);
+    layer.bias = arena_.row(bias);
     const int64_t ld = padded<A>(f.out);
     if (i == 0)
       return first_layer_parts(scale, 1, ld, &net_.target_weight, &net_.history_weight, &net_.product_weight);

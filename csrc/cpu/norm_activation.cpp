@@ -107,7 +107,7 @@ class NormLayer {
   explicit NormLayer(const NormArguments& a) : args_(a) {
     const int64_t H = a.H();
     f.out = H;
-    f.unit = row(std::vector<A>(H, A(1)));
+    f.unit = arena_.row(std::vector<A>(H, A(1)));
     f.epsilon = static_cast<A>(H * a.dice_eps);
     f.activation = a.activation == ActivationName::sigmoid           ? DinActivation::sigmoid
                    : a.activation == ActivationName::dice            ? DinActivation::dice
@@ -118,7 +118,7 @@ class NormLayer {
                                                                                     : 0)};
     if (a.alpha) alpha = values_of<A>(*a.alpha);
     if (alpha.size() == 1) alpha.resize(H, alpha[0]);
-    f.alpha = row(alpha);
+    f.alpha = arena_.row(alpha);
     if (a.batch_norm && !a.training)
       set_statistics(values_of<double>(*a.running_mean), values_of<double>(*a.running_var));
   }
@@ -135,17 +135,17 @@ class NormLayer {
       weight = values_of<double>(*args_.weight);
       bias = values_of<double>(*args_.bias);
     }
-    f.g_scale = f.r = row(r);
-    f.g_shift = row(shift);
+    f.g_scale = f.r = arena_.row(r);
+    f.g_shift = arena_.row(shift);
     f.c1 = f.c2 = arena_.take(padded<A>(H));
-    const A *w = row(weight), *b = row(bias);
+    const A *w = arena_.row(weight), *b = arena_.row(bias);
     if (args_.activation == ActivationName::dice_batch_norm) {  // y = x, recovered from n
       f.v_scale = w;
       f.v_shift = b;
       std::vector<double> back(H);
       for (int64_t h = 0; h < H; ++h) back[h] = 1 / r[h];
-      f.y_scale = row(back);
-      f.y_shift = row(mean);
+      f.y_scale = arena_.row(back);
+      f.y_shift = arena_.row(mean);
     } else {
       f.y_scale = w;
       f.y_shift = b;
@@ -170,12 +170,6 @@ class NormLayer {
   DinLayer<A> f{};
 
  private:
-  template <class U>
-  const A* row(const std::vector<U>& values) {
-    A* p = arena_.take(padded<A>(values.size()));
-    for (size_t i = 0; i < values.size(); ++i) p[i] = static_cast<A>(values[i]);
-    return p;
-  }
   const NormArguments& args_;
   Arena<A> arena_;
 };
@@ -226,23 +220,14 @@ void take_statistics(const NormArguments& a, const NormChunks& chunks, const Ten
       RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
                       vectors, stats[c]);
   });
-  std::vector<double> mean(H), var(H);
-  double count = 0;
-  for (const DinStats& s : stats) {
-    const double total = count + s.count, share = s.count / total;
-    for (int64_t h = 0; h < H; ++h) {
-      const double delta = s.mean[h] - mean[h];
-      mean[h] += delta * share;
-      var[h] += s.deviation[h] + delta * delta * count * share;
-    }
-    count = total;
-  }
+  const DinMoments all(stats, H);
+  std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) {
-    batch_stats[h] = static_cast<A>(mean[h]);
-    batch_stats[H + h] = static_cast<A>(var[h] / (count - 1));
-    var[h] /= count;
+    batch_stats[h] = static_cast<A>(all.mean[h]);
+    batch_stats[H + h] = static_cast<A>(all.deviation[h] / (all.count - 1));
+    var[h] = all.deviation[h] / all.count;
   }
-  layer.set_statistics(mean, var);
+  layer.set_statistics(all.mean, var);
 }
 
 static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
