@@ -5,6 +5,7 @@ Kernels: csrc/cpu/din_attention.h and _triton/din_attention.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -218,7 +219,7 @@ def saved_size(history, target, params, flags):
     """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
     normalized layers behind the first. On a GPU the score of each row, and with a softmax the sum in float32, the
     scores' peak and their total of each sample."""
-    rows = history.shape[:-1].numel()
+    rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
     if history.device.type == "cuda":
         return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
     per_layer = params_per_layer(flags.name, flags.batch_norm)

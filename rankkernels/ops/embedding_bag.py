@@ -317,9 +317,9 @@ class raise_index_errors:
             raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
 
 
-@torch.compiler.disable(reason="rows that a backward finds have a shape that no graph knows")
 def outside_graph(function, *arguments):
-    return function(*arguments)
+    """Calls it with a break of the graph being made: rows that a backward finds have a shape that no graph knows."""
+    return torch.compiler.disable(function)(*arguments)  # here and not as a decorator, which imports the compiler
 
 
 def call(

@@ -210,7 +210,9 @@ def far_rows() -> None:
         (a,), (e,) = (torch.autograd.grad(o, w, grad_out) for o, w in ((out, table), (expected, near)))
         assert torch.allclose(a, e, atol=1e-6)
     before, values = weight.clone(), torch.randn(2, 12)
-    torch.ops.rankkernels.sparse_update.default(weight, [], torch.tensor([0, 3]), values, 0, [0.5, 0, 0, 0, 0, 1.0])
+    torch.ops.rankkernels.sparse_update.default(
+        weight, [], torch.tensor([0, 3]), values, 0, [0.5, 0, 0, 0, 0, 1.0, 1.0, 0]
+    )
     before[[0, 3]] -= 0.5 * values
     assert torch.allclose(weight, before)
 
