@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
-from rankkernels.nn.layers import FM, LR, MLP
+from rankkernels.nn.layers import FM, LR, MLP, hooked
 
 
 def _not_empty(model: str, **lists: Sequence) -> None:
@@ -164,8 +164,7 @@ class DIN(nn.Module):
 
 def _is_plain(module: nn.Module, cls: type) -> bool:
     """Whether calling ``module`` does what ``cls`` does and nothing else: no subclass, no hook."""
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return type(module) is cls and not any(getattr(module, name) for name in hooks)
+    return type(module) is cls and not hooked(module)
 
 
 def _pooled(model: str, feature) -> None:

@@ -101,7 +101,8 @@ def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -
             running.lerp_(batch.to(running.dtype), momentum)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` calls more than its ``forward``."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -110,7 +111,7 @@ def _hooked(module: nn.Module) -> bool:
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(norm(x))``, fused where the op has both and neither has a hook."""
     name, learnt, dice_eps = activation_of(activation)
-    if not name or norm.running_mean is None or x.dim() != 2 or _hooked(norm) or _hooked(activation):
+    if not name or norm.running_mean is None or x.dim() != 2 or hooked(norm) or hooked(activation):
         return activation(norm(x))
     out, batch_stats = ops.norm_activation(
         x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
