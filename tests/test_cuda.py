@@ -26,7 +26,8 @@ TORCH = Path(torch.__file__).parent
 ARCHITECTURES = ("80", "90", "100")
 DTYPES = ("float", "double", "__half", "__nv_bfloat16")
 KERNELS = ("embedding_bag", "embedding_lookups", "embedding_max_grad_rows", "embedding_factor_grad",
-           "embedding_reduce", "embedding_join", "embedding_update")  # fmt: skip
+           "embedding_reduce", "embedding_join", "embedding_update", "embedding_fm", "embedding_fm_backward",
+           "embedding_linear_parts", "embedding_linear_total")  # fmt: skip
 MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
 
 
@@ -79,8 +80,9 @@ def test_imports_beside_any_torch(build):
         "import torch, rankkernels.ops._library as library\n"
         "assert library.no_extension is None, library.no_extension\n"
         "import rankkernels; print(rankkernels.__file__)\n"
-        "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_update'):\n"
-        "    print(op, torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'))\n"
+        "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_backward_sparse',\n"
+        "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'), op\n"
         "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
         "op = torch.ops.rankkernels.embedding_bag.default\n"
         "w, ids = torch.ones(2, 3), torch.tensor([[0]])\n"
@@ -89,7 +91,6 @@ def test_imports_beside_any_torch(build):
         cwd=library, PYTHONPATH=str(library),
     )  # fmt: skip
     assert str(library) in out
-    assert "embedding_bag True\nembedding_bag_backward True\nembedding_bag_update True" in out
     assert "weights[0] must be on a GPU" in out
     if shutil.which("readelf"):
         dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/_C.abi3.so")
@@ -121,20 +122,24 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
     """The kernels' headers alone, as PTX: rows are loaded and stored by 128 bits."""
     source = tmp_path / "kernels.cu"
     source.write_text(
-        '#include "embedding_bag_backward.cuh"\n#include "embedding_bag_update.cuh"\nnamespace rk::cuda {\n'
+        "".join(f'#include "embedding_{part}.cuh"\n' for part in ("bag_backward", "bag_update", "fm"))
+        + "namespace rk::cuda {\n"
         + "".join(
             f"template __global__ void embedding_bag<{t}>(const Batch<Bags>, Report*);\n"
             f"template __global__ void embedding_reduce<{t}>(const Batch<TableGrad>, const Lookups,"
             f" Carries<accumulate_t<{t}>>, int);\n"
             f"template __global__ void embedding_update<{t}>(const Batch<Update>, const Gradients, Optimizer, int);\n"
+            f"template __global__ void embedding_fm<{t}>(const Batch<Bags>, const FmTerms, Report*);\n"
+            f"template __global__ void embedding_fm_backward<{t}>(const FmGrads);\n"
             for t in DTYPES
         )
         + "}\n"
     )
     ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc/cuda", source, "-o", "-")
     entries = [text for text in ptx.split(".visible .entry ")[1:] if text.startswith("_ZN2rk4cuda")]
-    wide = [re.match(r"_ZN2rk4cuda\d+embedding_(?:bag|reduce|update)I", text) is not None for text in entries]
-    assert sum(wide) == 3 * len(DTYPES)
+    names = r"_ZN2rk4cuda\d+embedding_(?:bag|reduce|update|fm|fm_backward)I"
+    wide = [re.match(names, text) is not None for text in entries]
+    assert sum(wide) == 5 * len(DTYPES)
     for text in (text for text, w in zip(entries, wide) if w):
         name = text[:60]
         assert re.search(r"ld(\.global)?(\.nc)?\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
@@ -215,6 +220,14 @@ FAULTS = {
         "embedding_bag.cuh", "embedding_bag", "return id >= 0 && id < R;", "return id >= 0 || id < R;",
         "bad_ids", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
     ),
+    "samples not masked": (
+        "embedding_fm.cuh", "embedding_fm", "if (group.sample() >= batch.items[0].B) return;", "",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_fm<",
+    ),
+    "groups joined twice": (
+        "embedding_fm.cuh", "embedding_fm", "if (counts) fm +=", "if (counts || offset) fm +=",
+        "accuracy", "not close|is off by",
+    ),
 }  # fmt: skip
 
 
@@ -258,9 +271,10 @@ def test_launches_under_the_shim(shim):
     from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
 
     out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
-    counts = [part.count("launch of") for part in out.split("forward done")]
-    names = CUDA_LAUNCHES["embedding_bag"], [n for n in CUDA_LAUNCHES["embedding_bag_backward"] if n != "sort"]
-    assert counts == [len(n) for n in names]
+    counts = [part.count("launch of") for part in out.split("done\n")[:-1]]
+    ways = ["embedding_bag"], ["embedding_bag_backward"]
+    ways = *ways, ["embedding_fm"], ["embedding_fm_backward", "embedding_bag_backward"]
+    assert counts == [sum(name != "sort" for op in ops for name in CUDA_LAUNCHES[op]) for ops in ways]
 
 
 @needs_sanitizers
@@ -278,6 +292,15 @@ def test_bad_ids_under_the_shim(shim, mode):
     assert (message in out) == (mode in ("warn", "fatal"))
     assert ("offsets[0] = 3 is before 1" in out) == (mode == "warn")
     assert ("RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got never" in out) == (mode == "never")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal"])
+def test_bad_ids_of_the_fm_under_the_shim(shim, mode):
+    message = "embedding_bag: item[1] = 5 is out of range for a table with 5 rows"
+    out = run_shim(shim["sound"], "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)
+    assert ("ids not followed" in out) == (mode != "fatal")
+    assert (message in out) == (mode != "ignore")
 
 
 @needs_sanitizers

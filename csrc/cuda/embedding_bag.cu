@@ -9,8 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "embedding_bag.cuh"
-#include "embedding_bag_features.h"
+#include "embedding_bag_forward.h"
 
 namespace rk {
 namespace cuda {
@@ -60,15 +59,30 @@ static std::string message(const Device& device, const FeatureArgs& args, size_t
   return s.str();
 }
 
-static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
-                                  const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                  bool concat, bool /* sparse: the backward's */) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+RangeReport::RangeReport(const Device& device, const Tensor& like) : device_(device) {
+  if (check_ids() != CheckIds::kIgnore) found_ = torch::stable::new_empty(like, {1}, ScalarType::Long);
+}
+
+Report* RangeReport::start() {
+  if (check_ids() == CheckIds::kIgnore) return nullptr;
+  torch::stable::fill_(found_, -1);
+  return static_cast<Report*>(found_.mutable_data_ptr());
+}
+
+void RangeReport::finish(const FeatureArgs& args, const Batch<Bags>& batch,
+                         const std::vector<size_t>& launched) {
+  if (check_ids() == CheckIds::kIgnore) return;
+  const Report found = device_.read(static_cast<const Report*>(found_.const_data_ptr()));
+  if (found == ~Report(0)) return;
+  const size_t i = found >> kPositionBits >> 1;
+  const std::string text = message(device_, args, launched[i], batch.items[i], found);
+  RK_CHECK(check_ids() == CheckIds::kWarn, text);
+  std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+Forward::Forward(const Tensors& weights, const FeatureArgs& args, bool concat) {
   const size_t n = args.size();
   check_lengths(args, weights.size());
-  Tensors tables_kept, kept;
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor& w = weights[t];
     RK_CHECK_BAG(w.dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(w));
@@ -78,30 +92,27 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
     RK_CHECK_BAG(w.get_device_index() == weights[0].get_device_index(), "weights[", t,
                  "] must be on the device of the others, ", weights[0].get_device_index(), ", got ",
                  w.get_device_index());
-    tables_kept.push_back(unit_stride_rows(w));
+    tables.push_back(unit_stride_rows(w));
   }
-  std::vector<Bags> features(n);
-  int64_t width = 0;
+  features.resize(n);
   for (size_t f = 0; f < n; ++f) {
-    const Tensor& w = tables_kept[tables[f]];
-    Bags& bags = features[f] = bags_of(args, f, w, kept);
+    const Tensor& w = table(args, f);
+    Bags& bags = features[f] = bags_of(args, f, w, kept_);
     bags.weight = w.const_data_ptr();
     bags.stride_wr = w.stride(0);
     bags.R = w.size(0);
     bags.D = checked_int32(w.size(1), "the width of a table");
     width += bags.D;
-    RK_CHECK_BAG(!concat || (w.scalar_type() == tables_kept[tables[0]].scalar_type() &&
-                             bags.B == features[0].B && (modes[f] != kNone || indices[f].dim() == 1)),
+    RK_CHECK_BAG(!concat || (w.scalar_type() == table(args, 0).scalar_type() && bags.B == features[0].B &&
+                             (args.modes[f] != kNone || args.indices[f].dim() == 1)),
                  "with concat, features must give [B, D] of one B and one dtype, but ", args.name(f),
-                 " of shape ", shape_of(indices[f]), " differs from ", args.name(0));
+                 " of shape ", shape_of(args.indices[f]), " differs from ", args.name(0));
   }
 
-  const Device device(weights[0]);
-  Tensors outs;
-  if (concat) outs.push_back(torch::stable::new_empty(tables_kept[tables[0]], {features[0].B, width}));
+  if (concat) outs.push_back(torch::stable::new_empty(table(args, 0), {features[0].B, width}));
   int64_t column = 0;
   for (size_t f = 0; f < n; ++f) {
-    const Tensor& w = tables_kept[tables[f]];
+    const Tensor& w = table(args, f);
     Bags& bags = features[f];
     bool out_aligned = true;
     if (concat) {
@@ -111,7 +122,7 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
       column += bags.D;
     } else {
       std::vector<int64_t> shape{bags.B};
-      if (bags.mode == kNone) shape.assign(indices[f].sizes().begin(), indices[f].sizes().end());
+      if (bags.mode == kNone) shape.assign(args.indices[f].sizes().begin(), args.indices[f].sizes().end());
       shape.push_back(bags.D);
       outs.push_back(torch::stable::new_empty(w, shape));
       bags.out = outs[f].mutable_data_ptr();
@@ -122,38 +133,36 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
     bags.packed = bags.D % pack == 0 && rows_aligned(w) && out_aligned;
     bags.log2_lanes = log2_lanes(bags.packed ? bags.D / pack : bags.D);
   }
+}
 
-  Tensor report;
-  if (check_ids() != CheckIds::kIgnore) report = torch::stable::new_empty(weights[0], {1}, ScalarType::Long);
+static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
+                                  const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
+                                  bool concat, bool /* sparse: the backward's */) {
+  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
+                         modes,   padding_idx, frozen_rows,        &names};
+  Forward forward(weights, args, concat);
+  const Device device(weights[0]);
+  RangeReport report(device, weights[0]);
   for (const ScalarType dtype : kFloating)
     dispatch_floating(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       std::vector<size_t> launched;
       const auto launch = [&](const Batch<Bags>& batch, int64_t blocks) {
-        Report* first = nullptr;
-        if (check_ids() != CheckIds::kIgnore) {
-          torch::stable::fill_(report, -1);
-          first = static_cast<Report*>(report.mutable_data_ptr());
-        }
-        device.launch(embedding_bag<T>, blocks, 0, batch, first);
-        const Report found = first ? device.read(first) : ~Report(0);
-        if (found != ~Report(0)) {
-          const size_t i = found >> kPositionBits >> 1;
-          const std::string text = message(device, args, launched[i], batch.items[i], found);
-          RK_CHECK(check_ids() == CheckIds::kWarn, text);
-          std::fprintf(stderr, "%s\n", text.c_str());
-        }
+        device.launch(embedding_bag<T>, blocks, 0, batch, report.start());
+        report.finish(args, batch, launched);
         launched.clear();
       };
       Batches<Bags, decltype(launch)> batches(launch);
-      for (size_t f = 0; f < n; ++f)
-        if (tables_kept[tables[f]].scalar_type() == dtype && features[f].B > 0 && features[f].D > 0) {
-          batches.add(features[f], blocks_for(features[f].B, features[f].log2_lanes));
-          launched.push_back(f);
-        }
+      for (size_t f = 0; f < args.size(); ++f) {
+        const Bags& bags = forward.features[f];
+        if (forward.table(args, f).scalar_type() != dtype || bags.B == 0 || bags.D == 0) continue;
+        batches.add(bags, blocks_for(bags.B, bags.log2_lanes));
+        launched.push_back(f);
+      }
       batches.flush();
     });
-  return outs;
+  return std::move(forward.outs);
 }
 
 }  // namespace cuda

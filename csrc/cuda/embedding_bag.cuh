@@ -68,58 +68,64 @@ __device__ inline Span span(const Bags& bags, int64_t b) {
   return {first, last, first == begin && last == end};
 }
 
-// Columns [lane n + k lanes n, ..) of bag b.
+// out = columns [d, d + n) of bag b, whose ids are `ids`. What is out of range is reported at column 0.
 template <class T, int n>
-__device__ void pool(const Bags& bags, int64_t b, Group group, int feature, Report* report) {
+__device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int feature, Report* report,
+                            accumulate_t<T> (&out)[n]) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = 4;
   const T* weight = static_cast<const T*>(bags.weight);
   const T* factors = static_cast<const T*>(bags.per_sample_weights);
-  const Span ids = span(bags, b);
-  if (!ids.sound && group.lane() == 0) report_first(report, feature, kBadOffset, b);
+  if (d == 0 && !ids.sound) report_first(report, feature, kBadOffset, b);
 
+  RK_UNROLL
+  for (int i = 0; i < n; ++i) out[i] = bags.mode == kMax ? -A(INFINITY) : A(0);
+  int64_t count = 0;
+  for (int64_t p = ids.begin; p < ids.end; p += kUnroll) {
+    Pack<T, n> rows[kUnroll];
+    A factor[kUnroll];
+    bool keep[kUnroll];
+    RK_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      const bool there = p + u < ids.end;
+      const int64_t id = there ? bags.id(p + u) : 0;
+      keep[u] = there && bags.keeps(id);
+      factor[u] = A(1);
+      if (keep[u]) {
+        rows[u] = load<n>(weight + id * bags.stride_wr + d);
+        if (factors) factor[u] = widen(factors[p + u]);
+      } else if (there && d == 0 && !bags.has(id)) {
+        report_first(report, feature, kBadId, p + u);
+      }
+    }
+    RK_UNROLL
+    for (int u = 0; u < kUnroll; ++u) {
+      if (!keep[u]) continue;
+      ++count;
+      RK_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const A x = widen(rows[u].x[i]);
+        if (bags.mode == kMax)
+          out[i] = x > out[i] || x != x ? x : out[i];  // a NaN stays
+        else
+          out[i] += factor[u] * x;
+      }
+    }
+  }
+  RK_UNROLL
+  for (int i = 0; i < n; ++i) {
+    if (bags.mode == kMax && out[i] == -A(INFINITY)) out[i] = A(0);
+    if (bags.mode == kMean && count > 1) out[i] /= A(count);
+  }
+}
+
+template <class T, int n>
+__device__ void pool(const Bags& bags, int64_t b, Group group, int feature, Report* report) {
+  const Span ids = span(bags, b);
   for (int d = group.lane() * n; d < bags.D; d += group.lanes() * n) {
-    A acc[n];
-    RK_UNROLL
-    for (int i = 0; i < n; ++i) acc[i] = bags.mode == kMax ? -A(INFINITY) : A(0);
-    int64_t count = 0;
-    for (int64_t p = ids.begin; p < ids.end; p += kUnroll) {
-      Pack<T, n> rows[kUnroll];
-      A factor[kUnroll];
-      bool keep[kUnroll];
-      RK_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        const bool there = p + u < ids.end;
-        const int64_t id = there ? bags.id(p + u) : 0;
-        keep[u] = there && bags.keeps(id);
-        factor[u] = A(1);
-        if (keep[u]) {
-          rows[u] = load<n>(weight + id * bags.stride_wr + d);
-          if (factors) factor[u] = widen(factors[p + u]);
-        } else if (there && d == 0 && !bags.has(id)) {
-          report_first(report, feature, kBadId, p + u);
-        }
-      }
-      RK_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        if (!keep[u]) continue;
-        ++count;
-        RK_UNROLL
-        for (int i = 0; i < n; ++i) {
-          const A x = widen(rows[u].x[i]);
-          if (bags.mode == kMax)
-            acc[i] = x > acc[i] || x != x ? x : acc[i];  // a NaN stays
-          else
-            acc[i] += factor[u] * x;
-        }
-      }
-    }
-    RK_UNROLL
-    for (int i = 0; i < n; ++i) {
-      if (bags.mode == kMax && acc[i] == -A(INFINITY)) acc[i] = A(0);
-      if (bags.mode == kMean && count > 1) acc[i] /= A(count);
-    }
-    store<n>(static_cast<T*>(bags.out) + b * bags.stride_ob + d, acc);
+    accumulate_t<T> x[n];
+    pool<T, n>(bags, b, ids, d, feature, report, x);
+    store<n>(static_cast<T*>(bags.out) + b * bags.stride_ob + d, x);
   }
 }
 

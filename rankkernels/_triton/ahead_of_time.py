@@ -124,6 +124,8 @@ def tensor_bytes(values) -> int:
 CUDA_LAUNCHES = {
     "embedding_bag": ["embedding_bag"],
     "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
+    "embedding_fm": ["embedding_fm"],
+    "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear_parts", "embedding_linear_total"],
 }
 
 

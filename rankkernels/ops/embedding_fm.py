@@ -1,4 +1,4 @@
-"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h.
+"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h, csrc/cuda/embedding_fm.cuh.
 
 The forward looks the features of a few samples up and combines them while they are in the cache. The backward turns the
 gradients of the embeddings, of the FM and of the linear term into that of the lookups, in one pass, and from there goes

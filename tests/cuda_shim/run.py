@@ -1,6 +1,6 @@
 """The CUDA ops, their kernels under the shim, against the reference. Run by tests/test_cuda.py in a process of its own.
 
-    python run.py LIBRARY accuracy | launches | bad_ids | bad_arguments
+    python run.py LIBRARY accuracy | launches | bad_ids | bad_ids_fm | bad_arguments
 
 The library has the ops' CUDA implementations compiled for the CPU; here they are called for CPU tensors. Uninitialised
 memory is NaN. ``accuracy`` prints a digest of all results, which must not depend on the order of threads and blocks.
@@ -14,9 +14,9 @@ import sys
 
 import torch
 
-from rankkernels import ops, reference
+from rankkernels import ops, optim, reference
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
-from rankkernels.testing import TEST_CASES, TOLERANCE, embedding_bag_case, relative_error
+from rankkernels.testing import TEST_CASES, TOLERANCE, embedding_bag_case, embedding_fm_case, relative_error
 
 library = torch.library.Library("rankkernels", "IMPL")
 
@@ -26,7 +26,7 @@ def call_cuda() -> None:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for name in (
         "embedding_bag", "embedding_bag_backward", "embedding_bag_backward_sparse", "embedding_bag_update",
-        "sparse_update",
+        "sparse_update", "embedding_fm", "embedding_fm_backward",
     ):  # fmt: skip
         op = getattr(torch.ops.rankkernels, name).default
         library.impl(name, lambda *args, op=op, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
@@ -44,6 +44,17 @@ CASES = [
     # Tables of several widths in one tile, and more features and tables than go with one launch.
     embedding_bag_case([2, 3, 2], [8, 10, 48], [0, 1, 2, 1], ["sum", "mean", "none", "max"], B=6, L=3),
     embedding_bag_case([5] * 130, [4] * 130, list(range(130)), ["sum", "none"] * 65, B=3, L=2, padding_idx=1),
+]
+
+FM_CASES = [
+    *(case for case in TEST_CASES if case.op == "embedding_fm"),
+    # Groups of every number of lanes, packed and not, with fewer and more features than a warp has groups.
+    *(embedding_fm_case([7], d, [0] * 3, ["none", "sum", "max"], B=9, L=2) for d in (1, 2, 12, 16, 40, 136, 300)),
+    embedding_fm_case([7, 5], 4, [0, 1] * 9, ["none", "mean"] * 9, B=11, padding_idx=2),
+    # More features than go with one launch, and more samples than a part of the linear weights' gradient.
+    embedding_fm_case([3] * 90, 8, list(range(90)), ["sum", "none"] * 45, B=10),
+    embedding_fm_case([3] * 90, 5, list(range(90)), ["none", "mean"] * 45, B=2, linear=False),
+    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=300),
 ]
 
 
@@ -132,7 +143,8 @@ def accuracy() -> None:
     layouts()
     many_rows()
     far_rows()
-    for case in CASES:
+    fm_ways()
+    for case in [*CASES, *FM_CASES]:
         for dtype, tolerance in TOLERANCE.items():
             inputs = case.inputs(dtype)
             if dtype is torch.float32:
@@ -143,7 +155,8 @@ def accuracy() -> None:
                 error = relative_error(a, e)
                 assert error <= tolerance, f"{case.id} {dtype}: output or gradient {i} is off by {error}"
                 digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
-            sparse(case, dtype, digest)
+            if case.op == "embedding_bag":
+                sparse(case, dtype, digest)
     print("digest", digest.hexdigest())
 
 
@@ -217,14 +230,53 @@ def far_rows() -> None:
     assert torch.allclose(weight, before)
 
 
+def fm_ways() -> None:
+    """Sparse gradients and an optimizer's step are those of the separate ops; terms without a gradient; layouts."""
+    ids = [torch.tensor([0, 1, 1]), torch.tensor([[2, 2], [1, 6], [4, 0]]), torch.tensor([3, 6, 3])]
+    given = [torch.randn(3, 25)[:, 1:], torch.randn(1, 1).expand(3, 1), torch.randn(3, 1)]
+    for a in (torch.randn(24), torch.randn(25)[1:].view(3, 8), torch.randn(48)[::2]):
+        for used in ((0, 1, 2), (1,), (2,), (0, 2)):
+            results = []
+            for way in ("apart", "dense", "sparse", "fused"):
+                generator = torch.Generator().manual_seed(0)
+                weights = [torch.randn(7, 8, generator=generator, requires_grad=True) for _ in range(2)]
+                linear_weight = a.clone().requires_grad_()
+                options = dict(modes=["none", "mean", "sum"], tables=[0, 1, 0], frozen_rows=[6, None])
+                options["padding_idx"] = [None, 1, None]
+                inputs = ids[:2] + [ids[2][:, None]]
+                if way == "apart":
+                    (e,) = ops.table_batched_embedding_bag(weights, inputs, **options, concat=True)
+                    outs = e, *reference.fm_and_linear(e, 8, linear_weight.reshape(1, -1))
+                else:
+                    rows = optim.SGD(weights, lr=1.0) if way == "fused" else None
+                    old = [w.detach().clone() for w in weights]
+                    outs = ops.embedding_fm(
+                        weights, inputs, linear_weight, **options, sparse=way == "sparse", optimizer=rows
+                    )
+                torch.autograd.backward([outs[i] for i in used], [given[i] for i in used])
+                steps = [o - w.detach() for o, w in zip(old, weights)] if way == "fused" else [w.grad for w in weights]
+                grad_a = torch.zeros_like(a) if linear_weight.grad is None else linear_weight.grad
+                results.append([*(o.detach() for o in outs), *(g.to_dense() for g in steps), grad_a])
+            for result in results[1:]:
+                for x, y in zip(result, results[0], strict=True):
+                    torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
 def launches() -> None:
-    """A forward and a backward of 26 tables; the shim says what they launch."""
+    """Forwards and backwards of 26 tables; the shim says what they launch."""
     call_cuda()
-    case = embedding_bag_case([5] * 26, [4] * 26, list(range(26)), ["sum"] * 26, B=3, L=2)
+    for make in (embedding_bag_case, embedding_fm_case):
+        launches_of(
+            make([5] * 26, 4 if make is embedding_fm_case else [4] * 26, list(range(26)), ["sum"] * 26, B=3, L=2)
+        )
+
+
+def launches_of(case) -> None:
     inputs = case.inputs(requires_grad=True)
     out = case.function(*inputs)
-    print("forward done", flush=True)
+    print("done", flush=True)
     torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
+    print("done", flush=True)
 
 
 def bad_ids() -> None:
@@ -242,6 +294,25 @@ def bad_ids() -> None:
         offsets, flat = torch.tensor(starts), torch.tensor([0, 1, 2, 3, 4])
         ops.embedding_bag(weight, flat, offsets, mode="sum").sum().backward()
     assert torch.isfinite(weight.grad).all()
+    print("ids not followed")
+
+
+def bad_ids_fm() -> None:
+    """The same for the FM op: such an id contributes nothing to the embeddings, to the terms and to any gradient."""
+    call_cuda()
+    weight, a = torch.randn(5, 4, requires_grad=True), torch.randn(8)
+    ids = [torch.tensor([0, 5, -1]), torch.tensor([[4, 2**40], [1, 1], [3, -(2**62)]])]
+    e, fm, linear = ops.embedding_fm([weight], ids, a, modes=["none", "sum"], tables=[0, 0], names=["item", "history"])
+    (e.sum() + fm.sum() + linear.sum()).backward()
+    zero = torch.zeros(4)
+    rows = torch.stack(
+        [torch.cat([weight[0], weight[4]]), torch.cat([zero, 2 * weight[1]]), torch.cat([zero, weight[3]])]
+    )
+    for x, y in zip((e, fm, linear), (rows, *reference.fm_and_linear(rows, 4, a[None]))):
+        assert torch.allclose(x, y)
+    found, weight.grad = weight.grad, None
+    (rows.sum() + sum(t.sum() for t in reference.fm_and_linear(rows, 4, a[None]))).backward()
+    assert torch.allclose(found, weight.grad)
     print("ids not followed")
 
 
@@ -289,4 +360,5 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    {"accuracy": accuracy, "launches": launches, "bad_ids": bad_ids, "bad_arguments": bad_arguments}[sys.argv[2]]()
+    commands = accuracy, launches, bad_ids, bad_ids_fm, bad_arguments
+    {command.__name__: command for command in commands}[sys.argv[2]]()
