@@ -47,7 +47,7 @@ SHAPES = [
     Shape(1024, 50, 16, [36]),
     Shape(2048, 50, 64, [80, 40]),
     Shape(4096, 100, 64, [36]),
-    Shape(1024, 50, 64, [512, 256], use_softmax=True),
+    Shape(1024, 100, 64, [512, 256], use_softmax=True),
     Shape(1024, 50, 16, [64, 16], "relu", mean_length=25),
     Shape(2048, 50, 64, [80, 40], "sigmoid", mean_length=12),
     Shape(1024, 100, 32, [256, 128], "relu", use_softmax=True, mean_length=30),

@@ -141,17 +141,36 @@ def inputs(form="lengths", B=7, L=9, D=10, dims=(12, 5), dtype=torch.float32, ac
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_long_history(use_softmax, training, dtype):
     """More rows than a block of the kernel, so that the softmax's running maximum moves."""
-    for form, D, dims in (("mask", 16, [36]), ("padded", 48, [130]), ("offsets", 200, [1]), ("lengths", 7, [36, 10])):
-        check(*inputs(form, 2, 1000, D, dims, dtype), {**FLAGS, "use_softmax": use_softmax, "training": training})
+    for form, D, dims, activation, batch_norm in (
+        ("mask", 16, [36], "dice", True),
+        ("padded", 48, [130], "dice", True),
+        ("offsets", 200, [1], "dice", True),
+        ("lengths", 7, [36, 10], "dice", True),
+        ("mask", 64, [36], "dice_batch_norm", True),
+        ("lengths", 10, [130], "sigmoid", False),
+        ("offsets", 1, [36], "prelu", True),
+        ("padded", 7, [1, 130], "relu", False),
+    ):
+        flags = dict(FLAGS, use_softmax=use_softmax, training=training, activation=activation, batch_norm=batch_norm)
+        check(*inputs(form, 2, 1000, D, dims, dtype, activation, batch_norm), flags)
 
 
-def test_bits_do_not_depend_on_threads():
-    history, target, params, grad_out, rows, stats = inputs(B=300, dims=[36, 8])
-    results = []
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "activation, dtype, use_softmax",
+    [("dice", torch.float32, False), ("dice_batch_norm", torch.bfloat16, True), ("sigmoid", torch.float64, False)],
+    ids=str,
+)
+def test_bits_do_not_depend_on_threads(form, activation, dtype, use_softmax):
+    history, target, params, grad_out, rows, stats = inputs(
+        form, B=300, L=21, dims=[36, 8], dtype=dtype, activation=activation
+    )
+    flags = {**FLAGS, "activation": activation, "use_softmax": use_softmax}
+    results, before = [], torch.get_num_threads()
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
-        results.append(run(lambda *x: din_attention(*x, stats, **rows, **FLAGS), history, target, params, grad_out))
-    torch.set_num_threads(2)
+        results.append(run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out))
+    torch.set_num_threads(before)
     for out, batch_stats, _ in results:
         assert torch.equal(out, results[0][0]) and torch.equal(batch_stats, results[0][1])
     assert all(torch.equal(a, b) for a, b in zip(results[1][2], results[2][2]))
@@ -176,14 +195,78 @@ def test_views_of_stacked_embeddings():
         check(history, target, params, grad_out, {}, stats, FLAGS)
 
 
+def test_strided_history_and_target_are_not_copied():
+    _, _, params, _, _, stats = inputs(D=8, form="padded")
+    stacked = torch.randn(5, 12, 3, 16)
+    views = stacked[:, 1:, 0, 4:12].requires_grad_(), stacked[:, 0, 1, :8].requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out, _ = din_attention(*views, params, stats, **FLAGS)
+        torch.autograd.grad(out, views, torch.ones(5, 8))
+    called = {e.name for e in profile.events()}
+    assert "rankkernels::din_attention_backward" in called
+    assert not called & {"aten::clone", "aten::copy_"}
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_nested(gaps):
+    """A nested history, also one with gaps between the samples: as the same rows with offsets."""
+    _, target, params, grad_out, _, stats = inputs(B=3, D=10)
+    x = torch.randn(3, 9, 10)
+    starts, lengths = torch.tensor([0, 2, 5]), torch.tensor([3, 0, 4])
+    kept = [x[b, s : s + n] for b, (s, n) in enumerate(zip(starts, lengths))]
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    flags = {**FLAGS, "training": False}
+    expected = run(lambda *p: din_attention(*p, stats, offsets=offsets, **flags), torch.cat(kept), target, params,
+                   grad_out)  # fmt: skip
+
+    def nested(history, target, params):
+        if gaps:
+            history = torch.nested.narrow(history, 1, starts, lengths, layout=torch.jagged)
+        else:
+            history = torch.nested.nested_tensor_from_jagged(history, offsets)
+        return din_attention(history, target, params, stats, **flags)
+
+    out, _, grads = run(nested, x if gaps else torch.cat(kept), target, params, grad_out)
+    assert torch.equal(out, expected[0])
+    if gaps:
+        grad = grads[0]
+        grads[0] = torch.cat([grad[b, s : s + n] for b, (s, n) in enumerate(zip(starts, lengths))])
+        assert grad.count_nonzero() == grads[0].count_nonzero()
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected[2]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_bad_nested():
+    _, target, params, _, _, stats = inputs(B=2, D=10)
+    rows = [torch.randn(3, 10), torch.randn(4, 10)]
+    jagged = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    with pytest.raises(ValueError, match="^din_attention: a nested history must be .* got .* torch.strided"):
+        din_attention(torch.nested.nested_tensor(rows), target, params, stats, **FLAGS)
+    with pytest.raises(ValueError, match="^din_attention: a nested history has offsets of its own"):
+        din_attention(jagged, target, params, stats, offsets=torch.tensor([0, 3, 7]), **FLAGS)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("use_softmax", [False, True])
-def test_nothing_valid(dtype, use_softmax):
-    history, target, params, grad_out, _, stats = inputs(dtype=dtype)
-    flags = {**FLAGS, "training": False, "use_softmax": use_softmax}
+@pytest.mark.parametrize("training, batch_norm", [(False, True), (False, False), (True, False)])
+def test_nothing_valid(training, batch_norm, dtype, use_softmax):
+    history, target, params, grad_out, _, stats = inputs(dtype=dtype, batch_norm=batch_norm)
+    flags = {**FLAGS, "training": training, "batch_norm": batch_norm, "use_softmax": use_softmax}
     for rows in ({"lengths": torch.zeros(7, dtype=torch.int64)}, {"mask": torch.zeros(7, 9, dtype=torch.bool)}):
         out, _, grads = run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out)
         assert (out == 0).all() and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("use_softmax", [False, True])
+def test_empty_histories_among_others_in_training(dtype, use_softmax):
+    history, target, params, grad_out, _, stats = inputs("padded", dtype=dtype, B=9, L=30)
+    rows = {"lengths": torch.tensor([0, 30, 0, 0, 30, 29, 28, 30, 0])}
+    flags = {**FLAGS, "use_softmax": use_softmax}
+    check(history, target, params, grad_out, rows, stats, flags)
+    out, _, grads = run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out)
+    empty = rows["lengths"] == 0
+    assert (out[empty] == 0).all() and (grads[0][empty] == 0).all() and (grads[1][empty] == 0).all()
 
 
 @pytest.mark.parametrize("lengths", [[0] * 7, [0, 1, 0, 0, 0, 0, 0]])

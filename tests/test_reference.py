@@ -152,6 +152,7 @@ def test_deepctr_torch(seed, training):
     sequence = pytest.importorskip("deepctr_torch.layers.sequence", reason="DeepCTR-Torch is not installed")
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    B, L, D = rng.choice([3, 7, 20]), rng.choice([5, 9, 50]), rng.choice([1, 4, 10, 64])
     widths, activation = rng.choice([(6,), (8, 4), (5, 4, 3)]), rng.choice(list(ACTIVATIONS))
     use_softmax = rng.random() < 0.5
     layer = sequence.AttentionSequencePoolingLayer(
@@ -195,6 +196,7 @@ def test_fuxictr(seed, training):
     )
     rng = random.Random(seed)
     torch.manual_seed(seed)
+    B, L, D = rng.choice([3, 7, 20]), rng.choice([5, 9, 50]), rng.choice([1, 4, 10, 64])
     widths, activation = rng.choice([[6], [8, 4], [5, 4, 3]]), rng.choice(list(ACTIVATIONS))
     use_softmax, batch_norm = rng.random() < 0.5, rng.random() < 0.5
     name = {"dice": "Dice", "prelu": "PReLU", "relu": "ReLU", "sigmoid": "Sigmoid"}[activation]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops, reference
 from rankkernels.nn.layers import MLP, activation_of, update_running_stats
+from rankkernels.ops.din_attention import jagged
 
 
 class _FusedMLP(NamedTuple):
@@ -110,8 +111,7 @@ class ActivationUnit(nn.Module):
         """
         if target.size(-1) != self.emb_dim:
             raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
-        if history.is_nested:
-            history, offsets = history.values(), history.offsets()
+        history, offsets = jagged(history, offsets)
         fused = _fused(self.attention.mlp)
         if fused is None:
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)

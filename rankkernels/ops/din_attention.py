@@ -349,6 +349,27 @@ for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.d
         lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
 
 
+def jagged(history: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A nested history [B, j, D] as its values [N, D] and offsets [B + 1]; any other, and its offsets, as they are."""
+    if not history.is_nested:
+        return history, offsets
+    if history.layout != torch.jagged or history.dim() != 3:
+        raise ValueError(
+            f"din_attention: a nested history must be [B, j, D] of layout torch.jagged, got {history.dim()} dimensions "
+            f"of layout {history.layout}"
+        )
+    if offsets is not None:
+        raise ValueError("din_attention: a nested history has offsets of its own, got others besides")
+    values, offsets, lengths = history.values(), history.offsets(), history.lengths()
+    if lengths is None:
+        return values, offsets
+    # torch.nested.narrow leaves gaps between the samples, and torch's own way to close them has no backward.
+    ends = lengths.cumsum(0)
+    sample = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    position = torch.arange(len(sample), device=values.device) - (ends - lengths)[sample]
+    return values[offsets[sample] + position], torch.cat([ends.new_zeros(1), ends])
+
+
 def din_attention(
     history: Tensor,
     target: Tensor,
@@ -374,7 +395,7 @@ def din_attention(
     The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype.
 
     Args:
-        history: [B, L, D], or with ``offsets`` [N, D].
+        history: [B, L, D], or with ``offsets`` [N, D], or a nested tensor [B, j, D] of layout torch.jagged.
         target: [B, D], the dtype of ``history``.
         params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
             and bias [H]; then what ``activation`` learns: prelu its slope [1] or [H], dice its alpha [1] or [H],
@@ -400,11 +421,12 @@ def din_attention(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once.
-        ValueError: lengths outside 0 .. L, offsets that decrease or do not run from 0 to N, fewer than two valid rows
-            in training with a normalization.
+        ValueError: a nested history of another form, lengths outside 0 .. L, offsets that decrease or do not run from
+            0 to N, fewer than two valid rows in training with a normalization.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    history, offsets = jagged(history, offsets)
     out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
         history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
         batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed,
