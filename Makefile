@@ -59,7 +59,8 @@ bench: $(VENV)/bench.stamp
 # What README.md and bench/RESULTS.md show: the records, the tables and the charts.
 results:
 	$(MAKE) bench RECORDS=bench/results
-	$(BENCH_PYTHON) -m pytest bench/bench_ops.py bench/bench_din_attention.py -k "2_threads and (train or backward)" \
+	$(BENCH_PYTHON) -m pytest bench/bench_steps.py bench/bench_ops.py bench/bench_din_attention.py \
+		-k "2_threads and (train or backward or step or fused)" \
 		--malloc default --benchmark-columns=median --benchmark-json=bench/results/malloc_default.json
 	$(BIN)/python bench/report.py
 

@@ -51,6 +51,7 @@ OPERATORS = [
     (r"rankkernels::embedding", LOOKUP),
     (r"rankkernels::(fm_interaction|din_attention)", ATTENTION),
     (r"rankkernels::norm_activation", NORM),
+    (r"OneDNNLinear|aten::(linear|addmm)", LINEAR),
 ]
 
 
@@ -58,12 +59,10 @@ def labelled(model: nn.Module) -> list:
     """Hooks by which the profiler sees which module calls an operator. Not inside what our ops compute: a module that
     has hooks is called."""
     handles = []
-    fused = (nn.BatchNorm1d, nn.ReLU, nn.PReLU) if type(model).__module__.startswith("rankkernels") else ()
+    fused = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.PReLU) if type(model).__module__.startswith("rankkernels") else ()
     for module in model.modules():
         name = type(module).__name__
         if name not in MODULES or isinstance(module, fused) or (fused and name in ("Dice", "FM", "LR")):
-            continue
-        if fused and name == "Linear" and module is getattr(getattr(model, "linear", None), "fc", None):
             continue
         ranges: list[record_function] = []
 

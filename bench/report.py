@@ -18,9 +18,10 @@ BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 #: The records, in the order of the page, and their titles. Others come after them, under their names.
 TITLES = {
     "steps": "Whole training steps",
-    "ops": "FM interaction",
+    "ops": "FM interaction and hidden layers",
     "din_attention": "DIN attention",
     "embedding_bag": "Embedding tables",
+    "linear": "Linear layers",
     "serving": "Serving one user",
     "import": "Import",
     "scaling": "Scaling",
@@ -32,6 +33,7 @@ HEADLINES = {
     "ops": (1, None),
     "din_attention": (2, None),
     "embedding_bag": (2, "fused step"),
+    "linear": (0, None),
     "serving": (0, None),
 }
 #: Kinds of pass without a backward.

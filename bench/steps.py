@@ -3,7 +3,8 @@ times and ``profile_step.py`` takes apart.
 
 A step is that of torch-rechub's trainer: forward, ``BCELoss``, ``zero_grad``, backward, ``Adam`` with its learning rate
 and weight decay, ``loss.item()``. Both libraries train the same weights with the same optimizer, so their losses are
-the same. "fused" is the one that is not: ours with ``rankkernels.optim.Adam`` on the rows looked up, in the backward.
+the same. "fused" is the one that is not: ours with ``rankkernels.optim.Adam`` on the rows looked up, in the backward,
+and torch's own fused Adam for the rest.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Step:
             tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
             rk.optim.fuse(model, rk.optim.Adam(tables, **ADAM))
             params = [p for p in params if all(p is not t for t in tables)]
-        self.optimizer = torch.optim.Adam(params, **ADAM)
+        self.optimizer = torch.optim.Adam(params, **ADAM, fused=fused or None)
 
     def __call__(self) -> float:
         loss = self.criterion(self.model(self.x), self.y)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
+from rankkernels.nn.linear import linear
 
 
 class FM(nn.Module):
@@ -168,6 +169,8 @@ class MLP(nn.Module):
                 x, norm = normalize_and_activate(norm, module, x), None
             elif type(module) is nn.BatchNorm1d:
                 norm = module
+            elif type(module) is nn.Linear and not hooked(module):
+                x = linear(module, x)
             else:
                 x = module(x)
         return x if norm is None else norm(x)

@@ -1,0 +1,81 @@
+"""The linear layers of an MLP by oneDNN: the numbers of ``nn.Linear``, and torch's call where a caller could tell."""
+
+import pytest
+import torch
+from torch import nn
+
+from rankkernels.nn import MLP
+from rankkernels.nn import linear as linear_module
+from rankkernels.nn.linear import linear
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this torch has no oneDNN product",
+)
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """oneDNN on any CPU, for products of any size."""
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(linear_module, "SMALLEST", 1)
+
+
+def uses_onednn(function) -> bool:
+    with torch.profiler.profile() as recorded:
+        function()
+    return any("mkldnn" in e.name for e in recorded.events())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 10, 3), (0, 5, 4), (300, 429, 256), (64, 128, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("strided", [False, True])
+def test_linear_is_torchs(shape, bias, strided):
+    n, k, m = shape
+    module = nn.Linear(k, m, bias=bias)
+    x = torch.randn(n, 2 * k)[:, ::2] if strided else torch.randn(n, k)
+    x = x.detach().requires_grad_()
+    dy = torch.randn(n, m)
+    assert uses_onednn(lambda: linear(module, x)) == (n > 0)
+    results = []
+    for function, dtype in ((linear, torch.float32), (lambda module, x: module(x), torch.float64)):
+        module.to(dtype)
+        copy = x.detach().to(dtype).requires_grad_()
+        out = function(module, copy)
+        first = torch.autograd.grad(out, [copy, *module.parameters()], dy.to(dtype), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first[:2]), [copy, module.weight])
+        results.append([out, *first, *second])
+    for ours, exact in zip(*results):
+        assert ours.dtype == torch.float32 and ours.shape == exact.shape
+        assert (ours - exact).norm() <= 1e-5 * exact.norm()
+
+
+def test_an_mlp_uses_it_only_where_it_is_what_was_asked_for():
+    mlp, x = MLP(20, dims=[16, 8]), torch.randn(32, 20)
+    assert uses_onednn(lambda: mlp(x))
+    linears = [m for m in mlp.mlp if isinstance(m, nn.Linear)]
+    seen = []
+    handles = [m.register_forward_hook(lambda *_: seen.append(1)) for m in linears]
+    assert not uses_onednn(lambda: mlp(x)) and len(seen) == 3
+    for handle in handles:
+        handle.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not uses_onednn(lambda: linear(linears[0], x))
+        assert linear(linears[0], x).dtype == torch.bfloat16
+    assert not uses_onednn(lambda: mlp.double()(x.double()))
+
+
+def test_wrong_widths_are_torchs_own_error():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        linear(nn.Linear(20, 4), torch.randn(3, 19))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bits_are_equal_run_after_run(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    module, x, dy = nn.Linear(429, 256), torch.randn(512, 429, requires_grad=True), torch.randn(512, 256)
+    runs = [torch.autograd.grad(linear(module, x), [x, *module.parameters()], dy) for _ in range(3)]
+    torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
