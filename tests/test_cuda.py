@@ -146,6 +146,14 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
         assert re.search(r"st\.global\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
 
 
+def test_one_header_spells_cudas_own_names():
+    """HIP compiles the rest as it stands: what the two spell differently is in device.cuh."""
+    own = re.compile(r"\bcuda[A-Z]\w*|\bcuda_\w+\.h|\b__nv_\w+|\b__half\w*|\b__\w+_sync\b|\bcu(?:b|blas|sparse)\b")
+    sources = [path for path in (ROOT / "csrc/cuda").iterdir() if path.name != "device.cuh"]
+    assert own.search((ROOT / "csrc/cuda/device.cuh").read_text()) and len(sources) > 10
+    assert {path.name: found for path in sources if (found := own.findall(path.read_text()))} == {}
+
+
 def test_cuda_without_a_toolkit(tmp_path):
     out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path,
               check=False, RANKKERNELS_CUDA="1", CUDA_HOME="")  # fmt: skip

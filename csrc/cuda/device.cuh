@@ -8,9 +8,11 @@
 #  include <hip/hip_bf16.h>
 #  include <hip/hip_fp16.h>
 #  include <hip/hip_runtime.h>
+#  define RK_RUNTIME(name) hip##name  // the runtime's types, functions and constants
 #else
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
+#  define RK_RUNTIME(name) cuda##name
 #endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
