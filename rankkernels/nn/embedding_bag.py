@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,13 @@ class EmbeddingBag(nn.EmbeddingBag):
                 per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
         if self.max_norm is not None:
             with torch.no_grad():
+                self._look_up(input, offsets, per_sample_weights)  # raises what there is to raise, writes nothing
                 torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
+        out = self._look_up(input, offsets, per_sample_weights)
+        # The last offset ends the last bag: what comes after it is a bag of its own to the op.
+        return out[:-1] if self.include_last_offset and offsets is not None else out
+
+    def _look_up(self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
         (out,) = ops.table_batched_embedding_bag(
             [self.weight],
             [input],
@@ -60,8 +66,17 @@ class EmbeddingBag(nn.EmbeddingBag):
             sparse=self.sparse,
             optimizer=self.fused_optimizer,
         )
-        # The last offset ends the last bag: what comes after it is a bag of its own to the op.
-        return out[:-1] if self.include_last_offset and offsets is not None else out
+        return out
+
+
+class _Tables(nn.ParameterList, nn.EmbeddingBag):
+    """A ParameterList. DistributedDataParallel expects sparse gradients of torch's own embedding modules alone: it goes
+    by that type and ``sparse``, so this list has them."""
+
+    def __init__(self, values: Iterable[nn.Parameter] = (), sparse: bool = False):
+        nn.Module.__init__(self)  # the other base would make a table
+        self._size, self.sparse = 0, sparse
+        self.extend(values)
 
 
 class TableBatchedEmbeddingBag(nn.Module):
@@ -111,9 +126,9 @@ class TableBatchedEmbeddingBag(nn.Module):
         self.names = [f"indices[{f}]" for f in range(F)] if names is None else self._each("names", names, (), F)
         if not all(0 <= t < T for t in self.tables):
             raise ValueError(f"TableBatchedEmbeddingBag: tables must be in 0 .. {T - 1}, got {self.tables}")
-        self.concat, self.sparse = concat, sparse
-        self.weights = nn.ParameterList(
-            nn.Parameter(torch.empty(r, d, device=device, dtype=dtype)) for r, d in zip(num_embeddings, dims)
+        self.concat = concat
+        self.weights = _Tables(
+            (nn.Parameter(torch.empty(r, d, device=device, dtype=dtype)) for r, d in zip(num_embeddings, dims)), sparse
         )
         self.reset_parameters()
 
@@ -158,7 +173,7 @@ class TableBatchedEmbeddingBag(nn.Module):
             frozen_rows=self.padding_idx,
             names=self.names,
             concat=self.concat,
-            sparse=self.sparse,
+            sparse=self.weights.sparse,
             optimizer=self.fused_optimizer,
         )
         return out[0] if self.concat else out
