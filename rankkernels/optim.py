@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from rankkernels.nn.embedding import fused_weight
 from rankkernels.ops._library import use_huge_pages
+from rankkernels.ops.embedding_bag import check_trainable
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse", "to_torch"]
@@ -61,8 +62,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}"
                     )
 
-    def _advance(self, p: Tensor, group: dict, scale: float) -> tuple[list[Tensor], list[float]]:
-        """Counts a step of ``p``; its state and the op's ``hyper``, for a gradient times ``scale``."""
+    def _next(self, p: Tensor, group: dict, scale: float) -> tuple[list[Tensor], list[float]]:
+        """The state of ``p`` and the op's ``hyper`` of its next step, for a gradient times ``scale``."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -71,11 +72,17 @@ class _RowOptimizer(torch.optim.Optimizer):
                 shape = p.shape[:1] if self._one_a_row else p.shape
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
                 use_huge_pages(state[name])
-        state["step"] += 1
-        lr = self._learning_rate(group, state["step"])
-        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], state["step"], 1 / scale]
+        step = state["step"] + 1
+        lr = self._learning_rate(group, step)
+        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], step, 1 / scale]
         hyper.append(group["max_row_norm"] or 0.0)
         return [state[name] for name in self._states], [float(h) for h in hyper]
+
+    def _stepped(self, params: Sequence[Tensor]) -> None:
+        """Counts the step that was taken on ``params``."""
+        for p in params:
+            self.state[p]["step"] += 1
+        torch.autograd.graph.increment_version(list(params))
 
     def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
@@ -95,26 +102,24 @@ class _RowOptimizer(torch.optim.Optimizer):
             return loss
         scale = getattr(self, "grad_scale", None)  # None: the scaler has divided by it
         scale = 1.0 if scale is None else float(scale)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not p.grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: the gradient of a table of shape {list(p.shape)} is dense; make it "
-                        "with sparse=True, or take torch.optim's"
-                    )
-                rows, values = _coalesced(p.grad)
-                states, hyper = self._advance(p, group, scale)
-                torch.ops.rankkernels.sparse_update.default(
-                    p, states, rows, values, OPTIMIZERS.index(self._kind), hyper
+        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in given:
+            if not p.grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the gradient of a table of shape {list(p.shape)} is dense; make it "
+                    "with sparse=True, or take torch.optim's"
                 )
-                torch.autograd.graph.increment_version(p)
+        for p, group in given:
+            rows, values = _coalesced(p.grad)
+            states, hyper = self._next(p, group, scale)
+            torch.ops.rankkernels.sparse_update.default(p, states, rows, values, OPTIMIZERS.index(self._kind), hyper)
+            self._stepped([p])
         return loss
 
     @torch.no_grad()
     def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
         """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
+        check_trainable(self, weights)
         group_of = {p: group for group in self.param_groups for p in group["params"]}
         used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
         for t, weight in enumerate(weights):
@@ -122,8 +127,6 @@ class _RowOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
-            if not weight.requires_grad:
-                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is frozen")
         if len(used) < len(weights):  # a table without a gradient takes no step
             place = {t: i for i, t in enumerate(sorted(used))}
             kept = [f for f, g in enumerate(grad_outs) if g is not None]
@@ -145,13 +148,13 @@ class _RowOptimizer(torch.optim.Optimizer):
                 return [torch.zeros_like(w) for w in lists[2]]
         states, hyper = [], []
         for weight in weights:
-            own_states, own_hyper = self._advance(weight, group_of[weight], scale)
+            own_states, own_hyper = self._next(weight, group_of[weight], scale)
             states += own_states
             hyper += own_hyper
         grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
             grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
         )
-        torch.autograd.graph.increment_version(list(weights))
+        self._stepped(weights)
         return grad_psw
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+import warnings
 
 import pytest
 import torch
@@ -242,3 +244,32 @@ def test_layer_compiles():
         torch._dynamo.reset()
         compiled = torch.compile(lambda x, s=squeeze_dim: layer(x, features, s), fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), layer(x, features, squeeze_dim))
+
+
+@pytest.mark.skipif(
+    torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::embedding_bag", "CUDA"),
+    reason="the CUDA part is built in",
+)
+def test_on_cuda_without_the_cuda_part(monkeypatch):
+    """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors; and that is said once."""
+    library = rk.ops._library
+    weight, ids = torch.randn(30, 8), torch.randint(0, 30, (9, 4))
+    arguments = [weight], [ids], [], [], [0], [1], [2], [2], ["ids"]
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    (out,) = torch.ops.rankkernels.embedding_bag.default.redispatch(cuda, *arguments)
+    torch.testing.assert_close(out, F.embedding_bag(ids, weight, mode="sum", padding_idx=2))
+    grad_out = torch.randn(9, 8)
+    (grad,), _ = torch.ops.rankkernels.embedding_bag_backward.default.redispatch(
+        cuda, [grad_out], [], [30], *arguments[1:-1]
+    )
+    expected = weight.clone().requires_grad_()
+    F.embedding_bag(ids, expected, mode="sum", padding_idx=2).backward(grad_out)
+    torch.testing.assert_close(grad, expected.grad)
+
+    monkeypatch.setattr(library, "reference_notices", {})
+    on_cuda = types.SimpleNamespace(device=torch.device("cuda"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            library.notice_reference("embedding_bag", on_cuda)
+    assert len(said) == 1 and "on 'cuda': rankkernels was built without RANKKERNELS_CUDA=1" in str(said[0].message)

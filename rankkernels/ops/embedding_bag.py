@@ -74,16 +74,24 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
     for t, w in enumerate(weights):
         check(w.dim() == 2, lambda: f"{op}: weights[{t}] must be [R, D], got shape {list(w.shape)}")
         check(w.dtype.is_floating_point, lambda: f"{op}: weights[{t}] must be floating-point, got {w.dtype}")
+        check(
+            w.device == weights[0].device,
+            lambda: f"{op}: weights[{t}] must be on {weights[0].device} like the others, got {w.device}",
+        )
     for f, ids in enumerate(indices):
-        check(
-            ids.dtype in (torch.int32, torch.int64),
-            lambda: f"{op}: {names[f]} must be int32 or int64, got {ids.dtype}",
-        )
-        check(
-            ids.device == weights[tables[f]].device,
-            lambda: f"{op}: {names[f]} must be on {weights[tables[f]].device} like its table, got {ids.device}",
-        )
+        check(0 <= tables[f] < len(weights), lambda: f"{op}: {names[f]} has table {tables[f]} of {len(weights)}")
         mode, off = MODES[modes[f]], _offsets_of(f, ids, offsets, modes)
+        for what, integers in ((names[f], ids), (f"offsets of {names[f]}", off)):
+            if integers is None:
+                continue
+            check(
+                integers.dtype in (torch.int32, torch.int64),
+                lambda: f"{op}: {what} must be int32 or int64, got {integers.dtype}",
+            )
+            check(
+                integers.device == weights[0].device,
+                lambda: f"{op}: {what} must be on {weights[0].device} like its table, got {integers.device}",
+            )
         if mode != "none":
             check(
                 ids.dim() == 2 or (off is not None and off.dim() == 1),
@@ -102,10 +110,10 @@ def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding
                 ),
             )
             check(
-                psw.dtype == weights[tables[f]].dtype,
+                psw.dtype == weights[tables[f]].dtype and psw.device == weights[0].device,
                 lambda: (
-                    f"{op}: per_sample_weights of {names[f]} must have the dtype of its table, "
-                    f"{weights[tables[f]].dtype}, got {psw.dtype}"
+                    f"{op}: per_sample_weights of {names[f]} must have the dtype and device of its table, "
+                    f"{weights[tables[f]].dtype} on {weights[0].device}, got {psw.dtype} on {psw.device}"
                 ),
             )
     if concat:
@@ -270,6 +278,13 @@ def _backward(ctx, grad_outs):
 torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
 
 
+def check_trainable(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+    """Raises a ValueError for a table that ``optimizer`` cannot step on."""
+    for t, weight in enumerate(weights):
+        if not weight.requires_grad:
+            raise ValueError(f"{type(optimizer).__name__}: table {t} of shape {list(weight.shape)} is frozen")
+
+
 class Optimizer(Protocol):
     """What ``table_batched_embedding_bag`` needs of an optimizer: see ``rankkernels.optim``."""
 
@@ -332,6 +347,7 @@ def call(
                              frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
+            check_trainable(optimizer, weights)
             lists = weights, indices, offsets, per_sample_weights
             features = tables, modes, padding_idx, frozen_rows
             tensors = [t for values in lists for t in values]

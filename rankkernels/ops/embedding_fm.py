@@ -17,6 +17,7 @@ from rankkernels.ops._library import lib
 from rankkernels.ops.embedding_bag import (
     FEATURES,
     Optimizer,
+    check_trainable,
     in_schema,
     needs_values,
     outside_graph,
@@ -49,11 +50,13 @@ def _check(weights, tables, linear_weight) -> None:
         )
     if linear_weight is not None:
         torch._check(
-            linear_weight.numel() == len(tables) * D and linear_weight.dtype == weights[tables[0]].dtype,
+            linear_weight.numel() == len(tables) * D
+            and linear_weight.dtype == weights[tables[0]].dtype
+            and linear_weight.device == weights[0].device,
             lambda: (
                 "embedding_fm: linear_weight must have one value a column of the embeddings, "
-                f"{len(tables) * D}, and their dtype, {weights[tables[0]].dtype}, got shape "
-                f"{list(linear_weight.shape)} and {linear_weight.dtype}"
+                f"{len(tables) * D}, and their dtype and device, {weights[tables[0]].dtype} on {weights[0].device}, "
+                f"got shape {list(linear_weight.shape)} and {linear_weight.dtype} on {linear_weight.device}"
             ),
         )
 
@@ -178,6 +181,7 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
+            check_trainable(optimizer, weights)
             tensors = [t for values in lists for t in values]
             return _Updating.apply(optimizer, features, names, [len(v) for v in lists], linear_weight, *tensors)
         return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, sparse=sparse)
