@@ -294,6 +294,14 @@ def bad_ids() -> None:
         offsets, flat = torch.tensor(starts), torch.tensor([0, 1, 2, 3, 4])
         ops.embedding_bag(weight, flat, offsets, mode="sum").sum().backward()
     assert torch.isfinite(weight.grad).all()
+    rows, before = optim.Adagrad([weight], lr=1.0), weight.detach().clone()
+    options = dict(modes=["sum"], optimizer=rows)
+    ops.table_batched_embedding_bag([weight], [ids], **options)[0].sum().backward()
+    moved = (weight != before).any(1)
+    assert moved.tolist() == [True, True, True, False, True]  # by the ids that are rows
+    empty = ops.table_batched_embedding_bag([weight], [torch.zeros(3, 0, dtype=torch.int64)], **options)[0]
+    empty.sum().backward()
+    assert torch.equal(empty, torch.zeros(3, 4)) and torch.equal((weight != before).any(1), moved)
     print("ids not followed")
 
 
@@ -334,6 +342,38 @@ def bad_arguments() -> None:
             assert expected in str(error), error
         else:
             raise AssertionError(f"{arguments} raised nothing")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    fm, shop = torch.ops.rankkernels.embedding_fm.default, [torch.randn(5, 4), torch.randn(7, 4)]
+    numbers = [0, 1], [0, 0], [-1, -1], [-1, -1], ["item", "shop"]
+    a, elsewhere = torch.randn(8), {"device": "meta"}
+    for weights, indices, linear_weight, expected in (
+        ([shop[0], torch.randn(7, 3)], [ids[0], ids[1]], a, "features must have one width, but that of shop is 3 and"),
+        (shop, [ids[0], ids[1]], a[1:], "linear_weight must have one value a column of the embeddings, 8, and their"),
+        (shop, [ids[0], ids[1]], a.double(), "torch.float32, got shape [8] and torch.float64"),
+        (shop, [ids[0], ids[1]], torch.empty(8, **elsewhere), "linear_weight must have one value a column"),
+        (shop, [ids[0], ids[1][:1]], a, "features must give [B, D] of one B and one dtype, but shop of shape [1]"),
+        (shop, [ids[0], ids[1].to("meta")], a, "embedding_bag: shop must be on the device of its table"),
+        ([shop[0], torch.empty(7, 4, **elsewhere)], [ids[0], ids[1]], a, "weights[1] must be on a GPU like the others"),
+    ):
+        try:
+            fm.redispatch(keys, weights, indices, [], [], *numbers, linear_weight)
+        except RuntimeError as error:
+            assert expected in str(error), error
+        else:
+            raise AssertionError(f"{expected!r} was not raised")
+    backward, e = torch.ops.rankkernels.embedding_fm_backward.default, torch.randn(3, 8)
+    for grads, linear_weight, D, expected in (
+        ((torch.ones(3, 7), None, None), None, 4, "grad_embeddings must be [3, 8] like the embeddings, torch.float32"),
+        ((None, torch.ones(2, 1), None), None, 4, "grad_fm must be [3, 1] like the embeddings, torch.float32"),
+        ((None, None, torch.ones(3, 1).half()), a, 4, "grad_linear must be [3, 1] like the embeddings, torch.float32"),
+        ((None, torch.ones(3, 1), None), None, 3, "embeddings have 8 columns, no multiple of 3"),
+    ):
+        try:
+            backward(*grads, e, linear_weight, D)
+        except RuntimeError as error:
+            assert f"embedding_fm_backward: {expected}" in str(error), error
+        else:
+            raise AssertionError(f"{expected!r} was not raised")
     update = torch.ops.rankkernels.embedding_bag_update.default
     features = [ids], [], [], [0], [1], [-1], [-1]
     for grad, states, kind, hyper, expected in (
@@ -343,15 +383,18 @@ def bad_arguments() -> None:
         (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must be contiguous"),
         (torch.ones(2, 3), [], 0, [0.1] * 8, "grad_outs[0] must have the dtype and the width of its table"),
         (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
+        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
+        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must"),
     ):
-        before = weight.clone()
+        before, old_states = weight.clone(), [state.clone() for state in states]
         try:
-            update([grad], [weight], states, *features, kind, hyper)
+            update.redispatch(keys, [grad], [weight], states, *features, kind, hyper)
         except RuntimeError as error:
             assert expected in str(error), error
         else:
             raise AssertionError(f"{expected!r} was not raised")
         assert torch.equal(weight, before)
+        assert all(state.is_meta or torch.equal(state, old) for state, old in zip(states, old_states))
     print("arguments refused")
 
 
