@@ -118,8 +118,8 @@ class _Rows(NamedTuple):
             L=history.size(-2), stride_hb=stride_hb, stride_hl=stride_hl, stride_hd=stride_hd,
             stride_tb=target.stride(0), stride_td=target.stride(1), stride_mb=stride_mb, stride_ml=stride_ml, D=D,
             FORM=form, ALIGN=alignment(history), BLOCK_D=_block(D), BLOCK_K=32, parts_d=triton.cdiv(D, 32),
-            num_warps=8, num_stages=1, **({} if torch.version.hip else {"maxnreg": 255}),
-        )  # fmt: skip
+            num_stages=1, **({"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 255}),
+        )  # fmt: skip  # 256 threads, of 32 or 64 a warp
 
 
 class _Network(NamedTuple):
@@ -137,11 +137,11 @@ class _Network(NamedTuple):
         BLOCK_H, BLOCK_D = _block(H), _block(D)
         padding = (0, BLOCK_D - D, 0, BLOCK_H - H)
         weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
-        weight_t = (weight[0] + weight[2])[:, :D]
+        weight_t = (weight[0] + weight[2])[:H, :D]
         if len(layers) == len(self.hidden):
             layers[-1].vectors["out_weight"] = self.out_weight[0].float()
         vectors = _vectors(first)
-        c = torch.addmm(vectors[VECTORS.index("bias")], rows.target.float(), weight_t.t())
+        c = torch.addmm(vectors[VECTORS.index("bias"), :H], rows.target.float(), weight_t.t())
         dtype, statistics = rows.history.dtype, flags.training and norms_per_layer(flags.name, flags.batch_norm)
         thrice = dtype == torch.float32 or (dtype == torch.float16 and statistics)
         arguments = rows.arguments() | dict(
@@ -158,7 +158,7 @@ class _Network(NamedTuple):
                 weight2_ptr=_padded(layers[1].weight), vectors2_ptr=_vectors(layers[1]), H2=H2,
                 BLOCK_H2=_block(H2), parts_h2=triton.cdiv(H2, 32),
             )  # fmt: skip
-        return arguments, weight_t[:H]
+        return arguments, weight_t
 
 
 def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: Flags) -> _Network:
@@ -304,7 +304,7 @@ def _launch(rows: _Rows, arguments: dict, parts: Sequence[str]) -> dict[str, Ten
     grad_history = torch.empty(history.shape, dtype=history.dtype, device=history.device) if "ROWS" in parts else None
     grad_c = empty(tasks, BLOCK_H) if "ROWS" in parts else None
     grad_target = empty(tasks, D) if "WEIGHT" in parts else None
-    BLOCK_S, BLOCK_L = 32, 32 if max(BLOCK_D, BLOCK_H, BLOCK_H2) <= 64 else 16
+    BLOCK_S, BLOCK_L = 32, 32 if max(BLOCK_D, BLOCK_H, BLOCK_H2) <= (32 if torch.version.hip else 64) else 16
     din_attention_backward_kernel[(programs, BLOCK_D // BLOCK_S if "WEIGHT" in parts else 1)](
         grad_history_ptr=grad_history, grad_target_ptr=grad_target, grad_c_ptr=grad_c,
         grad_output_ptr=partials["grad_output"], sums_ptr=partials["sums0"], sums2_ptr=partials["sums1"],

@@ -117,7 +117,7 @@ def din_attention_backward_kernel(
                 weight = tl.where(valid, exp_less(weight, peak) / total, 0.0)
                 grad_score = weight * (grad_score - mean)
             x = first_layer(
-                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * BLOCK_H, o_h, D, stride_td, PRECISION,
+                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * H, o_h, D, H, stride_td, PRECISION,
                 BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             factor = dropout_factor(seed_ptr, 0, b, l0, o_h, threshold, kept_scale, DROPOUT, BLOCK_L, BLOCK_H)

@@ -84,7 +84,7 @@ def din_attention_kernel(
         valid = valid_rows(mask, o_l, end, stride_ml, FORM)
         rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
         x = first_layer(
-            rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * BLOCK_H, o_h, D, stride_td, PRECISION,
+            rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * H, o_h, D, H, stride_td, PRECISION,
             BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
         )  # fmt: skip
         a = activate(x, vectors_ptr, o_h, H, dice_eps, ACTIVATION, TRAINING, BLOCK_H)
@@ -154,7 +154,7 @@ def din_attention_statistics_kernel(
             valid = valid_rows(mask, o_l, end, stride_ml, FORM)
             rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
             x = first_layer(
-                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * BLOCK_H, o_h, D, stride_td, PRECISION,
+                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * H, o_h, D, H, stride_td, PRECISION,
                 BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
             )  # fmt: skip
             if H2 > 0:

@@ -29,8 +29,9 @@ ROUNDED_ONCE = {HALF: 2**-11, BF16: 2**-8, SINGLE: 1e-6, DOUBLE: 1e-14}
 class Op:
     """The kernels of one module of ``rankkernels._triton``.
 
-    ``make(config, dtype)`` gives the arguments, ``launch(module, **arguments)`` runs the launchers on them and
-    ``expected(**arguments)`` says what they must return; float tensors among the arguments reach it in float64.
+    ``make(config, dtype)`` gives the arguments, ``launch(module, **arguments)`` runs the launchers on them, ``forward``
+    that of the forward alone, and ``expected(**arguments)`` says what they must return; float tensors among the
+    arguments reach it in float64.
     """
 
     module: str
@@ -46,6 +47,9 @@ class Op:
     #: The argument that the first launch reads once, with ``streamed_configs`` in which it reads all of it.
     streamed: str = ""
     streamed_configs: Sequence[dict] = ()
+    #: Where the bytes that the forward moves are counted.
+    counted_configs: Sequence[dict] = ()
+    forward: Callable[..., Sequence[Tensor]] | None = None
 
 
 def strided(shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
@@ -93,8 +97,12 @@ def fm_make(config: dict, dtype: torch.dtype) -> dict:
     return {"x": strided([B, F, D], dtype, layout), "grad_out": grad_out, "reduce_sum": reduce_sum}
 
 
+def fm_forward(module: ModuleType, x: Tensor, grad_out: Tensor, reduce_sum: bool) -> Sequence[Tensor]:
+    return (module.fm_interaction(x, reduce_sum),)
+
+
 def fm_launch(module: ModuleType, x: Tensor, grad_out: Tensor, reduce_sum: bool) -> Sequence[Tensor]:
-    return module.fm_interaction(x, reduce_sum), module.fm_interaction_backward(grad_out, x, reduce_sum)
+    return *fm_forward(module, x, grad_out, reduce_sum), module.fm_interaction_backward(grad_out, x, reduce_sum)
 
 
 def fm_expected(x: Tensor, grad_out: Tensor, reduce_sum: bool) -> Sequence[Tensor]:
@@ -133,6 +141,8 @@ FM = Op(
     dtypes=(SINGLE, HALF, BF16, DOUBLE),
     streamed="x",
     streamed_configs=[{"shape": (3, 26, 10)}, {"shape": (2, 70, 65)}],
+    forward=fm_forward,
+    counted_configs=[{"shape": (4, 39, 16)}, {"shape": (4, 26, 10)}, {"shape": (4, 5, 128), "reduce_sum": False}],
     mutations=[
         (
             "forward: a field too many",
@@ -245,6 +255,11 @@ def din_layers(params: Sequence[Tensor]) -> int:
     return sum(p.dim() == 2 for p in params) - 1
 
 
+def din_forward(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+    module.PROGRAMS = programs
+    return module.din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
+
+
 def din_launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
     inputs = history, target, lengths, mask, offsets, params, running_stats, flags
     module.PROGRAMS = programs
@@ -323,6 +338,7 @@ DIN = Op(
         {"shape": (2, 5, 3, 1), "activation": "dice", "form": "offsets", "layout": "stepped"},
         {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
+        {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "mask", "softmax": True, "layout": "far samples"},
         {"shape": (2, 9, 5, 6), "activation": "dice", "form": "all", "dropout": 1.0},
         {"shape": (2, 0, 4, 3), "activation": "relu", "form": "lengths", "softmax": True},
         {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
@@ -428,6 +444,13 @@ DIN = Op(
     streamed_configs=[
         {"shape": (2, 37, 70, 20), "activation": "dice", "form": "all", "softmax": True},
         {"shape": (2, 37, 16, 36, 9), "activation": "sigmoid", "form": "offsets"},
+    ],
+    forward=din_forward,
+    counted_configs=[
+        {"shape": (4, 50, 64, 36), "activation": "dice", "form": "all"},
+        {"shape": (4, 50, 64, 80, 40), "activation": "sigmoid", "form": "all", "softmax": True},
+        # c [H] in float32 weighs as much as 72 of a 16-bit history's items, of 800.
+        {"shape": (4, 50, 16, 36), "activation": "dice", "form": "all", "dtypes": [SINGLE]},
     ],
 )
 

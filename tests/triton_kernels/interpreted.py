@@ -66,12 +66,36 @@ def test_kernel_equals_reference(op, config, dtype):
     [pytest.param(op, c, id=f"{op.module}-{described(c)}") for op in OPS if op.streamed for c in op.streamed_configs],
 )
 def test_forward_reads_its_input_once(op, config):
-    """By the loads of the first launch: it moves the bytes of inputs and outputs, the weights come from caches."""
+    """By the loads of the first launch."""
     interpreter.launched.clear()
     arguments = op.make(config, SINGLE)
     op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
     loads = interpreter.launched[0].loads_of(arguments[op.streamed])
     assert (loads == 1).all()
+
+
+@pytest.mark.parametrize(
+    "op, config, dtype",
+    [pytest.param(op, c, d, id=f"{op.module}-{described(c)}-{described(d)}")
+     for op in OPS for c in op.counted_configs for d in c.get("dtypes", op.dtypes)],
+)  # fmt: skip
+def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
+    """By the loads and stores of all its launches, no more than 1.05 times the bytes of what it is given and returns.
+
+    Of one sample: what 4 samples more add. That leaves the weights out, in both, as a batch of thousands does.
+    """
+    B, *shape = config["shape"]
+    moved, given_and_returned = [], []
+    for samples in (B, B + 4):
+        arguments = op.make(config | {"shape": (samples, *shape)}, dtype)
+        interpreter.launched.clear()
+        outs = op.forward(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+        tensors = *(v for name, v in arguments.items() if name != "grad_out" and isinstance(v, torch.Tensor)), *outs
+        moved.append(sum(memory.bytes_moved(arguments[op.streamed]) for memory in interpreter.launched))
+        given_and_returned.append(sum(t.numel() * t.element_size() for t in tensors))
+    ratio = (moved[1] - moved[0]) / (given_and_returned[1] - given_and_returned[0])
+    print(f"| {op.module} {described(config)} {described(dtype)} | {ratio:.3f} of the inputs' and outputs' bytes |")
+    assert 0.99 <= ratio <= 1.05
 
 
 def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleType:

@@ -63,8 +63,11 @@ class Memory:
     """The elements of a launch's tensors, how often each was loaded, and which program has read and stored it."""
 
     def __init__(self, tensors: list[torch.Tensor]):
-        self.addresses = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(addresses_of, tensors)]))
-        self.loads = np.zeros(self.addresses.size, np.int64)
+        addresses = np.concatenate([np.zeros(0, np.uint64), *map(addresses_of, tensors)])
+        itemsizes = [np.full(t.numel(), t.element_size()) for t in tensors]
+        self.addresses, first = np.unique(addresses, return_index=True)
+        self.itemsize = np.concatenate([np.zeros(0, np.int64), *itemsizes])[first]
+        self.loads, self.stores = np.zeros((2, self.addresses.size), np.int64)
         self.reader = np.full(self.addresses.size, NOBODY)
         self.writer = np.full(self.addresses.size, NOBODY)
 
@@ -78,6 +81,15 @@ class Memory:
     def loads_of(self, t: torch.Tensor) -> np.ndarray:
         """How often each element of ``t`` was loaded."""
         return self.loads[np.searchsorted(self.addresses, addresses_of(t))]
+
+    def bytes_moved(self, streamed: torch.Tensor) -> int:
+        """Loads of ``streamed`` and all stores as often as they happen. What else is loaded counts once: weights, and
+        vectors of a sample that a program reads for each block of rows, come from the caches after that."""
+        loads = np.minimum(self.loads, 1)
+        element = np.searchsorted(self.addresses, addresses_of(streamed)).clip(max=max(self.addresses.size - 1, 0))
+        element = element[self.addresses[element] == addresses_of(streamed)]
+        loads[element] = self.loads[element]
+        return int(((loads + self.stores) * self.itemsize).sum())
 
     def load(self, pointers: TensorHandle, mask: TensorHandle, program: int) -> None:
         element = self.elements(pointers, mask, "load")
@@ -93,6 +105,7 @@ class Memory:
             if ((others != NOBODY) & (others != program)).any():
                 raise AssertionError(f"a program stores what another one {what}s")
         self.writer[element] = program
+        np.add.at(self.stores, element, 1)
 
 
 def install() -> None:
@@ -100,6 +113,7 @@ def install() -> None:
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     load, store = builder.create_masked_load, builder.create_masked_store
     to_host = executor._init_args_hst
+    patch_tensor = interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
         if _is_bf16(src) and dst_type.scalar != tl.bfloat16:
@@ -138,6 +152,10 @@ def install() -> None:
         interpreter.interpreter_builder.memory = memory
         return host_args, host_kwargs
 
+    def patch_lang_tensor(tensor, scope):  # of Triton 3.6, which takes int() of arrays that NumPy 2.4 refuses
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     def refuse_bf16(operation):
         def checked(self, *handles_and_op):
             if any(_is_bf16(h) for h in handles_and_op[:-1]):
@@ -154,3 +172,4 @@ def install() -> None:
     builder.binary_op, builder.unary_op = refuse_bf16(builder.binary_op), refuse_bf16(builder.unary_op)
     builder.create_atomic_rmw = builder.create_atomic_cas = refuse
     executor._init_args_hst = init_args
+    interpreter._patch_lang_tensor = patch_lang_tensor
