@@ -139,7 +139,7 @@ torch.save(module.state_dict(), path)
 """
 
 
-@pytest.mark.parametrize("kind", ["RowWiseAdagrad", "Adam"])
+@KINDS
 def test_continued_in_a_new_process(kind, tmp_path):
     never_stopped, optimizer = make(kind, True)
     train(never_stopped, optimizer, range(6))
