@@ -189,8 +189,11 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
       din::Block<const A> history{};
       if (pooling || from_history) history = din::history_rows(rows, b, position, r0, n, D, s);
+      din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, pooling || from_history, low);
       for (int64_t i = low; i <= last; ++i) {
+        ahead.fetch(n / 3 + 1);
         din::product(net, i, net.layer[i].kept && i < until && i == low, first + r0, n, history, s);
+        ahead.fetch(n / 3 + 1);
         if (i >= until) continue;
         const DinLayer<A>& f = net.layer[i];
         activate(f, n, s.layer[i], true);
@@ -202,6 +205,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         draw_factors(net.dropout, net.layer[i], i, b, position, r0, n, s.layer[i]);
         multiply_factors(net.layer[i], n, s.layer[i], s.layer[i].a);
       }
+      ahead.fetch(n);
       if (!pooling) {
         const DinLayer<A>& f = net.layer[until];
         din::add_statistics(f, n, s.layer[until].g, *stats);

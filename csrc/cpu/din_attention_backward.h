@@ -28,10 +28,10 @@ static Block<const A> grad_score(const Din<A>& net, const DinRows<T>& rows, int6
 
 // One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
 // which those by M, c and the rows are left in scratch.
-template <class A>
+template <class T, class A>
 static void backward_block(const Din<A>& net, int64_t until, int64_t b, const int32_t* position, int64_t r0,
                            int64_t row, int64_t n, Block<const A> history, Block<A> grad_history,
-                           const DinScratch<A>& s, const DinGrad<A>& grad) {
+                           Ahead<T, A> ahead, const DinScratch<A>& s, const DinGrad<A>& grad) {
   using X = Traits<A>;
   const bool only_sums = until >= 0;
   // The last layer's Dice makes da and w_out's gradient on the way, unless units were dropped in between.
@@ -39,7 +39,9 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
   const int64_t lowest_grad = only_sums ? until : 0, low = lowest(net, lowest_grad), last = net.layers - 1;
   for (int64_t i = low; i <= last; ++i) {
     const DinLayer<A>& f = net.layer[i];
+    ahead.fetch(n / 4 + 1);
     product(net, i, f.kept, row, n, history, s);
+    ahead.fetch(n / 4 + 1);
     const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == DinActivation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
     if (f.kept_mean) {
@@ -67,11 +69,13 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
   for (int64_t i = last; i >= lowest_grad; --i) {
     const DinLayer<A>& f = net.layer[i];
     const int64_t ld = padded<A>(f.out), ldk = padded<A>(f.in);
+    ahead.fetch(n / 4 + 1);
     if (net.drops) multiply_factors(f, n, s.layer[i], d);
     LastLayer<A> top{};
     if (i == last && dice_last) top = {ds, out_weight, only_sums ? nullptr : grad.out_weight};
     activation_backward(f, n, s.layer[i], d, only_sums && i == until,
                         i == 0 ? s.grad_bias : grad.layer[i].bias, grad.layer[i], top);
+    ahead.fetch(n / 4 + 1);
     if (i == lowest_grad) break;
     if (!only_sums)
       gemm<A>(f.out, vectors<A>(f.in), n, {d, 1, ld}, s.layer[i - 1].a, ldk, grad.layer[i].weight, ldk,
@@ -154,7 +158,9 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
       if (from_history && !gathered) history = din::history_rows(rows, b, position, r0, n, D, s);
       const din::Block<A> grad_history = din::grad_rows(rows, b, position, r0, D, s);
-      din::backward_block(net, until, b, position, r0, first + r0, n, history, grad_history, s, grad);
+      const din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, from_history || need_score,
+                                   din::lowest(net, only_sums ? until : 0));
+      din::backward_block(net, until, b, position, r0, first + r0, n, history, grad_history, ahead, s, grad);
       if (!only_sums) din::store_grad_rows(rows, b, position, r0, n, D, s, grad_history);
     });
     if (only_sums) continue;
