@@ -5,13 +5,14 @@ normalization and which masks nothing, and the masked attention without normaliz
 flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
 four-fold concatenation.
 
-Where the time goes (Zen 5, float32, one thread, ``perf`` on the step alone), of B2048 L50 D64 [80,40] dice: in eval 60 %
-products, 18 % Dice, 7 % copying rows, 5 % forming M; in training 50 % products, 8 % Dice's backward, 8 % copying rows, 4 %
-reading kept z. Copying was 14 and 12 %, the wait for memory: fetching the next block's rows between products took 5 % off
-the training step (two threads, 40.9 to 39.0 ms), 2 % off B4096 L100 D64 [36] and 1 % off the eval, less than the 8 to 12 %
-hoped for, because some of the wait moved to the fetches. Before that, at 4.4 times torch-rechub (B2048) and 7.2 (B4096)
-in training with freed memory kept, and 58 % of sgemm's rate in eval. Not built: bfloat16 products (``vdpbf16ps``). With
-operands rounded for them the gradients' relative error is up to 7e-3 of the 1e-2 allowed.
+Where the time goes in B2048 L50 D64 [80,40] dice (Zen 5, float32, ``perf`` with one thread): eval 60 % products, 18 %
+Dice, 7 % copying rows, 5 % forming M. Training 50 % products, 12 % copying rows, 8 % Dice's backward, 6 % reading kept
+z, before the next block's rows were fetched between the products; since then copying takes 8 % and reading z 4 %, and
+some of the wait has moved to the fetches. Time taken off by that, two threads: 5 % (40.9 to 39.0 ms) of this training
+step, 1 to 2 % of its eval and of training B4096 L100 D64 [36], where 8 to 12 % were hoped for. Raced before it, with
+freed memory kept, training was 4.4 (B2048) and 7.2 times (B4096) as fast as torch-rechub, and the eval at 58 % of
+sgemm's rate. Not built: bfloat16 products (``vdpbf16ps``); operands rounded for them alone, in a model of two sigmoid
+layers, move gradients by up to 7e-3 of the 1e-2 allowed, and the time was not tried.
 """
 
 from __future__ import annotations
