@@ -73,10 +73,12 @@ class _RowOptimizer(torch.optim.Optimizer):
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
                 use_huge_pages(state[name])
         step = state["step"] + 1
-        lr = self._learning_rate(group, step)
-        hyper = [lr, *group["betas"], group["eps"], group["weight_decay"], step, 1 / scale]
-        hyper.append(group["max_row_norm"] or 0.0)
-        return [state[name] for name in self._states], [float(h) for h in hyper]
+        beta1, beta2 = group["betas"]
+        hyper = [
+            self._learning_rate(group, step), float(beta1), float(beta2), float(group["eps"]),
+            float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
+        ]  # fmt: skip
+        return [state[name] for name in self._states], hyper
 
     def _stepped(self, params: Sequence[Tensor]) -> None:
         """Counts the step that was taken on ``params``."""

@@ -14,6 +14,8 @@
 // Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup.
 #pragma once
 
+#include <type_traits>
+
 #include "columns.h"
 #include "embedding_bag_args.h"
 #include "embedding_bag_update.h"
@@ -26,6 +28,15 @@ namespace runs {
 // A row is asked for kAhead lookups before its turn, and where it lies, kFar lookups before: both are
 // anywhere in memory.
 constexpr int64_t kAhead = 16, kFar = 48;
+
+// At the turn of lookup p.
+template <class T>
+RK_INLINE void ask_ahead(const Runs& runs, int64_t p, int64_t D) {
+  if (p + kFar >= runs.n) return;
+  __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar));
+  const char* next = static_cast<const char*>(runs.grad_rows[runs.lookup(p + kAhead)]);
+  for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+}
 
 // sum [D] = the lookups [p0, p1), all of one row.
 template <class T>
@@ -41,11 +52,7 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
     V acc[kVecs] = {};
     for (int64_t p = p0; p < p1; ++p) {
       const uint64_t i = runs.lookup(p);
-      if (d == 0 && p + kFar < runs.n) {
-        __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar));
-        const char* next = static_cast<const char*>(runs.grad_rows[runs.lookup(p + kAhead)]);
-        for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
-      }
+      if (d == 0) ask_ahead<T>(runs, p, D);
       const T* row = static_cast<const T*>(runs.grad_rows[i]) + d;
       const A factor = runs.factors ? A(runs.factors[i]) : A(1);
 #pragma GCC unroll 4
@@ -91,6 +98,11 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     const uint64_t key = runs.key(p);
     for (q = p + 1; q < p1 && runs.key(q) == key; ++q) {
     }
+    // Every lookup asks, not the first of a run alone: a row that starts kAhead after the middle of a run
+    // would never be asked for.
+    for (int64_t i = p + runs::kAhead, end = q + runs::kAhead; table.update && i < end && i < runs.n; ++i)
+      if (runs.key(i) != runs.key(i - 1))  // perhaps of the next table, and then in vain
+        update::prefetch<T>(*table.update, table.D, static_cast<int64_t>(runs.key(i) - table.first_key));
     if (p > 0 && runs.key(p - 1) == key) {
       runs::sum_run<T>(runs, p, q, table.D, left);
       continue;
@@ -100,11 +112,14 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     if (q < runs.n && runs.key(q) == key) {
       runs::sum_run<T>(runs, p, q, table.D, right);
     } else if (table.update) {
-      if (p + runs::kAhead < runs.n)  // perhaps of the next table, and then in vain
-        update::prefetch<T>(*table.update, table.D,
-                            static_cast<int64_t>(runs.key(p + runs::kAhead) - table.first_key));
-      runs::sum_run<T>(runs, p, q, table.D, static_cast<A*>(scratch));
-      update::update_row<T>(*table.update, table.D, row, static_cast<const A*>(scratch));
+      const A* sum = static_cast<const A*>(scratch);
+      if (std::is_same_v<T, A> && q == p + 1 && !runs.factors) {  // a row looked up once has its sum already
+        runs::ask_ahead<T>(runs, p, table.D);
+        sum = static_cast<const A*>(runs.grad_rows[runs.lookup(p)]);
+      } else {
+        runs::sum_run<T>(runs, p, q, table.D, static_cast<A*>(scratch));
+      }
+      update::update_row<T>(*table.update, table.D, row, sum);
     } else {
       T* grad = static_cast<T*>(table.grad_weight) + place * table.D;
       A* sum = runs::place_of(grad, static_cast<A*>(scratch));

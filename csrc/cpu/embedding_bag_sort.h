@@ -17,7 +17,7 @@ std::unique_ptr<T[]> uninitialized(int64_t n) {
 // Sorts `keys` by their bits [shift, shift + bits), from the least digit to the most. Every pass counts the
 // digits of each chunk, gives every (digit, chunk) its place, digits first, and moves the keys there.
 inline void radix_sort(std::unique_ptr<uint64_t[]>& keys, int64_t n, int shift, int bits) {
-  constexpr int kMaxDigit = 11;
+  constexpr int kMaxDigit = 12;
   constexpr int64_t kChunk = 16384;
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
   if (passes == 0 || n == 0) return;

@@ -293,30 +293,35 @@ class Optimizer(Protocol):
 
 
 class _Updating(torch.autograd.Function):
-    """The op with an optimizer's step in its backward; the tables themselves get no gradient."""
+    """The op with an optimizer's step in its backward; the tables themselves get no gradient.
+
+    ``anchor``, the first table, is what makes the output require a gradient. It alone is an input of the graph, and
+    the others are not: each would cost a node and its turn in the backward, to be told that there is nothing for it.
+    """
 
     @staticmethod
-    def forward(ctx, optimizer, features, names, concat, lengths, *tensors):
-        it = iter(tensors)
-        lists = [[next(it) for _ in range(n)] for n in lengths]
-        ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
-        ctx.widths = [lists[0][t].size(1) for t in features[0]] if concat else None
+    def forward(ctx, optimizer, lists, features, names, concat, anchor, *per_sample_weights):
+        weights, indices, offsets = lists
+        lists = [indices, offsets, list(per_sample_weights)]
+        ctx.optimizer, ctx.features, ctx.weights = optimizer, features, weights
+        ctx.lengths = [len(values) for values in lists]
+        ctx.widths = [weights[t].size(1) for t in features[0]] if concat else None
         ctx.set_materialize_grads(False)
-        values = lists[0] if needs_values(features[1], lists[3]) else []
-        ctx.save_for_backward(*tensors[lengths[0] :], *values)  # these must not have changed
-        return tuple(torch.ops.rankkernels.embedding_bag.default(*lists, *features, names, concat=concat))
+        values = weights if needs_values(features[1], per_sample_weights) else []
+        ctx.save_for_backward(*(t for values in lists for t in values), *values)  # these must not have changed
+        return tuple(torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outs):
         saved = iter(ctx.saved_tensors)
-        lists = [[next(saved) for _ in range(n)] for n in ctx.lengths[1:]]
+        lists = [[next(saved) for _ in range(n)] for n in ctx.lengths]
         if ctx.widths:
             grad_outs = [None] * len(ctx.widths) if grad_outs[0] is None else grad_outs[0].split(ctx.widths, 1)
         grad_psw = [None] * len(lists[2])
         if any(g is not None for g in grad_outs):
             grad_psw = ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
-        return *[None] * (5 + sum(ctx.lengths[:3])), *grad_psw
+        return *[None] * 6, *grad_psw
 
 
 class raise_index_errors:
@@ -348,10 +353,8 @@ def call(
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
             check_trainable(optimizer, weights)
-            lists = weights, indices, offsets, per_sample_weights
-            features = tables, modes, padding_idx, frozen_rows
-            tensors = [t for values in lists for t in values]
-            return list(_Updating.apply(optimizer, features, names, concat, [len(v) for v in lists], *tensors))
+            lists, features = (weights, indices, offsets), (tables, modes, padding_idx, frozen_rows)
+            return list(_Updating.apply(optimizer, lists, features, names, concat, weights[0], *per_sample_weights))
         return torch.ops.rankkernels.embedding_bag.default(
             weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
             concat=concat, sparse=sparse,

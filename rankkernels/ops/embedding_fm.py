@@ -144,18 +144,17 @@ torch.library.register_autograd("rankkernels::embedding_fm", _backward, setup_co
 
 
 class _Updating(torch.autograd.Function):
-    """The op with an optimizer's step in its backward; the tables themselves get no gradient."""
+    """The op with an optimizer's step in its backward; see embedding_bag's."""
 
     @staticmethod
-    def forward(ctx, optimizer, features, names, lengths, linear_weight, *tensors):
-        it = iter(tensors)
-        lists = [[next(it) for _ in range(n)] for n in lengths]
+    def forward(ctx, optimizer, lists, features, names, linear_weight, anchor):
         ctx.set_materialize_grads(False)
         out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight)
-        ctx.optimizer, ctx.features, ctx.lengths, ctx.weights = optimizer, features, lengths, lists[0]
+        ctx.optimizer, ctx.features, (ctx.weights, indices, *_) = optimizer, features, lists
         ctx.has_linear = linear_weight is not None
-        values = lists[0] if needs_values(features[1], lists[3]) else []
-        ctx.save_for_backward(out[0], *([linear_weight] * ctx.has_linear), *tensors[lengths[0] :], *values)
+        values = ctx.weights if needs_values(features[1], []) else []
+        ctx.lookups = len(indices)
+        ctx.save_for_backward(out[0], *([linear_weight] * ctx.has_linear), *indices, *values)
         return out
 
     @staticmethod
@@ -163,13 +162,12 @@ class _Updating(torch.autograd.Function):
     def backward(ctx, *grads):
         embeddings, *saved = ctx.saved_tensors
         linear_weight = saved.pop(0) if ctx.has_linear else None
-        it = iter(saved)
-        lists = [[next(it) for _ in range(n)] for n in ctx.lengths[1:]]
-        grad_linear_weight, grad_psw = None, [None] * len(lists[2])
+        grad_linear_weight = None
         if any(g is not None for g in grads):
             grad_outs, grad_linear_weight = _grad_lookups(grads, embeddings, linear_weight, ctx.weights[0].size(1))
-            grad_psw = ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
-        return None, None, None, None, grad_linear_weight, *[None] * sum(ctx.lengths[:3]), *grad_psw
+            lists = [saved[: ctx.lookups], [], []]
+            ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
+        return None, None, None, None, grad_linear_weight, None
 
 
 def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, sparse=False,
@@ -182,8 +180,7 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
             check_trainable(optimizer, weights)
-            tensors = [t for values in lists for t in values]
-            return _Updating.apply(optimizer, features, names, [len(v) for v in lists], linear_weight, *tensors)
+            return _Updating.apply(optimizer, lists, features, names, linear_weight, weights[0])
         return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, sparse=sparse)
 
 
