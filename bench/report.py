@@ -391,6 +391,12 @@ def default_malloc(records: dict[str, Record]) -> list[str]:
     ]
 
 
+GPU_KERNELS = (
+    "Not measured: what the compilers say of them, and the time that the data sheets allow, is in "
+    "[gpu_kernels.md](results/gpu_kernels.md)."
+)
+
+
 def page(records: dict[str, Record], pictures: dict) -> str:
     lines = [
         HEAD,
@@ -417,6 +423,7 @@ def page(records: dict[str, Record], pictures: dict) -> str:
             ]
         if parts:
             lines += [f"## {TITLES.get(name, name)}", "", *parts]
+    lines += ["## GPU kernels", "", GPU_KERNELS]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -123,13 +123,7 @@ def _compile(job: tuple[int, int, str]) -> list:
 
 def triton_records(targets: Sequence[str] = tuple(MULTIPROCESSORS)) -> Iterator[Record]:
     """Every Triton kernel, its cases and dtypes and the targets: compiled by as many processes as there are cores."""
-    jobs = [
-        (i, j, t)
-        for t in targets
-        for i, case in enumerate(GPU_CASES)
-        if t in (case.targets or targets)
-        for j in range(len(case.dtypes))
-    ]
+    jobs = [(i, j, t) for t in targets for i, case in enumerate(GPU_CASES) for j in range(len(case.dtypes))]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for (i, j, target), calls in zip(jobs, pool.map(_compile, jobs)):
             yield Record(GPU_CASES[i], GPU_CASES[i].dtypes[j], target, calls)
@@ -243,8 +237,6 @@ def triton_table(records: Sequence[Record]) -> list[str]:
                 " ".join("×".join(map(str, k.grid)) for k in call.kernels),
                 *(
                     " ".join(_cell(t, k.warps, k.registers, k.local, k.shared) for k in by_target[t].kernels)
-                    if t in by_target
-                    else "–"
                     for t in targets
                 ),
             ]

@@ -29,8 +29,7 @@ class OpCase:
     ``make(dtype, generator)`` gives the input tensors, random and never zero; the floating-point ones get gradients.
     ``function`` and ``reference`` take them and return the result; ``overload`` and ``arguments`` are what
     ``torch.library.opcheck`` takes. ``elements`` is what a forward must read and write, ``flops`` what it must do and
-    ``backward_flops`` what a backward must, what it computes again included. ``targets``: the GPUs that a GPU case is
-    compiled for, those of ``gpu_report`` without.
+    ``backward_flops`` what a backward must, what it computes again included.
     """
 
     op: str
@@ -44,7 +43,6 @@ class OpCase:
     flops: int
     backward_flops: int
     dtypes: Sequence[torch.dtype] = field(default=tuple(TOLERANCE))
-    targets: Sequence[str] = ()
 
     def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0):
         tensors = self.make(dtype, torch.Generator().manual_seed(seed))
@@ -427,8 +425,7 @@ GPU_CASES = [
     ]
 ] + [
     # The widest layers, and what else the kernels of DIN attention are compiled to: do the registers suffice?
-    replace(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtypes=(dtype,),
-            targets=("sm_80", "sm_90"))
+    replace(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtypes=(dtype,))
     for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
         (128, [128, 128], "dice", True, True, True, "mask", 0.1, torch.float32),
         (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, torch.float16),

@@ -218,11 +218,15 @@ def compiling(target: str) -> Iterator[list[Call]]:
         triton.runtime.driver.set_active(None)
 
 
+def meta_inputs(case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The inputs of an ``OpCase``, without values."""
+    with torch.device("meta"):
+        return [t.to("meta") for t in case.inputs(dtype)]
+
+
 def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:
     """The calls of an ``OpCase`` of ``rankkernels.testing``, forward and backward, compiled for ``target``."""
-    with torch.device("meta"):
-        inputs = [t.to("meta") for t in case.inputs(dtype)]
-    inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in meta_inputs(case, dtype)]
     with compiling(target) as calls:
         out = case.function(*inputs)
         torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))

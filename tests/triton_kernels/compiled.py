@@ -4,20 +4,18 @@ asserted here. test_triton_compile.py runs this file in a process of its own.
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from rankkernels import gpu_report
-from rankkernels._triton.ahead_of_time import TARGETS, compiling
-from rankkernels.ops import din_attention, fm_interaction
-from rankkernels.testing import GPU_CASES
-
-#: Bytes of local memory of DIN attention's backward.
-LOCAL = {"sm_80": 0, "sm_90": 0, "sm_100": 0, "gfx90a": 2048, "gfx942": 2048}
+from rankkernels._triton.ahead_of_time import TARGETS, compile_case, meta_inputs
+from rankkernels.testing import GPU_CASES, din_attention_case, fm_interaction_case, norm_activation_case
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +34,7 @@ def of_dtype(dtype: torch.dtype) -> str:
 
 @pytest.mark.parametrize(
     "case, dtype, target",
-    [
-        pytest.param(c, d, t, id=f"{c.id}-{of_dtype(d)}-{t}")
-        for c in GPU_CASES
-        for d in c.dtypes
-        for t in c.targets or TARGETS
-    ],
+    [pytest.param(c, d, t, id=f"{c.id}-{of_dtype(d)}-{t}") for c in GPU_CASES for d in c.dtypes for t in TARGETS],
 )
 def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, target):
     calls = records[case.id, dtype, target].calls
@@ -49,9 +42,7 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
     for call in calls:
         assert call.kernels, f"{call.op} launches no kernel"
         for kernel in call.kernels:
-            local = LOCAL[target] if case.op == "din_attention" else 0
-            assert kernel.local <= local
-            assert local or not kernel.spills
+            assert kernel.local == 0 and not kernel.spills
             assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16
             assert kernel.matrix_instructions or not kernel.has_dot
             assert kernel.shared <= gpu_report.MULTIPROCESSORS[target].shared_of_block
@@ -59,27 +50,48 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
             assert all(n <= 65535 for n in kernel.grid[1:])
 
 
-@pytest.mark.parametrize("shape", [(2**27, 39, 16), (3, 2**30, 4), (2, 3, 2**31 + 5)], ids=str)
-def test_tensors_beyond_32_bits_are_launched_within_the_grid(shape):
-    """More than 2^31 elements, on the meta device; the interpreter's tests follow such offsets."""
-    with compiling("sm_90") as calls:
-        x = torch.empty(shape, device="meta", requires_grad=True)
-        out = fm_interaction(x)
-        out.backward(torch.empty_like(out))
-    grids = [k.grid for call in calls for k in call.kernels]
-    assert len(grids) == 2
-    assert all(0 < grid[0] < 2**31 and math.prod(grid[1:]) <= 65535 for grid in grids)
+#: Tensors of more than 2^31 elements, on the meta device. The interpreter's tests follow such offsets.
+HUGE = [
+    fm_interaction_case(2**27, 39, 16),
+    fm_interaction_case(3, 2**30, 4),
+    fm_interaction_case(2, 3, 2**31 + 5),
+    din_attention_case(2**26, 50, 16, [36], batch_norm=False),
+    din_attention_case(1, 2**26, 64, [36], batch_norm=False),
+    din_attention_case(2**24, 50, 128, [80, 40], "dice_batch_norm", form="offsets", use_softmax=True),
+    norm_activation_case(2**27, 40),
+    norm_activation_case(2**20, 4096, "dice_batch_norm"),
+]
 
 
-@pytest.mark.parametrize("B, L, D", [(2**26, 50, 16), (1, 2**26, 64)], ids=str)
-def test_din_attention_beyond_32_bits_is_launched_within_the_grid(B, L, D):
-    with compiling("sm_90") as calls:
-        history, target = (torch.empty(s, device="meta", requires_grad=True) for s in ((B, L, D), (B, D)))
-        params = [torch.empty(s, device="meta") for s in ((36, 4 * D), (36,), (1,), (1, 36), (1,))]
-        din_attention(history, target, params)[0].sum().backward()
-    grids = [k.grid for call in calls for k in call.kernels]
-    assert len(grids) >= 2
-    assert all(0 < grid[0] < 2**31 and math.prod(grid[1:]) <= 65535 for grid in grids)
+def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
+    """CUDA's limits of the dimensions are 2^31 - 1, 65535 and 65535."""
+    launched = set()
+    for case in HUGE:
+        assert max(t.numel() for t in meta_inputs(case, torch.float32)) > 2**31
+        for kernel in (k for call in compile_case(case, torch.float32, "sm_90") for k in call.kernels):
+            x, *yz = kernel.grid
+            assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
+            launched.add(kernel.name)
+    assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "case", [next(c for c in GPU_CASES if c.op == op) for op in dict.fromkeys(c.op for c in GPU_CASES)],
+    ids=lambda case: case.op,
+)  # fmt: skip
+def test_wide_loads_are_those_of_the_main_operand(records, case, target):
+    """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
+    dtype = case.dtypes[0]
+
+    def unaligned(dtype, generator):
+        first, *others = case.make(dtype, generator)
+        return torch.cat([first, first[..., :1]], -1)[..., :-1], *others
+
+    wide = [k.wide_loads for call in records[case.id, dtype, target].calls for k in call.kernels]
+    calls = compile_case(replace(case, make=unaligned), dtype, target)
+    narrow = [k.wide_loads for call in calls for k in call.kernels]
+    assert all(n < w for n, w in zip(narrow, wide, strict=True) if w), (narrow, wide)
 
 
 def test_prints_the_table(records):
@@ -87,6 +99,16 @@ def test_prints_the_table(records):
     assert len(table) == 2 + 2 * sum(len(case.dtypes) for case in GPU_CASES)
     assert len({line.count("|") for line in table}) == 1
     print("\n".join(table))
+
+
+def test_the_committed_page_is_of_this_code(records):
+    """bench/results/gpu_kernels.md: what every Triton makes of the kernels alike, and with its own Triton all of it."""
+    page = (Path(__file__).parents[2] / "bench/results/gpu_kernels.md").read_text()
+    alike = None if f"Triton {triton.__version__}," in page else -len(gpu_report.MULTIPROCESSORS)
+    of = lambda lines: [line.strip("| ").split(" | ")[:alike] for line in lines if line.startswith("|")]  # noqa: E731
+    committed = of(page.splitlines())
+    for row in of(gpu_report.triton_table(list(records.values()))):
+        assert row in committed, f"make gpu-report gives {row}"
 
 
 def test_occupancy_is_what_the_vendors_calculators_say():
