@@ -1,10 +1,11 @@
 """Embedding bags: many tables in one call, against torch's one call a table and FBGEMM's table-batched operator.
 
-The row-wise Adagrad step with one thread, 26 x 100k x 16, takes about 1.7 ms for its 53 thousand ids: 0.2 in Python
-and the dispatcher (lists of 26 tensors, four times), 0.25 in the forward, 0.25 in the sort, which sums in a fixed order
-cost, and the rest for three scattered lines of memory an id (row, state, gradient). Prefetching overlaps them but does
-not make them fewer. In 8 x 1M x 64 four fifths of the update are the sums and the rows; under Zipf ids every lookup has
-to ask for the row 16 lookups later: asking at the start of a run alone left most unasked (6.4 ms in place of 3.9).
+The row-wise Adagrad step with one thread, 26 x 100k x 16, takes about 2 ms for its 53 thousand ids: an estimated 0.2 in
+Python and the dispatcher (lists of 26 tensors, four times), 0.4 in the forward, 0.25 in the sort, which sums in a fixed
+order cost, and the rest for three scattered lines of memory an id (row, state, gradient). Prefetching overlaps them but
+does not make them fewer. In 8 x 1M x 64 four fifths of the update are the sums and the rows; under Zipf ids every
+lookup has to ask for the row 16 lookups later: asking at the start of a run alone left most unasked (6.4 ms in place of
+3.9).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Serving: one user's request, 100 or 700 candidates scored by DeepFM and by DIN under torch.inference_mode.
 
-torch-rechub's model, the same compiled (and under zentorch), and ours with its state. Both repeat the user's history
+torch-rechub's model, the same compiled, and ours with its state. Both repeat the user's history
 for every candidate, as torch-rechub's interface has it.
 """
 
@@ -41,12 +41,11 @@ def test_request(model, candidates, threads, race):
         return drawn.expand(candidates, *shape[1:]).contiguous()
 
     x = {field.name: ids(field) for field in FIELDS[model]}
-    contenders = peers.compiled({"torch-rechub": theirs}) | peers.zentorch(theirs)
+    contenders = peers.compiled({"torch-rechub": theirs})
     with torch.inference_mode():
         race(
             lambda: ours(x),
             {name: lambda f=f: f(x) for name, f in contenders.items()},
             case=f"{TITLES[model]}, 1 user x {candidates} candidates",
             kind="forward",
-            missing=peers.missing("zentorch"),
         )

@@ -19,7 +19,10 @@ def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None
 
 
 def zentorch(function: Callable) -> dict[str, Callable]:
-    """``function`` under AMD's compiler backend where that is installed. It is made for inference."""
+    """``function``, which has no linear layers, under AMD's compiler backend where that is installed. It is made for
+    inference. In processes that had imported it (2.13.0.2), DIN attention and DIN compiled by Inductor computed
+    something else than eager, and so did eager layers that shared their weights: the gate of ``race`` failed there.
+    """
     return {} if machine.missing("zentorch") else {"zentorch": torch.compile(function, backend="zentorch")}
 
 
