@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
-from rankkernels.nn.layers import FM, LR, MLP, hooked
+from rankkernels.nn.layers import FM, LR, MLP, is_plain
 
 
 def _not_empty(model: str, **lists: Sequence) -> None:
@@ -60,7 +60,7 @@ class DeepFM(nn.Module):
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
         found = None
-        if _is_plain(self.fm, FM) and _is_plain(self.linear, LR) and _is_plain(self.linear.fc, nn.Linear):
+        if is_plain(self.fm, FM) and is_plain(self.linear, LR) and is_plain(self.linear.fc, nn.Linear):
             weight = self.linear.fc.weight
             found = self.embedding.lookup_fm(x, self.deep_features, self.fm_features, weight)
         if found is not None:
@@ -160,11 +160,6 @@ class DIN(nn.Module):
         if not self.mask_padding or feature.padding_idx is None:
             return None
         return x[feature.name] != feature.padding_idx
-
-
-def _is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling ``module`` does what ``cls`` does and nothing else: no subclass, no hook."""
-    return type(module) is cls and not hooked(module)
 
 
 def _pooled(model: str, feature) -> None:

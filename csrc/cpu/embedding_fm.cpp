@@ -1,9 +1,9 @@
 // Lookup + FM + linear term in one pass: threads and registration. The mathematics are in embedding_fm.h and,
 // of the lookups, embedding_bag.h.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
+#include "../embedding_fm_arguments.h"
 #include "dispatch.h"
 #include "embedding_bag_forward.h"
 #include "embedding_bag_sort.h"
@@ -18,16 +18,6 @@ RK_DECLARE_ISA(template <class T>
                void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class A> void embedding_fm_backward(const FmGrads&, int64_t, int64_t, A*))
 RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sum(const A*, int64_t, int64_t, T*))
-
-using OptionalTensor = std::optional<Tensor>;
-
-static Tensor linear_weight_of(const char* op, const Tensor& weight, const Tensor& like, int64_t width) {
-  RK_CHECK(weight.numel() == width && weight.scalar_type() == like.scalar_type() && weight.is_cpu(), op,
-           ": linear_weight must have one value a column of the embeddings, ", width, ", and their dtype, ",
-           name_of(like.scalar_type()), ", got shape ", shape_of(weight), " and ",
-           name_of(weight.scalar_type()));
-  return torch::stable::contiguous(weight);
-}
 
 // A block of samples is looked up, all features, and then combined while its rows are in the cache.
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
@@ -78,42 +68,24 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor
                                                             const OptionalTensor& grad_linear,
                                                             const Tensor& embeddings,
                                                             const OptionalTensor& linear_weight, int64_t D) {
-  RK_CHECK_DIM("embedding_fm_backward", embeddings, 2);
-  RK_CHECK_FLOATING("embedding_fm_backward", embeddings);
   RK_CHECK_CPU("embedding_fm_backward", embeddings);
-  const int64_t B = embeddings.size(0), width = embeddings.size(1);
-  RK_CHECK(D > 0 ? width % D == 0 : width == 0, "embedding_fm_backward: embeddings have ", width,
-           " columns, no multiple of ", D);
-  const auto rows_of = [&](const Tensor& t, const char* what, int64_t columns) {
-    RK_CHECK(t.dim() == 2 && t.size(0) == B && t.size(1) == columns && t.is_cpu() &&
-                 t.scalar_type() == embeddings.scalar_type(),
-             "embedding_fm_backward: ", what, " must be [", B, ", ", columns, "] like the embeddings, ",
-             name_of(embeddings.scalar_type()), " on the CPU, got shape ", shape_of(t), " and ",
-             name_of(t.scalar_type()));
-    return columns == 1 ? torch::stable::contiguous(t) : unit_stride_last(t);
-  };
-  const bool has_linear = linear_weight && grad_linear;
-  const Tensor x = unit_stride_last(embeddings);
-  const Tensor ge = grad_embeddings ? rows_of(*grad_embeddings, "grad_embeddings", width) : x;
-  const Tensor gf = grad_fm ? rows_of(*grad_fm, "grad_fm", 1) : x;
-  const Tensor gl = has_linear ? rows_of(*grad_linear, "grad_linear", 1) : x;
-  const Tensor a =
-      has_linear ? linear_weight_of("embedding_fm_backward", *linear_weight, embeddings, width) : x;
+  const FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
+  const int64_t B = args.B, width = args.width;
   Tensor grad_lookups = new_empty_paged(embeddings, {B, width});
   Tensor grad_a = linear_weight ? torch::stable::new_zeros(*linear_weight, linear_weight->sizes())
                                 : torch::stable::new_empty(embeddings, {0});
-  const FmGrads grads{x.const_data_ptr(),
-                      grad_embeddings ? ge.const_data_ptr() : nullptr,
-                      grad_fm ? gf.const_data_ptr() : nullptr,
-                      has_linear ? gl.const_data_ptr() : nullptr,
-                      has_linear ? a.const_data_ptr() : nullptr,
+  const FmGrads grads{args.embeddings.const_data_ptr(),
+                      data_of(args.grad_embeddings),
+                      data_of(args.grad_fm),
+                      data_of(args.grad_linear),
+                      data_of(args.linear_weight),
                       grad_lookups.mutable_data_ptr(),
-                      x.stride(0),
-                      ge.stride(0),
-                      D > 0 ? width / D : 0,
+                      args.embeddings.stride(0),
+                      row_stride_of(args.grad_embeddings),
+                      args.F,
                       D};
   constexpr int64_t kBlock = 256;  // samples; a constant, because the order of grad_a's sums follows from it
-  const int64_t blocks = (B + kBlock - 1) / kBlock, partials = has_linear ? width : 0;
+  const int64_t blocks = (B + kBlock - 1) / kBlock, partials = args.linear_weight ? width : 0;
   dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;

@@ -1,24 +1,13 @@
 // Lookup + FM + linear term on a GPU: checks, launches, registration. The kernels and their mathematics are
 // in embedding_fm.cuh.
-#include <optional>
 #include <tuple>
 
+#include "../embedding_fm_arguments.h"
 #include "embedding_bag_forward.h"
 #include "embedding_fm.cuh"
 
 namespace rk {
 namespace cuda {
-
-using OptionalTensor = std::optional<Tensor>;
-
-static Tensor linear_weight_of(const char* op, const Tensor& weight, const Tensor& like, int64_t width) {
-  RK_CHECK(weight.numel() == width && weight.scalar_type() == like.scalar_type() && on_device(weight) &&
-               weight.get_device_index() == like.get_device_index(),
-           op, ": linear_weight must have one value a column of the embeddings, ", width,
-           ", and their dtype and device, ", name_of(like.scalar_type()), ", got shape ", shape_of(weight),
-           " and ", name_of(weight.scalar_type()));
-  return torch::stable::contiguous(weight);
-}
 
 static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -90,57 +79,39 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cuda(const OptionalTenso
                                                              const OptionalTensor& grad_linear,
                                                              const Tensor& embeddings,
                                                              const OptionalTensor& linear_weight, int64_t D) {
-  RK_CHECK_DIM("embedding_fm_backward", embeddings, 2);
-  RK_CHECK_FLOATING("embedding_fm_backward", embeddings);
   RK_CHECK(on_device(embeddings), "embedding_fm_backward: embeddings must be on a GPU");
-  const int64_t B = embeddings.size(0), width = embeddings.size(1);
-  RK_CHECK(D > 0 ? width % D == 0 : width == 0, "embedding_fm_backward: embeddings have ", width,
-           " columns, no multiple of ", D);
-  const auto rows_of = [&](const Tensor& t, const char* what, int64_t columns) {
-    RK_CHECK(t.dim() == 2 && t.size(0) == B && t.size(1) == columns && on_device(t) &&
-                 t.get_device_index() == embeddings.get_device_index() &&
-                 t.scalar_type() == embeddings.scalar_type(),
-             "embedding_fm_backward: ", what, " must be [", B, ", ", columns, "] like the embeddings, ",
-             name_of(embeddings.scalar_type()), " on their device, got shape ", shape_of(t), " and ",
-             name_of(t.scalar_type()));
-    return columns == 1 ? torch::stable::contiguous(t) : unit_stride_rows(t);
-  };
-  const bool has_linear = linear_weight && grad_linear;
-  const Tensor x = unit_stride_rows(embeddings);
-  const Tensor ge = grad_embeddings ? rows_of(*grad_embeddings, "grad_embeddings", width) : x;
-  const Tensor gf = grad_fm ? rows_of(*grad_fm, "grad_fm", 1) : x;
-  const Tensor gl = has_linear ? rows_of(*grad_linear, "grad_linear", 1) : x;
-  const Tensor a =
-      has_linear ? linear_weight_of("embedding_fm_backward", *linear_weight, embeddings, width) : x;
+  const FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
+  const int64_t B = args.B, width = args.width;
   Tensor grad_lookups = torch::stable::new_empty(embeddings, {B, width});
   Tensor grad_a = torch::stable::new_empty(embeddings, {0});
   if (linear_weight)
-    grad_a = has_linear && B > 0 ? torch::stable::new_empty(embeddings, linear_weight->sizes())
-                                 : torch::stable::new_zeros(embeddings, linear_weight->sizes());
+    grad_a = args.linear_weight && B > 0 ? torch::stable::new_empty(embeddings, linear_weight->sizes())
+                                         : torch::stable::new_zeros(embeddings, linear_weight->sizes());
   if (B == 0 || width == 0) return {grad_lookups, grad_a};
 
   const Device device(embeddings);
-  FmGrads grads{x.const_data_ptr(),
-                grad_embeddings ? ge.const_data_ptr() : nullptr,
-                grad_fm ? gf.const_data_ptr() : nullptr,
-                has_linear ? gl.const_data_ptr() : nullptr,
-                has_linear ? a.const_data_ptr() : nullptr,
+  FmGrads grads{args.embeddings.const_data_ptr(),
+                data_of(args.grad_embeddings),
+                data_of(args.grad_fm),
+                data_of(args.grad_linear),
+                data_of(args.linear_weight),
                 grad_lookups.mutable_data_ptr(),
                 B,
-                x.stride(0),
-                ge.stride(0),
-                checked_int32(width / D, "the number of features"),
+                args.embeddings.stride(0),
+                row_stride_of(args.grad_embeddings),
+                checked_int32(args.F, "the number of features"),
                 checked_int32(D, "the width of a table"),
                 0,
                 false};
   dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    grads.packed = D % kPack<T> == 0 && rows_aligned(x) && rows_aligned(ge) && rows_aligned(grad_lookups) &&
-                   (!has_linear || aligned(a.const_data_ptr()));
+    grads.packed = D % kPack<T> == 0 && rows_aligned(args.embeddings) && rows_aligned(grad_lookups) &&
+                   (!args.grad_embeddings || rows_aligned(*args.grad_embeddings)) &&
+                   aligned(data_of(args.linear_weight));
     grads.log2_lanes = log2_lanes(grads.packed ? D / kPack<T> : D);
     device.launch(embedding_fm_backward<T>, blocks_of(B), 0, grads);
-    if (!has_linear) return;
+    if (!args.linear_weight) return;
     // At most 256 parts of at least 128 samples; the order of the sums follows from B alone.
     const int64_t part = std::max<int64_t>(128, (B + 255) / 256), n = (B + part - 1) / part;
     const Tensor parts = torch::stable::new_empty(embeddings, {n, width},

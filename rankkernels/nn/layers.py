@@ -109,6 +109,11 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether calling ``module`` does what ``cls`` does and nothing else: no subclass, no hook."""
+    return type(module) is cls and not hooked(module)
+
+
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(norm(x))``, fused where the op has both and neither has a hook."""
     name, learnt, dice_eps = activation_of(activation)
@@ -169,7 +174,7 @@ class MLP(nn.Module):
                 x, norm = normalize_and_activate(norm, module, x), None
             elif type(module) is nn.BatchNorm1d:
                 norm = module
-            elif type(module) is nn.Linear and not hooked(module):
+            elif is_plain(module, nn.Linear):
                 x = linear(module, x)
             else:
                 x = module(x)

@@ -1,0 +1,66 @@
+// The arguments of the backward of lookup + FM + linear term, as the CPU and the CUDA implementation take
+// them.
+#pragma once
+
+#include <optional>
+
+#include "embedding_bag_arguments.h"
+
+namespace rk {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Like `like`, which the dispatcher has brought to this implementation.
+inline bool same_device(const Tensor& t, const Tensor& like) {
+  return t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
+         t.get_device_index() == like.get_device_index();
+}
+
+inline Tensor linear_weight_of(const char* op, const Tensor& weight, const Tensor& like, int64_t width) {
+  RK_CHECK(weight.numel() == width && weight.scalar_type() == like.scalar_type() && same_device(weight, like),
+           op, ": linear_weight must have one value a column of the embeddings, ", width,
+           ", and their dtype and device, ", name_of(like.scalar_type()), ", got shape ", shape_of(weight),
+           " and ", name_of(weight.scalar_type()));
+  return torch::stable::contiguous(weight);
+}
+
+inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline int64_t row_stride_of(const OptionalTensor& t) { return t ? t->stride(0) : 0; }
+
+// The gradients [B, F D], [B, 1], [B, 1] of what the forward returned, checked; vectors contiguous, rows of
+// matrices with unit stride. Without grad_linear, linear_weight is not needed, and left out.
+struct FmBackwardArgs {
+  Tensor embeddings;
+  OptionalTensor grad_embeddings, grad_fm, grad_linear, linear_weight;
+  int64_t B, width, F;
+
+  FmBackwardArgs(const OptionalTensor& grad_embeddings_, const OptionalTensor& grad_fm_,
+                 const OptionalTensor& grad_linear_, const Tensor& embeddings_,
+                 const OptionalTensor& linear_weight_, int64_t D)
+      : embeddings(embeddings_) {
+    RK_CHECK_DIM("embedding_fm_backward", embeddings, 2);
+    RK_CHECK_FLOATING("embedding_fm_backward", embeddings);
+    B = embeddings.size(0), width = embeddings.size(1), F = D > 0 ? width / D : 0;
+    RK_CHECK(F * D == width, "embedding_fm_backward: embeddings have ", width, " columns, no multiple of ",
+             D);
+    embeddings = unit_stride_rows(embeddings);
+    grad_embeddings = rows_of(grad_embeddings_, "grad_embeddings", width);
+    grad_fm = rows_of(grad_fm_, "grad_fm", 1);
+    if (!grad_linear_ || !linear_weight_) return;
+    grad_linear = rows_of(grad_linear_, "grad_linear", 1);
+    linear_weight = linear_weight_of("embedding_fm_backward", *linear_weight_, embeddings, width);
+  }
+
+ private:
+  OptionalTensor rows_of(const OptionalTensor& t, const char* what, int64_t columns) const {
+    if (!t) return t;
+    RK_CHECK(t->dim() == 2 && t->size(0) == B && t->size(1) == columns && same_device(*t, embeddings) &&
+                 t->scalar_type() == embeddings.scalar_type(),
+             "embedding_fm_backward: ", what, " must be [", B, ", ", columns, "] like the embeddings, ",
+             name_of(embeddings.scalar_type()), " on their device, got shape ", shape_of(*t), " and ",
+             name_of(t->scalar_type()));
+    return columns == 1 ? torch::stable::contiguous(*t) : unit_stride_rows(*t);
+  }
+};
+
+}  // namespace rk
