@@ -8,10 +8,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
-@pytest.fixture
-def seed_and_threads():
-    """One seed for each test, and as many threads after it as before."""
-    torch.manual_seed(0)
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="seed of every test's random tensors (default 0)")
+
+
+@pytest.fixture(autouse=True)
+def seed_and_threads(request):
+    """Each test draws the same numbers alone and among others, and leaves as many threads as it found."""
+    torch.manual_seed(request.config.getoption("seed"))
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

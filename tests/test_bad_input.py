@@ -7,10 +7,7 @@ import torch
 
 import rankkernels as rk
 
-pytestmark = [
-    pytest.mark.usefixtures("seed_and_threads"),
-    pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 needs_kernels = pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
 NAMES, ROWS, B = ["item", "shop", "history"], [9, 7, 9], 5
 WAYS = pytest.mark.parametrize("way", ["dense", "sparse", "fused"])

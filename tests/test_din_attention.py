@@ -166,11 +166,10 @@ def test_bits_do_not_depend_on_threads(form, activation, dtype, use_softmax):
         form, B=300, L=21, dims=[36, 8], dtype=dtype, activation=activation
     )
     flags = {**FLAGS, "activation": activation, "use_softmax": use_softmax}
-    results, before = [], torch.get_num_threads()
+    results = []
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         results.append(run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out))
-    torch.set_num_threads(before)
     for out, batch_stats, _ in results:
         assert torch.equal(out, results[0][0]) and torch.equal(batch_stats, results[0][1])
     assert all(torch.equal(a, b) for a, b in zip(results[1][2], results[2][2]))

@@ -14,10 +14,7 @@ import rankkernels as rk
 from rankkernels import embedding_bag, table_batched_embedding_bag
 from rankkernels.testing import TOLERANCE, relative_error
 
-pytestmark = [
-    pytest.mark.usefixtures("seed_and_threads"),
-    pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
 needs_kernels = pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 

@@ -10,10 +10,7 @@ import rankkernels as rk
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.testing import relative_error
 
-pytestmark = [
-    pytest.mark.usefixtures("seed_and_threads"),
-    pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 MODES, TABLES = ["none", "mean", "max", "sum", "none"], [0, 1, 2, 1, 3]
 
 
