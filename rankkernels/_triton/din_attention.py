@@ -17,11 +17,11 @@ G_l = dL/dz_l, dM = sum_l G_l h_l^T and dc = sum_l G_l:
 Normalizations are folded into the products before them (din_attention_layers.py), in training with statistics of a
 pass over the rows for each layer, and the sums that their backward needs come from a launch of its own.
 
-Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. One layer in eval has 6 of
-PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
-keeps the scores and, with a softmax, out in float32 and its peak and total. Products without rows of history (c,
-d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole blocks of BLOCK_L rows; a mask costs all L. A
-batch of few samples is split over their rows.
+Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. One layer in eval has 5 of
+PyTorch's before the forward and 16 around the backward, of the weights' size. Beside its inputs the backward keeps the
+scores and, with a softmax, out in float32 and its peak and total. c is computed wherever it is needed, D H products a
+sample; the backward's products without rows of history, d(Wt + Wd) and (Wt + Wd)^T dc, are left to the library. Lengths
+cost whole blocks of BLOCK_L rows; a mask costs all L. A batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -130,25 +130,22 @@ class _Network(NamedTuple):
     out_bias: Tensor
     flags: Flags
 
-    def arguments(self, rows: _Rows, layers: Sequence[Layer]) -> tuple[dict, Tensor]:
-        """What the kernels take of ``layers``, the first ones, and Wt + Wd of the first [H, D]."""
+    def arguments(self, rows: _Rows, layers: Sequence[Layer]) -> dict:
+        """What the kernels take of ``layers``, the first ones."""
         first, D, flags, p = layers[0], rows.target.size(1), self.flags, self.flags.dropout
         H = first.weight.size(0)
         BLOCK_H, BLOCK_D = _block(H), _block(D)
         padding = (0, BLOCK_D - D, 0, BLOCK_H - H)
         weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
-        weight_t = (weight[0] + weight[2])[:H, :D]
         if len(layers) == len(self.hidden):
             layers[-1].vectors["out_weight"] = self.out_weight[0].float()
-        vectors = _vectors(first)
-        c = torch.addmm(vectors[VECTORS.index("bias"), :H], rows.target.float(), weight_t.t())
         dtype, statistics = rows.history.dtype, flags.training and norms_per_layer(flags.name, flags.batch_norm)
         thrice = dtype == torch.float32 or (dtype == torch.float16 and statistics)
         arguments = rows.arguments() | dict(
             PRECISION="ieee" if torch.version.hip else "tf32x3" if thrice else "tf32",
-            c_ptr=c, wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=vectors, weight2_ptr=None,
-            vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, threshold=round(p * 2**24),
-            kept_scale=1 / (1 - p) if p < 1 else 0.0, DROPOUT=p > 0,
+            wt_ptr=weight[0] + weight[2], wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=_vectors(first),
+            weight2_ptr=None, vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, DROPOUT=p > 0,
+            threshold=round(p * 2**24), kept_scale=1 / (1 - p) if p < 1 else 0.0,
             H=H, H2=0, BLOCK_H=BLOCK_H, BLOCK_H2=32, parts_h=triton.cdiv(H, 32), parts_h2=0,
             ACTIVATION=self.hidden[0].activation, TRAINING=first.r is not None,
         )  # fmt: skip
@@ -158,7 +155,7 @@ class _Network(NamedTuple):
                 weight2_ptr=_padded(layers[1].weight), vectors2_ptr=_vectors(layers[1]), H2=H2,
                 BLOCK_H2=_block(H2), parts_h2=triton.cdiv(H2, 32),
             )  # fmt: skip
-        return arguments, weight_t
+        return arguments
 
 
 def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: Flags) -> _Network:
@@ -175,7 +172,7 @@ def _statistics(rows: _Rows, network: _Network) -> Tensor:
     """Mean and unbiased variance of each normalization over the batch, as the op returns them."""
     layers, batch_stats, n = [], [], rows.valid()
     for hidden in network.hidden:
-        arguments, _ = network.arguments(rows, [*layers, plain(hidden)])
+        arguments = network.arguments(rows, [*layers, plain(hidden)])
         LAST = arguments["BLOCK_H2"] if arguments["H2"] else arguments["BLOCK_H"]
         tasks, programs = _tasks(rows)
         partials = rows.history.new_empty((programs, 2 * LAST + 1), dtype=torch.float32)
@@ -236,7 +233,7 @@ def din_attention(
     network = _network(params, running_stats, flags)
     with torch.cuda.device_of(history):
         batch_stats = _statistics(rows, network) if statistics else empty(0)
-        arguments, _ = network.arguments(rows, _layers(network, batch_stats, rows.valid() if statistics else 0))
+        arguments = network.arguments(rows, _layers(network, batch_stats, rows.valid() if statistics else 0))
         (tasks, _), split, kept = _tasks(rows), rows.splits > 1, _saved(saved, rows, flags.use_softmax)
         if split:
             sums, peak, total = empty(tasks, D), empty(tasks), empty(tasks)
@@ -346,7 +343,7 @@ def din_attention_backward(
         training = batch_stats.numel() > 0
         n = rows.valid() if training else 0
         layers, kept = _layers(network, batch_stats, n), _saved(saved, rows, flags.use_softmax)
-        arguments, weight_t = network.arguments(rows, layers)
+        arguments = network.arguments(rows, layers)
         sums = kept.pop("sum_ptr")
         arguments |= kept | dict(
             grad_out_ptr=grad_out, stride_gb=grad_out.stride(0), stride_gd=grad_out.stride(1),
@@ -374,5 +371,5 @@ def din_attention_backward(
             else:
                 grads += unfolded(hidden[i], weight, bias, got[f"sums{i}"])
         grads += [got["grad_out_weight"][None, : layers[-1].bias.numel()], got["grad_out_bias"]]
-        grad_target = torch.addmm(got["grad_target"], grad_c, weight_t).to(target.dtype)
+        grad_target = torch.addmm(got["grad_target"], grad_c, arguments["wt_ptr"][:H, :D]).to(target.dtype)
     return got["grad_history"], grad_target, [g.to(p.dtype).contiguous() for g, p in zip(grads, params)]

@@ -119,12 +119,26 @@ def fused_weight(wm_ptr, wp_ptr, b_target, o_d, o_h, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def constant_of(
+    target, parts_d, wt_ptr, vectors_ptr, o_h, D: tl.constexpr, stride_td, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """c = (Wt + Wd) t + bias of one sample [H], in float32 without tensor cores: once for all its rows."""
+    c = tl.load(vectors_ptr + BIAS * BLOCK_H + o_h)
+    for k in tl.range(0, parts_d, disable_licm=True):
+        o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
+        b_wt = tl.load(wt_ptr + o_h[:, None] * BLOCK_D + o_k[None, :])
+        c += tl.sum(b_wt * strided_vector(target, o_k, D, stride_td)[None, :], 1)
+    return c
+
+
+@triton.jit
 def first_layer(
-    rows, parts_d, target, wm_ptr, wp_ptr, c_ptr, o_h, D: tl.constexpr, H: tl.constexpr, stride_td,
-    PRECISION: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    rows, parts_d, target, wm_ptr, wp_ptr, c, o_h, D: tl.constexpr, stride_td, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """x = c + M h [L, H]."""
-    x = tl.zeros([BLOCK_L, BLOCK_H], tl.float32) + tl.load(c_ptr + o_h, mask=o_h < H, other=0.0)[None, :]
+    x = tl.zeros([BLOCK_L, BLOCK_H], tl.float32) + c[None, :]
     for k in tl.range(0, parts_d, disable_licm=True):
         o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_m = fused_weight(wm_ptr, wp_ptr, strided_vector(target, o_k, D, stride_td), o_k, o_h, BLOCK_D)

@@ -1,7 +1,8 @@
 """DIN attention's forward: scores and pooling in one kernel, and before it in training the batch's statistics.
 
-Bytes a row: D items of history, read once, and the score's 4 written. Flops a row: 2 D H (+ 2 H H2), and the pooling's
-2 D. A pass for statistics is the products again, as far as the layer asked for, without scores and pooling.
+Bytes a row: D items of history, read once, and the score's 4 written; a sample's target and out beside them, and
+weights, are all that else is moved. Flops a row: 2 D H (+ 2 H H2), and the pooling's 2 D; a sample: c's 2 D H. A pass
+for statistics is the products again, as far as the layer asked for, without scores and pooling.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from rankkernels._triton.din_attention_blocks import (
     OUT_WEIGHT,
     _vector,
     activate,
+    constant_of,
     dropout_factor,
     exp_less,
     first_layer,
@@ -53,7 +55,7 @@ def _no_columns(BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "L", "splits", "threshold"])
 def din_attention_kernel(
-    history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
+    history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
     out_bias_ptr, score_ptr, out_ptr, sum_ptr, peak_ptr, total_ptr, seed_ptr,
     splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
     stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
@@ -76,6 +78,7 @@ def din_attention_kernel(
     row = history_ptr + b * stride_hb + start * stride_hl
     score = score_ptr + (start if FORM == "offsets" else b * L)
     mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+    c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)
     b_out_bias = tl.load(out_bias_ptr).to(tl.float32)
     out = _no_columns(BLOCK_K, BLOCKS)
     peak, total = -float("inf"), 0.0
@@ -84,8 +87,8 @@ def din_attention_kernel(
         valid = valid_rows(mask, o_l, end, stride_ml, FORM)
         rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
         x = first_layer(
-            rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * H, o_h, D, H, stride_td, PRECISION,
-            BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
+            rows, parts_d, target, wm_ptr, wp_ptr, c, o_h, D, stride_td, PRECISION, BLOCK_L, BLOCK_K, BLOCK_D,
+            BLOCK_H,
         )  # fmt: skip
         a = activate(x, vectors_ptr, o_h, H, dice_eps, ACTIVATION, TRAINING, BLOCK_H)
         a *= dropout_factor(seed_ptr, 0, b, l0, o_h, threshold, kept_scale, DROPOUT, BLOCK_L, BLOCK_H)
@@ -123,7 +126,7 @@ def din_attention_kernel(
 
 @triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold"])
 def din_attention_statistics_kernel(
-    history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
+    history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
     partials_ptr, seed_ptr,
     tasks, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
     stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
@@ -149,13 +152,14 @@ def din_attention_statistics_kernel(
         b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
         row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
         mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+        c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)
         for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
             o_l = l0 + tl.arange(0, BLOCK_L)
             valid = valid_rows(mask, o_l, end, stride_ml, FORM)
             rows = load_rows(row + o_l[:, None] * stride_hl, valid, stride_hd, D, BLOCK_K, BLOCK_D)
             x = first_layer(
-                rows, parts_d, target, wm_ptr, wp_ptr, c_ptr + b * H, o_h, D, H, stride_td, PRECISION,
-                BLOCK_L, BLOCK_K, BLOCK_D, BLOCK_H,
+                rows, parts_d, target, wm_ptr, wp_ptr, c, o_h, D, stride_td, PRECISION, BLOCK_L, BLOCK_K, BLOCK_D,
+                BLOCK_H,
             )  # fmt: skip
             if H2 > 0:
                 a = activate(x, vectors_ptr, o_h, H, dice_eps, ACTIVATION, TRAINING, BLOCK_H)

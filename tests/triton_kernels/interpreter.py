@@ -18,9 +18,12 @@ import collections
 import numpy as np
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+from rankkernels._triton.ahead_of_time import launches_kernel, tensor_bytes
 
 NOBODY, MANY = -1, -2
 
@@ -108,11 +111,23 @@ class Memory:
         np.add.at(self.stores, element, 1)
 
 
+class BytesAround(TorchDispatchMode):
+    """``bytes`` of the tensors that PyTorch's own kernels take and return, those of launches left out."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if launches_kernel(func):
+            self.bytes += tensor_bytes((args, kwargs, result))
+        return result
+
+
 def install() -> None:
     builder, executor = InterpreterBuilder, GridExecutor
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     load, store = builder.create_masked_load, builder.create_masked_store
-    to_host = executor._init_args_hst
+    to_host, run = executor._init_args_hst, executor.__call__
     patch_tensor = interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
@@ -152,6 +167,10 @@ def install() -> None:
         interpreter.interpreter_builder.memory = memory
         return host_args, host_kwargs
 
+    def call(self, *args, **kwargs):
+        with _disable_current_modes():
+            return run(self, *args, **kwargs)
+
     def patch_lang_tensor(tensor, scope):  # of Triton 3.6, which takes int() of arrays that NumPy 2.4 refuses
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -171,5 +190,5 @@ def install() -> None:
     builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
     builder.binary_op, builder.unary_op = refuse_bf16(builder.binary_op), refuse_bf16(builder.unary_op)
     builder.create_atomic_rmw = builder.create_atomic_cas = refuse
-    executor._init_args_hst = init_args
+    executor._init_args_hst, executor.__call__ = init_args, call
     interpreter._patch_lang_tensor = patch_lang_tensor
