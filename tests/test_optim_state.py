@@ -152,7 +152,7 @@ def test_continued_in_a_new_process(kind, tmp_path):
 
 
 def test_rowwise_adagrad_is_fbgemms():
-    """On the CPU, over 20 steps."""
+    """On the CPU, over 100 steps; FBGEMM has float32 alone, and what is summed in another order rounds apart."""
     reason = "FBGEMM (fbgemm-gpu-cpu, one binary for each torch release) is not installed"
     pytest.importorskip("fbgemm_gpu", reason=reason, exc_type=ImportError)
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -171,12 +171,12 @@ def test_rowwise_adagrad_is_fbgemms():
     )  # fmt: skip
     for own, weight in zip(theirs.split_embedding_weights(), ours.weights):
         own.copy_(weight.detach())
-    for step in range(20):
+    for step in range(100):
         generator = torch.Generator().manual_seed(step)
         batch = [torch.randint(0, w.size(0), (100, 5), generator=generator) for w in ours.weights]
         out, expected = ours(batch), theirs(torch.cat([i.flatten() for i in batch]), torch.arange(0, 1001, 5))
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         out.sin().sum().backward()
         expected.sin().sum().backward()
     for own, weight in zip(theirs.split_embedding_weights(), ours.weights):
-        torch.testing.assert_close(own, weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own, weight.detach(), rtol=1e-6, atol=1e-6)

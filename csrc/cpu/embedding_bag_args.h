@@ -26,6 +26,14 @@ struct Bags {
   __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
 };
 
+// How a feature's lookups become keys: lookup place + p of row r has the key first_key + r, those of the
+// feature's padding_idx or the table's frozen row have skipped_key.
+struct LookupKeys {
+  uint64_t first_key, skipped_key;
+  int64_t frozen_row, place;  // -1: none
+  int shift;
+};
+
 // Lookups sorted by (table, row): sorted[p] = key << shift | lookup. A run is a stretch of equal keys.
 struct Runs {
   const uint64_t* sorted;

@@ -25,25 +25,40 @@ namespace rk {
 namespace RK_ISA {
 namespace runs {
 
-// A row is asked for kAhead lookups before its turn, and where it lies, kFar lookups before: both are
-// anywhere in memory.
+// A row and what its gradient is made of are asked for kAhead lookups before their turn, and where the
+// gradient lies, kFar lookups before: all are anywhere in memory.
 constexpr int64_t kAhead = 16, kFar = 48;
 
-// At the turn of lookup p.
+// The rows of the lookup kAhead after lookup p. Every lookup asks, not the first of a run alone: a row that
+// starts kAhead after the middle of a run would never be asked for. Each column asks for its own: a burst for
+// all of a row's lines fills the queue of misses, and the loads wait behind it.
 template <class T>
-RK_INLINE void ask_ahead(const Runs& runs, int64_t p, int64_t D) {
-  if (p + kFar >= runs.n) return;
-  __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar));
-  const char* next = static_cast<const char*>(runs.grad_rows[runs.lookup(p + kAhead)]);
-  for (int64_t byte = 0; byte < D * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
-}
+struct Ahead {
+  const T* grad;
+  update::Rows<T> rows;
+
+  RK_INLINE Ahead of(const Runs& runs, const TableGrad& table, int64_t p) {
+    const int64_t last = runs.n - 1, q = p + kAhead < last ? p + kAhead : last;
+    __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar < last ? p + kFar : last));
+    const T* grad = static_cast<const T*>(runs.grad_rows[runs.lookup(q)]);
+    if (!table.update) return {grad, {grad, grad, grad, 0, 0}};
+    // Perhaps of the next table, and then in vain.
+    return {grad, update::Rows<T>::of(*table.update, table.D, int64_t(runs.key(q) - table.first_key))};
+  }
+  __attribute__((always_inline)) void ask(int64_t d) const {
+    __builtin_prefetch(grad + d);
+    rows.ask(d);
+  }
+};
 
 // sum [D] = the lookups [p0, p1), all of one row.
 template <class T>
-RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, typename Traits<T>::scalar* sum) {
+RK_INLINE void sum_run(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1,
+                       typename Traits<T>::scalar* sum) {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
   constexpr int64_t kLanes = Traits<T>::lanes;
+  const int64_t D = table.D;
   const Tail<T> tail(static_cast<int>(D % kLanes));
   const Tail<A> tail_sum(static_cast<int>(D % kLanes));
   for_each_column_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
@@ -52,13 +67,15 @@ RK_INLINE void sum_run(const Runs& runs, int64_t p0, int64_t p1, int64_t D, type
     V acc[kVecs] = {};
     for (int64_t p = p0; p < p1; ++p) {
       const uint64_t i = runs.lookup(p);
-      if (d == 0) ask_ahead<T>(runs, p, D);
+      const Ahead<T> ahead = Ahead<T>::of(runs, table, p);
       const T* row = static_cast<const T*>(runs.grad_rows[i]) + d;
       const A factor = runs.factors ? A(runs.factors[i]) : A(1);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v)
+      for (int v = 0; v < kVecs; ++v) {
+        ahead.ask(d + v * kLanes);
         acc[v] += factor *
                   (kTail && v == kVecs - 1 ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
+      }
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v)
@@ -87,44 +104,55 @@ RK_INLINE float* place_of(T*, float* scratch) {
 
 }  // namespace runs
 
+// Writes keys << shift | lookup for the ids [p0, p1) of a feature, or returns false: an id is outside its
+// table.
+template <class I>
+bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t p0, int64_t p1,
+                    uint64_t* keyed) {
+  uint64_t bad = 0;
+  for (int64_t p = p0; p < p1; ++p) {
+    const int64_t id = ids[p];
+    bad |= uint64_t(id) >= uint64_t(f.R);
+    const bool skip = id == f.padding_idx || id == keys.frozen_row;
+    keyed[p] = (skip ? keys.skipped_key : keys.first_key + id) << keys.shift | uint64_t(keys.place + p);
+  }
+  return !bad;
+}
+
 // Sorted lookups [p0, p1): the part of one tile that belongs to one table. carries [2, D]; `distinct` is the
 // number of the table's rows before the first run that starts here.
 template <class T>
 void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t distinct,
                       void* carries, void* scratch) {
   using A = typename Traits<T>::scalar;
-  A *left = static_cast<A*>(carries), *right = left + table.D;
+  A *left = static_cast<A*>(carries), *right = left + table.D, *sum = static_cast<A*>(scratch);
+  const update::Step<T> step(table.update, table.D);
   for (int64_t p = p0, q; p < p1; p = q) {
     const uint64_t key = runs.key(p);
     for (q = p + 1; q < p1 && runs.key(q) == key; ++q) {
     }
-    // Every lookup asks, not the first of a run alone: a row that starts kAhead after the middle of a run
-    // would never be asked for.
-    for (int64_t i = p + runs::kAhead, end = q + runs::kAhead; table.update && i < end && i < runs.n; ++i)
-      if (runs.key(i) != runs.key(i - 1))  // perhaps of the next table, and then in vain
-        update::prefetch<T>(*table.update, table.D, static_cast<int64_t>(runs.key(i) - table.first_key));
     if (p > 0 && runs.key(p - 1) == key) {
-      runs::sum_run<T>(runs, p, q, table.D, left);
+      runs::sum_run<T>(runs, table, p, q, left);
       continue;
     }
     const int64_t row = static_cast<int64_t>(key - table.first_key), place = table.rows ? distinct++ : row;
     if (table.rows) table.rows[place] = row;
     if (q < runs.n && runs.key(q) == key) {
-      runs::sum_run<T>(runs, p, q, table.D, right);
+      runs::sum_run<T>(runs, table, p, q, right);
     } else if (table.update) {
-      const A* sum = static_cast<const A*>(scratch);
       if (std::is_same_v<T, A> && q == p + 1 && !runs.factors) {  // a row looked up once has its sum already
-        runs::ask_ahead<T>(runs, p, table.D);
-        sum = static_cast<const A*>(runs.grad_rows[runs.lookup(p)]);
+        const runs::Ahead<T> ahead = runs::Ahead<T>::of(runs, table, p);
+        step.take(row, static_cast<const A*>(runs.grad_rows[runs.lookup(p)]),
+                  [&](int64_t d) __attribute__((always_inline)) { ahead.ask(d); });
       } else {
-        runs::sum_run<T>(runs, p, q, table.D, static_cast<A*>(scratch));
+        runs::sum_run<T>(runs, table, p, q, sum);
+        step.take(row, sum, [](int64_t) __attribute__((always_inline)) {});
       }
-      update::update_row<T>(*table.update, table.D, row, sum);
     } else {
       T* grad = static_cast<T*>(table.grad_weight) + place * table.D;
-      A* sum = runs::place_of(grad, static_cast<A*>(scratch));
-      runs::sum_run<T>(runs, p, q, table.D, sum);
-      runs::narrow_row(grad, sum, table.D);
+      A* wide = runs::place_of(grad, sum);
+      runs::sum_run<T>(runs, table, p, q, wide);
+      runs::narrow_row(grad, wide, table.D);
     }
   }
 }
@@ -144,7 +172,9 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
     const A* left = reinterpret_cast<const A*>(carries);
     for (int64_t d = 0; d < table.D; ++d) sum[d] += left[d];
   }
-  if (table.update) return update::update_row<T>(*table.update, table.D, row, sum);
+  if (table.update)
+    return update::Step<T>(table.update, table.D).take(row, sum, [](int64_t) __attribute__((always_inline)) {
+    });
   T* grad = static_cast<T*>(table.grad_weight) + (table.rows ? distinct : row) * table.D;
   for (int64_t d = 0; d < table.D; ++d) assign(grad[d], sum[d]);
 }
@@ -154,6 +184,8 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
   template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
+template bool embedding_keys(const Bags&, const int32_t*, const LookupKeys&, int64_t, int64_t, uint64_t*);
+template bool embedding_keys(const Bags&, const int64_t*, const LookupKeys&, int64_t, int64_t, uint64_t*);
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -7,7 +7,8 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class I>
+               bool embedding_keys(const Bags&, const I*, const LookupKeys&, int64_t, int64_t, uint64_t*))
 RK_DECLARE_ISA(template <class T, class I>
                void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class I>
@@ -96,18 +97,17 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   const FeatureArgs& args = backward.args;
   const Features& features = backward.features;
   const Tensors& grads = backward.grads;
-  const size_t n = features.bags.size();
-  first_key_.assign(1, 0);
-  for (const int64_t r : backward.rows) first_key_.push_back(first_key_.back() + r);
-  const uint64_t skipped = first_key_.back();
-  std::vector<int64_t> first(1, 0);  // lookup of each feature
+  const size_t n = features.bags.size(), num_tables = backward.rows.size();
+  // A table's lookups lie together: first[t] is the first of table t, place[f] of feature f.
+  Ints first(num_tables + 1, 0), place(n);
   bool scaled = false;
   max_grad_rows_.resize(n, grads[0]);
   Tensors kept;
   std::vector<const double*> weights(n);
   for (size_t f = 0; f < n; ++f) {
     const Bags& bag = features.bags[f];
-    first.push_back(first.back() + (bag.B ? bag.N : 0));
+    place[f] = first[args.tables[f] + 1];
+    first[args.tables[f] + 1] += bag.B ? bag.N : 0;
     scaled |= bag.mode == kMean || bag.per_sample_weights;
     if (bag.per_sample_weights) {
       kept.push_back(
@@ -116,9 +116,16 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
     }
     if (bag.mode == kMax) max_grad_rows_[f] = torch::stable::new_empty(grads[f], {bag.N, bag.D});
   }
+  first_key_.assign(1, 0);
+  for (size_t t = 0; t < num_tables; ++t) {
+    first[t + 1] += first[t];
+    first_key_.push_back(first_key_.back() + backward.rows[t] + 1);  // the last is that of lookups left out
+  }
+  for (size_t f = 0; f < n; ++f) place[f] += first[args.tables[f]];
   const int64_t N = first.back();
-  const int key_bits = bits_of(skipped), shift = bits_of(N);
-  RK_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", skipped, " and ", N);
+  const int key_bits = bits_of(first_key_.back()), shift = bits_of(N);
+  RK_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", first_key_.back(),
+           " and ", N);
   sorted_ = uninitialized<uint64_t>(N);
   grad_rows_ = uninitialized<const void*>(N);
   if (scaled) factors_ = uninitialized<double>(N);
@@ -128,11 +135,11 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
     const auto [f, b0, b1] = plan.tasks[task];
     const Bags& bag = features.bags[f];
-    const int64_t frozen = args.frozen_rows[args.tables[f]];
-    const uint64_t first_key = first_key_[args.tables[f]];
-    const int64_t item = grads[f].element_size();
+    const int64_t t = args.tables[f], item = grads[f].element_size();
+    const LookupKeys keys{first_key_[t], first_key_[t + 1] - 1, args.frozen_rows[t], place[f], shift};
     dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
-      if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) {
+      if (!RK_DISPATCH_ISA(embedding_keys, bag, ids, keys, bag.begin(b0), bag.begin(b1),
+                           sorted_.get() + place[f])) {
         fit = false;
         return;
       }
@@ -143,27 +150,44 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
         });
       const char* grad_rows =
           static_cast<const char*>(bag.mode == kMax ? max_grad_rows_[f].const_data_ptr() : bag.out);
+      const void** rows = grad_rows_.get() + place[f];
+      for (int64_t b = b0; b < b1; ++b)
+        for (int64_t p = bag.begin(b); p < bag.begin(b + 1); ++p)
+          rows[p] = grad_rows + (bag.mode == kMax ? p * bag.D : b * bag.stride_ob) * item;
+      if (!scaled) return;
+      double* factors = factors_.get() + place[f];
       for (int64_t b = b0; b < b1; ++b) {
         const int64_t p0 = bag.begin(b), p1 = bag.begin(b + 1);
         int64_t count = 1;
         if (bag.mode == kMean)
           count = std::max<int64_t>(1, p1 - p0 - std::count(ids + p0, ids + p1, bag.padding_idx));
-        for (int64_t p = p0; p < p1; ++p) {
-          const int64_t i = first[f] + p;
-          const bool skip = ids[p] == bag.padding_idx || ids[p] == frozen;
-          sorted_[i] = (skip ? skipped : first_key + ids[p]) << shift | i;
-          grad_rows_[i] = grad_rows + (bag.mode == kMax ? p * bag.D : b * bag.stride_ob) * item;
-          if (scaled) factors_[i] = (weights[f] ? weights[f][p] : 1.) / count;
-        }
+        for (int64_t p = p0; p < p1; ++p) factors[p] = (weights[f] ? weights[f][p] : 1.) / count;
       }
     });
   });
   if (!fit)
     for (size_t f = 0; f < n; ++f) features.check_range(args, f);
 
-  radix_sort(sorted_, N, shift, key_bits);
-  const uint64_t* end = std::lower_bound(sorted_.get(), sorted_.get() + N, skipped << shift);
-  runs_ = {sorted_.get(), end - sorted_.get(), shift, grad_rows_.get(), factors_.get()};
+  // Each table by itself: fewer bits than all tables' keys have, and a batch's lookups in one table fit in a
+  // near cache. Long tables are sorted one after another, each by all threads.
+  constexpr int64_t kAlone = kSerialWork / 4;
+  auto other = uninitialized<uint64_t>(N);
+  const auto sort = [&](int64_t t) {
+    radix_sort(sorted_.get() + first[t], other.get() + first[t], first[t + 1] - first[t],
+               first_key_[t] << shift, shift, bits_of(backward.rows[t]));
+  };
+  run_tasks(num_tables, 4 * N, [&](int64_t t) {
+    if (first[t + 1] - first[t] < kAlone) sort(t);
+  });
+  int64_t end = 0;
+  for (size_t t = 0; t < num_tables; ++t) {
+    if (first[t + 1] - first[t] >= kAlone) sort(t);
+    uint64_t *from = sorted_.get() + first[t], *to = sorted_.get() + first[t + 1];
+    to = std::lower_bound(from, to, (first_key_[t + 1] - 1) << shift);
+    if (end != first[t]) std::copy(from, to, sorted_.get() + end);
+    end += to - from;
+  }
+  runs_ = {sorted_.get(), end, shift, grad_rows_.get(), factors_.get()};
 }
 
 int64_t SortedLookups::tiles() const { return (runs_.n + kTile - 1) / kTile; }

@@ -26,8 +26,7 @@ struct BackwardArgs {
   Tensors factor_grads() const;
 };
 
-// The lookups of all features, sorted by (table, row); those without a gradient come last, after the n of
-// `runs`.
+// The lookups of all features that have a gradient, sorted by (table, row).
 class SortedLookups {
  public:
   explicit SortedLookups(const BackwardArgs& backward);
@@ -49,7 +48,7 @@ class SortedLookups {
   std::unique_ptr<const void*[]> grad_rows_;
   std::unique_ptr<double[]> factors_;
   Tensors max_grad_rows_;
-  std::vector<uint64_t> first_key_;  // of each table, and the end of the last
+  std::vector<uint64_t> first_key_;  // of each table, and the end of the last; a table's last key is no row's
   std::vector<int64_t> runs_before_tile_, runs_before_table_;
   Runs runs_;
 };

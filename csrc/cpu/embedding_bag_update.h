@@ -58,87 +58,121 @@ RK_INLINE void store(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>&
     tail.store(p, v);
 }
 
-template <class T>
-RK_INLINE void prefetch(const Update& u, int64_t D, int64_t row) {
-  using A = typename Traits<T>::scalar;
-  const char* weight = reinterpret_cast<const char*>(static_cast<const T*>(u.weight) + row * u.stride_wr);
-  for (int64_t i = 0; i < D * int64_t(sizeof(T)); i += 64) __builtin_prefetch(weight + i, 1);
-  const void* const states[] = {u.state1, u.state2};
-  for (const void* state : states) {
-    if (!state) continue;
-    const int64_t width = u.optimizer == kRowWiseAdagrad ? 1 : D;
-    const char* p = reinterpret_cast<const char*>(static_cast<const A*>(state) + row * width);
-    for (int64_t i = 0; i < width * int64_t(sizeof(A)); i += 64) __builtin_prefetch(p + i, 1);
-  }
-}
+// Square root of one number.
+RK_INLINE float root(float x) { return root(splat<float>(x))[0]; }
+RK_INLINE double root(double x) { return root(splat<double>(x))[0]; }
 
+// Where a row and its state lie; absent state lies where the row does.
 template <class T>
-RK_INLINE void update_row(const Update& u, int64_t D, int64_t row, const typename Traits<T>::scalar* grad) {
+struct Rows {
+  const T* weight;
+  const void *state1, *state2;
+  int64_t bytes1, bytes2;  // of the states, for one column
+
+  RK_INLINE Rows of(const Update& u, int64_t D, int64_t row) {
+    using A = typename Traits<T>::scalar;
+    const T* weight = static_cast<const T*>(u.weight) + row * u.stride_wr;
+    const int64_t n1 = u.optimizer == kRowWiseAdagrad ? 0 : sizeof(A);
+    return {
+        weight,
+        u.state1 ? static_cast<const A*>(u.state1) + (n1 ? row * D : row) : static_cast<const void*>(weight),
+        u.state2 ? static_cast<const A*>(u.state2) + row * D : static_cast<const void*>(weight),
+        u.state1 ? n1 : int64_t(sizeof(T)), u.state2 ? int64_t(sizeof(A)) : int64_t(sizeof(T))};
+  }
+  __attribute__((always_inline)) void ask(int64_t d) const {
+    __builtin_prefetch(weight + d, 1);
+    __builtin_prefetch(static_cast<const char*>(state1) + d * bytes1, 1);
+    __builtin_prefetch(static_cast<const char*>(state2) + d * bytes2, 1);
+  }
+};
+
+// A step on one table; made once for many rows, because nothing but local constants stays in registers.
+template <class T>
+struct Step {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
-  constexpr int64_t kLanes = Traits<T>::lanes;
-  const Tail<T> tail(static_cast<int>(D % kLanes));
-  const Tail<A> tail_state(static_cast<int>(D % kLanes));
-  const A lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1),
-          keep2 = A(1 - u.beta2);
-  const bool decoupled = u.optimizer == kAdamW, rowwise = u.optimizer == kRowWiseAdagrad;
-  T* weight = static_cast<T*>(u.weight) + row * u.stride_wr;
-  A* state1 = u.state1 ? static_cast<A*>(u.state1) + (rowwise ? row : row * D) : nullptr;
-  A* state2 = u.state2 ? static_cast<A*>(u.state2) + row * D : nullptr;
-  A factor = A(u.grad_factor);
-  if (u.max_norm != 0) {
-    V squares = {};
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const V g = factor * load(grad + d, d + kLanes <= D, tail_state);
-      squares += g * g;
-    }
-    const A norm = root(splat<A>(sum_lanes<T>(squares)))[0];
-    if (norm > A(u.max_norm)) factor *= A(u.max_norm) / norm;
+  static constexpr int64_t kLanes = Traits<T>::lanes;
+  Optimizer optimizer;
+  T* weight;
+  A *state1, *state2;
+  int64_t stride_wr, D;
+  A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm;
+  Tail<T> tail;
+  Tail<A> tail_state;
+
+  // With a null pointer, of no use.
+  __attribute__((always_inline)) Step(const Update* update, int64_t D)
+      : D(D), tail(static_cast<int>(D % kLanes)), tail_state(static_cast<int>(D % kLanes)) {
+    const Update u = update ? *update : Update{};
+    optimizer = u.optimizer, weight = static_cast<T*>(u.weight), stride_wr = u.stride_wr;
+    state1 = static_cast<A*>(u.state1), state2 = static_cast<A*>(u.state2);
+    lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1), keep2 = A(1 - u.beta2);
+    step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor),
+    max_norm = A(u.max_norm);
   }
-  A row_scale = 0;
-  if (rowwise) {
-    V squares = {};
+
+  // On row `row`, of gradient grad [D]; calls ask(d) for every vector of columns.
+  template <class Ask>
+  __attribute__((always_inline)) void take(int64_t row, const A* grad, const Ask& ask) const {
+    const bool decoupled = optimizer == kAdamW, rowwise = optimizer == kRowWiseAdagrad;
+    T* w_row = weight + row * stride_wr;
+    A *s1 = state1 + (rowwise ? row : row * D), *s2 = state2 + row * D;
+    A factor = grad_factor;
+    if (max_norm != 0) {
+      V squares = {};
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const V g = factor * load(grad + d, d + kLanes <= D, tail_state);
+        squares += g * g;
+      }
+      const A norm = root(sum_lanes<T>(squares));
+      if (norm > max_norm) factor *= max_norm / norm;
+    }
+    A row_scale = 0;
+    if (rowwise) {
+      V squares = {};
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const bool whole = d + kLanes <= D;
+        V g = factor * load(grad + d, whole, tail_state);
+        if (decay != 0) g += decay * load(w_row + d, whole, tail);
+        squares += g * g;
+      }
+      *s1 += sum_lanes<T>(squares) / A(D);
+      row_scale = lr / (root(*s1) + eps);
+    }
     for (int64_t d = 0; d < D; d += kLanes) {
       const bool whole = d + kLanes <= D;
-      V g = factor * load(grad + d, whole, tail_state);
-      if (decay != 0) g += decay * load(weight + d, whole, tail);
-      squares += g * g;
-    }
-    *state1 += sum_lanes<T>(squares) / A(D);
-    row_scale = lr / (root(splat<A>(*state1))[0] + eps);
-  }
-  for (int64_t d = 0; d < D; d += kLanes) {
-    const bool whole = d + kLanes <= D;
-    V w = load(weight + d, whole, tail), g = factor * load(grad + d, whole, tail_state);
-    if (decoupled)
-      w -= lr * decay * w;
-    else if (decay != 0)
-      g += decay * w;
-    switch (u.optimizer) {
-      case kSGD:
-        w -= lr * g;
-        break;
-      case kRowWiseAdagrad:
-        w -= row_scale * g;
-        break;
-      case kAdagrad: {
-        const V s = load(state1 + d, whole, tail_state) + g * g;
-        store(state1 + d, s, whole, tail_state);
-        w -= lr * g / (root(s) + eps);
-        break;
+      ask(d);
+      V w = load(w_row + d, whole, tail), g = factor * load(grad + d, whole, tail_state);
+      if (decoupled)
+        w -= lr * decay * w;
+      else if (decay != 0)
+        g += decay * w;
+      switch (optimizer) {
+        case kSGD:
+          w -= lr * g;
+          break;
+        case kRowWiseAdagrad:
+          w -= row_scale * g;
+          break;
+        case kAdagrad: {
+          const V s = load(s1 + d, whole, tail_state) + g * g;
+          store(s1 + d, s, whole, tail_state);
+          w -= lr * g / (root(s) + eps);
+          break;
+        }
+        default: {
+          V m = load(s1 + d, whole, tail_state), v = load(s2 + d, whole, tail_state);
+          m += keep1 * (g - m);
+          v += keep2 * (g * g - v);
+          store(s1 + d, m, whole, tail_state);
+          store(s2 + d, v, whole, tail_state);
+          w -= step * m / (inverse_root * root(v) + eps);
+        }
       }
-      default: {
-        V m = load(state1 + d, whole, tail_state), v = load(state2 + d, whole, tail_state);
-        m += keep1 * (g - m);
-        v += keep2 * (g * g - v);
-        store(state1 + d, m, whole, tail_state);
-        store(state2 + d, v, whole, tail_state);
-        w -= A(u.step) * m / (A(u.inverse_root) * root(v) + eps);
-      }
+      store(w_row + d, w, whole, tail);
     }
-    store(weight + d, w, whole, tail);
   }
-}
+};
 
 }  // namespace update
 
@@ -147,15 +181,16 @@ template <class T, class A>
 void embedding_update(const Update& u, const int64_t* rows, const T* values, int64_t D, int64_t i0,
                       int64_t i1, A* scratch) {
   constexpr int64_t kAhead = 8;
+  const update::Step<T> step(&u, D);
   for (int64_t i = i0; i < i1; ++i) {
-    if (i + kAhead < i1) update::prefetch<T>(u, D, rows[i + kAhead]);
+    const auto ahead = update::Rows<T>::of(u, D, rows[i + kAhead < i1 ? i + kAhead : i1 - 1]);
     const T* grad = values + i * D;
     int64_t d = 0;
     for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
       Traits<A>::store(scratch + d, Traits<T>::load(grad + d));
     const int left = static_cast<int>(D - d);
     Tail<A>(left).store(scratch + d, Tail<T>(left).load(grad + d));
-    update::update_row<T>(u, D, rows[i], scratch);
+    step.take(rows[i], scratch, [&](int64_t d) __attribute__((always_inline)) { ahead.ask(d); });
   }
 }
 
