@@ -114,13 +114,20 @@ struct DinWorkspace {
 
 // ---- forward
 
-// What training keeps of a row for the backward: Dice's two statistics of each layer, and z of the layers
-// behind the first when they are normalized.
+// What training keeps of a row for the backward: Dice's two statistics of each layer, and z of the normalized
+// layers, of the first where all widths together are at most the concatenation's 4 D. Autograd keeps some
+// nine values a unit of the composed attention, and the concatenation: so this is at most a tenth of that.
+static int64_t first_kept(const DinArguments& a) {
+  int64_t widths = 0;
+  for (int64_t i = 0; i < a.layers(); ++i) widths += a.width(i);
+  return widths > 4 * a.D();
+}
+
 static int64_t kept_widths(const DinArguments& a) {
   if (!a.config.training) return 0;
   int64_t widths = a.config.keeps_dice() ? 2 * a.layers() : 0;
   if (a.config.norms() > 0)
-    for (int64_t i = 1; i < a.layers(); ++i) widths += a.params[i * a.config.params_per_layer()].size(0);
+    for (int64_t i = first_kept(a); i < a.layers(); ++i) widths += a.width(i);
   return widths;
 }
 
@@ -129,14 +136,14 @@ template <class A>
 void place_saved(DinPlan<A>& plan, const DinArguments& a, int64_t rows, A* saved) {
   plan.net().row_weight = saved;
   saved += rows;
-  if (a.config.keeps_dice() && !plan.no_hidden())
-    for (int64_t i = 0; i < plan.layers(); ++i) {
+  if (a.config.keeps_dice())
+    for (int64_t i = 0; i < a.layers(); ++i) {
       plan.layer(i).kept_mean = saved;
       plan.layer(i).kept_inverse = saved + rows;
       saved += 2 * rows;
     }
   if (!a.config.training || a.config.norms() == 0) return;
-  for (int64_t i = 1; i < plan.layers(); ++i) {
+  for (int64_t i = first_kept(a); i < a.layers(); ++i) {
     plan.layer(i).kept = saved;
     saved += rows * plan.layer(i).out;
   }
@@ -386,11 +393,10 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
   const auto wide = history.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   int64_t stats = 0;
   if (training)
-    for (int64_t i = 0; i < a.layers(); ++i)
-      stats += 2 * a.config.norms() * params[i * a.config.params_per_layer()].size(0);
+    for (int64_t i = 0; i < a.layers(); ++i) stats += 2 * a.config.norms() * a.width(i);
   Tensor out = torch::stable::new_empty(target, {a.B(), a.D()});
   Tensor batch_stats = torch::stable::new_empty(target, {stats}, wide);
-  Tensor saved = torch::stable::new_empty(target, {g.first.back() * (1 + kept_widths(a))}, wide);
+  Tensor saved = new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, wide);
   dispatch_floating(history.scalar_type(), [&](auto* type) {
     forward<std::remove_pointer_t<decltype(type)>>(a, g, out, batch_stats, saved);
   });

@@ -20,10 +20,12 @@
 //
 // A normalization in training needs sums over all rows before it can be applied, forward (mean and variance
 // of z) and backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down
-// and back up, which computes z = c + M h again. Recomputing costs 2 D flops a value where keeping costs 4
-// bytes written and several times read, which was slower when tried (D 64, widths 80 and 36). The layers
-// behind the first have more inputs, and the layers before them besides: their z is kept. So are the two
-// statistics of a row that Dice takes in training, 8 bytes against two sums over the row's units.
+// and back up. Where z is kept, a pass reads it, 4 bytes a value, and where it is not, computes it again from
+// the layer before, 2 in flops a value. Reading took less wherever it was measured, as long as what the next
+// block will read is fetched ahead and the memory comes in large pages: B4096 L100 D64 [36] in 48 ms and not
+// 58, B2048 L50 D64 [80,40] in 33 and not 38, B1024 L50 D16 [36] in 2.9 and not 3.1. din_attention.cpp says
+// which layers' z is kept. So are the two statistics of a row that Dice takes in training, 8 bytes against
+// two sums over the row's units.
 //
 // Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a
 // pass; D loads a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients.
@@ -178,7 +180,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t count = rows.count[b], first = rows.first[b];
     const int32_t* position = din::positions(rows, b, s);
-    const bool from_history = count && low == 0 && !net.layer[0].kept;
+    const bool from_history = count && low == 0 && (until == 0 || !net.layer[0].kept);
     if (from_history) {
       din::convert_row(rows.target + b * rows.stride_tb, s.target, D, tail);
       din::form_operand(net, s);

@@ -22,6 +22,7 @@ struct DinArguments {
   int64_t B() const { return target.size(0); }
   int64_t D() const { return target.size(1); }
   int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
+  int64_t width(int64_t layer) const { return params[layer * config.params_per_layer()].size(0); }
 };
 
 #define RK_DIN_CHECK(condition, ...) RK_CHECK(condition, "din_attention: ", __VA_ARGS__)

@@ -156,9 +156,10 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
         __builtin_memset(static_cast<void*>(g + count * D), 0, (places - count) * D * sizeof(T));
     }
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
-      if (from_history && !gathered) history = din::history_rows(rows, b, position, r0, n, D, s);
+      if ((from_history || !only_sums) && !gathered)
+        history = din::history_rows(rows, b, position, r0, n, D, s);
       const din::Block<A> grad_history = din::grad_rows(rows, b, position, r0, D, s);
-      const din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, from_history || need_score,
+      const din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, from_history || need_score || !only_sums,
                                    din::lowest(net, only_sums ? until : 0));
       din::backward_block(net, until, b, position, r0, first + r0, n, history, grad_history, ahead, s, grad);
       if (!only_sums) din::store_grad_rows(rows, b, position, r0, n, D, s, grad_history);

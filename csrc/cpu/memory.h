@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <utility>
 #if defined(__linux__)
 #  include <sys/mman.h>
@@ -26,8 +27,9 @@ inline std::pair<uintptr_t, uintptr_t> huge_pages_of(const torch::stable::Tensor
 // KiB that costs several times the bytes' own traffic. Memory that is used again has its pages, and asking
 // would only cost time. Where huge pages are off the request does nothing.
 inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
-                                             torch::headeronly::IntHeaderOnlyArrayRef size) {
-  torch::stable::Tensor t = torch::stable::new_empty(like, size);
+                                             torch::headeronly::IntHeaderOnlyArrayRef size,
+                                             std::optional<torch::headeronly::ScalarType> dtype = {}) {
+  torch::stable::Tensor t = torch::stable::new_empty(like, size, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto [first, last] = huge_pages_of(t);
   unsigned char resident = 0;

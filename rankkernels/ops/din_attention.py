@@ -217,8 +217,8 @@ def _stats_size(params, flags):
 
 def saved_size(history, target, params, flags):
     """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
-    normalized layers behind the first. On a GPU the score of each row, and with a softmax the sum in float32, the
-    scores' peak and their total of each sample."""
+    normalized layers, of the first where all widths together are at most 4 D (csrc/cpu/din_attention.cpp). On a GPU the
+    score of each row, and with a softmax the sum in float32, the scores' peak and their total of each sample."""
     rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
     if history.device.type == "cuda":
         return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
@@ -227,7 +227,8 @@ def saved_size(history, target, params, flags):
     if flags.training and flags.name == "dice":
         width += 2 * layers
     if flags.training and norms_per_layer(flags.name, flags.batch_norm):
-        width += sum(p.size(0) for p in params[per_layer:-2:per_layer])
+        widths = [p.size(0) for p in params[:-2:per_layer]]
+        width += sum(widths if sum(widths) <= 4 * target.size(1) else widths[1:])
     return rows * width
 
 
