@@ -47,15 +47,18 @@ class EmbeddingBag(nn.EmbeddingBag):
                 per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
         if self.max_norm is not None:
             with torch.no_grad():
-                self._look_up(input, offsets, per_sample_weights)  # raises what there is to raise, writes nothing
+                # Of no columns: raises what there is to raise, reads no row and writes nothing.
+                self._look_up(self.weight[:, :0], input, offsets, per_sample_weights)
                 torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
-        out = self._look_up(input, offsets, per_sample_weights)
+        out = self._look_up(self.weight, input, offsets, per_sample_weights)
         # The last offset ends the last bag: what comes after it is a bag of its own to the op.
         return out[:-1] if self.include_last_offset and offsets is not None else out
 
-    def _look_up(self, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None) -> Tensor:
+    def _look_up(
+        self, weight: Tensor, input: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+    ) -> Tensor:
         (out,) = ops.table_batched_embedding_bag(
-            [self.weight],
+            [weight],
             [input],
             modes=[self.mode],
             offsets=[offsets],
@@ -163,7 +166,7 @@ class TableBatchedEmbeddingBag(nn.Module):
             IndexError, RuntimeError: see ``rankkernels.table_batched_embedding_bag``.
         """
         out = ops.table_batched_embedding_bag(
-            list(self.weights),
+            list(self.weights._parameters.values()),  # the list's own iterator takes as long as the op for one id
             indices,
             modes=self.modes,
             tables=self.tables,
