@@ -29,7 +29,8 @@ namespace bags {
 // Ids between a row's turn and asking for it. Further than covers one row's latency: what counts is how many
 // rows are on their way. In a bag each vector asks for its own of that row: a burst for all of a row's lines
 // fills the queue of misses, and the loads wait behind it (8 x 1M x 64, 20 ids a bag: 2.5 times as long).
-constexpr int64_t kAhead = 40;
+// With huge pages that shape takes 1.47 ms at 40, 1.28 at 64, and with 4 KiB pages the same at both.
+constexpr int64_t kAhead = 64;
 
 RK_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);

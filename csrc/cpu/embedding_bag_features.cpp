@@ -1,5 +1,7 @@
 #include "embedding_bag_features.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 
 namespace rk {
@@ -100,15 +102,18 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
 }
 
 BagTasks::BagTasks(const Features& features) {
-  constexpr int64_t kTaskWork = 16384,
+  // What a task asks for beyond its end comes to a core that does not read it, and its own first rows nobody
+  // has asked for: tasks are no shorter than the threads' balance needs.
+  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8,
                     kLookup = 16;  // a lookup costs as much as reading some 16 elements more
+  const auto work_of = [](const Bags& bag) { return bag.B ? (bag.N + bag.B) * (bag.D + kLookup) : 0; };
+  for (const Bags& bag : features.bags) work += work_of(bag);
+  const int64_t task_work = std::max(kTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
   for (size_t f = 0; f < features.bags.size(); ++f) {
     const Bags& bag = features.bags[f];
     if (bag.B == 0) continue;
-    const int64_t feature_work = (bag.N + bag.B) * (bag.D + kLookup);
-    const int64_t pieces = std::min(bag.B, feature_work / kTaskWork + 1);
+    const int64_t pieces = std::min(bag.B, work_of(bag) / task_work + 1);
     for (int64_t i = 0; i < pieces; ++i) tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
-    work += feature_work;
   }
 }
 

@@ -18,8 +18,9 @@ RK_DECLARE_ISA(template <class T>
 RK_DECLARE_ISA(template <class T>
                void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t))
 
-// Lookups of a tile. A constant: the order of the sums follows from it.
-constexpr int64_t kTile = 256;
+// Lookups of a tile. A constant: the order of the sums follows from it. A thread takes several in a row,
+// because at a thread's first lookups nobody has asked for their rows.
+constexpr int64_t kTile = 256, kTilesPerTask = 8;
 
 static const Tensor& first_of(const OptionalTensors& tensors) {
   const auto given = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return bool(t); });
@@ -236,8 +237,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   const auto rows_before = [&](int64_t t, int64_t p) {
     return runs_before_table_.empty() ? 0 : runs_before(p) - runs_before_table_[t];
   };
-  run_tasks(tiles(), runs_.n * (width + 16), [&](int64_t tile) {
-    auto scratch = uninitialized<double>(width);
+  const auto reduce_tile = [&](int64_t tile, void* scratch) {
     const int64_t end = std::min(runs_.n, (tile + 1) * kTile);
     for (int64_t p0 = tile * kTile, p1; p0 < end; p0 = p1) {
       const int64_t t = table_of(runs_.key(p0));
@@ -245,9 +245,14 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
       p1 = std::lower_bound(runs_.sorted + p0, runs_.sorted + end, next) - runs_.sorted;
       dispatch_floating(dtypes[t], [&](auto* type) {
         RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p0, p1,
-                        rows_before(t, p0), carries.get() + tile * carry_bytes, scratch.get());
+                        rows_before(t, p0), carries.get() + tile * carry_bytes, scratch);
       });
     }
+  };
+  run_tasks((tiles() + kTilesPerTask - 1) / kTilesPerTask, runs_.n * (width + 16), [&](int64_t task) {
+    auto scratch = uninitialized<double>(width);
+    for (int64_t tile = task * kTilesPerTask; tile < std::min(tiles(), (task + 1) * kTilesPerTask); ++tile)
+      reduce_tile(tile, scratch.get());
   });
   run_tasks(tiles() - 1, runs_.n, [&](int64_t tile) {
     const int64_t p0 = tile * kTile, p1 = p0 + kTile;
