@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rankkernels.nn import MLP
+from rankkernels.nn import MLP, layers
 from rankkernels.nn import linear as linear_module
 from rankkernels.nn.linear import linear
 
@@ -19,6 +19,7 @@ def onednn(monkeypatch):
     """oneDNN on any CPU, for products of any size."""
     monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(linear_module, "SMALLEST", 1)
+    monkeypatch.setattr(linear_module, "SMALLEST_FORWARD", 1)
 
 
 def uses_onednn(function) -> bool:
@@ -63,6 +64,46 @@ def test_an_mlp_uses_it_only_where_it_is_what_was_asked_for():
         assert not uses_onednn(lambda: linear(linears[0], x))
         assert linear(linears[0], x).dtype == torch.bfloat16
     assert not uses_onednn(lambda: mlp.double()(x.double()))
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "prelu", "dice"])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("faster", [True, False])
+@torch.no_grad()
+def test_a_normalization_goes_into_the_weights_in_eval(activation, affine, faster, monkeypatch):
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: faster)
+    mlp, x = MLP(20, dims=[16, 8], activation=activation), torch.randn(32, 20)
+    for i in (1, 5):
+        mlp.mlp[i] = nn.BatchNorm1d(mlp.mlp[i].num_features, affine=affine)
+    mlp.mlp[4] = nn.Linear(16, 8, bias=False)
+    for t in mlp.state_dict().values():
+        t.add_(torch.rand(t.shape).to(t.dtype))
+    mlp.eval()
+    for _ in range(2):
+        torch.testing.assert_close(mlp(x), mlp.mlp(x), rtol=1e-5, atol=1e-5)
+        mlp.mlp[0].weight.data.mul_(2), mlp.mlp[5].running_var.data.add_(1)  # no version of a tensor tells
+    calls = []
+    monkeypatch.setattr(layers, "normalize_and_activate", lambda norm, activation, x: calls.append(1) or x)
+    mlp(x)
+    assert not calls
+    for how in (mlp.train, lambda: mlp.eval().mlp[1].register_forward_hook(lambda *_: None)):
+        how()
+        calls.clear()
+        mlp(x)
+        assert calls
+    mlp.eval()
+    with torch.enable_grad():
+        calls.clear()
+        mlp(x)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_infinities_and_nans_pass_as_through_the_modules():
+    mlp, x = MLP(20, dims=[16, 8]).eval(), torch.randn(32, 20)
+    x[3, 5], x[7, 2] = torch.nan, torch.inf
+    torch.testing.assert_close(mlp(x), mlp.mlp(x), equal_nan=True)
+    assert mlp(x)[3].isnan().all()
 
 
 def test_wrong_widths_are_torchs_own_error():

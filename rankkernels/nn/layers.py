@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn.linear import linear
+from rankkernels.nn.linear import linear, normalized_linear
 
 
 class FM(nn.Module):
@@ -168,14 +168,19 @@ class MLP(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = None
-        for module in self.mlp:
-            if norm is not None:
-                x, norm = normalize_and_activate(norm, module, x), None
-            elif type(module) is nn.BatchNorm1d:
-                norm = module
+        modules = list(self.mlp)
+        while modules:
+            module, *modules = modules
+            if type(module) is nn.BatchNorm1d and modules:
+                activation, *modules = modules
+                x = normalize_and_activate(module, activation, x)
             elif is_plain(module, nn.Linear):
-                x = linear(module, x)
+                norm = modules[0] if modules and is_plain(modules[0], nn.BatchNorm1d) else None
+                normalized = None if norm is None else normalized_linear(module, norm, x)
+                if normalized is None:
+                    x = linear(module, x)
+                else:
+                    x, modules = normalized, modules[1:]
             else:
                 x = module(x)
-        return x if norm is None else norm(x)
+        return x
