@@ -294,29 +294,32 @@ def embedding_bag_case(
 
 def embedding_fm_case(
     rows: Sequence[int], D: int, tables: Sequence[int], modes: Sequence[str], B: int, L: int = 3, linear: bool = True,
-    padding_idx: int | None = None,
+    padding_idx: int | None = None, dense: int = 0,
 ) -> OpCase:  # fmt: skip
-    """One feature for each of ``tables``; the result is the embeddings, the FM and the linear term side by side."""
+    """One feature for each of ``tables``; the result is the embeddings with ``dense`` more columns, the FM and the
+    linear term side by side."""
     F, missing = len(tables), -1 if padding_idx is None else padding_idx
 
     def make(dtype, generator):
         weights = [randn((r, D), dtype, generator) for r in rows]
         a = [randn((1, F * D), dtype, generator)] if linear else []
+        columns = [randn((dense, B), dtype, generator).t()] if dense else []
         ids = [
             torch.randint(0, rows[t], (B,) if m == "none" else (B, L), generator=generator)
             for t, m in zip(tables, modes)
         ]
-        return *weights, *a, *ids
+        return *weights, *a, *columns, *ids
 
     def split(inputs):
-        inputs = list(inputs)
-        weights, a = inputs[: len(rows)], inputs[len(rows)] if linear else None
-        return weights, inputs[len(rows) + linear :], a
+        weights, rest = list(inputs[: len(rows)]), list(inputs[len(rows) :])
+        a = rest.pop(0) if linear else None
+        columns = rest.pop(0) if dense else None
+        return weights, rest, a, columns
 
     def function(*inputs):
-        weights, ids, a = split(inputs)
+        weights, ids, a, columns = split(inputs)
         outs = ops.embedding_fm(
-            weights, ids, a, modes=modes, tables=tables, padding_idx=[padding_idx] * F,
+            weights, ids, a, columns, modes=modes, tables=tables, padding_idx=[padding_idx] * F,
             frozen_rows=[padding_idx] * len(rows),
         )  # fmt: skip
         return torch.cat([out for out in outs if out is not None], 1)
@@ -324,19 +327,21 @@ def embedding_fm_case(
     lookups = embedding_bag_case(rows, [D] * len(rows), tables, modes, B, L, padding_idx)
 
     def run_reference(*inputs):
-        weights, ids, a = split(inputs)
+        weights, ids, a, columns = split(inputs)
         embeddings = lookups.reference(*weights, *ids)
-        return torch.cat([embeddings, *(t for t in reference.fm_and_linear(embeddings, D, a) if t is not None)], 1)
+        parts = embeddings, columns, *reference.fm_and_linear(embeddings, D, a)
+        return torch.cat([t for t in parts if t is not None], 1)
 
     def arguments(*inputs):
-        weights, ids, a = split(inputs)
+        weights, ids, a, columns = split(inputs)
         numbers = list(tables), [MODES.index(m) for m in modes], [missing] * F, [missing] * len(rows)
-        return weights, ids, [], [], *numbers, [f"feature {f}" for f in range(F)], a
+        return weights, ids, [], [], *numbers, [f"feature {f}" for f in range(F)], a, columns
 
     return OpCase(
         op="embedding_fm",
         id=f"embedding_fm-{len(rows)}x{max(rows)}x{D}-B{B}-F{F}-{'+'.join(sorted(set(modes)))}"
         + ("-linear" if linear else "")
+        + (f"-dense{dense}" if dense else "")
         + ("-padding" if padding_idx is not None else ""),
         make=make,
         function=function,
@@ -387,8 +392,9 @@ TEST_CASES = [
     embedding_bag_case([9], [3], [0, 0], ["none", "sum"], B=0, L=4),
     embedding_fm_case([11, 7, 5], 4, [0, 1, 2], ["none"] * 3, B=5),
     embedding_fm_case([11, 7], 5, [0, 1, 0], ["mean", "none", "max"], B=4, padding_idx=2),
-    embedding_fm_case([9], 19, [0, 0], ["none", "sum"], B=3, linear=False),
-    embedding_fm_case([9], 3, [0, 0], ["none", "sum"], B=0),
+    embedding_fm_case([11, 7], 5, [0, 1], ["mean", "none"], B=4, dense=3),
+    embedding_fm_case([9], 19, [0, 0], ["none", "sum"], B=3, linear=False, dense=1),
+    embedding_fm_case([9], 3, [0, 0], ["none", "sum"], B=0, dense=2),
 ]
 
 BENCH_CASES = [

@@ -23,23 +23,24 @@ def batch(B: int = 1500, rows=(20, 3000, 50, 7), D: int = 19):
 OPTIONS = dict(modes=MODES, tables=TABLES, padding_idx=[None, 1, 3, None, None], frozen_rows=[None, 1, None, 6])
 
 
-def apart(weights, ids, linear_weight, **options):
+def apart(weights, ids, linear_weight, dense, **options):
     """The same by the separate ops."""
     (e,) = rk.table_batched_embedding_bag(weights, ids, **options, concat=True)
     fm = rk.fm_interaction(e.view(e.size(0), len(ids), -1))
-    return e, fm, None if linear_weight is None else nn.functional.linear(e, linear_weight)
+    linear = None if linear_weight is None else nn.functional.linear(e, linear_weight)
+    return torch.cat([e, dense], 1), fm, linear
 
 
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("used", ["all", "fm", "linear", "embeddings"])
 def test_is_the_separate_ops(sparse, used):
     weights, ids, a = batch()
-    results = []
+    dense, results = torch.randn(1500, 3, requires_grad=True), []
     for function in (rk.embedding_fm, apart):
-        e, fm, linear = function(weights, ids, a, **OPTIONS, sparse=sparse)
+        e, fm, linear = function(weights, ids, a, dense, **OPTIONS, sparse=sparse)
         parts = {"embeddings": e.sin().sum(), "fm": fm.sin().sum(), "linear": linear.sin().sum()}
         loss = sum(parts.values()) if used == "all" else parts[used]
-        grads = torch.autograd.grad(loss, [*weights, a], allow_unused=True)
+        grads = torch.autograd.grad(loss, [*weights, a, dense], allow_unused=True)
         results.append([e, fm, linear, *grads])
     assert torch.equal(results[0][0], results[1][0])
     for ours, theirs in zip(*results):
@@ -71,12 +72,12 @@ def test_fused_optimizer(optimizer):
     for function in (rk.embedding_fm, apart):
         torch.manual_seed(0)
         weights, ids, a = batch()
-        rows = getattr(rk.optim, optimizer)(weights, lr=1e-3)
+        rows, dense = getattr(rk.optim, optimizer)(weights, lr=1e-3), torch.randn(1500, 2, requires_grad=True)
         for _ in range(2):
-            e, fm, linear = function(weights, ids, a, **OPTIONS, optimizer=rows)
+            e, fm, linear = function(weights, ids, a, dense, **OPTIONS, optimizer=rows)
             (e.sin().sum() + fm.sin().sum() + linear.sin().sum()).backward()
         assert all(w.grad is None for w in weights)
-        results.append([*(w.detach() for w in weights), a.grad])
+        results.append([*(w.detach() for w in weights), a.grad, dense.grad])
     for ours, theirs in zip(*results):
         assert relative_error(ours, theirs) < 1e-4
 
@@ -88,6 +89,11 @@ def test_bad_input():
     for bad in (a[:, 1:], a.double()):
         with pytest.raises(RuntimeError, match="embedding_fm: linear_weight must have one value a column"):
             rk.embedding_fm(weights, ids, bad, modes=MODES, tables=TABLES)
+    for bad in (torch.randn(1500), torch.randn(1499, 2), torch.randn(1500, 2).double()):
+        with pytest.raises(
+            RuntimeError, match=r"embedding_fm: dense must be \[B, n\] with B = 1500 like the embeddings"
+        ):
+            rk.embedding_fm(weights, ids, a, bad, modes=MODES, tables=TABLES)
     with pytest.raises(RuntimeError, match=r"with concat, features must give \[B, D\] of one B"):
         rk.embedding_fm(weights, [ids[0][1:], *ids[1:]], modes=MODES, tables=TABLES)
     ids[3][70, 2] = 3000

@@ -11,7 +11,7 @@ RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, 
 RK_DECLARE_ISA(template <class I> void embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class I> void embedding_bags(const Bags&, const I*, int64_t, int64_t))
 
-ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat)
+ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
     : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor& w = weights[t];
@@ -23,7 +23,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     RK_CHECK_BAG(w.is_cpu(), "weights[", t, "] must be on cpu like the others");
     tables.push_back(unit_stride_rows(w));
   }
-  int64_t width = 0;
+  int64_t width = more_columns;
   for (size_t f = 0; f < args.size(); ++f) {
     const Tensor& w = tables[args.tables[f]];
     Bags& bag = features.bags[f];

@@ -23,9 +23,12 @@ RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sum(const A*, int64
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
     const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
     const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-    const Names& names, const OptionalTensor& linear_weight, bool /* sparse: how the backward is to be */) {
+    const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
+    bool /* sparse: how the backward is to be */) {
+  const int64_t more = dense && dense->dim() == 2 ? dense->size(1) : 0;
   const ForwardArgs forward(
-      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names}, true);
+      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names}, true,
+      more);
   const std::vector<Bags>& bags = forward.features.bags;
   const int64_t F = bags.size(), D = bags[0].D, B = bags[0].B, width = F * D;
   for (int64_t f = 0; f < F; ++f)
@@ -34,7 +37,9 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   const Tensor& embeddings = forward.outs[0];
   Tensor fm = torch::stable::new_empty(embeddings, {B, 1});
   Tensor linear = torch::stable::new_empty(embeddings, {linear_weight ? B : 0, 1});
-  Tensor a = linear_weight ? linear_weight_of("embedding_fm", *linear_weight, embeddings, width) : linear;
+  const Tensor a =
+      linear_weight ? linear_weight_of("embedding_fm", *linear_weight, embeddings, width) : linear;
+  if (dense) check_dense(*dense, embeddings, B);
 
   int64_t work = 0;
   for (const Bags& bag : bags) work += (bag.N + B) * (D + 16);  // as BagTasks counts
@@ -50,12 +55,19 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
       }
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const T* x = static_cast<const T*>(embeddings.const_data_ptr());
-      RK_DISPATCH_ISA(fm_interaction<T>, x, width, D, static_cast<T*>(fm.mutable_data_ptr()), b0, b1, F, D,
-                      true);
+      T* x = static_cast<T*>(embeddings.mutable_data_ptr());
+      const int64_t stride_xb = width + more;
+      RK_DISPATCH_ISA(fm_interaction<T>, x, stride_xb, D, static_cast<T*>(fm.mutable_data_ptr()), b0, b1, F,
+                      D, true);
       if (linear_weight)
-        RK_DISPATCH_ISA(embedding_linear<T>, x, width, static_cast<const T*>(a.const_data_ptr()), width,
+        RK_DISPATCH_ISA(embedding_linear<T>, x, stride_xb, static_cast<const T*>(a.const_data_ptr()), width,
                         static_cast<T*>(linear.mutable_data_ptr()), b0, b1);
+      if (more == 0) return;
+      const T* beside = static_cast<const T*>(dense->const_data_ptr());
+      const int64_t stride_db = dense->stride(0), stride_dn = dense->stride(1);
+      for (int64_t b = b0; b < b1; ++b)
+        for (int64_t n = 0; n < more; ++n)
+          x[b * stride_xb + width + n] = beside[b * stride_db + n * stride_dn];
     });
   });
   if (!fit) forward.check_range();

@@ -16,13 +16,25 @@ static int64_t blocks_of(int64_t B) { return blocks_for(B, 5); }  // a warp a sa
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
     const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
     const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-    const Names& names, const OptionalTensor& linear_weight, bool /* sparse: the backward's */) {
+    const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
+    bool /* sparse: the backward's */) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        &names};
   Forward forward(weights, args, true);
   std::vector<Bags>& features = forward.features;
   const Tensor& embeddings = forward.outs[0];
   const int64_t B = features[0].B, D = features[0].D;
+  // Rows of a width that is no multiple of 16 bytes are written slower than they are copied afterwards.
+  const auto with_dense = [&] {
+    if (!dense) return embeddings;
+    check_dense(*dense, embeddings, B);
+    Tensor all = torch::stable::new_empty(embeddings, {B, forward.width + dense->size(1)});
+    Tensor left = torch::stable::narrow(all, 1, 0, forward.width);
+    Tensor right = torch::stable::narrow(all, 1, forward.width, dense->size(1));
+    torch::stable::copy_(left, embeddings);
+    torch::stable::copy_(right, *dense);
+    return all;
+  };
   bool packed = true;
   for (size_t f = 0; f < args.size(); ++f) {
     RK_CHECK(features[f].D == D, "embedding_fm: features must have one width, but that of ", args.name(f),
@@ -38,7 +50,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
   } else {
     linear = torch::stable::new_empty(embeddings, {0, 1});
   }
-  if (B == 0 || D == 0) return {embeddings, fm, linear};
+  if (B == 0 || D == 0) return {with_dense(), fm, linear};
 
   const Device device(weights[0]);
   RangeReport report(device, weights[0]);
@@ -70,7 +82,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
       report.finish(args, batch, launched);
     }
   });
-  return {embeddings, fm, linear};
+  return {with_dense(), fm, linear};
 }
 
 // -> the gradient of the lookups [B, F D] and of the linear weights, [0] where there are none.

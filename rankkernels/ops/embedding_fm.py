@@ -25,11 +25,12 @@ from rankkernels.ops.embedding_bag import (
     table_gradients,
 )
 
-# ``embeddings`` [B, F * D] are the lookups side by side, as of embedding_bag with concat; ``fm`` is [B, 1], ``linear``
-# too, but [0, 1] where there is no ``linear_weight`` (any shape of F * D values).
+# ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
+# ``dense`` [B, n], if any; ``fm`` is [B, 1], ``linear`` too, but [0, 1] where there is no ``linear_weight`` (any shape
+# of F * D values).
 lib.define(
-    f"embedding_fm(Tensor[] weights, {FEATURES}, str[] names, Tensor? linear_weight, *, bool sparse=False) "
-    "-> (Tensor embeddings, Tensor fm, Tensor linear)"
+    f"embedding_fm(Tensor[] weights, {FEATURES}, str[] names, Tensor? linear_weight, Tensor? dense, *, "
+    "bool sparse=False) -> (Tensor embeddings, Tensor fm, Tensor linear)"
 )
 # The gradient of the lookups, [B, F * D], and of the linear weights ([0] without any).
 lib.define(
@@ -38,7 +39,7 @@ lib.define(
 )
 
 
-def _check(weights, tables, linear_weight) -> None:
+def _check(weights, tables, embeddings, linear_weight, dense) -> None:
     D = weights[tables[0]].size(1)
     for f, t in enumerate(tables):
         torch._check(
@@ -59,15 +60,38 @@ def _check(weights, tables, linear_weight) -> None:
                 f"got shape {list(linear_weight.shape)} and {linear_weight.dtype} on {linear_weight.device}"
             ),
         )
+    if dense is not None:
+        torch._check(
+            dense.dim() == 2
+            and dense.size(0) == embeddings.size(0)
+            and dense.dtype == embeddings.dtype
+            and dense.device == embeddings.device,
+            lambda: (
+                f"embedding_fm: dense must be [B, n] with B = {embeddings.size(0)} like the embeddings, "
+                f"{embeddings.dtype} on {embeddings.device}, got shape {list(dense.shape)} and {dense.dtype} on "
+                f"{dense.device}"
+            ),
+        )
+
+
+def _lookups(weights, rest) -> Tensor:
+    """The embeddings without dense columns; the arguments, checked."""
+    *features, names, linear_weight, dense = rest
+    (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
+    _check(weights, features[3], embeddings, linear_weight, dense)
+    return embeddings
+
+
+def _with_dense(embeddings: Tensor, dense: Tensor | None) -> Tensor:
+    return embeddings if dense is None else torch.cat([embeddings, dense], 1)
 
 
 @torch.library.register_fake("rankkernels::embedding_fm", lib=lib)
 def _(weights, *rest, sparse=False):
-    *features, names, linear_weight = rest
-    (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
-    _check(weights, features[3], linear_weight)
+    embeddings, (linear_weight, dense) = _lookups(weights, rest), rest[-2:]
     B = embeddings.size(0)
-    return embeddings, embeddings.new_empty((B, 1)), embeddings.new_empty((0 if linear_weight is None else B, 1))
+    fm, linear = (embeddings.new_empty((n, 1)) for n in (B, 0 if linear_weight is None else B))
+    return _with_dense(embeddings, dense), fm, linear
 
 
 @torch.library.register_fake("rankkernels::embedding_fm_backward", lib=lib)
@@ -79,18 +103,16 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
 # Where no kernel does both, the separate ops do, each by the best that serves the device.
 @torch.library.impl(lib, "embedding_fm", "CompositeExplicitAutograd")
 def _(weights, *rest, sparse=False):
-    *features, names, linear_weight = rest
-    (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
-    _check(weights, features[3], linear_weight)
-    fields = embeddings.view(embeddings.size(0), len(features[0]), -1) if embeddings.numel() else None
+    embeddings, (linear_weight, dense) = _lookups(weights, rest), rest[-2:]
+    fields = embeddings.view(embeddings.size(0), len(rest[0]), -1) if embeddings.numel() else None
     fm = (
         embeddings.new_zeros((embeddings.size(0), 1))
         if fields is None
         else torch.ops.rankkernels.fm_interaction.default(fields, True)
     )
     if linear_weight is None:
-        return embeddings, fm, embeddings.new_empty((0, 1))
-    return embeddings, fm, F.linear(embeddings, linear_weight.reshape(1, -1))
+        return _with_dense(embeddings, dense), fm, embeddings.new_empty((0, 1))
+    return _with_dense(embeddings, dense), fm, F.linear(embeddings, linear_weight.reshape(1, -1))
 
 
 @torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")
@@ -98,7 +120,7 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
     grad = torch.zeros_like(embeddings, memory_format=torch.contiguous_format)
     grad_linear_weight = embeddings.new_empty(0)
     if grad_fm is not None and embeddings.numel():
-        fields = embeddings.view(embeddings.size(0), -1, dim)
+        fields = embeddings.reshape(embeddings.size(0), -1, dim)
         grad = torch.ops.rankkernels.fm_interaction_backward.default(grad_fm, fields, True).flatten(1)
     if grad_embeddings is not None:
         grad = grad + grad_embeddings
@@ -110,16 +132,22 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
     return grad, grad_linear_weight
 
 
-def _grad_lookups(grads, embeddings, linear_weight, dim) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The gradients of each feature's lookup and of the linear weights."""
+def _grad_lookups(grads, embeddings, linear_weight, features, dim):
+    """The gradients of each feature's lookup, of the linear weights and of the dense columns."""
+    grad_embeddings, *rest = grads
+    width, grad_dense = features * dim, None
+    if embeddings.size(1) > width:
+        embeddings = embeddings[:, :width]
+        if grad_embeddings is not None:
+            grad_embeddings, grad_dense = grad_embeddings[:, :width], grad_embeddings[:, width:]
     grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(
-        *grads, embeddings, linear_weight, dim
+        grad_embeddings, *rest, embeddings, linear_weight, dim
     )
-    return grad.split(dim, 1), None if linear_weight is None else grad_linear_weight
+    return grad.split(dim, 1), None if linear_weight is None else grad_linear_weight, grad_dense
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    weights, *lists, tables, modes, padding_idx, frozen_rows, _names, linear_weight = inputs
+    weights, *lists, tables, modes, padding_idx, frozen_rows, _names, linear_weight, _dense = inputs
     ctx.set_materialize_grads(False)
     ctx.has_linear, ctx.dim, ctx.sparse = linear_weight is not None, weights[0].size(1), keyword_only_inputs["sparse"]
     lists = [weights if needs_values(modes, lists[2]) else [], *lists]
@@ -134,10 +162,10 @@ def _backward(ctx, *grads):
     it = iter(saved)
     weights, *lists = ([next(it) for _ in range(n)] for n in ctx.lengths)
     if all(g is None for g in grads):
-        return [None] * len(ctx.rows), *([None] * len(v) for v in lists), *[None] * 6
-    grad_outs, grad_linear_weight = _grad_lookups(grads, embeddings, linear_weight, ctx.dim)
+        return [None] * len(ctx.rows), *([None] * len(v) for v in lists), *[None] * 7
+    grad_outs, *grad_others = _grad_lookups(grads, embeddings, linear_weight, len(ctx.features[0]), ctx.dim)
     grad_weights, grad_psw = table_gradients(grad_outs, weights, ctx.rows, lists, ctx.features, ctx.sparse)
-    return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5, grad_linear_weight
+    return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5, *grad_others
 
 
 torch.library.register_autograd("rankkernels::embedding_fm", _backward, setup_context=_setup_context, lib=lib)
@@ -147,9 +175,9 @@ class _Updating(torch.autograd.Function):
     """The op with an optimizer's step in its backward; see embedding_bag's."""
 
     @staticmethod
-    def forward(ctx, optimizer, lists, features, names, linear_weight, anchor):
+    def forward(ctx, optimizer, lists, features, names, linear_weight, dense, anchor):
         ctx.set_materialize_grads(False)
-        out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight)
+        out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense)
         ctx.optimizer, ctx.features, (ctx.weights, indices, *_) = optimizer, features, lists
         ctx.has_linear = linear_weight is not None
         values = ctx.weights if needs_values(features[1], []) else []
@@ -162,32 +190,35 @@ class _Updating(torch.autograd.Function):
     def backward(ctx, *grads):
         embeddings, *saved = ctx.saved_tensors
         linear_weight = saved.pop(0) if ctx.has_linear else None
-        grad_linear_weight = None
+        grad_others = None, None
         if any(g is not None for g in grads):
-            grad_outs, grad_linear_weight = _grad_lookups(grads, embeddings, linear_weight, ctx.weights[0].size(1))
+            grad_outs, *grad_others = _grad_lookups(
+                grads, embeddings, linear_weight, ctx.lookups, ctx.weights[0].size(1)
+            )
             lists = [saved[: ctx.lookups], [], []]
             ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
-        return None, None, None, None, grad_linear_weight, None
+        return None, None, None, None, *grad_others, None
 
 
-def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, sparse=False,
-         optimizer: Optimizer | None = None):  # fmt: skip
+def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, dense=None,
+         sparse=False, optimizer: Optimizer | None = None):  # fmt: skip
     """The op on arguments in the schema's own form, of features without offsets and per-sample weights."""
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight,
-                             sparse, optimizer)  # fmt: skip
+                             dense, sparse, optimizer)  # fmt: skip
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
             check_trainable(optimizer, weights)
-            return _Updating.apply(optimizer, lists, features, names, linear_weight, weights[0])
-        return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, sparse=sparse)
+            return _Updating.apply(optimizer, lists, features, names, linear_weight, dense, weights[0])
+        return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense, sparse=sparse)
 
 
 def embedding_fm(
     weights: Sequence[Tensor],
     indices: Sequence[Tensor],
     linear_weight: Tensor | None = None,
+    dense: Tensor | None = None,
     *,
     modes: Sequence[str] | None = None,
     tables: Sequence[int] | None = None,
@@ -200,17 +231,19 @@ def embedding_fm(
     """What the linear, the FM and the deep part of DeepFM need of F features, from one pass over their tables.
 
     Semantics: ``table_batched_embedding_bag(..., concat=True)``, ``fm_interaction`` of its fields and
-    ``torch.nn.functional.linear`` of all its columns; ``reference.fm_and_linear``.
+    ``torch.nn.functional.linear`` of all its columns; ``reference.fm_and_linear``. The deep part's dense columns stand
+    behind the embeddings at the price of their own bytes, where ``torch.cat`` would move the embeddings again.
 
     Args:
         weights: the tables, [R, D] with rows of their own and one D.
         indices: of each feature, int32 or int64, [B], or [B, L] for a pooled one.
         linear_weight: F * D values in the tables' dtype, in the order of the embeddings' columns, or None.
+        dense: [B, n] in the tables' dtype, n more columns of the result, or None.
         modes: "none", "sum", "mean" or "max" a feature; none for all by default.
         tables, padding_idx, frozen_rows, names, sparse, optimizer: see ``table_batched_embedding_bag``.
 
     Returns:
-        The embeddings [B, F * D]; the FM interaction [B, 1]; the linear term [B, 1], or None.
+        The embeddings and the dense columns [B, F * D + n]; the FM interaction [B, 1]; the linear term [B, 1], or None.
 
     Raises:
         IndexError: an id outside its table (on the CPU; other devices have their own report).
@@ -219,5 +252,5 @@ def embedding_fm(
     """
     arguments = in_schema(weights, indices, ["none"] * len(indices) if modes is None else modes, tables, padding_idx,
                           frozen_rows, names)  # fmt: skip
-    embeddings, fm, linear = call(weights, indices, *arguments, linear_weight, sparse, optimizer)
+    embeddings, fm, linear = call(weights, indices, *arguments, linear_weight, dense, sparse, optimizer)
     return embeddings, fm, None if linear_weight is None else linear

@@ -54,7 +54,7 @@ FM_CASES = [
     # More features than go with one launch, and more samples than a part of the linear weights' gradient.
     embedding_fm_case([3] * 90, 8, list(range(90)), ["sum", "none"] * 45, B=10),
     embedding_fm_case([3] * 90, 5, list(range(90)), ["none", "mean"] * 45, B=2, linear=False),
-    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=300),
+    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=300, dense=3),
 ]
 
 
@@ -356,12 +356,19 @@ def bad_arguments() -> None:
         ([shop[0], torch.empty(7, 4, **elsewhere)], [ids[0], ids[1]], a, "weights[1] must be on a GPU like the others"),
     ):
         try:
-            fm.redispatch(keys, weights, indices, [], [], *numbers, linear_weight)
+            fm.redispatch(keys, weights, indices, [], [], *numbers, linear_weight, None)
         except RuntimeError as error:
             assert expected in str(error), error
         else:
             raise AssertionError(f"{expected!r} was not raised")
     backward, e = torch.ops.rankkernels.embedding_fm_backward.default, torch.randn(3, 8)
+    for dense in (torch.ones(2), torch.ones(3, 1), torch.ones(2, 1).half(), torch.ones(2, 1, **elsewhere)):
+        try:
+            fm.redispatch(keys, shop, [ids[0], ids[1]], [], [], *numbers, a, dense)
+        except RuntimeError as error:
+            assert "embedding_fm: dense must be [B, n] with B = " in str(error), error
+        else:
+            raise AssertionError("a wrong dense raised nothing")
     for grads, linear_weight, D, expected in (
         ((torch.ones(3, 7), None, None), None, 4, "grad_embeddings must be [3, 8] like the embeddings, torch.float32"),
         ((None, torch.ones(2, 1), None), None, 4, "grad_fm must be [3, 1] like the embeddings, torch.float32"),
