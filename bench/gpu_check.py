@@ -163,7 +163,7 @@ def correctness(device: torch.device) -> Iterator[Check]:
 
 def models(device: torch.device) -> Iterator[Check]:
     for name, make in {"DeepFM": gpu_report.deepfm, "DIN": gpu_report.din}.items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
 
 

@@ -267,6 +267,31 @@ def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
     return _markdown(["kernel", *CUDA_TARGETS], rows)
 
 
+#: What was weighed for an H100: 132 multiprocessors, 50 MB of L2, 3350 GB/s, 128 bytes a clock from each L1.
+DESIGNS = """\
+- **FM** moves its floor: each row is read once, by 128-bit loads, and nothing else has its size. 0.75 flops a byte in
+  float32 where the card has 20 of vectors: bandwidth is the bound. A multiprocessor needs some 15 KB under way for
+  it; ten programs of 128 threads with two loads each have 40. Programs share nothing, so persistent ones would gain
+  nothing.
+- **DIN attention, forward**, moves its floor, too: history, target, out and scores, once. 36 units do 18 flops a byte
+  of float32 where three tf32 products leave 49, so bandwidth is the bound; [80, 40] do 65, and products are. A
+  program is a sample. What it asks of L1 are M's two weights for each block of 32 rows and c's once: with D 64 some
+  40 KB for 8 KB of history, six times its bytes where L1 has nine times memory's bandwidth. For 4 KB in 16 bits, and
+  for D 16, which is padded to 32, L1 is the bound: M kept in shared memory for all rows of a sample would be the next
+  step. A batch of few samples is split over their rows, 64 and more a program, up to 256 programs.
+- **DIN attention, backward**, is persistent: 256 programs sum the weights' gradients over their samples in order, so
+  that there are 256 partial sums and the bits repeat. It computes z again, 2 D H flops a row, where keeping it is 8 H
+  bytes.
+- **Registers** come first when it runs on a card: above 128 a thread a multiprocessor holds one program of 256
+  threads, and nothing hides its loads. Products over rows are mma.sync's, of 16 or 32 rows, where wgmma's 64 would be
+  padding for histories of 50: the matrix rate above is not within their reach. The second weight's gradient is
+  wgmma's.
+- **norm_activation** in training reads its input twice, and its backward both of its inputs twice; the second time
+  from L2 up to some 30 MB, and 4096 x 256 in float32 are 4.
+- **The embedding kernels** read each row looked up once, by 128-bit loads where it is aligned. Memory gives sectors
+  of 32 bytes: rows of 10 floats, 40 bytes, cost up to 96. One launch for all tables; the sort of the backward is
+  PyTorch's."""
+
 BATCHES = (1, 128, 1024, 8192)
 
 
@@ -290,21 +315,23 @@ def grids_table(found: dict[str, dict[int, list]]) -> list[str]:
     return _markdown(["call", *(f"B = {B}" for B in BATCHES)], rows)
 
 
-def launches_table(models: dict[str, list]) -> list[str]:
+def launch_counts(calls: list) -> tuple[int, int, int, int]:
+    """Triton's launches, CUDA C++'s, PyTorch's inside our ops and PyTorch's in the rest of a model's calls."""
     from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
 
+    ours = [c for c in calls if c.op]
+    kernels = sum(len(c.kernels) for c in ours)
+    cpp = sum(len(c.launches) for c in ours if c.op in CUDA_LAUNCHES)
+    around = sum(len(c.launches) for c in ours) - kernels - cpp
+    return kernels, cpp, around, sum(len(c.launches) for c in calls if not c.op)
+
+
+def launches_table(models: dict[str, list]) -> list[str]:
     rows = []
     for model, calls in models.items():
-        ours = [c for c in calls if c.op]
-        kernels = sum(len(c.kernels) for c in ours)
-        cpp = sum(len(c.launches) for c in ours if c.op in CUDA_LAUNCHES)
-        around = sum(len(c.launches) for c in ours) - kernels - cpp
-        others = sum(len(c.launches) for c in calls if not c.op)
-        counts = {c.op: sum(d.op == c.op for d in ours) for c in ours}
-        rows.append(
-            [model, str(kernels), str(cpp), str(around), str(others),
-             ", ".join(f"{n} × {op}" if n > 1 else op for op, n in counts.items())]
-        )  # fmt: skip
+        ops = [c.op for c in calls if c.op]
+        counted = [f"{ops.count(op)} × {op}" if ops.count(op) > 1 else op for op in dict.fromkeys(ops)]
+        rows.append([model, *map(str, launch_counts(calls)), ", ".join(counted)])
     return _markdown(
         ["model", "Triton", "CUDA C++", "PyTorch's inside our ops", "PyTorch's in the rest of the model", "our calls"],
         rows,
@@ -348,6 +375,10 @@ def report(
     return "\n".join(
         [
             *lines,
+            "",
+            "## Designs, on paper, for Hopper",
+            "",
+            DESIGNS,
             "",
             "## Launches of a training step",
             "",

@@ -103,7 +103,7 @@ def test_correctness_on_the_cpu(gpu_check, op):
 
 
 @pytest.mark.parametrize("make", [gpu_report.deepfm, gpu_report.din])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_models_on_the_cpu(gpu_check, make, dtype):
     ok, detail = gpu_check.check_model(make, dtype, CPU)
     print(detail)

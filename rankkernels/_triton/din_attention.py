@@ -18,10 +18,10 @@ Normalizations are folded into the products before them (din_attention_layers.py
 pass over the rows for each layer, and the sums that their backward needs come from a launch of its own.
 
 Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. One layer in eval has 5 of
-PyTorch's before the forward and 16 around the backward, of the weights' size. Beside its inputs the backward keeps the
-scores and, with a softmax, out in float32 and its peak and total. c is computed wherever it is needed, D H products a
-sample; the backward's products without rows of history, d(Wt + Wd) and (Wt + Wd)^T dc, are left to the library. Lengths
-cost whole blocks of BLOCK_L rows; a mask costs all L. A batch of few samples is split over their rows.
+PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
+keeps the scores and, with a softmax, out in float32 and its peak and total. The forward computes c itself; the
+backward's products without rows of history (c, d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole
+blocks of BLOCK_L rows; a mask costs all L. A batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -344,10 +344,11 @@ def din_attention_backward(
         n = rows.valid() if training else 0
         layers, kept = _layers(network, batch_stats, n), _saved(saved, rows, flags.use_softmax)
         arguments = network.arguments(rows, layers)
-        sums = kept.pop("sum_ptr")
+        sums, H = kept.pop("sum_ptr"), layers[0].bias.numel()
+        weight_t = arguments.pop("wt_ptr")[:H, :D]
         arguments |= kept | dict(
             grad_out_ptr=grad_out, stride_gb=grad_out.stride(0), stride_gd=grad_out.stride(1),
-            SOFTMAX=flags.use_softmax,
+            SOFTMAX=flags.use_softmax, c_ptr=torch.addmm(layers[0].bias, target.float(), weight_t.t()),
             mean_ptr=(grad_out.float() * sums).sum(1) if flags.use_softmax else None,
         )  # fmt: skip
         got, normalizations = {}, [[], []]
@@ -357,7 +358,7 @@ def din_attention_backward(
                 if training and part in parts:
                     u_and_w, normalizations[i] = means(hidden[i], layers[i], got[f"sums{i}"], n)
                     arguments[vectors][-2:, : u_and_w.size(1)] = u_and_w
-        H, grad_c = layers[0].bias.numel(), got["grad_c"]
+        grad_c = got["grad_c"]
         grad_wm, grad_wp = got["grad_weight"][:, :D, :H].transpose(1, 2)
         grad_wt = grad_c.t() @ target.float()
         products = [(torch.cat([grad_wt, grad_wm, grad_wt - grad_wm, grad_wp], 1), grad_c.sum(0))]
@@ -371,5 +372,5 @@ def din_attention_backward(
             else:
                 grads += unfolded(hidden[i], weight, bias, got[f"sums{i}"])
         grads += [got["grad_out_weight"][None, : layers[-1].bias.numel()], got["grad_out_bias"]]
-        grad_target = torch.addmm(got["grad_target"], grad_c, arguments["wt_ptr"][:H, :D]).to(target.dtype)
+        grad_target = torch.addmm(got["grad_target"], grad_c, weight_t).to(target.dtype)
     return got["grad_history"], grad_target, [g.to(p.dtype).contiguous() for g, p in zip(grads, params)]

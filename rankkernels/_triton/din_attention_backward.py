@@ -10,8 +10,9 @@ Whatever a launch is for, it computes rows' scores' gradients and the products a
     ROWS      the rows' gradients: 2 H H2, 2 D H
     WEIGHT    the first layer's weight, in shares of BLOCK_S columns of D at program_id(1): each 2 H H2, 2 BLOCK_S H
 
-A launch has as many of them as there are registers for. Programs sum over their tasks in order, and one reduction sums
-the programs: the same bits run after run.
+A launch has as many of them as there are registers for; c [B, H] comes from a product before them all, since none has
+registers to keep it in. Programs sum over their tasks in order, and one reduction sums the programs: the same bits run
+after run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from rankkernels._triton.din_attention_blocks import (
     _vector,
     activate,
     activate_backward,
-    constant_of,
     dropout_factor,
     exp_less,
     first_layer,
@@ -63,7 +63,7 @@ def _store_sums(ptr, sums, o, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "tasks", "splits", "L", "threshold"])
 def din_attention_backward_kernel(
-    grad_out_ptr, history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr,
+    grad_out_ptr, history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr,
     vectors2_ptr, score_ptr, peak_ptr, total_ptr, mean_ptr, grad_history_ptr, grad_target_ptr, grad_c_ptr,
     grad_output_ptr, sums_ptr, sums2_ptr, grad_weight_ptr, grad_weight2_ptr, seed_ptr,
     tasks, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
@@ -103,7 +103,6 @@ def din_attention_backward_kernel(
         peak, total, mean = 0.0, 1.0, 0.0  # of the scores, and sum_l w_l dw_l
         if SOFTMAX:
             peak, total, mean = tl.load(peak_ptr + b), tl.load(total_ptr + b), tl.load(mean_ptr + b)
-        c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)
         grad_m, grad_c = tl.zeros([BLOCK_S, BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
         for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
             o_l = l0 + tl.arange(0, BLOCK_L)
@@ -118,6 +117,7 @@ def din_attention_backward_kernel(
             if SOFTMAX:
                 weight = tl.where(valid, exp_less(weight, peak) / total, 0.0)
                 grad_score = weight * (grad_score - mean)
+            c = tl.load(c_ptr + b * H + o_h, mask=o_h < H, other=0.0)
             x = first_layer(
                 rows, parts_d, target, wm_ptr, wp_ptr, c, o_h, D, stride_td, PRECISION, BLOCK_L, BLOCK_K, BLOCK_D,
                 BLOCK_H,

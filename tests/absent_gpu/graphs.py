@@ -126,11 +126,18 @@ def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
     assert len(graphs) == (2 if trace is compiled else 1)
 
 
-@pytest.mark.parametrize("name", ["DeepFM", "DIN"])
-def test_the_report_counts_the_launches_of_these_calls(name):
+#: Of a training step without the optimizer: at most so many of Triton's launches, of CUDA C++'s, of PyTorch's inside
+#: our ops and of PyTorch's in the rest of the model.
+LAUNCHES = {"DeepFM": (10, 9, 2, 30), "DIN": (20, 6, 130, 35)}
+
+
+def test_a_step_launches_no_more_than_it_did():
     pytest.importorskip("triton", reason="Triton is not installed")
-    report = [call.op for call in gpu_report.model_launches()[name] if call.op]
-    assert sorted(report) == sorted(ours(compiled(MODELS[name])))
+    report = gpu_report.model_launches()
+    for name, most in LAUNCHES.items():
+        counts = gpu_report.launch_counts(report[name])
+        assert all(n <= m for n, m in zip(counts, most, strict=True)), (name, counts)
+        assert sorted(c.op for c in report[name] if c.op) == sorted(ours(compiled(MODELS[name])))
 
 
 @pytest.mark.parametrize("trace", [compiled, traced])

@@ -492,7 +492,7 @@ def norm_outputs(out: Tensor, stats: Tensor, grad_x: Tensor, grads: Sequence[Ten
 
 
 def norm_launch(module, x, grad_out, weight, bias, alpha, running_mean, running_var, flags):
-    module.PROGRAMS = 2  # so that a program has several blocks of rows
+    module.PROGRAMS = 3  # so that a program has several blocks of rows, and not every block of programs is full
     inputs = x, weight, bias, alpha, running_mean, running_var, *flags
     out, batch_stats = module.norm_activation(*inputs)
     return norm_outputs(out, batch_stats, *module.norm_activation_backward(grad_out, batch_stats, *inputs))
@@ -539,6 +539,8 @@ NORM = Op(
             "inside = (o_n < end)[:, None] & (o_h < H64)",
             "inside = (o_n >= 0)[:, None] & (o_h < H64)",
         ),
+        ("statistics: partial ones with the wrong stride", "program * 2 * H64", "program * H64"),
+        ("statistics: summed over columns, too", "b_mean = tl.sum(b_x, 0) / here", "b_mean = tl.sum(b_x) / here"),
         ("statistics: blocks merged without their means", " + delta * delta * before * share", ""),
         ("statistics: a block's deviations from zero", "b_x - b_mean[None, :], 0.0)", "b_x, 0.0)"),
         (
@@ -546,12 +548,21 @@ NORM = Op(
             "mean = tl.sum(b_mean * count, 0) / N.to(dtype)",
             "mean = tl.sum(b_mean, 0) / programs",
         ),
+        ("merge: programs unmasked", "inside = (o_p < programs)[:, None]", "inside = (o_p >= 0)[:, None]"),
+        ("merge: programs with the wrong stride", "o_p[:, None] * 2 * H64", "o_p[:, None] * H64"),
+        ("merge: summed over columns, too", "tl.sum(b_mean * count, 0) / N", "tl.sum(b_mean * count) / N"),
         ("merge: biased variance", "squares / (N - 1).to(dtype)", "squares / N.to(dtype)"),
         ("training: unbiased variance", "var = var * (N - 1).to(dtype) / N.to(dtype)", "pass"),
         (
             "forward: columns unmasked",
             "inside = (o_n < N)[:, None] & (o_h < H64)[None, :]\n    x_tile",
             "inside = (o_n < N)[:, None] & (o_h >= 0)[None, :]\n    x_tile",
+        ),
+        ("forward: rows with the wrong stride", "out_ptr + o_n[:, None] * H64", "out_ptr + o_n[:, None] * stride_xn"),
+        (
+            "forward: statistics of Dice over rows",
+            "y - tl.sum(y, 1, keep_dims=True) / H, 0.0)",
+            "y - tl.sum(y, 0, keep_dims=True) / H, 0.0)",
         ),
         (
             "forward: offsets in 32 bits",
@@ -572,6 +583,12 @@ NORM = Op(
             "_vector(alpha_ptr, o_h, H, dtype, 0.0)[None, :]\n    y =",
             "_vector(alpha_ptr, o_h * 0, H, dtype, 0.0)[None, :]\n    y =",
         ),
+        (
+            "backward: rows unmasked",
+            "inside = (o_n < N)[:, None] & (o_h < H64)[None, :]\n        x_tile",
+            "inside = (o_n >= 0)[:, None] & (o_h < H64)[None, :]\n        x_tile",
+        ),
+        ("backward: summed over columns, too", "H64, tl.sum(sum_g, 0)", "H64, tl.sum(sum_g)"),
         ("backward: no mean of the gradient", "grad_y -= _vector(sums_ptr + H,", "grad_y -= 0 * _vector(sums_ptr + H,"),
         ("backward: no share of the variance", "grad_y -= n * _vector(sums_ptr,", "grad_y -= 0 * _vector(sums_ptr,"),
         ("backward: what goes past the norm is lost", "past + grad_y * weight * r", "grad_y * weight * r"),

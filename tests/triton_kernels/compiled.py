@@ -4,16 +4,19 @@ asserted here. test_triton_compile.py runs this file in a process of its own.
 
 from __future__ import annotations
 
+import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
-from rankkernels import gpu_report
+from rankkernels import _triton, gpu_report
 from rankkernels._triton.ahead_of_time import TARGETS, compile_case, meta_inputs
 from rankkernels.testing import GPU_CASES, din_attention_case, fm_interaction_case, norm_activation_case
 
@@ -72,7 +75,12 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
             x, *yz = kernel.grid
             assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
             launched.add(kernel.name)
-    assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels}
+    assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels} == kernels_defined()
+
+
+def kernels_defined() -> set[str]:
+    modules = [import_module(f"{_triton.__name__}.{m.name}") for m in pkgutil.iter_modules(_triton.__path__)]
+    return {name for m in modules for name, f in vars(m).items() if isinstance(f, JITFunction) and "_kernel" in name}
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

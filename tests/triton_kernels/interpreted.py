@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +117,14 @@ def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleTyp
         del sys.modules[name]
     with mock.patch.object(sys, "path", [str(folder), *sys.path]):
         return importlib.import_module(f"edited_{module}")
+
+
+def test_every_kernel_is_one_of_an_op():
+    folder = Path(importlib.util.find_spec("rankkernels._triton").origin).parent
+    with_kernels = {
+        p.stem for p in folder.glob("*.py") if re.search(r"^@triton\.jit.*\ndef \w+_kernel\(", p.read_text(), re.M)
+    }
+    assert with_kernels and all(any(stem.startswith(op.module) for op in OPS) for stem in with_kernels), with_kernels
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.module)
