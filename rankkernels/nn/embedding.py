@@ -240,14 +240,13 @@ class EmbeddingLayer(nn.Module):
         arguments = self._together(x, deep, True)
         if arguments is None or arguments[0][0].dtype != linear_weight.dtype:
             return None
-        # Column by column: that is how a batch has them.
-        dense = torch.cat([v.t() for v in self._dense(x, deep)]).t() if deep.dense else None
+        dense = self._dense(x, deep)
         # A GPU writes rows in pieces of 16 bytes, and the width beside dense columns need be no multiple of that.
-        together = dense is not None and dense.device.type == "cpu" and dense.dtype == linear_weight.dtype
-        out, interaction, linear = call_fm(
-            *arguments, linear_weight, dense if together else None, optimizer=self.fused_optimizer
-        )
-        return out if together or dense is None else torch.cat([out, dense], 1), interaction, linear
+        together = dense and all(v.device.type == "cpu" and v.dtype == linear_weight.dtype for v in dense)
+        # Joined column by column: that is how a batch has them.
+        joined = torch.cat([v.t() for v in dense]).t() if together else None
+        out, interaction, linear = call_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
+        return torch.cat([out, *dense], 1) if dense and not together else out, interaction, linear
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence, squeeze_dim: bool = False) -> Tensor:
         """Embeddings of ``features`` from the batch ``x``, {name: ids or values}.
