@@ -9,11 +9,11 @@ Where the time goes in B2048 L50 D64 [80,40] dice (Zen 5, float32, ``perf`` with
 Dice, 7 % copying rows, 5 % forming M. Training 50 % products, 12 % copying rows, 8 % Dice's backward, 6 % reading kept
 z, before the next block's rows were fetched between the products; since then copying takes 8 % and reading z 4 %, and
 some of the wait has moved to the fetches. Since the first layer's z is kept, training takes 33 and not 38.5 ms, and
-B4096 L100 D64 [36] 48.5 and not 58. The eval runs at 55 % of sgemm's rate. Tried together without a gain:
-tiles of equal height instead of eights and a rest, six vectors at once where a product has one row, and in training
-w g + M^T G in one product; the eval was the same, training as fast or up to 3 % slower.
-Not built: bfloat16 products (``vdpbf16ps``); operands rounded for them alone, in a model of two sigmoid
-layers, move gradients by up to 7e-3 of the 1e-2 allowed, and the time was not tried.
+B4096 L100 D64 [36] 48.5 and not 58. The eval runs at 55 % of sgemm's rate. Tried together without a gain: tiles of
+equal height instead of eights and a rest, six vectors at once where a product has one row, and in training w g + M^T G
+in one product; the eval was the same, training as fast or up to 3 % slower. Not built: bfloat16 products
+(``vdpbf16ps``); operands rounded for them alone, in a model of two sigmoid layers, move gradients by up to 7e-3 of the
+1e-2 allowed, and the time was not tried.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Serving: one user's request, 100 or 700 candidates scored by DeepFM and by DIN under torch.inference_mode.
 
-torch-rechub's model, the same compiled, and ours with its state. Both repeat the user's history
-for every candidate, as torch-rechub's interface has it.
+torch-rechub's model, the same compiled, and ours with its state. Both repeat the user's history for every candidate, as
+torch-rechub's interface has it.
 """
 
 from __future__ import annotations

@@ -150,7 +150,6 @@ def test_no_lookups_no_sparse_rows():
 
 @pytest.mark.parametrize("concat", [True, False])
 def test_table_batched(concat):
-    torch.manual_seed(0)
     modes, tables = ["sum", "mean", "max", "none"], [0, 1, 1, 0]
     module = rk.TableBatchedEmbeddingBag(
         [20, 30], [4, 6], modes=modes, tables=tables, padding_idx=[2, None], concat=concat

@@ -182,7 +182,6 @@ def test_state_of_torchs_optimizer_is_taken():
 def test_fused_model():
     """DeepFM with its tables fused and the rest under torch's Adam: only looked-up rows move, the loss falls."""
     features = [rk.SparseFeature(f"c{i}", 50, 4) for i in range(3)]
-    torch.manual_seed(0)
     model = rk.DeepFM(features, features, {"dims": [8], "dropout": 0})
     layer = model.embedding
     rows = rk.optim.Adam(layer.parameters(), lr=0.05)

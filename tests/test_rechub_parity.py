@@ -293,7 +293,6 @@ def test_their_feature_objects_work():
         THEIRS.SequenceFeature("b", 9, 4, padding_idx=0),
         THEIRS.DenseFeature("c"),
     ]
-    torch.manual_seed(0)
     ours = rk.DeepFM(features, features[:2], {"dims": [8]})
     x = {"a": torch.randint(0, 9, (B,)), "b": torch.randint(0, 9, (B, L)), "c": torch.randn(B)}
     theirs = THEIRS.DeepFM(features, features[:2], {"dims": [8]})

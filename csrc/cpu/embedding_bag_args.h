@@ -30,7 +30,8 @@ struct Bags {
 // feature's padding_idx or the table's frozen row have skipped_key.
 struct LookupKeys {
   uint64_t first_key, skipped_key;
-  int64_t frozen_row, place;  // -1: none
+  int64_t frozen_row;  // -1: none
+  int64_t place;
   int shift;
 };
 

@@ -41,6 +41,8 @@ struct Ahead {
     const int64_t last = runs.n - 1, q = p + kAhead < last ? p + kAhead : last;
     __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar < last ? p + kFar : last));
     const T* grad = static_cast<const T*>(runs.grad_rows[runs.lookup(q)]);
+    // Then the gradient is asked for four times: a branch in ask() took longer (sparse 8 x 1M x 64, one
+    // thread: 4.9 and not 4.5 ms).
     if (!table.update) return {grad, {grad, grad, grad, 0, 0}};
     // Perhaps of the next table, and then in vain.
     return {grad, update::Rows<T>::of(*table.update, table.D, int64_t(runs.key(q) - table.first_key))};

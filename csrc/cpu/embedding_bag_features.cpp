@@ -104,15 +104,13 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
 BagTasks::BagTasks(const Features& features) {
   // What a task asks for beyond its end comes to a core that does not read it, and its own first rows nobody
   // has asked for: tasks are no shorter than the threads' balance needs.
-  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8,
-                    kLookup = 16;  // a lookup costs as much as reading some 16 elements more
-  const auto work_of = [](const Bags& bag) { return bag.B ? (bag.N + bag.B) * (bag.D + kLookup) : 0; };
-  for (const Bags& bag : features.bags) work += work_of(bag);
+  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8;
+  for (const Bags& bag : features.bags) work += lookup_work(bag);
   const int64_t task_work = std::max(kTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
   for (size_t f = 0; f < features.bags.size(); ++f) {
     const Bags& bag = features.bags[f];
     if (bag.B == 0) continue;
-    const int64_t pieces = std::min(bag.B, work_of(bag) / task_work + 1);
+    const int64_t pieces = std::min(bag.B, lookup_work(bag) / task_work + 1);
     for (int64_t i = 0; i < pieces; ++i) tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
   }
 }

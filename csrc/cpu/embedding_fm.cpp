@@ -42,8 +42,8 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   if (dense) check_dense(*dense, embeddings, B);
 
   int64_t work = 0;
-  for (const Bags& bag : bags) work += (bag.N + B) * (D + 16);  // as BagTasks counts
-  constexpr int64_t kBlockBytes = 1 << 17;                      // an eighth of a second-level cache
+  for (const Bags& bag : bags) work += lookup_work(bag);
+  constexpr int64_t kBlockBytes = 1 << 17;  // an eighth of a second-level cache
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (width * embeddings.element_size() + 1), 16, 1024);
   std::atomic<bool> fit{true};
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {

@@ -111,8 +111,10 @@ def _(weights, *rest, sparse=False):
         else torch.ops.rankkernels.fm_interaction.default(fields, True)
     )
     if linear_weight is None:
-        return _with_dense(embeddings, dense), fm, embeddings.new_empty((0, 1))
-    return _with_dense(embeddings, dense), fm, F.linear(embeddings, linear_weight.reshape(1, -1))
+        linear = embeddings.new_empty((0, 1))
+    else:
+        linear = F.linear(embeddings, linear_weight.reshape(1, -1))
+    return _with_dense(embeddings, dense), fm, linear
 
 
 @torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")

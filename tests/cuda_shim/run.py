@@ -324,6 +324,16 @@ def bad_ids_fm() -> None:
     print("ids not followed")
 
 
+def assert_refused(expected: str, function, *args, **kwargs) -> None:
+    """A RuntimeError that says ``expected``."""
+    try:
+        function(*args, **kwargs)
+    except RuntimeError as error:
+        assert expected in str(error), error
+    else:
+        raise AssertionError(f"{expected!r} was not raised")
+
+
 def bad_arguments() -> None:
     call_cuda()
     weight, ids = torch.randn(5, 4), torch.tensor([[0, 1], [2, 3]])
@@ -336,12 +346,7 @@ def bad_arguments() -> None:
         ({"per_sample_weights": torch.ones(2, 2).double()}, "per_sample_weights of indices must be like its table"),
         ({"per_sample_weights": torch.ones(2, 2), "mode": "max"}, "mode sum or mean, got [2, 2] and max"),
     ):
-        try:
-            ops.embedding_bag(**{"weight": weight, "indices": ids, **arguments})
-        except RuntimeError as error:
-            assert expected in str(error), error
-        else:
-            raise AssertionError(f"{arguments} raised nothing")
+        assert_refused(expected, ops.embedding_bag, **{"weight": weight, "indices": ids, **arguments})
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     fm, shop = torch.ops.rankkernels.embedding_fm.default, [torch.randn(5, 4), torch.randn(7, 4)]
     numbers = [0, 1], [0, 0], [-1, -1], [-1, -1], ["item", "shop"]
@@ -355,32 +360,18 @@ def bad_arguments() -> None:
         (shop, [ids[0], ids[1].to("meta")], a, "embedding_bag: shop must be on the device of its table"),
         ([shop[0], torch.empty(7, 4, **elsewhere)], [ids[0], ids[1]], a, "weights[1] must be on a GPU like the others"),
     ):
-        try:
-            fm.redispatch(keys, weights, indices, [], [], *numbers, linear_weight, None)
-        except RuntimeError as error:
-            assert expected in str(error), error
-        else:
-            raise AssertionError(f"{expected!r} was not raised")
-    backward, e = torch.ops.rankkernels.embedding_fm_backward.default, torch.randn(3, 8)
+        assert_refused(expected, fm.redispatch, keys, weights, indices, [], [], *numbers, linear_weight, None)
     for dense in (torch.ones(2), torch.ones(3, 1), torch.ones(2, 1).half(), torch.ones(2, 1, **elsewhere)):
-        try:
-            fm.redispatch(keys, shop, [ids[0], ids[1]], [], [], *numbers, a, dense)
-        except RuntimeError as error:
-            assert "embedding_fm: dense must be [B, n] with B = " in str(error), error
-        else:
-            raise AssertionError("a wrong dense raised nothing")
+        expected = "embedding_fm: dense must be [B, n] with B = "
+        assert_refused(expected, fm.redispatch, keys, shop, [ids[0], ids[1]], [], [], *numbers, a, dense)
+    backward, e = torch.ops.rankkernels.embedding_fm_backward.default, torch.randn(3, 8)
     for grads, linear_weight, D, expected in (
         ((torch.ones(3, 7), None, None), None, 4, "grad_embeddings must be [3, 8] like the embeddings, torch.float32"),
         ((None, torch.ones(2, 1), None), None, 4, "grad_fm must be [3, 1] like the embeddings, torch.float32"),
         ((None, None, torch.ones(3, 1).half()), a, 4, "grad_linear must be [3, 1] like the embeddings, torch.float32"),
         ((None, torch.ones(3, 1), None), None, 3, "embeddings have 8 columns, no multiple of 3"),
     ):
-        try:
-            backward(*grads, e, linear_weight, D)
-        except RuntimeError as error:
-            assert f"embedding_fm_backward: {expected}" in str(error), error
-        else:
-            raise AssertionError(f"{expected!r} was not raised")
+        assert_refused(f"embedding_fm_backward: {expected}", backward, *grads, e, linear_weight, D)
     update = torch.ops.rankkernels.embedding_bag_update.default
     features = [ids], [], [], [0], [1], [-1], [-1]
     for grad, states, kind, hyper, expected in (
@@ -394,12 +385,7 @@ def bad_arguments() -> None:
         (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
-        try:
-            update.redispatch(keys, [grad], [weight], states, *features, kind, hyper)
-        except RuntimeError as error:
-            assert expected in str(error), error
-        else:
-            raise AssertionError(f"{expected!r} was not raised")
+        assert_refused(expected, update.redispatch, keys, [grad], [weight], states, *features, kind, hyper)
         assert torch.equal(weight, before)
         assert all(state.is_meta or torch.equal(state, old) for state, old in zip(states, old_states))
     print("arguments refused")
