@@ -1,5 +1,6 @@
-"""Every op of ``rankkernels.testing.BENCH_CASES``: ours, the eager reference and other libraries' layers, each eager
-and under torch.compile."""
+"""Every op of ``rankkernels.testing.BENCH_CASES`` beside what a model has without it, eager and under torch.compile: the
+FM interaction beside the eager reference and other libraries' layers, norm_activation beside nn.BatchNorm1d and the
+activation of torch, torch-rechub or DeepCTR-Torch."""
 
 from __future__ import annotations
 
@@ -9,16 +10,22 @@ import peers
 import pytest
 import torch
 
+from rankkernels.ops.din_attention import ACTIVATIONS
 from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error
 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)
 
 
 def layers(case: OpCase) -> dict:
-    """Everyone who computes the case, as functions of its inputs."""
-    functions = {"eager": case.reference}
+    """Everyone who computes the case, as functions of its inputs, the baseline first."""
+    inputs = case.inputs()
     if case.op == "fm_interaction":
-        functions |= peers.fm_layers(case.inputs()[0].size(1))
+        functions = {"eager": case.reference, **peers.fm_layers(inputs[0].size(1))}
+    else:
+        x, *_, activation, _, _, norm_eps, _ = case.arguments(*inputs)
+        functions = peers.hidden_layers(list(ACTIVATIONS)[activation], x.size(1), norm_eps)
+        if not functions:
+            pytest.skip("the library of this activation is not installed")
     return peers.compiled(functions, {"eager": "compile"})
 
 
@@ -34,7 +41,8 @@ def title(case: OpCase) -> str:
 def test_forward(case, threads, race):
     inputs = case.inputs()
     exact = case.reference(*(t.double() if t.is_floating_point() else t for t in inputs))
-    functions = layers(case) | peers.zentorch(case.reference)
+    functions = layers(case)
+    functions |= peers.zentorch(next(iter(functions.values())))
     with torch.inference_mode():
         assert relative_error(case.function(*inputs), exact) < TOLERANCE[torch.float32]
         race(
@@ -87,7 +95,8 @@ def test_forward_backward(case, threads, race):
 
 @CASES
 def test_peak_memory(case, benchmark, request):
-    memory.compare(benchmark, request, "bench_ops", case.id, title(case), ["ours", "eager", "compile"])
+    baseline, compiled, *_ = layers(case)
+    memory.compare(benchmark, request, "bench_ops", case.id, title(case), ["ours", baseline, compiled])
 
 
 def memory_step(case_id: str, name: str):

@@ -48,6 +48,37 @@ def fm_layers(fields: int) -> dict[str, nn.Module]:
     return layers
 
 
+def hidden_layers(activation: str, H: int, eps: float) -> dict[str, Callable]:
+    """Batch normalization by the batch's statistics and the activation, x [N, H] -> [N, H], as functions of x and of
+    weight, bias and alpha, by whoever has that activation; the running statistics are updated along the way."""
+    norm = nn.BatchNorm1d(H, eps)
+
+    def normalized(x, weight, bias):
+        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, x)
+
+    if activation == "relu":
+        return {"eager": lambda x, weight, bias: torch.relu(normalized(x, weight, bias))}
+    if activation == "dice" and not machine.missing("torch-rechub"):
+        from torch_rechub.basic.activation import Dice
+
+        dice = Dice()
+        return {
+            "torch-rechub": lambda x, weight, bias, alpha: torch.func.functional_call(
+                dice, {"alpha": alpha}, normalized(x, weight, bias)
+            )
+        }
+    if activation == "dice_batch_norm" and not machine.missing("deepctr-torch"):
+        from deepctr_torch.layers.activation import Dice
+
+        dice = Dice(H, epsilon=eps)
+        return {
+            "DeepCTR-Torch": lambda x, weight, bias, alpha: torch.func.functional_call(
+                dice, {"bn.weight": weight, "bn.bias": bias, "alpha": alpha}, x
+            )
+        }
+    return {}
+
+
 def masked_attentions(
     D: int, widths: list[int], activation: str, use_softmax: bool, params: list[nn.Parameter], L: int
 ) -> dict[str, Callable]:

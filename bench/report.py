@@ -39,7 +39,7 @@ HEADLINES = {
 #: Kinds of pass without a backward.
 FORWARD = ("forward", "evaluation")
 #: Contenders that are PyTorch as it comes, eager: the charts' measure.
-EAGER = ("eager", "torch-rechub", "EmbeddingBag", "torch Adagrad", "one by one", "separate ops")
+EAGER = ("eager", "torch-rechub", "DeepCTR-Torch", "EmbeddingBag", "torch Adagrad", "one by one")
 #: The record measured with glibc's defaults (see conftest): not itself on the page, only what it says about the others.
 DEFAULT_MALLOC = "malloc_default"
 
@@ -231,7 +231,7 @@ def charts(records: dict[str, Record]) -> dict[str, tuple[str, dict]]:
             rate = {n: race["flops"] / race["contenders"][n]["median_s"] / 1e9 for n in ("ours", eager_of(race))}
             points.append(
                 {
-                    "op": race["case"].split(" B")[0],
+                    "op": re.split(r" [BN]\d", race["case"])[0],
                     "kind": race["kind"],
                     "intensity": race["flops"] / race["size"],
                     "ours": rate["ours"],
@@ -398,16 +398,6 @@ def default_malloc(records: dict[str, Record]) -> list[str]:
     ]
 
 
-#: What a reader of a record's table has to know.
-NOTES = {
-    "ops": [
-        "Eager is reference.py. For norm_activation that is the mathematics step by step, several times slower than "
-        "nn.BatchNorm1d and an activation of torch's, so that those ratios are not what a model gains: see the whole "
-        "training steps.",
-        "",
-    ],
-}
-
 GPU_KERNELS = (
     "Not measured: what the compilers say of them, and the time that the data sheets allow, is in "
     "[gpu_kernels.md](results/gpu_kernels.md)."
@@ -429,7 +419,7 @@ def page(records: dict[str, Record], pictures: dict) -> str:
             continue
         parts = []
         if record.races:
-            parts += [*NOTES.get(name, []), *race_table(record.races), ""]
+            parts += [*race_table(record.races), ""]
         if learning := [e for e in record.entries if "learning" in e]:
             parts += [*learning_table(learning), ""]
         if record.peaks:
