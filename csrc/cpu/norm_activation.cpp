@@ -74,8 +74,8 @@ static void check(const NormArguments& a) {
   check_vector(a.alpha, "alpha", true);
 }
 
-// Rows whose statistics are taken at once: enough to make little of merging them, few enough to be in the
-// second-level cache when they are read again.
+// Rows whose statistics are taken at once: enough to make little of merging them, few enough for float32
+// sums.
 constexpr int64_t kStatisticsRows = 64;
 
 // Rows in chunks of about equal work. The bounds depend on the shape alone, and sums are taken by chunk: the
@@ -138,30 +138,17 @@ class NormLayer {
     f.g_scale = f.r = arena_.row(r);
     f.g_shift = arena_.row(shift);
     f.c1 = f.c2 = arena_.take(padded<A>(H));
-    const A *w = arena_.row(weight), *b = arena_.row(bias);
-    if (args_.activation == ActivationName::dice_batch_norm) {  // y = x, recovered from n
-      f.v_scale = w;
-      f.v_shift = b;
-      std::vector<double> back(H);
-      for (int64_t h = 0; h < H; ++h) back[h] = 1 / r[h];
-      f.y_scale = arena_.row(back);
-      f.y_shift = arena_.row(mean);
-    } else {
-      f.y_scale = w;
-      f.y_shift = b;
-    }
+    f.y_scale = arena_.row(weight);
+    f.y_shift = arena_.row(bias);
   }
 
   // The means of e and of e n over the batch.
   void set_backward_means(const DinLayerGrad<A>& sums) {
     const int64_t H = args_.H();
-    const bool inside = args_.activation == ActivationName::dice_batch_norm;
-    const A *weight = inside ? f.v_scale : f.y_scale, *e = sums.sums[inside ? 2 : 0],
-            *en = sums.sums[inside ? 3 : 1];
     A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
     for (int64_t h = 0; h < H; ++h) {
-      c1[h] = weight[h] * e[h] / args_.N();
-      c2[h] = weight[h] * en[h] / args_.N();
+      c1[h] = f.y_scale[h] * sums.sums[0][h] / args_.N();
+      c2[h] = f.y_scale[h] * sums.sums[1][h] / args_.N();
     }
     f.c1 = c1;
     f.c2 = c2;
@@ -215,7 +202,7 @@ void take_statistics(const NormArguments& a, const NormChunks& chunks, const Ten
   for (size_t c = 0; c < stats.size(); ++c) stats[c] = {0, &memory[2 * c * H], &memory[(2 * c + 1) * H]};
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     Arena<A> arena;
-    A* vectors = arena.take(3 * padded<A>(H));
+    A* vectors = arena.take(2 * padded<A>(H));
     for (int64_t c = c0; c < c1; ++c)
       RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
                       vectors, stats[c]);
@@ -348,9 +335,8 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
       pass(grad_xp);
       add();
     }
-    const bool inside = a.activation == ActivationName::dice_batch_norm;
     if (a.weight) {
-      const A *e = sums.grad.sums[inside ? 2 : 0], *en = sums.grad.sums[inside ? 3 : 1];
+      const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
       grad_params.push_back(vector_gradient<A>(*a.weight, [&](int64_t h) { return en[h]; }));
       grad_params.push_back(vector_gradient<A>(*a.bias, [&](int64_t h) { return e[h]; }));
     }

@@ -7,8 +7,10 @@
 //   n = (x - m) r,    out = activation(gamma n + beta)                          any activation but the last:
 //                     out = x (alpha + (1 - alpha) sigmoid(gamma n + beta))     dice_batch_norm
 //
-// and without a normalization out = activation(x). The activations and their derivatives are those of
-// din_attention_activation.h. Backward, with e = dL/dn and, for dice_batch_norm, d what of dL/dx goes past
+// and without a normalization out = activation(x). Dice, whose statistics run along a row, goes through the
+// blocks of rows of din_attention_activation.h; the units of the others do not know of each other and go from
+// memory to memory, a few vectors of columns at a time (21 to 40 % faster forward and backward than through
+// the blocks, AMD Zen 5). Backward, with e = dL/dn and, for dice_batch_norm, d what of dL/dx goes past
 // the normalization (0 else), in training
 //
 //   grad_x = d + r (e - mean(e) - n mean(e n)),    grad_gamma = sum n dL/d(gamma n + beta),    grad_beta =
@@ -29,6 +31,148 @@
 namespace rk {
 namespace RK_ISA {
 namespace norm {
+
+// What one vector of columns knows of itself, and its sums over the rows. Absent columns are zero in the
+// constants.
+template <DinActivation kind, bool kNormalized, class A>
+struct Units {
+  using X = Traits<A>;
+  using V = typename X::vec;
+
+  RK_INLINE Units at(const DinLayer<A>& f, int64_t h) {
+    const auto constant = [&](const A* p) { return p ? X::load(p + h) : V{}; };
+    return {constant(f.g_scale), constant(f.g_shift), constant(f.y_scale), constant(f.y_shift),
+            constant(f.alpha),   constant(f.r),       constant(f.c1),      constant(f.c2)};
+  }
+
+  V forward(V x) const {
+    const V v = argument(normalized(x));
+    if (kind == DinActivation::leaky) return v > 0 ? v : v * alpha;
+    if (kind == DinActivation::sigmoid) return sigmoid(v);
+    return x * (alpha + (1 - alpha) * sigmoid(v));
+  }
+
+  // dL/dout -> dL/dx, right once c1 and c2 are known; adds to the sums.
+  V backward(V grad, V x) {
+    const V n = normalized(x), v = argument(n);
+    V e, d = {};
+    if (kind == DinActivation::leaky) {
+      e = v > 0 ? grad : grad * alpha;
+      sum_alpha += v > 0 ? V{} : grad * v;
+    } else {
+      const V p = sigmoid(v), slope = p - p * p;
+      if (kind == DinActivation::sigmoid) {
+        e = grad * slope;
+      } else {
+        const V gx = grad * x;
+        e = (1 - alpha) * gx * slope;
+        d = grad * (alpha + (1 - alpha) * p);
+        sum_alpha += gx * (1 - p);
+      }
+    }
+    if (!kNormalized) return e;
+    sum_e += e;
+    sum_en += e * n;
+    return d + r * (gamma * e - c1 - c2 * n);
+  }
+
+  V normalized(V x) const { return kNormalized ? x * scale + shift : x; }
+  V argument(V n) const { return kNormalized ? n * gamma + beta : n; }
+
+  V scale, shift, gamma, beta, alpha, r, c1, c2;
+  V sum_e = {}, sum_en = {}, sum_alpha = {};
+};
+
+// Calls body(ColumnBlock, its first column, its Units): four vectors of columns at a time, then one.
+template <class U, class T, class Body>
+RK_INLINE void for_each_units(const DinLayer<Accumulator<T>>& f, const Body& body) {
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  const auto call = [&](auto columns, int64_t h) __attribute__((always_inline)) {
+    U units[decltype(columns)::vecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < decltype(columns)::vecs; ++v) units[v] = U::at(f, h + v * kLanes);
+    body(columns, h, units);
+  };
+  int64_t h = 0;
+  for (; h + 4 * kLanes <= f.out; h += 4 * kLanes) call(ColumnBlock<4, false>(), h);
+  for (; h + kLanes <= f.out; h += kLanes) call(ColumnBlock<1, false>(), h);
+  if (h < f.out) call(ColumnBlock<1, true>(), h);
+}
+
+template <DinActivation kind, bool kNormalized, class T>
+static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out,
+                          int64_t rows) {
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  const int64_t H = f.out;
+  const Tail<T> tail(static_cast<int>(H % kLanes));
+  for_each_units<Units<kind, kNormalized, Accumulator<T>>, T>(
+      f, [&](auto columns, int64_t h, const auto* units) __attribute__((always_inline)) {
+        for (int64_t n = 0; n < rows; ++n)
+#pragma GCC unroll 4
+          for (int v = 0; v < decltype(columns)::vecs; ++v) {
+            const T* xp = x + n * stride_xn + h + v * kLanes;
+            T* to = out + n * H + h + v * kLanes;
+            if (decltype(columns)::tail)
+              tail.store(to, units[v].forward(tail.load(xp)));
+            else
+              Traits<T>::store(to, units[v].forward(Traits<T>::load(xp)));
+          }
+      });
+}
+
+template <DinActivation kind, bool kNormalized, bool kOnlySums, class T>
+static void backward_units(const DinLayer<Accumulator<T>>& f, const T* grad_out, int64_t stride_gn,
+                           const T* x, int64_t stride_xn, T* grad_x, int64_t rows,
+                           const DinLayerGrad<Accumulator<T>>& grad) {
+  using A = Accumulator<T>;
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  const int64_t H = f.out;
+  const Tail<T> tail(static_cast<int>(H % kLanes));
+  for_each_units<Units<kind, kNormalized, A>, T>(
+      f, [&](auto columns, int64_t h, auto* units) __attribute__((always_inline)) {
+        for (int64_t n = 0; n < rows; ++n)
+#pragma GCC unroll 4
+          for (int v = 0; v < decltype(columns)::vecs; ++v) {
+            const T *gp = grad_out + n * stride_gn + h + v * kLanes, *xp = x + n * stride_xn + h + v * kLanes;
+            T* to = grad_x + n * H + h + v * kLanes;
+            if (decltype(columns)::tail) {
+              const auto grad_xv = units[v].backward(tail.load(gp), tail.load(xp));
+              if (!kOnlySums) tail.store(to, grad_xv);
+            } else {
+              const auto grad_xv = units[v].backward(Traits<T>::load(gp), Traits<T>::load(xp));
+              if (!kOnlySums) Traits<T>::store(to, grad_xv);
+            }
+          }
+#pragma GCC unroll 4
+        for (int v = 0; v < decltype(columns)::vecs; ++v) {
+          const auto add = [&](A* p, auto sum) {
+            p += h + v * kLanes;
+            Traits<A>::store(p, Traits<A>::load(p) + sum);
+          };
+          if (kind != DinActivation::sigmoid) add(grad.alpha, units[v].sum_alpha);
+          if (kNormalized) {
+            add(grad.sums[0], units[v].sum_e);
+            add(grad.sums[1], units[v].sum_en);
+          }
+        }
+      });
+}
+
+template <DinActivation activation, bool kNormalized_>
+struct Kind {
+  static constexpr DinActivation kind = activation;
+  static constexpr bool normalized = kNormalized_;
+};
+
+// body(Kind) of a layer of any activation but dice.
+template <class A, class Body>
+RK_INLINE void with_kind(const DinLayer<A>& f, const Body& body) {
+  if (f.activation == DinActivation::dice_batch_norm)
+    return body(Kind<DinActivation::dice_batch_norm, true>());
+  if (f.activation == DinActivation::sigmoid)
+    return f.r ? body(Kind<DinActivation::sigmoid, true>()) : body(Kind<DinActivation::sigmoid, false>());
+  f.r ? body(Kind<DinActivation::leaky, true>()) : body(Kind<DinActivation::leaky, false>());
+}
 
 // A row as accumulators with absent columns zero; through affine, a -> scale a + shift, if there is one.
 template <class T>
@@ -65,48 +209,47 @@ RK_INLINE void load_block(const DinLayer<Accumulator<T>>& f, const T* x, int64_t
 }  // namespace norm
 
 // Mean and sum of squared deviations of each column over rows [n0, n1), `block` at a time: blocks are merged
-// as Chan, Golub and LeVeque (1983) do, and a block's deviations are from its rounded mean, whose error their
-// sum corrects, so that the variance loses nothing to the mean. `memory` is of 3 padded(H) values.
+// as Chan, Golub and LeVeque (1983) do. A block's values are taken relative to its first row: as that is one
+// of them, the sum of squares is at most rows + 1 times that of the deviations, however far from zero the
+// mean is. `memory` is of 2 padded(H) values.
 template <class T>
 void norm_statistics(const T* x, int64_t stride_xn, int64_t n0, int64_t n1, int64_t H, int64_t block,
                      Accumulator<T>* memory, DinStats& stats) {
   using V = typename Traits<T>::vec;
   using A = Accumulator<T>;
-  A *mean = memory, *sum = mean + padded<A>(H), *squares = sum + padded<A>(H);
+  A *sum = memory, *squares = sum + padded<A>(H);
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
   for (; n0 < n1; n0 += block) {
     const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
+    const T* first = x + n0 * stride_xn;
     for_each_column_block<T>(H, [&](auto columns, int64_t h) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(columns)::vecs;
       const auto load = [&](int64_t r, int v) __attribute__((always_inline)) {
-        const T* p = x + (n0 + r) * stride_xn + h + v * Traits<T>::lanes;
+        const T* p = first + r * stride_xn + h + v * Traits<T>::lanes;
         return decltype(columns)::tail && v == kVecs - 1 ? tail.load(p) : Traits<T>::load(p);
       };
-      V m[kVecs] = {}, s[kVecs] = {}, q[kVecs] = {};
-      for (int64_t r = 0; r < rows; ++r)
+      V origin[kVecs], s[kVecs] = {}, q[kVecs] = {};
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) m[v] += load(r, v);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) m[v] /= static_cast<A>(rows);
-      for (int64_t r = 0; r < rows; ++r)
+      for (int v = 0; v < kVecs; ++v) origin[v] = load(0, v);
+      for (int64_t r = 1; r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
-          const V centred = load(r, v) - m[v];
-          s[v] += centred;
-          q[v] += centred * centred;
+          const V relative = load(r, v) - origin[v];
+          s[v] += relative;
+          q[v] += relative * relative;
         }
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        Traits<A>::store(mean + h + v * Traits<A>::lanes, m[v]);
         Traits<A>::store(sum + h + v * Traits<A>::lanes, s[v]);
         Traits<A>::store(squares + h + v * Traits<A>::lanes, q[v]);
       }
     });
     const double count = stats.count + rows, share = rows / count, between = stats.count * share;
     for (int64_t h = 0; h < H; ++h) {
-      const double error = sum[h] / static_cast<double>(rows), delta = mean[h] + error - stats.mean[h];
+      const double mean = sum[h] / static_cast<double>(rows),
+                   delta = to_scalar(first[h]) + mean - stats.mean[h];
       stats.mean[h] += delta * share;
-      stats.deviation[h] += squares[h] - sum[h] * error + delta * delta * between;
+      stats.deviation[h] += squares[h] - sum[h] * mean + delta * delta * between;
     }
     stats.count = count;
   }
@@ -120,6 +263,13 @@ void norm_activation(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stri
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
   for (; n0 < n1; n0 += block) {
     const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
+    if (f.activation != DinActivation::dice) {
+      norm::with_kind(f, [&](auto k) __attribute__((always_inline)) {
+        using K = decltype(k);
+        norm::forward_units<K::kind, K::normalized>(f, x + n0 * stride_xn, stride_xn, out + n0 * H, rows);
+      });
+      continue;
+    }
     norm::load_block(f, x + n0 * stride_xn, stride_xn, rows, tail, s);
     activate(f, rows, s, true);
     for (int64_t r = 0; r < rows; ++r) norm::store_row(s.a + r * ld, out + (n0 + r) * H, H, tail);
@@ -137,8 +287,21 @@ void norm_activation_backward(const DinLayer<Accumulator<T>>& f, const T* grad_o
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
   for (; n0 < n1; n0 += block) {
     const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
+    if (f.activation != DinActivation::dice) {
+      const T *gp = grad_out + n0 * stride_gn, *xp = x + n0 * stride_xn;
+      norm::with_kind(f, [&](auto k) __attribute__((always_inline)) {
+        using K = decltype(k);
+        if (grad_x)
+          norm::backward_units<K::kind, K::normalized, false>(f, gp, stride_gn, xp, stride_xn,
+                                                              grad_x + n0 * H, rows, grad);
+        else
+          norm::backward_units<K::kind, K::normalized, true>(f, gp, stride_gn, xp, stride_xn, grad_x, rows,
+                                                             grad);
+      });
+      continue;
+    }
     norm::load_block(f, x + n0 * stride_xn, stride_xn, rows, tail, s);
-    activate(f, rows, s, f.activation == DinActivation::sigmoid);
+    activate(f, rows, s, false);
     for (int64_t r = 0; r < rows; ++r)
       norm::load_row<T>(grad_out + (n0 + r) * stride_gn, d + r * ld, H, tail, nullptr, nullptr);
     activation_backward(f, rows, s, d, !grad_x, grad_shift, grad);
