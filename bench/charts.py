@@ -35,10 +35,19 @@ def draw(kind: str, data: dict, stem: Path) -> None:
         figure = {"bars": speed, "memory": memory, "roofline": roofline, "scaling": scaling, "learning": learning}[
             kind
         ](plt, data)
+        if is_clipped(figure):
+            raise ValueError(f"{stem.name}: a label reaches beyond the chart's edge")
         text = f"data {digest(data)}"
         figure.savefig(stem.with_suffix(".svg"), transparent=True, metadata={"Date": None, "Description": text})
         figure.savefig(stem.with_suffix(".png"), transparent=True, dpi=150, metadata={"Description": text})
         plt.close(figure)
+
+
+def is_clipped(figure) -> bool:
+    """Whether a label or a legend reaches beyond the figure's edge."""
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    return min(box.x0, box.y0) < 0 or box.x1 > width or box.y1 > height
 
 
 def caption(figure, text: str, width: int) -> None:
@@ -123,8 +132,8 @@ def roofline(plt, data: dict):
     for mib, style in ((sizes[-1], "-"), (min(sizes, key=lambda s: abs(int(s) - 4)), "--")):
         rate = ceiling["read_gb_s"][mib]
         axes.plot(xs, [min(sgemm, rate * x) for x in xs], style, color=INK, lw=1.2)
-        text = f"reading {mib} MiB: {rate:.0f} GB/s"
-        axes.annotate(text, (xs[0], rate * xs[0]), (0, 34), textcoords="offset points", fontsize=8.5)
+        text = f"{rate:.0f} GB/s, reading {mib} MiB"
+        axes.annotate(text, (xs[0], rate * xs[0]), (0, -14), textcoords="offset points", fontsize=8.5)
     axes.annotate(
         f"sgemm: {sgemm:.0f} GFLOP/s", (xs[-1], sgemm), (0, 5), textcoords="offset points", ha="right", fontsize=8.5
     )

@@ -80,3 +80,11 @@ def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
     assert "not the same conditions" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no record in"):
         load("compare").main([str(tmp_path), str(tmp_path / "new")])
+
+
+def test_a_chart_whose_labels_do_not_fit_is_an_error(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    row = {"label": ["FM", "training step"], "baseline": 10.0, "compiled": 4.0, "ours": 1.0}
+    load("charts").draw("memory", {"rows": [row], "caption": "float32"}, tmp_path / "fits")
+    with pytest.raises(ValueError, match="wide: a label reaches beyond"):
+        load("charts").draw("memory", {"rows": [row | {"label": ["x" * 200]}], "caption": ""}, tmp_path / "wide")
