@@ -1,6 +1,6 @@
-"""Every op of ``rankkernels.testing.BENCH_CASES`` beside what a model has without it, eager and under torch.compile: the
-FM interaction beside the eager reference and other libraries' layers, norm_activation beside nn.BatchNorm1d and the
-activation of torch, torch-rechub or DeepCTR-Torch."""
+"""Every op of ``rankkernels.testing.BENCH_CASES`` beside what a model has without it, eager and under torch.compile:
+the FM interaction beside the eager reference and other libraries' layers, norm_activation beside nn.BatchNorm1d and
+the activation of torch, torch-rechub or DeepCTR-Torch."""
 
 from __future__ import annotations
 

@@ -128,12 +128,11 @@ def roofline(plt, data: dict):
     low, high = (f(p["intensity"] for p in points) for f in (min, max))
     xs = [low / 2 * (4 * high / low) ** (i / 99) for i in range(100)]
     sgemm = ceiling["sgemm_gflop_s"]
-    sizes = list(ceiling["read_gb_s"])
+    sizes, roofs = list(ceiling["read_gb_s"]), {}
     for mib, style in ((sizes[-1], "-"), (min(sizes, key=lambda s: abs(int(s) - 4)), "--")):
         rate = ceiling["read_gb_s"][mib]
-        axes.plot(xs, [min(sgemm, rate * x) for x in xs], style, color=INK, lw=1.2)
-        text = f"{rate:.0f} GB/s, reading {mib} MiB"
-        axes.annotate(text, (xs[0], rate * xs[0]), (0, -14), textcoords="offset points", fontsize=8.5)
+        (roof,) = axes.plot(xs, [min(sgemm, rate * x) for x in xs], style, color=INK, lw=1.2)
+        roofs[f"reading {mib} MiB: {rate:.0f} GB/s"] = roof
     axes.annotate(
         f"sgemm: {sgemm:.0f} GFLOP/s", (xs[-1], sgemm), (0, 5), textcoords="offset points", ha="right", fontsize=8.5
     )
@@ -150,21 +149,15 @@ def roofline(plt, data: dict):
     axes.set_ylabel("GFLOP/s")
     axes.grid(color=INK, alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    shapes = [plt.Line2D([], [], marker=MARKERS[i % 8], color=INK, ls="", ms=7)
-              for i in range(len(axes.get_legend_handles_labels()[1]))]  # fmt: skip
     names = axes.get_legend_handles_labels()[1]
+    shapes = [plt.Line2D([], [], marker=MARKERS[i % 8], color=INK, ls="", ms=7) for i in range(len(names))]
     shapes += [
         plt.Line2D([], [], marker="o", color=OURS, ls=""),
         plt.Line2D([], [], marker="o", color=EAGER, ls="", mfc="none"),
+        *roofs.values(),
     ]
-    figure.legend(
-        shapes,
-        [*names, "filled: rankkernels", "hollow: eager"],
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        fontsize=9,
-    )
+    names += ["filled: rankkernels", "hollow: eager", *roofs]
+    figure.legend(shapes, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     caption(figure, data["caption"], 130)
     return figure
 

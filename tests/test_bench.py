@@ -82,6 +82,7 @@ def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
         load("compare").main([str(tmp_path), str(tmp_path / "new")])
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
 def test_a_chart_whose_labels_do_not_fit_is_an_error(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     row = {"label": ["FM", "training step"], "baseline": 10.0, "compiled": 4.0, "ours": 1.0}
