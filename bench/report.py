@@ -147,18 +147,25 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
+def samples(race: dict) -> int | None:
+    """How many samples a call takes, of a case that names it: B, rows N, or a user's candidates."""
+    found = re.search(r"\b[BN](\d+)|(\d+) candidates", race["case"])
+    return int(found[1] or found[2]) if found else None
+
+
 def race_table(races: list[dict]) -> list[str]:
     peers = list(dict.fromkeys(library(name)[0] for race in races for name in race["contenders"] if name != "ours"))
     shares = any("floor_s" in race for race in races)
-    head = ["case", "pass", "threads", "ours, ms (quartiles)"]
+    head = ["case", "pass", "threads", "ours, ms (quartiles)", "samples/s"]
     head += ["GB/s", "GFLOP/s", "of the floor"] if shares else []
     lines = ["| " + " | ".join(head + peers) + " |", "| --- " * len(head + peers) + "|"]
     for race in races:
         ours = race["contenders"]["ours"]
         cells = [race["case"], race["kind"], str(race["threads"])]
         cells.append("{} ({}–{})".format(*(milliseconds(ours[k]) for k in ("median_s", "q1_s", "q3_s"))))
+        count, seconds = samples(race), ours["median_s"]
+        cells.append(f"{float(f'{count / seconds:.3g}'):,.0f}" if count else "")
         if "floor_s" in race:
-            seconds = ours["median_s"]
             cells += [f"{race[k] / seconds / 1e9:.1f}" for k in ("size", "flops")]
             cells.append(f"{100 * race['floor_s'] / seconds:.0f} %")
         elif shares:
