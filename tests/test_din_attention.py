@@ -136,6 +136,18 @@ def inputs(form="lengths", B=7, L=9, D=10, dims=(12, 5), dtype=torch.float32, ac
     return history, target, params, torch.randn(B, D, generator=generator).to(dtype), rows, stats
 
 
+@pytest.mark.parametrize("first", range(16))
+def test_every_rest_of_a_vector(first):
+    """Columns and rows beyond whole vectors and tiles are computed in ways of their own."""
+    generator = torch.Generator().manual_seed(first)
+    for H, training in itertools.product((16 + first, 32 + first, 64 + first), (False, True)):
+        dims, D, L = (H, 1 + (H + first) % 17), 5 + first, 1 + H % 19
+        params, stats = make_params(D, dims, "sigmoid", True, torch.float32, generator)
+        history, target, rows = make_inputs("padded", 6, L, D, torch.float32, generator)
+        flags = dict(activation="sigmoid", batch_norm=True, use_softmax=False, training=training, norm_eps=1e-5)
+        check(history, target, params, torch.randn(6, D, generator=generator), rows, stats, flags | {"dice_eps": 1e-3})
+
+
 @pytest.mark.parametrize("use_softmax", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -89,7 +89,7 @@ struct DinWorkspace {
     scratch.target = arena.take(ldD);
     scratch.out = arena.take(ldD);
     scratch.history = arena.take(R * ldD);
-    scratch.operand = arena.take(net.D * ldH);
+    scratch.operand = arena.take(operand_size<A>(net.D, H));
     scratch.bias = arena.take(ldH);
     if (backward) {
       scratch.grad_out = arena.take(ldD);

@@ -46,13 +46,20 @@ template <class A>
 static void form_operand(const Din<A>& net, const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[0];
-  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out);
-  gemm<A>(1, vecs, net.D, {s.target, 0, 1}, net.target_weight, ld, s.bias, ld, f.bias, ld);
+  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), tail = tail_width<A>(f.out);
+  gemm<A>(1, vecs, net.D, {s.target, 0, 1}, net.target_weight, ld, s.bias, ld, f.bias, ld, tail);
   const A *t = s.target, *history_weight = net.history_weight, *product_weight = net.product_weight;
   A* operand = s.operand;
+  const auto form = [&](int64_t i, auto of_target) __attribute__((always_inline)) {
+    X::store(operand + i, X::load(history_weight + i) + of_target * X::load(product_weight + i));
+  };
   for (int64_t d = 0; d < net.D; ++d)
-    for (int64_t i = d * ld; i < d * ld + vecs * X::lanes; i += X::lanes)
-      X::store(operand + i, X::load(history_weight + i) + t[d] * X::load(product_weight + i));
+    for (int64_t i = d * ld; i < d * ld + (vecs - (tail > 0)) * X::lanes; i += X::lanes) form(i, t[d]);
+  with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
+    constexpr int kTogether = X::lanes / decltype(width)::value;
+    for (int64_t d = 0, i = net.D * ld; d < net.D; d += kTogether, i += X::lanes)
+      form(i, spread(t + d, width));
+  });
 }
 
 // M [H, D], for the way back.
@@ -75,12 +82,13 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
                     Block<const A> history, const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[i];
-  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out);
+  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), packed = tail_width<A>(f.out);
   A* g = s.layer[i].g;
-  if (!from_kept) {
-    if (i == 0) return gemm<A>(n, vecs, net.D, {history.p, history.ld, 1}, s.operand, ld, g, ld, s.bias, 0);
-    return gemm<A>(n, vecs, f.in, {s.layer[i - 1].a, padded<A>(f.in), 1}, f.weight, ld, g, ld, f.bias, 0);
-  }
+  if (!from_kept && i == 0)
+    return gemm<A>(n, vecs, net.D, {history.p, history.ld, 1}, s.operand, ld, g, ld, s.bias, 0, packed);
+  if (!from_kept)
+    return gemm<A>(n, vecs, f.in, {s.layer[i - 1].a, padded<A>(f.in), 1}, f.weight, ld, g, ld, f.bias, 0,
+                   packed);
   const Tail<A> tail(static_cast<int>(f.out % X::lanes));
   const A *z = f.kept + row * f.out, *scale = f.g_scale, *shift = f.g_shift;
   const int64_t full = f.out / X::lanes * X::lanes, rest = f.out - full;

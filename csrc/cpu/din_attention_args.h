@@ -27,6 +27,22 @@ static inline int64_t padded(int64_t n) {
   return ((n + line - 1) / line | 1) * line;
 }
 
+// An operand [K, padded(n)] whose n columns end with a few beyond whole vectors has these once more behind
+// it, `width` a row, so that one vector holds those of several rows and the product wastes no lanes on
+// padding (din_attention_gemm.h). Which they are suits vectors of 16 and of 8 floats; others do without.
+struct DinTail {
+  int64_t first, width;
+  explicit DinTail(int64_t n) : first(n - n % 16), width(0) {
+    const int64_t rest = n % 16;
+    if (rest > 8) first += 8;
+    if (rest > 0 && rest <= 12) width = rest > 4 && rest <= 8 ? 8 : 4;
+  }
+};
+template <class A>
+static inline int64_t operand_size(int64_t K, int64_t n) {
+  return K * padded<A>(n) + (K + 3) / 4 * 4 * DinTail(n).width;
+}
+
 // linear, relu, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise.
 enum class DinActivation : int64_t { leaky, sigmoid, dice, dice_batch_norm };
 
@@ -37,8 +53,9 @@ enum class DinActivation : int64_t { leaky, sigmoid, dice, dice_batch_norm };
 template <class A>
 struct DinLayer {
   int64_t in, out;
-  const A *weight, *bias;  // the operand of the product, [in, padded(out)], and its bias, both with gs and go
-  const A* weight_rows;    // W itself, [out, padded(in)], for the backward
+  const A *weight,
+      *bias;  // the operand of the product, [in, padded(out)] and its tail, and its bias, both with gs and go
+  const A* weight_rows;        // W itself, [out, padded(in)], for the backward
   const A *g_scale, *g_shift;  // gs and go, for a kept z
   const A *y_scale, *y_shift;  // null: y = g
   const A *v_scale, *v_shift;
@@ -83,7 +100,7 @@ struct Din {
   int64_t D, layers;
   const DinLayer<A>* layer;
   // The first layer's weight in the parts of its identity, as forward operands [D, padded(H)] and as rows
-  // [H, padded(D)]: Wt + Wd, Wh - Wd and Wp.
+  // [H, padded(D)]: Wt + Wd, Wh - Wd and Wp. The former have tails.
   const A *target_weight, *history_weight, *product_weight;
   const A *target_rows, *history_rows, *product_rows;
   const A* out_weight;  // [padded(H)] of the last layer
@@ -114,9 +131,9 @@ struct DinGrad {
   A *out_weight, *out_bias;  // [padded(H)], [1]
 };
 
-// Rows are processed in blocks of at most this many, whose intermediate values stay in the second-level
-// cache.
-constexpr int64_t kDinRows = 128;
+// Rows are processed in blocks of at most this many, whose intermediate values stay in the caches: most of
+// them in the first-level one, and 128 took 3 to 8 % longer.
+constexpr int64_t kDinRows = 64;
 
 // Memory of one thread.
 template <class A>
@@ -131,7 +148,7 @@ struct DinScratch {
   DinLayerScratch<A>* layer;
   A *target, *grad_out, *out, *grad_target;  // [padded(D)]
   A* history;                                // [kDinRows, padded(D)]
-  A *operand, *bias;                         // M [D, padded(H)] and c [padded(H)] of a sample
+  A *operand, *bias;                         // M [D, padded(H)] with its tail and c [padded(H)] of a sample
   A* operand_rows;                           // M [H, padded(D)]
   A *grad_operand, *grad_bias;               // and their gradients, [H, padded(D)] and [padded(H)]
   A *grad, *grad_below;                      // [kDinRows, the widest layer]

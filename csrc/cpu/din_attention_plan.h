@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -348,7 +349,7 @@ class DinPlan {
   void first_layer_parts(const std::vector<double>& scale, int64_t stride_h, int64_t stride_d,
                          const A** target, const A** history, const A** product) {
     const DinHidden<A>& f = hidden_[0];
-    const int64_t D = net_.D, size = stride_h > stride_d ? f.out * stride_h : D * stride_d;
+    const int64_t D = net_.D, size = stride_h > stride_d ? f.out * stride_h : operand_size<A>(D, f.out);
     A *t = arena_.take(size), *h_ = arena_.take(size), *p = arena_.take(size);
     for (int64_t h = 0; h < f.out; ++h) {
       const A *w = f.weight.data() + h * 4 * D, s = static_cast<A>(scale[h]);
@@ -359,9 +360,18 @@ class DinPlan {
         p[i] = s * w[3 * D + d];
       }
     }
+    if (stride_h == 1)
+      for (A* operand : {t, h_, p}) copy_tail(operand, D, f.out);
     *target = t;
     *history = h_;
     *product = p;
+  }
+
+  static void copy_tail(A* operand, int64_t K, int64_t n) {
+    const DinTail tail(n);
+    A* to = operand + K * padded<A>(n);
+    for (int64_t k = 0; k < K; ++k, to += tail.width)
+      std::copy_n(operand + k * padded<A>(n) + tail.first, tail.width, to);
   }
 
   void fold(int64_t i, const std::vector<double>& scale, const std::vector<double>& shift) {
@@ -375,10 +385,11 @@ class DinPlan {
     const int64_t ld = padded<A>(f.out);
     if (i == 0)
       return first_layer_parts(scale, 1, ld, &net_.target_weight, &net_.history_weight, &net_.product_weight);
-    A* weight = arena_.take(f.in * ld);
+    A* weight = arena_.take(operand_size<A>(f.in, f.out));
     for (int64_t h = 0; h < f.out; ++h)
       for (int64_t k = 0; k < f.in; ++k)
         weight[k * ld + h] = static_cast<A>(scale[h]) * f.weight[h * f.in + k];
+    copy_tail(weight, f.in, f.out);
     layer.weight = weight;
   }
 

@@ -23,11 +23,15 @@ static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScra
   return s.positions;
 }
 
-// Calls body(first row, rows) on equal blocks of a sample's n rows.
+// Calls body(first row, rows) on about equal blocks of a sample's n rows; all but the last are of whole
+// tiles.
 template <class Body>
 RK_INLINE void for_each_block(int64_t n, const Body& body) {
   const int64_t blocks = (n + kDinRows - 1) / kDinRows;
-  for (int64_t i = 0; i < blocks; ++i) body(n * i / blocks, n * (i + 1) / blocks - n * i / blocks);
+  for (int64_t i = 1, r0 = 0, r1; i <= blocks; ++i, r0 = r1) {
+    r1 = i == blocks ? n : (n * i / blocks + 7) / 8 * 8;
+    body(r0, r1 - r0);
+  }
 }
 
 template <class T, class A>
@@ -69,7 +73,7 @@ static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int3
   // Wider rows are copied: beside their products that costs little, it reads ahead where the products, which
   // begin with eight rows at once, would wait for each, and the copy's odd number of lines suits the caches.
   constexpr int64_t kInPlace = 256;
-  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) < kInPlace)
+  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kInPlace)
     if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)

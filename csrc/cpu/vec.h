@@ -227,6 +227,18 @@ RK_INLINE typename Traits<T>::scalar sum_lanes(typename Traits<T>::vec v) {
   return v[0] + v[1];
 }
 
+// Lane i < width of the result is the sum of the lanes i, i + width, i + 2 width ...; the other lanes are
+// zero.
+template <class V, int width>
+RK_INLINE V sum_parts(V v, Int<width>) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  if constexpr (n >= 16 && width <= 8) v = fold_lanes<8>(v, v, lanes_of(v));
+  if constexpr (n >= 8 && width <= 4) v = fold_lanes<4>(v, v, lanes_of(v));
+  V first = {};
+  for (int i = 0; i < width; ++i) first[i] = 1;
+  return v * first;
+}
+
 // Lane i of the result is the sum of the lanes of x[i], in the order of sum_lanes; x is overwritten.
 template <int half, class V>
 RK_INLINE V sum_each_from(V* x) {
@@ -241,6 +253,27 @@ template <class V>
 RK_INLINE V sum_each(V* x) {
   return sum_each_from<sizeof(V) / sizeof(x[0][0]) / 2>(x);
 }
+
+// p[0 .. lanes / width - 1], each in `width` neighbouring lanes.
+#if RK_VECTOR_BYTES == 64
+RK_INLINE f32v spread(const float* p, Int<4>) {
+  const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return (f32v)_mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), each);
+}
+RK_INLINE f32v spread(const float* p, Int<8>) {
+  const __m512i each = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return (f32v)_mm512_permutevar_ps((__m512)_mm512_set1_pd(both), each);
+}
+#elif RK_VECTOR_BYTES == 32
+RK_INLINE f32v spread(const float* p, Int<4>) {
+  const __m256i each = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  double both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return (f32v)_mm256_permutevar_ps((__m256)_mm256_set1_pd(both), each);
+}
+#endif
 
 // One value converted to and from its storage type.
 RK_INLINE float to_scalar(float v) { return v; }
