@@ -108,19 +108,39 @@ def traced(make, what=None) -> list[torch.fx.GraphModule]:
         return [make_fx(lambda x, y: torch.autograd.grad(loss(model, x, y), parameters))(x, y)]
 
 
+class Loss(nn.Module):
+    """Of a model, as a module with one result: what torch.export takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return (loss(self.model, x, y),)
+
+
 def exported(make, what=None) -> list[torch.fx.GraphModule]:
-    """torch.export, of the forward in eval."""
+    """torch.export of the loss in training, and the backward of what it exported: one graph."""
+    mode, model, x, y = on_cuda(make, what)
+    with mode:
+        step = torch.export.export(Loss(model), (x, y)).module()
+        parameters = [p for p in step.parameters() if p.requires_grad]
+        return [make_fx(lambda x, y: torch.autograd.grad(step(x, y)[0], parameters))(x, y)]
+
+
+def exported_in_eval(make, what=None) -> list[torch.fx.GraphModule]:
+    """torch.export of what serves: the forward in eval."""
     mode, model, x, _ = on_cuda(make, what)
     with mode:
         return [torch.export.export(model.eval(), (x,)).graph_module]
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("trace", [compiled, traced, exported])
+@pytest.mark.parametrize("trace", [compiled, traced, exported, exported_in_eval])
 def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
     graphs = trace(MODELS[name])
     forward = FORWARD.get(name, {"embedding_bag", "din_attention", "norm_activation"})
-    backward = set() if trace is exported else BACKWARD.get(name, {f"{op}_backward" for op in forward})
+    backward = set() if trace is exported_in_eval else BACKWARD.get(name, {f"{op}_backward" for op in forward})
     assert set(ours(graphs)) == forward | backward
     assert not waits(graphs)
     assert len(graphs) == (2 if trace is compiled else 1)
