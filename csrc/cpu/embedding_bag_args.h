@@ -60,6 +60,14 @@ struct Update {
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
 };
 
+// Lookups whose rows are summed, and then stepped on, together: what both touch stays in a first-level cache.
+constexpr int64_t kMostLookups = 128;
+__attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
+  int64_t n = kMostLookups;
+  while (n > 16 && n * D > 2048) n /= 2;
+  return n;
+}
+
 // A table in the backward: key first_key + r is its row r. The sum of a row goes to grad_weight [R, D],
 // dense; or, with `rows`, to the next free row of grad_weight [number of distinct rows, D], r itself into
 // `rows`; or, with `update`, into the table.

@@ -151,7 +151,7 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
     using T = std::remove_pointer_t<decltype(type)>;
     using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     run_tasks((n + kRows - 1) / kRows, n * (D + 16), [&](int64_t task) {
-      auto scratch = uninitialized<A>(D);
+      auto scratch = uninitialized<A>(chunk_of(D) * D);
       RK_DISPATCH_ISA(embedding_update, u, rp, static_cast<const T*>(value.const_data_ptr()), D, task * kRows,
                       std::min(n, (task + 1) * kRows), scratch.get());
     });

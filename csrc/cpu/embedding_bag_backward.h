@@ -25,83 +25,112 @@ namespace rk {
 namespace RK_ISA {
 namespace runs {
 
-// A row and what its gradient is made of are asked for kAhead lookups before their turn, and where the
-// gradient lies, kFar lookups before: all are anywhere in memory.
-constexpr int64_t kAhead = 16, kFar = 48;
+// Where the pointer to a gradient lies is asked for kFar lookups before it is read.
+constexpr int64_t kFar = 64;
 
-// The rows of the lookup kAhead after lookup p. Every lookup asks, not the first of a run alone: a row that
-// starts kAhead after the middle of a run would never be asked for. Each column asks for its own: a burst for
-// all of a row's lines fills the queue of misses, and the loads wait behind it.
+template <class A>
+struct MaskOf {
+  using vec = i32v;
+  using scalar = int32_t;
+};
+template <>
+struct MaskOf<double> {
+  using vec = i64v;
+  using scalar = int64_t;
+};
+
+// Some of the sorted lookups, all of one tile and table.
 template <class T>
-struct Ahead {
-  const T* grad;
-  update::Rows<T> rows;
+struct Chunk {
+  using A = typename Traits<T>::scalar;
+  using M = typename MaskOf<A>::scalar;
+  int64_t begin = 0, n = 0;  // lookups [begin, begin + n)
+  bool continued, goes_on;   // the first run began before, the last one ends after
+  int64_t runs = 0;
+  int64_t row[kMostLookups];    // of each run
+  const T* grad[kMostLookups];  // of each lookup
+  A factor[kMostLookups];
+  M keep[kMostLookups];  // no bit where a run begins, else all
 
-  RK_INLINE Ahead of(const Runs& runs, const TableGrad& table, int64_t p) {
-    const int64_t last = runs.n - 1, q = p + kAhead < last ? p + kAhead : last;
-    __builtin_prefetch(runs.grad_rows + runs.lookup(p + kFar < last ? p + kFar : last));
-    const T* grad = static_cast<const T*>(runs.grad_rows[runs.lookup(q)]);
-    // Then the gradient is asked for four times: a branch in ask() took longer (sparse 8 x 1M x 64, one
-    // thread: 4.9 and not 4.5 ms).
-    if (!table.update) return {grad, {grad, grad, grad, 0, 0}};
-    // Perhaps of the next table, and then in vain.
-    return {grad, update::Rows<T>::of(*table.update, table.D, int64_t(runs.key(q) - table.first_key))};
-  }
-  __attribute__((always_inline)) void ask(int64_t d) const {
-    __builtin_prefetch(grad + d);
-    rows.ask(d);
+  // No branch depends on where runs begin, which nothing can foresee.
+  void fill(const Runs& runs_, const TableGrad& table, int64_t p0, int64_t p1) {
+    begin = p0, n = p1 - p0;
+    uint64_t before = p0 > 0 ? runs_.key(p0 - 1) : ~uint64_t(0);
+    continued = runs_.key(p0) == before;
+    int64_t k = continued - 1;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t p = p0 + j;
+      const uint64_t key = runs_.key(p), i = runs_.lookup(p);
+      __builtin_prefetch(runs_.grad_rows + runs_.lookup(p + kFar < runs_.n ? p + kFar : p));
+      const bool same = key == before;
+      before = key;
+      k += !same;
+      row[k] = static_cast<int64_t>(key - table.first_key);
+      grad[j] = static_cast<const T*>(runs_.grad_rows[i]);
+      keep[j] = -M(same);
+      factor[j] = runs_.factors ? A(runs_.factors[i]) : A(1);
+    }
+    runs = k + 1;
+    goes_on = p1 < runs_.n && runs_.key(p1) == before;
   }
 };
 
-// sum [D] = the lookups [p0, p1), all of one row.
+// sums [runs, D] = each run's sum in the chunk, with `partial` added to what sums [0] holds already. Asks for
+// the gradients of the next chunk, and for its rows of `weight`, stride_wr apart.
 template <class T>
-RK_INLINE void sum_run(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1,
-                       typename Traits<T>::scalar* sum) {
+RK_INLINE void sum_runs(const Chunk<T>& chunk, const Chunk<T>& next, int64_t D, bool partial, const T* weight,
+                        int64_t stride_wr, typename Traits<T>::scalar* sums) {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
+  using M = typename MaskOf<A>::vec;
   constexpr int64_t kLanes = Traits<T>::lanes;
-  const int64_t D = table.D;
   const Tail<T> tail(static_cast<int>(D % kLanes));
   const Tail<A> tail_sum(static_cast<int>(D % kLanes));
   for_each_column_block<T>(D, [&](auto block, int64_t d) __attribute__((always_inline)) {
     constexpr int kVecs = decltype(block)::vecs;
     constexpr bool kTail = decltype(block)::tail;
     V acc[kVecs] = {};
-    for (int64_t p = p0; p < p1; ++p) {
-      const uint64_t i = runs.lookup(p);
-      const Ahead<T> ahead = Ahead<T>::of(runs, table, p);
-      const T* row = static_cast<const T*>(runs.grad_rows[i]) + d;
-      const A factor = runs.factors ? A(runs.factors[i]) : A(1);
+    if (partial)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        acc[v] = kTail && v == kVecs - 1 ? tail_sum.load(sums + d + v * kLanes)
+                                         : Traits<A>::load(sums + d + v * kLanes);
+    A* sum = sums + d - (chunk.continued ? 0 : D);
+    for (int64_t j = 0; j < chunk.n; ++j) {
+      const T *row = chunk.grad[j] + d, *asked = next.grad[j < next.n ? j : 0] + d,
+              *asked_w = weight + next.row[j < next.runs ? j : 0] * stride_wr + d;
+      const A factor = chunk.factor[j];
+      const auto keep = chunk.keep[j];
+      sum += D & ~int64_t(keep);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        ahead.ask(d + v * kLanes);
-        acc[v] += factor *
-                  (kTail && v == kVecs - 1 ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
+        const bool last = kTail && v == kVecs - 1;
+        __builtin_prefetch(asked + v * kLanes);
+        __builtin_prefetch(asked_w + v * kLanes, 1);
+        acc[v] = (V)((M)acc[v] & keep);
+        acc[v] += factor * (last ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
+        if (last)
+          tail_sum.store(sum + v * kLanes, acc[v]);
+        else
+          Traits<A>::store(sum + v * kLanes, acc[v]);
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v)
-      if (kTail && v == kVecs - 1)
-        tail_sum.store(sum + d + v * kLanes, acc[v]);
-      else
-        Traits<A>::store(sum + d + v * kLanes, acc[v]);
+    for (int64_t j = chunk.n; j < next.n; ++j)
+      for (int v = 0; v < kVecs; ++v) {
+        __builtin_prefetch(next.grad[j] + d + v * kLanes);
+        if (j < next.runs) __builtin_prefetch(weight + next.row[j] * stride_wr + d + v * kLanes, 1);
+      }
   });
 }
 
-RK_INLINE void narrow_row(float*, const float*, int64_t) {}  // was summed in place
-RK_INLINE void narrow_row(double*, const double*, int64_t) {}
-template <class T>
-RK_INLINE void narrow_row(T* row, const float* sum, int64_t D) {
+// row [D] = sum [D].
+template <class T, class A>
+RK_INLINE void narrow_row(T* row, const A* sum, int64_t D) {
   int64_t d = 0;
-  for (; d + kFloats <= D; d += kFloats) Traits<T>::store(row + d, Traits<float>::load(sum + d));
+  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
+    Traits<T>::store(row + d, Traits<A>::load(sum + d));
   const int left = static_cast<int>(D - d);
-  Tail<T>(left).store(row + d, Tail<float>(left).load(sum + d));
-}
-RK_INLINE float* place_of(float* row, float*) { return row; }
-RK_INLINE double* place_of(double* row, double*) { return row; }
-template <class T>
-RK_INLINE float* place_of(T*, float* scratch) {
-  return scratch;
+  Tail<T>(left).store(row + d, Tail<A>(left).load(sum + d));
 }
 
 }  // namespace runs
@@ -121,41 +150,58 @@ bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t
   return !bad;
 }
 
-// Sorted lookups [p0, p1): the part of one tile that belongs to one table. carries [2, D]; `distinct` is the
-// number of the table's rows before the first run that starts here.
+// Sorted lookups [p0, p1) of one table, in whole tiles but where the table begins or ends. carries: [2, D] of
+// each tile, the first at p0's, `stride` bytes apart; `distinct` is the number of the table's rows before the
+// first run that starts here; scratch [chunk_of(D), D].
 template <class T>
-void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t distinct,
-                      void* carries, void* scratch) {
+void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
+                      int64_t distinct, char* carries, int64_t stride, void* scratch) {
   using A = typename Traits<T>::scalar;
-  A *left = static_cast<A*>(carries), *right = left + table.D, *sum = static_cast<A*>(scratch);
-  const update::Step<T> step(table.update, table.D);
-  for (int64_t p = p0, q; p < p1; p = q) {
-    const uint64_t key = runs.key(p);
-    for (q = p + 1; q < p1 && runs.key(q) == key; ++q) {
-    }
-    if (p > 0 && runs.key(p - 1) == key) {
-      runs::sum_run<T>(runs, table, p, q, left);
-      continue;
-    }
-    const int64_t row = static_cast<int64_t>(key - table.first_key), place = table.rows ? distinct++ : row;
-    if (table.rows) table.rows[place] = row;
-    if (q < runs.n && runs.key(q) == key) {
-      runs::sum_run<T>(runs, table, p, q, right);
-    } else if (table.update) {
-      if (std::is_same_v<T, A> && q == p + 1 && !runs.factors) {  // a row looked up once has its sum already
-        const runs::Ahead<T> ahead = runs::Ahead<T>::of(runs, table, p);
-        step.take(row, static_cast<const A*>(runs.grad_rows[runs.lookup(p)]),
-                  [&](int64_t d) __attribute__((always_inline)) { ahead.ask(d); });
-      } else {
-        runs::sum_run<T>(runs, table, p, q, sum);
-        step.take(row, sum, [](int64_t) __attribute__((always_inline)) {});
-      }
+  const int64_t D = table.D, most = chunk_of(D);
+  A* sums = static_cast<A*>(scratch);
+  const update::Step<T> step(table.update, D);
+  runs::Chunk<T> chunks[2];
+  const auto fill = [&](runs::Chunk<T>& chunk, int64_t p) {
+    const int64_t tile_end = p - p % tile + tile;
+    int64_t end = p + most < tile_end ? p + most : tile_end;
+    if (end > p1) end = p1;
+    if (p < end)
+      chunk.fill(runs, table, p, end);
+    else
+      chunk.n = chunk.runs = 0;
+  };
+  // The rows that are written, those of the table or of a dense gradient; sparse ones lie in a row.
+  T* grad = static_cast<T*>(table.grad_weight);
+  const T* asked = table.update ? step.weight : grad;
+  const int64_t stride_asked = table.update ? step.stride_wr : table.rows ? 0 : D;
+  bool from_left = false;  // the chunk's first run began in an earlier tile
+  chunks[1].grad[0] = nullptr, chunks[1].row[0] = 0;
+  fill(chunks[0], p0);
+  for (int64_t i = 0; chunks[i].n; i = 1 - i) {
+    const runs::Chunk<T>&chunk = chunks[i], &next = chunks[1 - i];
+    const int64_t p = chunk.begin, end = p + chunk.n;
+    fill(chunks[1 - i], end);
+    const bool tile_begins = p % tile == 0, tile_ends = end % tile == 0, goes_on = chunk.goes_on;
+    from_left = chunk.continued && (tile_begins || from_left);
+    runs::sum_runs(chunk, next, D, chunk.continued && !tile_begins, asked, stride_asked, sums);
+    A *left = reinterpret_cast<A*>(carries + (p / tile - p0 / tile) * stride), *right = left + D;
+    const int64_t last = chunk.runs - 1;
+    const bool unfinished = goes_on && !tile_ends;  // the last run goes on in this tile
+    if (from_left && !(unfinished && last == 0)) runs::narrow_row(left, sums, D);
+    if (goes_on && tile_ends && !(from_left && last == 0)) runs::narrow_row(right, sums + last * D, D);
+    const int64_t first = from_left, whole = last + !goes_on;  // runs [first, whole) are complete
+    const int64_t place = distinct - chunk.continued;          // of the chunk's first run
+    if (table.rows)
+      for (int64_t k = chunk.continued; k <= last; ++k) table.rows[place + k] = chunk.row[k];
+    distinct += chunk.runs - chunk.continued;
+    if (table.update) {
+      step.take(chunk.row + first, sums + first * D, whole > first ? whole - first : 0, next.row, next.runs);
     } else {
-      T* grad = static_cast<T*>(table.grad_weight) + place * table.D;
-      A* wide = runs::place_of(grad, sum);
-      runs::sum_run<T>(runs, table, p, q, wide);
-      runs::narrow_row(grad, wide, table.D);
+      for (int64_t k = first; k < whole; ++k)
+        runs::narrow_row(grad + (table.rows ? place + k : chunk.row[k]) * D, sums + k * D, D);
     }
+    if (unfinished && last > 0) runs::narrow_row(sums, sums + last * D, D);
+    from_left = from_left && last == 0;
   }
 }
 
@@ -174,15 +220,14 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
     const A* left = reinterpret_cast<const A*>(carries);
     for (int64_t d = 0; d < table.D; ++d) sum[d] += left[d];
   }
-  if (table.update)
-    return update::Step<T>(table.update, table.D).take(row, sum, [](int64_t) __attribute__((always_inline)) {
-    });
+  if (table.update) return update::Step<T>(table.update, table.D).take(&row, sum, 1, nullptr, 0);
   T* grad = static_cast<T*>(table.grad_weight) + (table.rows ? distinct : row) * table.D;
   for (int64_t d = 0; d < table.D; ++d) assign(grad[d], sum[d]);
 }
 
-#define RK_INSTANTIATE(T)                                                                                    \
-  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, void*, void*); \
+#define RK_INSTANTIATE(T)                                                                              \
+  template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, int64_t, \
+                                    char*, int64_t, void*);                                            \
   template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE

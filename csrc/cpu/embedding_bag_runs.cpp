@@ -13,8 +13,8 @@ RK_DECLARE_ISA(template <class T, class I>
                void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class I>
                void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T>
-               void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, void*, void*))
+RK_DECLARE_ISA(template <class T> void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t,
+                                                        int64_t, int64_t, char*, int64_t, void*))
 RK_DECLARE_ISA(template <class T>
                void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t))
 
@@ -237,22 +237,20 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   const auto rows_before = [&](int64_t t, int64_t p) {
     return runs_before_table_.empty() ? 0 : runs_before(p) - runs_before_table_[t];
   };
-  const auto reduce_tile = [&](int64_t tile, void* scratch) {
-    const int64_t end = std::min(runs_.n, (tile + 1) * kTile);
-    for (int64_t p0 = tile * kTile, p1; p0 < end; p0 = p1) {
+  constexpr int64_t kTask = kTile * kTilesPerTask;
+  run_tasks((runs_.n + kTask - 1) / kTask, runs_.n * (width + 16), [&](int64_t task) {
+    auto scratch = uninitialized<double>(std::max<int64_t>(2048, 16 * width));
+    const int64_t end = std::min(runs_.n, (task + 1) * kTask);
+    for (int64_t p0 = task * kTask, p1; p0 < end; p0 = p1) {
       const int64_t t = table_of(runs_.key(p0));
       const uint64_t next = first_key_[t + 1] << runs_.shift;
       p1 = std::lower_bound(runs_.sorted + p0, runs_.sorted + end, next) - runs_.sorted;
       dispatch_floating(dtypes[t], [&](auto* type) {
         RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p0, p1,
-                        rows_before(t, p0), carries.get() + tile * carry_bytes, scratch);
+                        kTile, rows_before(t, p0), carries.get() + p0 / kTile * carry_bytes, carry_bytes,
+                        scratch.get());
       });
     }
-  };
-  run_tasks((tiles() + kTilesPerTask - 1) / kTilesPerTask, runs_.n * (width + 16), [&](int64_t task) {
-    auto scratch = uninitialized<double>(width);
-    for (int64_t tile = task * kTilesPerTask; tile < std::min(tiles(), (task + 1) * kTilesPerTask); ++tile)
-      reduce_tile(tile, scratch.get());
   });
   run_tasks(tiles() - 1, runs_.n, [&](int64_t tile) {
     const int64_t p0 = tile * kTile, p1 = p0 + kTile;

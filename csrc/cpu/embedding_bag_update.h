@@ -58,35 +58,7 @@ RK_INLINE void store(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>&
     tail.store(p, v);
 }
 
-// Square root of one number.
-RK_INLINE float root(float x) { return root(splat<float>(x))[0]; }
-RK_INLINE double root(double x) { return root(splat<double>(x))[0]; }
-
-// Where a row and its state lie; absent state lies where the row does.
-template <class T>
-struct Rows {
-  const T* weight;
-  const void *state1, *state2;
-  int64_t bytes1, bytes2;  // of the states, for one column
-
-  RK_INLINE Rows of(const Update& u, int64_t D, int64_t row) {
-    using A = typename Traits<T>::scalar;
-    const T* weight = static_cast<const T*>(u.weight) + row * u.stride_wr;
-    const int64_t n1 = u.optimizer == kRowWiseAdagrad ? 0 : sizeof(A);
-    return {
-        weight,
-        u.state1 ? static_cast<const A*>(u.state1) + (n1 ? row * D : row) : static_cast<const void*>(weight),
-        u.state2 ? static_cast<const A*>(u.state2) + row * D : static_cast<const void*>(weight),
-        u.state1 ? n1 : int64_t(sizeof(T)), u.state2 ? int64_t(sizeof(A)) : int64_t(sizeof(T))};
-  }
-  __attribute__((always_inline)) void ask(int64_t d) const {
-    __builtin_prefetch(weight + d, 1);
-    __builtin_prefetch(static_cast<const char*>(state1) + d * bytes1, 1);
-    __builtin_prefetch(static_cast<const char*>(state2) + d * bytes2, 1);
-  }
-};
-
-// A step on one table; made once for many rows, because nothing but local constants stays in registers.
+// A step on one table.
 template <class T>
 struct Step {
   using A = typename Traits<T>::scalar;
@@ -111,65 +83,109 @@ struct Step {
     max_norm = A(u.max_norm);
   }
 
-  // On row `row`, of gradient grad [D]; calls ask(d) for every vector of columns.
-  template <class Ask>
-  __attribute__((always_inline)) void take(int64_t row, const A* grad, const Ask& ask) const {
-    const bool decoupled = optimizer == kAdamW, rowwise = optimizer == kRowWiseAdagrad;
-    T* w_row = weight + row * stride_wr;
-    A *s1 = state1 + (rowwise ? row : row * D), *s2 = state2 + row * D;
-    A factor = grad_factor;
-    if (max_norm != 0) {
+  // Asks for the state that a step on columns [d, d + kLanes) of a row reads.
+  template <Optimizer kind>
+  __attribute__((always_inline)) void ask(int64_t row, int64_t d) const {
+    if (kind == kAdagrad || kind == kAdam || kind == kAdamW) __builtin_prefetch(state1 + row * D + d, 1);
+    if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * D + d, 1);
+    if (kind == kRowWiseAdagrad && d == 0) __builtin_prefetch(state1 + row, 1);
+  }
+
+  // Multiplies the gradients by grad_factor and shortens those that are then longer than max_norm.
+  __attribute__((noinline)) static void scale_grads(const Step& s, A* grads, int64_t n) {
+    for (A* grad = grads; grad < grads + n * s.D; grad += s.D) {
       V squares = {};
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const V g = factor * load(grad + d, d + kLanes <= D, tail_state);
+      for (int64_t d = 0; d < s.D; d += kLanes) {
+        const V g = s.grad_factor * load(grad + d, d + kLanes <= s.D, s.tail_state);
         squares += g * g;
       }
-      const A norm = root(sum_lanes<T>(squares));
-      if (norm > max_norm) factor *= max_norm / norm;
+      const A norm = root(splat<A>(sum_lanes<T>(squares)))[0];
+      const A factor =
+          s.max_norm != 0 && norm > s.max_norm ? s.grad_factor * (s.max_norm / norm) : s.grad_factor;
+      for (int64_t d = 0; d < s.D; ++d) grad[d] *= factor;
     }
-    A row_scale = 0;
-    if (rowwise) {
+  }
+
+  // scales [n] = lr / (sqrt s + eps) of rows of gradients grads [n, D], after adding to their s.
+  __attribute__((always_inline)) void scale_rows(const int64_t* rows, const A* grads, int64_t n,
+                                                 A* scales) const {
+    for (int64_t k = 0; k < n; ++k) {
       V squares = {};
       for (int64_t d = 0; d < D; d += kLanes) {
         const bool whole = d + kLanes <= D;
-        V g = factor * load(grad + d, whole, tail_state);
-        if (decay != 0) g += decay * load(w_row + d, whole, tail);
+        V g = load(grads + k * D + d, whole, tail_state);
+        if (decay != 0) g += decay * load(weight + rows[k] * stride_wr + d, whole, tail);
         squares += g * g;
       }
-      *s1 += sum_lanes<T>(squares) / A(D);
-      row_scale = lr / (root(*s1) + eps);
+      scales[k] = state1[rows[k]] += sum_lanes<T>(squares) / A(D);
     }
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const bool whole = d + kLanes <= D;
-      ask(d);
-      V w = load(w_row + d, whole, tail), g = factor * load(grad + d, whole, tail_state);
-      if (decoupled)
-        w -= lr * decay * w;
-      else if (decay != 0)
-        g += decay * w;
-      switch (optimizer) {
-        case kSGD:
-          w -= lr * g;
-          break;
-        case kRowWiseAdagrad:
-          w -= row_scale * g;
-          break;
-        case kAdagrad: {
-          const V s = load(s1 + d, whole, tail_state) + g * g;
-          store(s1 + d, s, whole, tail_state);
-          w -= lr * g / (root(s) + eps);
-          break;
+    for (int64_t k = n; k % kLanes; ++k) scales[k] = 0;
+    for (int64_t k = 0; k < n; k += kLanes)
+      Traits<A>::store(scales + k, lr / (root(Traits<A>::load(scales + k)) + eps));
+  }
+
+  // No sum has two products in it: which of them is fused into it would be the compiler's choice, in every
+  // copy that it makes of a loop anew, and a row must have the same bits wherever in a batch it comes.
+  template <Optimizer kind>
+  __attribute__((noinline)) static void take_as(Step s, const int64_t* rows, const A* grads, int64_t n,
+                                                const int64_t* next, int64_t n_next) {
+    constexpr bool kRowWise = kind == kRowWiseAdagrad;
+    A scales[kRowWise ? kMostLookups : 1];
+    if (kRowWise) s.scale_rows(rows, grads, n, scales);
+    const int64_t D = s.D;
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t row = rows[k], asked = next[k < n_next ? k : n_next - 1];
+      const A* grad = grads + k * D;
+      T* w_row = s.weight + row * s.stride_wr;
+      A *s1 = s.state1 + row * D, *s2 = s.state2 + row * D;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const bool whole = d + kLanes <= D;
+        s.template ask<kind>(asked, d);
+        V w = load(w_row + d, whole, s.tail), g = load(grad + d, whole, s.tail_state);
+        if (kind == kAdamW)
+          w -= s.lr * s.decay * w;
+        else if (s.decay != 0)
+          g += s.decay * w;
+        if (kind == kSGD) w -= s.lr * g;
+        if (kRowWise) w -= scales[k] * g;
+        if (kind == kAdagrad) {
+          const V sum = load(s1 + d, whole, s.tail_state) + g * g;
+          store(s1 + d, sum, whole, s.tail_state);
+          w -= s.lr * g / (root(sum) + s.eps);
         }
-        default: {
-          V m = load(s1 + d, whole, tail_state), v = load(s2 + d, whole, tail_state);
-          m += keep1 * (g - m);
-          v += keep2 * (g * g - v);
-          store(s1 + d, m, whole, tail_state);
-          store(s2 + d, v, whole, tail_state);
-          w -= step * m / (inverse_root * root(v) + eps);
+        if (kind == kAdam || kind == kAdamW) {
+          V m = load(s1 + d, whole, s.tail_state), v = load(s2 + d, whole, s.tail_state);
+          m += s.keep1 * (g - m);
+          v += s.keep2 * (g * g - v);
+          store(s1 + d, m, whole, s.tail_state);
+          store(s2 + d, v, whole, s.tail_state);
+          w -= s.step * m / (s.inverse_root * root(v) + s.eps);
         }
+        store(w_row + d, w, whole, s.tail);
       }
-      store(w_row + d, w, whole, tail);
+    }
+    for (int64_t k = n; k < n_next; ++k)
+      for (int64_t d = 0; d < D; d += kLanes) s.template ask<kind>(next[k], d);
+  }
+
+  // On n <= kMostLookups distinct rows of gradients grads [n, D], which it may change; asks for the state of
+  // the rows next [n_next], whose turn comes then.
+  void take(const int64_t* rows, A* grads, int64_t n, const int64_t* next, int64_t n_next) const {
+    if (grad_factor != 1 || max_norm != 0) scale_grads(*this, grads, n);
+    if (n_next == 0) next = rows, n_next = n != 0;
+    const auto by = [&](auto take_as)
+                        __attribute__((always_inline)) { take_as(*this, rows, grads, n, next, n_next); };
+    switch (optimizer) {
+      case kSGD:
+        return by(take_as<kSGD>);
+      case kAdagrad:
+        return by(take_as<kAdagrad>);
+      case kRowWiseAdagrad:
+        return by(take_as<kRowWiseAdagrad>);
+      case kAdam:
+        return by(take_as<kAdam>);
+      case kAdamW:
+        return by(take_as<kAdamW>);
     }
   }
 };
@@ -177,20 +193,25 @@ struct Step {
 }  // namespace update
 
 // Rows [i0, i1) of a coalesced sparse gradient: row rows[i] of the table has the gradient values[i], [D].
+// scratch [chunk_of(D), D].
 template <class T, class A>
 void embedding_update(const Update& u, const int64_t* rows, const T* values, int64_t D, int64_t i0,
                       int64_t i1, A* scratch) {
-  constexpr int64_t kAhead = 8;
   const update::Step<T> step(&u, D);
-  for (int64_t i = i0; i < i1; ++i) {
-    const auto ahead = update::Rows<T>::of(u, D, rows[i + kAhead < i1 ? i + kAhead : i1 - 1]);
-    const T* grad = values + i * D;
+  const int64_t chunk = chunk_of(D);
+  for (int64_t i = i0, end, next_end; i < i1; i = end) {
+    end = i + chunk < i1 ? i + chunk : i1, next_end = end + chunk < i1 ? end + chunk : i1;
+    const T* grads = values + i * D;
+    const int64_t n = (end - i) * D;
     int64_t d = 0;
-    for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
-      Traits<A>::store(scratch + d, Traits<T>::load(grad + d));
-    const int left = static_cast<int>(D - d);
-    Tail<A>(left).store(scratch + d, Tail<T>(left).load(grad + d));
-    step.take(rows[i], scratch, [&](int64_t d) __attribute__((always_inline)) { ahead.ask(d); });
+    for (; d + Traits<T>::lanes <= n; d += Traits<T>::lanes)
+      Traits<A>::store(scratch + d, Traits<T>::load(grads + d));
+    const int left = static_cast<int>(n - d);
+    Tail<A>(left).store(scratch + d, Tail<T>(left).load(grads + d));
+    for (int64_t k = end; k < next_end; ++k)
+      for (d = 0; d < D; d += Traits<T>::lanes)
+        __builtin_prefetch(step.weight + rows[k] * u.stride_wr + d, 1);
+    step.take(rows + i, scratch, end - i, rows + end, next_end - end);
   }
 }
 
