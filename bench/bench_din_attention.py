@@ -5,15 +5,26 @@ normalization and which masks nothing, and the masked attention without normaliz
 flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
 four-fold concatenation.
 
-Where the time goes in B2048 L50 D64 [80,40] dice (Zen 5, float32, ``perf`` with one thread): eval 60 % products, 18 %
-Dice, 7 % copying rows, 5 % forming M. Training 50 % products, 12 % copying rows, 8 % Dice's backward, 6 % reading kept
-z, before the next block's rows were fetched between the products; since then copying takes 8 % and reading z 4 %, and
-some of the wait has moved to the fetches. Since the first layer's z is kept, training takes 33 and not 38.5 ms, and
-B4096 L100 D64 [36] 48.5 and not 58. The eval runs at 55 % of sgemm's rate. Tried together without a gain: tiles of
-equal height instead of eights and a rest, six vectors at once where a product has one row, and in training w g + M^T G
-in one product; the eval was the same, training as fast or up to 3 % slower. Not built: bfloat16 products
-(``vdpbf16ps``); operands rounded for them alone, in a model of two sigmoid layers, move gradients by up to 7e-3 of the
-1e-2 allowed, and the time was not tried.
+Where the time goes, in per cent of a call (Zen 5, float32, ``perf`` with one thread; fetching: the next block's rows):
+
+| shape | pass | ms | products | activation | forming M | fetching and the rest |
+| --- | --- | --- | --- | --- | --- | --- |
+| B1024 L50 D16 [36] | eval | 1.14 | 45 | 36 | 2 | 17 |
+| B2048 L50 D64 [80,40] | eval | 12.1 | 69 | 19 | 5 | 7 |
+| B4096 L100 D64 [36] | eval | 18.0 | 61 | 18 | 2 | 19 |
+| B1024 L100 D64 [512,256] softmax | eval | 159 | 87 | 6 | 2 | 5 |
+| B2048 L50 D64 [80,40] sigmoid, length 12 | eval | 4.07 | 62 | 13 | 15 | 10 |
+| B1024 L50 D16 [36] | training | 5.66 | 23 | 32 | 1 | 44 |
+| B2048 L50 D64 [80,40] | training | 77.1 | 45 | 14 | 4 | 37 |
+| B4096 L100 D64 [36] | training | 108 | 39 | 13 | 2 | 46 |
+| B2048 L50 D64 [80,40] sigmoid, length 12 | training | 17.5 | 58 | 7 | 18 | 17 |
+
+Training's rest is the backward's rows w g and fetching (11 to 17), reading kept z (2 to 10) and torch. Tried without a
+gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
+w g + M^T G in one product; prefetching the next tile's rows within a product (1 %). Not built: bfloat16 products
+(``vdpbf16ps``). A tile of eight rows and three vectors, K 64, takes 11.6 ns a row against 23.3 in float32, and rounding
+M alone to bfloat16 moves the output by 1.4e-3 at most and gradients by 2.0e-3 (norms, five shapes) of the 1e-2 allowed:
+worth an instruction set of its own.
 """
 
 from __future__ import annotations
