@@ -5,7 +5,8 @@ normalization and which masks nothing, and the masked attention without normaliz
 flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
 four-fold concatenation.
 
-Where the time goes, in per cent of a call (Zen 5, float32, ``perf`` with one thread; fetching: the next block's rows):
+Where the time goes, in per cent of the user cycles that ``perf`` saw in the kernels, torch and libc (Zen 5, float32,
+one thread, one run; fetching: the next block's rows):
 
 | shape | pass | ms | products | activation | forming M | fetching and the rest |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -22,9 +23,10 @@ Where the time goes, in per cent of a call (Zen 5, float32, ``perf`` with one th
 Training's rest is the backward's rows w g and fetching (11 to 17), reading kept z (2 to 10) and torch. Tried without a
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
 w g + M^T G in one product; prefetching the next tile's rows within a product (1 %). Not built: bfloat16 products
-(``vdpbf16ps``). A tile of eight rows and three vectors, K 64, takes 11.6 ns a row against 23.3 in float32, and rounding
-M alone to bfloat16 moves the output by 1.4e-3 at most and gradients by 2.0e-3 (norms, five shapes) of the 1e-2 allowed:
-worth an instruction set of its own.
+(``vdpbf16ps``). A tile of eight rows and three vectors, K 64, alone takes 11.6 ns a row against 23.3 in
+float32. Emulated in float64, rounding M alone moves the output by up to 1.4e-3 and gradients, whose own products were
+not rounded, by up to 2.0e-3 (norms, five shapes, one seed); rounding the operands of all products, in a model of two
+sigmoid layers, had moved gradients by up to 7e-3 of the 1e-2 allowed. A whole attention with it has not been timed.
 """
 
 from __future__ import annotations
