@@ -1,10 +1,10 @@
 """Everything that only a GPU can show, in under eight minutes and without a network: ``python bench/gpu_check.py``.
 
 Correctness of every op and model against float64 on the CPU, in all dtypes and with the same bits twice; capture of
-every op's forward and backward in a CUDA graph; compute-sanitizer where it is installed; then, on shapes of practice,
-timings beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, as shares of the copy bandwidth and the matrix
-rate measured here. ``--out DIR`` keeps gpu_check.json and gpu_check.md. Exits with 1 where anything is wrong, with 2
-where there is no GPU.
+every op's forward and backward, and of models' training steps, in a CUDA graph; compute-sanitizer where it is
+installed; then, on shapes of practice, timings beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, as
+shares of the copy bandwidth and the matrix rate measured here. ``--out DIR`` keeps gpu_check.json and gpu_check.md.
+Exits with 1 where anything is wrong, with 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -30,15 +30,8 @@ from torch import Tensor
 
 from rankkernels import _version, gpu_report
 from rankkernels.ops import _library
-from rankkernels.testing import (
-    GPU_CASES,
-    TEST_CASES,
-    TOLERANCE,
-    OpCase,
-    embedding_bag_case,
-    embedding_fm_case,
-    relative_error,
-)
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, relative_error
+from rankkernels.testing.gpu import GPU_OPS
 
 #: Seconds a part may take; what is left then is reported as not done.
 BUDGET = {"correctness": 160, "models": 40, "capture": 40, "sanitizer": 60, "timings": 150}
@@ -46,11 +39,6 @@ HARD_LIMIT = sum(BUDGET.values()) + 25  # a check that is under way when its par
 #: A model's layers round one after the other: its results and gradients may be off by so many times TOLERANCE, or by
 #: twice what they are off by on the CPU in the same dtype.
 MODEL_ROUNDINGS = 8
-EMBEDDING_CASES = [
-    embedding_bag_case([100_000] * 26, [16] * 26, list(range(26)), ["sum"] * 26, B=4096, L=1),
-    embedding_bag_case([1_000_000] * 8, [64] * 8, list(range(8)), ["sum"] * 8, B=1024, L=20),
-    embedding_fm_case([100_000] * 26, 16, list(range(26)), ["none"] * 26, B=4096),
-]
 
 
 @dataclass
@@ -128,25 +116,53 @@ def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tup
     return error <= allowed, f"error {error:.1e} of {allowed:.0e}"
 
 
-def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """A forward and a backward in a CUDA graph, replayed on other values, against the same without a graph."""
-    static, other = (on(device, case.inputs(dtype, seed=seed)) for seed in (0, 1))
-    grad_out = torch.ones_like(case.function(*static))
+def in_graph(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+    """A CUDA graph's replay of ``run``, and the results that it writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            step(case.function, static, grad_out)
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(case.function, static, grad_out)
+        captured = run()
+    return graph.replay, captured
+
+
+def check_replay(
+    run: Callable[[], list[Tensor]], static: Sequence[Tensor], other: Sequence[Tensor]
+) -> tuple[bool, str]:
+    """``run`` on ``static`` in a CUDA graph, replayed on the values of ``other``, against the same without a graph."""
+    replay, captured = in_graph(run)
     with torch.no_grad():
-        for t, o in zip(static, other):
+        for t, o in zip(static, other, strict=True):
             t.copy_(o)
-    graph.replay()
-    same = same_bits(captured, step(case.function, other, grad_out))
+    replay()
+    same = same_bits(captured, run())
     return same, "" if same else "a replay differs from a run"
+
+
+def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """A forward and a backward."""
+    static, other = (on(device, case.inputs(dtype, seed=seed)) for seed in (0, 1))
+    grad_out = torch.ones_like(case.function(*static))
+    return check_replay(lambda: step(case.function, static, grad_out), static, other)
+
+
+def capture_model(make: Callable, device: torch.device) -> tuple[bool, str]:
+    """A model's training step without the optimizer's: probabilities, loss and gradients."""
+    torch.manual_seed(0)
+    (model, x, y), (_, other_x, other_y) = (make(B=64, rows=200) for _ in range(2))
+    model, y, x = model.to(device), y.to(device), {k: t.to(device) for k, t in x.items()}
+    parameters = list(model.parameters())
+
+    def train() -> list[Tensor]:
+        p = model(x)
+        loss = F.binary_cross_entropy(p, y)
+        return [p.detach(), loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    return check_replay(train, [*x.values(), y], [*other_x.values(), other_y])
 
 
 def has_kernels(op: str) -> bool:
@@ -161,24 +177,33 @@ def correctness(device: torch.device) -> Iterator[Check]:
                 yield f"{case.id} {name_of(dtype)}", lambda case=case, dtype=dtype: check_case(case, dtype, device)
 
 
+#: Each with the embedding op that it calls.
+MODELS = {"DeepFM": (gpu_report.deepfm, "embedding_fm"), "DIN": (gpu_report.din, "embedding_bag")}
+
+
 def models(device: torch.device) -> Iterator[Check]:
-    for name, make in {"DeepFM": gpu_report.deepfm, "DIN": gpu_report.din}.items():
+    for name, (make, _) in MODELS.items():
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
 
 
 def capture(device: torch.device) -> Iterator[Check]:
-    """Every op's first test case that is not empty, in the dtypes of training."""
+    """Every op's first test case that is not empty, in the dtypes of training, and training steps of the models."""
+    no_kernel = None, "no kernel in this build: the reference is not made for capture"
     for op in sorted({case.op for case in TEST_CASES}):
         case = next(c for c in TEST_CASES if c.op == op and c.elements)
         for dtype in (torch.float32, torch.bfloat16):
 
             def captured(case=case, dtype=dtype):
-                if not has_kernels(case.op):
-                    return None, "no kernel in this build: the reference is not made for capture"
-                return capture_case(case, dtype, device)
+                return capture_case(case, dtype, device) if has_kernels(case.op) else no_kernel
 
             yield f"{case.id} {name_of(dtype)}", captured
+    for name, (make, op) in MODELS.items():
+
+        def captured_step(make=make, op=op):
+            return capture_model(make, device) if has_kernels(op) else no_kernel
+
+        yield f"{name} training step", captured_step
 
 
 def sanitizer(device: torch.device) -> Iterator[Check]:
@@ -305,8 +330,7 @@ def trained(function: Callable) -> Callable:
     return both
 
 
-TIMED = [(c, d) for c in GPU_CASES for d in c.dtypes if d != torch.float64]
-TIMED += [(c, torch.float32) for c in EMBEDDING_CASES]
+TIMED = [(c, d) for op in GPU_OPS for c in op.cases for d in c.dtypes if d != torch.float64]
 
 
 def timings(

@@ -1,6 +1,6 @@
 """What the compilers make of the GPU kernels, on a machine without a GPU: ``python -m rankkernels.gpu_report``.
 
-Compiles every Triton kernel for the shapes, dtypes and targets of ``rankkernels.testing.GPU_CASES``, forward and
+Compiles every Triton kernel for the shapes, dtypes and targets of ``rankkernels.testing.gpu``, forward and
 backward, and, in a source tree beside nvcc, the CUDA C++ kernels of csrc/cuda. Prints Markdown: registers, spilled
 bytes, shared memory and the occupancy they allow; bytes, flops and launches a call; and the time below which no kernel
 can do it on some GPUs. ``--out FILE`` saves it.
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from rankkernels._version import __version__
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import DenseFeature, SequenceFeature, SparseFeature
-from rankkernels.testing import GPU_CASES, OpCase, din_attention_case, fm_interaction_case
+from rankkernels.testing import OpCase, din_attention_case, fm_interaction_case
+from rankkernels.testing.gpu import COMPILED, CUDA_LAUNCHES
 
 CSRC = Path(__file__).parents[1] / "csrc/cuda"
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -118,15 +119,18 @@ def _compile(job: tuple[int, int, str]) -> list:
     from rankkernels._triton.ahead_of_time import compile_case
 
     case, dtype, target = job
-    return compile_case(GPU_CASES[case], GPU_CASES[case].dtypes[dtype], target)
+    return compile_case(COMPILED[case], COMPILED[case].dtypes[dtype], target)
 
 
 def triton_records(targets: Sequence[str] = tuple(MULTIPROCESSORS)) -> Iterator[Record]:
     """Every Triton kernel, its cases and dtypes and the targets: compiled by as many processes as there are cores."""
-    jobs = [(i, j, t) for t in targets for i, case in enumerate(GPU_CASES) for j in range(len(case.dtypes))]
+    from rankkernels._triton.ahead_of_time import serves
+
+    served = [i for i, case in enumerate(COMPILED) if serves(case)]
+    jobs = [(i, j, t) for t in targets for i in served for j in range(len(COMPILED[i].dtypes))]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for (i, j, target), calls in zip(jobs, pool.map(_compile, jobs)):
-            yield Record(GPU_CASES[i], GPU_CASES[i].dtypes[j], target, calls)
+            yield Record(COMPILED[i], COMPILED[i].dtypes[j], target, calls)
 
 
 def nvcc() -> str | None:
@@ -317,8 +321,6 @@ def grids_table(found: dict[str, dict[int, list]]) -> list[str]:
 
 def launch_counts(calls: list) -> tuple[int, int, int, int]:
     """Triton's launches, CUDA C++'s, PyTorch's inside our ops and PyTorch's in the rest of a model's calls."""
-    from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
-
     ours = [c for c in calls if c.op]
     kernels = sum(len(c.kernels) for c in ours)
     cpp = sum(len(c.launches) for c in ours if c.op in CUDA_LAUNCHES)

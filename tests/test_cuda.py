@@ -19,15 +19,21 @@ import pytest
 import torch
 
 from rankkernels.gpu_report import ptxas_resources
+from rankkernels.testing.gpu import CUDA_LAUNCHES
 
 ROOT = Path(__file__).parent.parent
 SHIM = Path(__file__).parent / "cuda_shim"
 TORCH = Path(torch.__file__).parent
 ARCHITECTURES = ("80", "90", "100")
 DTYPES = ("float", "double", "__half", "__nv_bfloat16")
-KERNELS = ("embedding_bag", "embedding_lookups", "embedding_max_grad_rows", "embedding_factor_grad",
-           "embedding_reduce", "embedding_join", "embedding_update", "embedding_fm", "embedding_fm_backward",
-           "embedding_linear_parts", "embedding_linear_total")  # fmt: skip
+#: Every kernel of csrc/cuda, and whether it is a template over the dtypes.
+KERNELS = {
+    name: bool(template)
+    for header in sorted((ROOT / "csrc/cuda").glob("*.cuh"))
+    for template, name in re.findall(
+        r"(template <class T>\n)?__global__ void __launch_bounds__\(.+\)\s+(\w+)\(", header.read_text()
+    )
+}
 MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
 
 
@@ -102,12 +108,11 @@ def test_imports_beside_any_torch(build):
 def test_no_kernel_spills(build):
     found = ptxas_resources(build[1])
     for sm in ARCHITECTURES:
-        for kernel in KERNELS:
-            assert sum(f"{len(kernel)}{kernel}I" in name and f"sm_{sm}" == s for name, s in found) == len(DTYPES), (
-                kernel,
-                sm,
-            )
-    assert len(found) == len(ARCHITECTURES) * (len(KERNELS) * len(DTYPES) + 4)  # the others have no dtype
+        for kernel, template in KERNELS.items():
+            mangled = f"{len(kernel)}{kernel}{'I' if template else ''}"
+            compiled = sum(mangled in name and f"sm_{sm}" == s for name, s in found)
+            assert compiled == (len(DTYPES) if template else 1), (kernel, sm)
+    assert len(found) == len(ARCHITECTURES) * sum(len(DTYPES) if template else 1 for template in KERNELS.values())
     print("\nkernel, architecture: registers")
     for (name, sm), text in sorted(found.items()):
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, sm, text)
@@ -265,24 +270,27 @@ def shim(tmp_path_factory) -> dict[str, Path]:
 
 @needs_sanitizers
 def test_kernels_under_the_shim(shim):
-    """Right in every dtype, without a word of the sanitizers, and the same bits in every order."""
+    """Every kernel in every order: right in all dtypes, without a word of the sanitizers, and with the same bits."""
     orders = ("forward", "reverse", "1")
     with ThreadPoolExecutor(2) as pool:
-        outs = list(pool.map(lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order), orders))
+        run_in = lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
+        outs = list(pool.map(run_in, orders))
     assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
+    assert len(KERNELS) == len(re.findall("^__global__", sources, re.M)) == sources.count("__global__") > 10
+    for order, out in zip(orders, outs):
+        assert set(re.findall(r"launch of rk::cuda::(\w+)", out)) == set(KERNELS), order
 
 
 @needs_sanitizers
 def test_launches_under_the_shim(shim):
     """All tables go with one launch of each kernel: what ``rankkernels.gpu_report`` counts."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    from rankkernels._triton.ahead_of_time import CUDA_LAUNCHES
-
     out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
-    counts = [part.count("launch of") for part in out.split("done\n")[:-1]]
+    launched = [re.findall(r"launch of rk::cuda::(\w+)", part) for part in out.split("done\n")[:-1]]
     ways = ["embedding_bag"], ["embedding_bag_backward"]
     ways = *ways, ["embedding_fm"], ["embedding_fm_backward", "embedding_bag_backward"]
-    assert counts == [sum(name != "sort" for op in ops for name in CUDA_LAUNCHES[op]) for ops in ways]
+    counted = [[name for op in ops for name in CUDA_LAUNCHES[op] if name != "sort"] for ops in ways]
+    assert [sorted(names) for names in launched] == [sorted(names) for names in counted]
 
 
 @needs_sanitizers

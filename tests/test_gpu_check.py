@@ -89,7 +89,9 @@ def test_the_plan_has_every_op_case_and_dtype(gpu_check):
     plan = [what for what, _ in gpu_check.correctness(CPU)]
     assert len(plan) == len(set(plan)) == sum(len(case.dtypes) for case in TEST_CASES)
     ops = sorted({case.op for case in TEST_CASES})
-    assert sorted({what.split("-")[0] for what, _ in gpu_check.capture(CPU)}) == ops
+    captured = [what for what, _ in gpu_check.capture(CPU)]
+    assert sorted({what.split("-")[0] for what in captured if "-" in what}) == ops
+    assert [what for what in captured if "-" not in what] == ["DeepFM training step", "DIN training step"]
     first = [what for what, _ in gpu_check.first_of_each_op(gpu_check.correctness(CPU))]
     assert sorted(what.split("-")[0] for what in first) == ops
     assert {case.op for case, _ in gpu_check.TIMED} == set(ops)
@@ -108,6 +110,21 @@ def test_models_on_the_cpu(gpu_check, make, dtype):
     ok, detail = gpu_check.check_model(make, dtype, CPU)
     print(detail)
     assert ok, detail
+
+
+@pytest.mark.parametrize("replays", [True, False], ids=["a graph", "a graph that does nothing"])
+def test_capture_on_the_cpu(gpu_check, monkeypatch, replays):
+    """With a graph that runs again, or does not, what it is of."""
+
+    def in_graph(run):
+        captured = run()
+        return lambda: [c.copy_(again) for c, again in zip(captured, run()) if replays], captured
+
+    monkeypatch.setattr(gpu_check, "in_graph", in_graph)
+    monkeypatch.setattr(gpu_check, "has_kernels", lambda op: True)
+    findings = list(gpu_check.run_checks("capture", gpu_check.capture(CPU), 1e9))
+    assert [f.what for f in findings if f.ok is not replays] == []
+    assert {f.detail for f in findings} == {"" if replays else "a replay differs from a run"}
 
 
 def test_wrong_results_and_errors_are_found(gpu_check):

@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
+from rankkernels.testing.gpu import CUDA_LAUNCHES
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -120,15 +122,6 @@ def tensor_bytes(values) -> int:
     return total
 
 
-#: What an op launches that is CUDA C++, each table of one dtype: not run here. A sort is one of PyTorch's ops.
-CUDA_LAUNCHES = {
-    "embedding_bag": ["embedding_bag"],
-    "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
-    "embedding_fm": ["embedding_fm"],
-    "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear_parts", "embedding_linear_total"],
-}
-
-
 def launches_kernel(func: torch._ops.OpOverload) -> bool:
     """Whether a PyTorch op runs a kernel: not those that return views, nor those that only allocate."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -222,6 +215,17 @@ def meta_inputs(case, dtype: torch.dtype) -> list[torch.Tensor]:
     """The inputs of an ``OpCase``, without values."""
     with torch.device("meta"):
         return [t.to("meta") for t in case.inputs(dtype)]
+
+
+def serves(case) -> bool:
+    """Whether the kernels serve an ``OpCase`` with the Triton that is installed, or the reference does."""
+    if case.op != "din_attention":
+        return True
+    from rankkernels._triton.din_attention import supports
+    from rankkernels.ops.din_attention import Flags
+
+    history, _, _, _, _, params, _, *flags = case.arguments(*meta_inputs(case, case.dtypes[0]))
+    return supports(history, params, Flags(*flags))
 
 
 def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:

@@ -44,15 +44,22 @@ from rankkernels.reference import Hidden
 
 PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums
 MAX_WIDTH = 128  # of history rows and of hidden layers
+#: Triton before 3.9 moves out of loops what ``disable_licm`` is to keep there: then the backward of two layers that are
+#: both wider than 64, in training, has more to keep than registers.
+WIDE_TRAINING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
     """Whether the kernels serve these arguments; the reference does the others.
 
     One or two hidden layers, D and hidden widths up to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
-    wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of.
+    wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of. Two wide ones
+    in training as WIDE_TRAINING says.
     """
     first, *second = params[: -2 : params_per_layer(flags.name, flags.batch_norm)] or [None, None, None]
+    statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
+    if statistics and len(second) == 1 and not WIDE_TRAINING and min(first.size(0), second[0].size(0)) > 64:
+        return False
     return (
         len(second) <= 1
         and max(history.size(-1), first.size(0), *(w.size(0) for w in second)) <= MAX_WIDTH

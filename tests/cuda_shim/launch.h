@@ -23,7 +23,8 @@ class Device {
   void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes,
               Arguments&&... arguments) const {
     if (blocks == 0) return;
-    shim::launch(blocks, kThreads, shared_bytes, [&] { kernel(arguments...); });
+    shim::launch(reinterpret_cast<void*>(kernel), blocks, kThreads, shared_bytes,
+                 [&] { kernel(arguments...); });
   }
 
   template <class T>

@@ -16,7 +16,8 @@ import torch
 
 from rankkernels import ops, optim, reference
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
-from rankkernels.testing import TEST_CASES, TOLERANCE, embedding_bag_case, embedding_fm_case, relative_error
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_case, embedding_fm_case, relative_error
+from rankkernels.testing.gpu import EMBEDDING_BAG, GPU_OPS, GPUOp
 
 library = torch.library.Library("rankkernels", "IMPL")
 
@@ -32,30 +33,12 @@ def call_cuda() -> None:
         library.impl(name, lambda *args, op=op, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
 
 
-CASES = [
-    *(case for case in TEST_CASES if case.op == "embedding_bag"),
-    # One row of a warp's width and more, packed and not; groups of every number of lanes.
-    *(embedding_bag_case([7], [d], [0], ["mean"], B=9, L=5, weighted=True) for d in (1, 2, 4, 12, 16, 40, 136, 300)),
-    embedding_bag_case([7], [24], [0], ["none"], B=70, L=1),
-    embedding_bag_case([13], [72], [0, 0], ["max", "sum"], B=9, L=6, padding_idx=2),
-    # Hot rows, whose runs cross many tiles and groups of a warp.
-    embedding_bag_case([3], [16], [0], ["sum"], B=40, L=40, jagged=True),
-    embedding_bag_case([1], [10], [0], ["mean"], B=30, L=30, weighted=True),
-    # Tables of several widths in one tile, and more features and tables than go with one launch.
-    embedding_bag_case([2, 3, 2], [8, 10, 48], [0, 1, 2, 1], ["sum", "mean", "none", "max"], B=6, L=3),
-    embedding_bag_case([5] * 130, [4] * 130, list(range(130)), ["sum", "none"] * 65, B=3, L=2, padding_idx=1),
-]
+def cases_of(op: GPUOp) -> list[OpCase]:
+    return [*(case for case in TEST_CASES if case.op == op.op), *op.cuda.cases]
 
-FM_CASES = [
-    *(case for case in TEST_CASES if case.op == "embedding_fm"),
-    # Groups of every number of lanes, packed and not, with fewer and more features than a warp has groups.
-    *(embedding_fm_case([7], d, [0] * 3, ["none", "sum", "max"], B=9, L=2) for d in (1, 2, 12, 16, 40, 136, 300)),
-    embedding_fm_case([7, 5], 4, [0, 1] * 9, ["none", "mean"] * 9, B=11, padding_idx=2),
-    # More features than go with one launch, and more samples than a part of the linear weights' gradient.
-    embedding_fm_case([3] * 90, 8, list(range(90)), ["sum", "none"] * 45, B=10),
-    embedding_fm_case([3] * 90, 5, list(range(90)), ["none", "mean"] * 45, B=2, linear=False),
-    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=300, dense=3),
-]
+
+CASES = cases_of(EMBEDDING_BAG)
+ALL_CASES = [case for op in GPU_OPS if op.cuda for case in cases_of(op)]
 
 
 def run(function, inputs) -> list[torch.Tensor]:
@@ -144,7 +127,7 @@ def accuracy() -> None:
     many_rows()
     far_rows()
     fm_ways()
-    for case in [*CASES, *FM_CASES]:
+    for case in ALL_CASES:
         for dtype, tolerance in TOLERANCE.items():
             inputs = case.inputs(dtype)
             if dtype is torch.float32:

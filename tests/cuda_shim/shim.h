@@ -8,6 +8,8 @@
 // a random one, each as far as its next barrier or shuffle, and the blocks in that order too.
 #pragma once
 
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
@@ -23,7 +25,7 @@
 #include <random>
 #include <vector>
 
-#define __global__
+#define __global__ __attribute__((visibility("default")))  // so that dladdr knows their names
 #define __device__
 #define __launch_bounds__(...)
 #define RK_UNROLL
@@ -160,11 +162,20 @@ inline std::vector<unsigned> ordered(unsigned n) {
   return order;
 }
 
-inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes, std::function<void()> kernel) {
-  if (std::getenv("SHIM_SAY_LAUNCHES")) {
-    std::printf("launch of %u blocks\n", blocks);
-    std::fflush(stdout);
-  }
+inline void say_launch(void* address) {
+  Dl_info found{};
+  dladdr(address, &found);
+  char* name = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, nullptr);
+  const char* without_type = name ? std::strstr(name, "rk::cuda::") : nullptr;
+  std::printf("launch of %s\n", without_type ? without_type : "a kernel without a name");
+  std::fflush(stdout);
+  std::free(name);
+}
+
+// `address`: the kernel's, which `kernel` calls.
+inline void launch(void* address, unsigned blocks, unsigned threads, size_t shared_bytes,
+                   std::function<void()> kernel) {
+  if (std::getenv("SHIM_SAY_LAUNCHES")) say_launch(address);
   Block& b = block();
   b.kernel = std::move(kernel);
   b.threads = threads;

@@ -1,13 +1,14 @@
 """What tests and benchmarks know of an op: an ``OpCase`` makes its inputs and has its function and its reference.
 
-``TEST_CASES`` are small and odd-sized, ``BENCH_CASES`` and ``GPU_CASES`` have the shapes of practice. All are built by
-the same functions, one an op; a new op adds one of these and its cases.
+``TEST_CASES`` are small and odd-sized, ``BENCH_CASES`` have the shapes of practice. All are built by the same
+functions, one an op; a new op adds one of these and its cases. GPU kernels have their entries in
+``rankkernels.testing.gpu``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -407,37 +408,3 @@ BENCH_CASES = [
     norm_activation_case(65536, 256, "dice"),
     norm_activation_case(65536, 256, "dice_batch_norm"),
 ]
-
-#: What a user trains with on a GPU, in the dtypes it is compiled and measured in.
-GPU_CASES = [
-    replace(case, dtypes=dtypes)
-    for case, *dtypes in [
-        (fm_interaction_case(65536, 39, 16), torch.float32, torch.bfloat16, torch.float64),
-        (fm_interaction_case(8192, 39, 64), torch.float32, torch.float16),
-        (fm_interaction_case(4096, 39, 10), torch.float32),
-        (fm_interaction_case(4096, 39, 8, reduce_sum=False), torch.float16),
-        (fm_interaction_case(4096, 39, 64, reduce_sum=False), torch.float32),
-        (fm_interaction_case(4096, 39, 128), torch.bfloat16),
-        (fm_interaction_case(4096, 300, 64), torch.float32),
-        (fm_interaction_case(4096, 1, 1), torch.bfloat16),
-        (din_attention_case(4096, 50, 16, [36], "dice", False, False, False, "lengths"), torch.float32),
-        (din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), torch.float32),
-        (din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), torch.bfloat16),
-        (din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), torch.float32),
-        (norm_activation_case(4096, 256, "dice"), torch.float32, torch.bfloat16),
-        (norm_activation_case(4096, 200, "dice_batch_norm", affine=False), torch.float32),
-        (norm_activation_case(4096, 128, "relu"), torch.float16),
-        (norm_activation_case(4096, 256, "relu", training=False), torch.float64),
-    ]
-] + [
-    # The widest layers, and what else the kernels of DIN attention are compiled to: do the registers suffice?
-    replace(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtypes=(dtype,))
-    for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
-        (128, [128, 128], "dice", True, True, True, "mask", 0.1, torch.float32),
-        (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, torch.float16),
-        (128, [128], "dice_batch_norm", True, False, True, "lengths", 0.0, torch.bfloat16),
-        (64, [80, 40], "sigmoid", False, False, True, "lengths", 0.2, torch.float32),
-        (32, [64, 16], "prelu", True, True, False, "padded", 0.0, torch.float16),
-        (16, [36], "dice", True, True, True, "mask", 0.1, torch.float32),
-    ]
-]  # fmt: skip
