@@ -8,8 +8,8 @@ pages and 64 rows ahead, and 1.08 ms from pages of 4 KiB. (Dense gradients are r
 
 Where a row-wise Adagrad step of 26 x 100k x 16 goes with one thread (Zen 5, Zipf ids, milliseconds): of 1.24, forward
 op 0.33; the backward's op 0.71, of which the sort that sums in a fixed order cost about 0.2, keys and where gradients
-lie 0.08, the rest the rows; Python and autograd around the two ops 0.15 to 0.2. Under Zipf ids it was branches that cost
-most: where a run of equal ids ends nothing can foresee. Without them (chunks of lookups, a masked accumulator) the
+lie 0.08, the rest the rows; Python and autograd around the two ops 0.15 to 0.2. Under Zipf ids it was branches that
+cost most: where a run of equal ids ends nothing can foresee. Without them (chunks of lookups, a masked accumulator) the
 op takes 0.71 and not 0.90, with uniform ids 0.74 and not 0.98.
 
 Adam on 8 x 1M x 64, uniform, one thread: 162 thousand rows of weights and two moments, 249 MB read and written. A loop
