@@ -11,6 +11,8 @@ from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP, is_plain
+from rankkernels.nn.linear import SMALLEST
+from rankkernels.ops._library import CPU_ISAS, no_extension
 
 
 def _not_empty(model: str, **lists: Sequence) -> None:
@@ -61,8 +63,12 @@ class DeepFM(nn.Module):
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
         found = None
         if is_plain(self.fm, FM) and is_plain(self.linear, LR) and is_plain(self.linear.fc, nn.Linear):
-            weight = self.linear.fc.weight
-            found = self.embedding.lookup_fm(x, self.deep_features, self.fm_features, weight)
+            features = self.deep_features, self.fm_features, self.linear.fc.weight
+            layers = self._layers(x)
+            y = None if layers is None else self.embedding.deepfm(x, *features, layers)
+            if y is not None:
+                return torch.sigmoid((y + self.linear.fc.bias).squeeze(1))
+            found = self.embedding.lookup_fm(x, *features)
         if found is not None:
             input_deep, fm, linear = found
             y = linear + self.linear.fc.bias + fm + self.mlp(input_deep)
@@ -73,6 +79,21 @@ class DeepFM(nn.Module):
         input_fm = arrange(self.fm_features, embeddings[n:], squeeze_dim=False)
         y = self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
         return torch.sigmoid(y.squeeze(1))
+
+    def _layers(self, x: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """The MLP's layers for one op with the lookups, where there is no backward, the kernels have AVX-512 (with less
+        their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        if no_extension or torch.ops.rankkernels.cpu_isa() < CPU_ISAS.index("avx512"):
+            return None
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(self.mlp) is not MLP:
+            return None
+        ids = x.get(self.fm_features[0].name)
+        first = self.mlp.mlp[0]
+        if ids is None or type(first) is not nn.Linear or ids.numel() * first.weight.numel() < SMALLEST:
+            return None
+        return self.mlp.relu_layers()
 
 
 class DIN(nn.Module):

@@ -1,4 +1,5 @@
 // Every kernel of the library, for the instruction set RK_ISA.
+#include "deepfm.h"
 #include "din_attention_backward.h"
 #include "embedding_bag.h"
 #include "embedding_bag_backward.h"

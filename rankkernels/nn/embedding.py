@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankkernels import ops
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.ops._library import use_huge_pages
+from rankkernels.ops.deepfm import call as call_deepfm
 from rankkernels.ops.embedding_bag import MODES, call
 from rankkernels.ops.embedding_fm import call as call_fm
 
@@ -234,19 +235,46 @@ class EmbeddingLayer(nn.Module):
         None where that is not possible: the sparse and sequence features of the two lists differ or repeat one, their
         widths or dtypes differ, or a table is looked up by a module of its own.
         """
+        arguments = self._fm_arguments(x, deep_features, fm_features, linear_weight)
+        if arguments is None:
+            return None
+        *arguments, dense = arguments
+        # On a GPU the op would copy the embeddings beside them: joining all at once is a launch less.
+        together = dense and all(v.device.type == "cpu" and v.dtype == linear_weight.dtype for v in dense)
+        joined = _side_by_side(dense) if together else None
+        out, interaction, linear = call_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
+        return torch.cat([out, *dense], 1) if dense and not together else out, interaction, linear
+
+    def _fm_arguments(self, x, deep_features, fm_features, linear_weight) -> tuple | None:
+        """The op's arguments for ``lookup_fm`` and the list of the dense values; None where it gives None."""
         deep, fm = self._plan(deep_features), self._plan(fm_features)
         if deep.lookups != fm.lookups or len(fm.order) != len(fm.lookups):
             return None
         arguments = self._together(x, deep, True)
         if arguments is None or arguments[0][0].dtype != linear_weight.dtype:
             return None
-        dense = self._dense(x, deep)
-        # On a GPU the op would copy the embeddings beside them: joining all at once is a launch less.
-        together = dense and all(v.device.type == "cpu" and v.dtype == linear_weight.dtype for v in dense)
-        # Joined column by column: that is how a batch has them.
-        joined = torch.cat([v.t() for v in dense]).t() if together else None
-        out, interaction, linear = call_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
-        return torch.cat([out, *dense], 1) if dense and not together else out, interaction, linear
+        return *arguments, self._dense(x, deep)
+
+    def deepfm(
+        self,
+        x: Mapping[str, Tensor],
+        deep_features: Sequence,
+        fm_features: Sequence,
+        linear_weight: Tensor,
+        layers: Sequence[Tensor],
+    ) -> Tensor | None:
+        """Linear term + FM + MLP, [B, 1]: ``lookup_fm`` and then ``layers`` (see ``MLP.relu_layers``), block by block.
+
+        For inference in float32 on the CPU; None elsewhere, where ``lookup_fm`` is None, and with pooled features.
+        """
+        found = self._fm_arguments(x, deep_features, fm_features, linear_weight)
+        if found is None:
+            return None
+        weights, ids, tables, modes, _padding_idx, _frozen_rows, names, dense = found
+        everything = [*weights, *dense, linear_weight, *layers]
+        if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in everything) or any(modes):
+            return None
+        return call_deepfm(weights, ids, tables, names, linear_weight, _side_by_side(dense) if dense else None, layers)
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence, squeeze_dim: bool = False) -> Tensor:
         """Embeddings of ``features`` from the batch ``x``, {name: ids or values}.
@@ -264,6 +292,11 @@ class EmbeddingLayer(nn.Module):
         """
         out = self._concat(x, self._plan(features), squeeze_dim)
         return arrange(features, self.lookup(x, features), squeeze_dim) if out is None else out
+
+
+def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Tensors [B, n] joined to one, column by column: that is how a batch has them."""
+    return torch.cat([v.t() for v in columns]).t()
 
 
 def _missing(name: str, x: Mapping[str, Tensor]) -> KeyError:

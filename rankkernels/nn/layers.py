@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn.linear import linear, normalized_linear
+from rankkernels.nn.linear import folded, linear, normalized_linear
 
 
 class FM(nn.Module):
@@ -184,3 +184,19 @@ class MLP(nn.Module):
             else:
                 x = module(x)
         return x
+
+    def relu_layers(self) -> list[Tensor] | None:
+        """Weight and bias of each layer in eval, relu between two, normalizations folded in; None where that is not all
+        that ``forward`` does: another activation, no output layer, no hidden one, a module replaced or hooked."""
+        *hidden, last = self.mlp
+        kinds = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout)
+        layers = [hidden[i : i + 4] for i in range(0, len(hidden), 4)]
+        plain = layers and hooked(self) is False and hooked(self.mlp) is False and is_plain(last, nn.Linear)
+        if not plain or last.out_features != 1 or last.bias is None:
+            return None
+        for layer in layers:
+            if len(layer) < 4 or not all(map(is_plain, layer, kinds)):
+                return None
+            if layer[1].training or layer[1].running_mean is None or layer[3].training:
+                return None
+        return [*(t for module, norm, *_ in layers for t in folded(module, norm)), last.weight, last.bias]

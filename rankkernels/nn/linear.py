@@ -76,6 +76,16 @@ def linear(module: nn.Linear, x: Tensor) -> Tensor:
     return module(x)
 
 
+def folded(module: nn.Linear, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the product that is ``norm(module(x))`` in eval."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = norm.running_mean if module.bias is None else norm.running_mean - module.bias
+    bias = -shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale, value=-1)
+    return module.weight * scale[:, None], bias
+
+
 def normalized_linear(module: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> Tensor | None:
     """``norm(module(x))`` in eval, for plain modules, by one product; None where that is no gain or not the same.
 
@@ -93,10 +103,5 @@ def normalized_linear(module: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> Ten
         or norm.num_features != module.weight.shape[0]
     ):
         return None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = norm.running_mean if module.bias is None else norm.running_mean - module.bias
-    bias = -shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale, value=-1)
-    weight = module.weight * scale[:, None]
+    weight, bias = folded(module, norm)
     return _product(x, weight, bias) if onednn_is_faster() else nn.functional.linear(x, weight, bias)

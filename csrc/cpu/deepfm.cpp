@@ -1,0 +1,182 @@
+// DeepFM without its last sigmoid, in eval: checks, threads and registration. The mathematics are in
+// embedding_fm.h and deepfm.h.
+#include <algorithm>
+#include <cstring>
+
+#include "../embedding_fm_arguments.h"
+#include "deepfm_args.h"
+#include "dispatch.h"
+#include "embedding_bag_features.h"
+#include "parallel.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
+RK_DECLARE_ISA(template <class T>
+               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
+RK_DECLARE_ISA(template <class T>
+               void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T>
+               const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&, const Lookups&))
+
+#define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
+
+static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// An odd number of cache lines: rows of a power of two of them would all fall into the same few sets.
+static int64_t stride_of(int64_t columns) { return (round_up(columns, 16) / 16 | 1) * 16; }
+
+static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
+  RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
+                  "mlp must be the weight and the bias of each of two layers or more, got ", mlp.size(),
+                  " tensors");
+  for (size_t i = 0; i < mlp.size(); i += 2) {
+    const Tensor &w = mlp[i], &b = mlp[i + 1];
+    RK_DEEPFM_CHECK(w.dim() == 2 && w.size(1) == in && b.dim() == 1 && b.size(0) == w.size(0) &&
+                        (i + 2 < mlp.size() || w.size(0) == 1),
+                    "mlp's layer ", i / 2, " must have a weight [", i + 2 < mlp.size() ? "H" : "1", ", ", in,
+                    "] and its bias, got shapes ", shape_of(w), " and ", shape_of(b));
+    for (const Tensor* t : {&w, &b})
+      RK_DEEPFM_CHECK(t->scalar_type() == ScalarType::Float && same_device(*t, like), "mlp's layer ", i / 2,
+                      " must be float32 on the CPU, got ", name_of(t->scalar_type()));
+    in = w.size(0);
+  }
+}
+
+// The layers' weights and biases in the kernel's order.
+struct PackedLayers {
+  Tensor memory;
+  std::vector<HiddenLayer> layers;
+  int64_t widest = 0;
+
+  // mlp: W_1, b_1, W_2, b_2 ... of the hidden layers and then of the output layer; `in` is what the first
+  // takes.
+  PackedLayers(const Tensors& mlp, int64_t in) {
+    const size_t n = mlp.size() / 2 - 1;
+    int64_t size = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t out = round_up(mlp[2 * i].size(0), HiddenLayer::kColumns);
+      layers.push_back({nullptr, nullptr, mlp[2 * i].size(1), out});
+      widest = std::max(widest, out);
+      size += out * (layers[i].in + 1);
+    }
+    memory = torch::stable::new_empty(mlp[0], {size});
+    float* p = static_cast<float*>(memory.mutable_data_ptr());
+    for (size_t i = 0; i < n; ++i) {
+      HiddenLayer& l = layers[i];
+      const Tensor w = torch::stable::contiguous(mlp[2 * i]), b = torch::stable::contiguous(mlp[2 * i + 1]);
+      const int64_t out = w.size(0), K = l.in;
+      const float* from = static_cast<const float*>(w.const_data_ptr());
+      for (int64_t n0 = 0, width; n0 < l.out; n0 += width) {
+        width = HiddenLayer::panel(l.out - n0);
+        float* panel = p + n0 * K;
+        const int64_t real = std::min(width, out - n0);  // the others are zeros
+        for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
+          for (int64_t n = 0; n < width; ++n) {
+            const float* row = from + (n0 + n) * K;
+            for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
+              panel[k * width + n] = n < real ? row[k] : 0.f;
+          }
+      }
+      l.weight = p;
+      p += l.out * K;
+      std::memcpy(p, b.const_data_ptr(), out * sizeof(float));
+      std::fill(p + out, p + l.out, 0.f);
+      l.bias = p;
+      p += l.out;
+    }
+  }
+};
+
+static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables,
+                         const Names& names, const Tensor& linear_weight, const OptionalTensor& dense,
+                         const Tensors& mlp) {
+  const Tensors none;
+  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
+  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
+  Features features(args, weights.size());
+  std::vector<Bags>& bags = features.bags;
+  const int64_t F = bags.size(), B = bags[0].B,
+                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
+  const int64_t width = F * D, more = dense && dense->dim() == 2 ? dense->size(1) : 0, in = width + more;
+  Tensors rows;
+  for (size_t t = 0; t < weights.size(); ++t) {
+    RK_DEEPFM_CHECK(weights[t].dim() == 2 && weights[t].size(1) == D && weights[t].is_cpu() &&
+                        weights[t].scalar_type() == ScalarType::Float,
+                    "weights[", t, "] must be [R, ", D, "] float32 on the CPU, got shape ",
+                    shape_of(weights[t]), " and ", name_of(weights[t].scalar_type()));
+    rows.push_back(unit_stride_rows(weights[t]));
+  }
+  for (int64_t f = 0; f < F; ++f) {
+    RK_DEEPFM_CHECK(indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B, "], got shape ",
+                    shape_of(indices[f]));
+    const Tensor& w = rows[tables[f]];
+    bags[f].weight = w.const_data_ptr();
+    bags[f].R = w.size(0);
+    bags[f].D = D;
+    bags[f].stride_wr = w.stride(0);
+  }
+  const Tensor a = linear_weight_of("deepfm", linear_weight, rows[0], width);
+  if (dense) check_dense(*dense, rows[0], B);
+  check_layers(mlp, in, rows[0]);
+  const PackedLayers packed(mlp, in);
+  const Tensor head = torch::stable::contiguous(mlp[mlp.size() - 2]);
+  const float* head_weight = static_cast<const float*>(head.const_data_ptr());
+  const float head_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
+  const float* a_weight = static_cast<const float*>(a.const_data_ptr());
+  const float* beside = more ? static_cast<const float*>(dense->const_data_ptr()) : nullptr;
+  const int64_t stride_db = more ? dense->stride(0) : 0, stride_dn = more ? dense->stride(1) : 0;
+
+  Tensor out = torch::stable::new_empty(rows[0], {B, 1});
+  float* y = static_cast<float*>(out.mutable_data_ptr());
+  constexpr int64_t kRows = Lookups::kRows;
+  const int64_t blocks = (B + kRows - 1) / kRows;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> fit{true};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const int64_t stride_x = stride_of(in), stride_hidden = stride_of(packed.widest);
+    // Zeroed: rows that only fill a tile are multiplied too, and denormal numbers would be slow.
+    std::vector<float> memory(kRows * (2 * stride_x + 2 * stride_hidden + 3) + 16, 0.f);
+    float* x = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
+    float *next_x = x + kRows * stride_x, *hidden = next_x + kRows * stride_x;
+    float *fm = hidden + 2 * kRows * stride_hidden, *linear = fm + kRows, *deep = linear + kRows;
+    // The next block of this thread's, if there is one.
+    const auto take = [&](float* to) {
+      const int64_t b0 = std::min(B, next++ * kRows), b1 = std::min(B, b0 + kRows);
+      for (const Bags& bag : bags)
+        if (!dispatch_ids(
+                bag, [&](const auto* ids) { return RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, b0, b1); })) {
+          fit = false;
+          return Lookups{bags.data(), F, D, B, B, to, stride_x};
+        }
+      return Lookups{bags.data(), F, D, b0, b1, to, stride_x};
+    };
+    Lookups block = take(x);
+    RK_DISPATCH_ISA(look_up_block<float>, block);
+    while (block.b0 < block.b1) {
+      const int64_t n = block.b1 - block.b0;
+      x = block.x;
+      for (int64_t b = 0; b < n; ++b)
+        for (int64_t c = 0; c < more; ++c)
+          x[b * stride_x + width + c] = beside[(block.b0 + b) * stride_db + c * stride_dn];
+      RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
+      RK_DISPATCH_ISA(embedding_linear<float>, x, stride_x, a_weight, width, linear, 0, n);
+      const Lookups following = take(next_x);
+      const float* h = RK_DISPATCH_ISA(
+          hidden_layers<float>, packed.layers.data(), packed.layers.size(),
+          {x, {hidden, hidden + kRows * stride_hidden}, stride_x, stride_hidden, n}, following);
+      RK_DISPATCH_ISA(embedding_linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
+      for (int64_t b = 0; b < n; ++b) y[block.b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
+      next_x = x;
+      block = following;
+    }
+  });
+  if (!fit)
+    for (int64_t f = 0; f < F; ++f) features.check_range(args, f);
+  return out;
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) { m.impl("deepfm", TORCH_BOX(&rk::deepfm_cpu)); }
