@@ -7,6 +7,8 @@ from torch import nn
 from rankkernels.nn import MLP, layers
 from rankkernels.nn import linear as linear_module
 from rankkernels.nn.linear import linear
+from rankkernels.ops._library import no_extension
+from rankkernels.ops.linear_weight_grad import linear_weight_grad
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -109,6 +111,41 @@ def test_infinities_and_nans_pass_as_through_the_modules():
 def test_wrong_widths_are_torchs_own_error():
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         linear(nn.Linear(20, 4), torch.randn(3, 19))
+
+
+needs_kernels = pytest.mark.skipif(bool(no_extension), reason="what the C++ kernels promise")
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 4), (1, 1, 1), (129, 17, 5), (4097, 65, 7), (300, 70, 133), (64, 429, 1)], ids=str
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_weight_gradient(shape, strided):
+    n, k, m = shape
+    wide = torch.randn(n, 2 * k), torch.randn(n, 2 * m)
+    x, dy = (t[:, ::2] if strided else t[:, : t.shape[1] // 2] for t in wide)
+    exact = dy.double().t() @ x.double()
+    grad = linear_weight_grad(dy, x)
+    assert grad.shape == (m, k) and (grad - exact).norm() <= 2e-6 * exact.norm()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3 - min(before, 2))
+    assert torch.equal(grad, linear_weight_grad(dy, x))
+    torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_weight_gradient_is_an_op():
+    dy, x = torch.randn(5, 3, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.rankkernels.linear_weight_grad.default, (dy, x))
+    for bad, text in (
+        ((dy, x[0]), "2 dimensions"),
+        ((dy, x[1:]), r"x\.size\(0\) must be N = 5, got 4"),
+        ((dy.double(), x.double()), "dy must be float32, got torch.float64"),
+        ((dy, x.half()), "x must have the dtype of dy"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            linear_weight_grad(*bad)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -5,4 +5,5 @@
 #include "embedding_bag_backward.h"
 #include "embedding_fm.h"
 #include "fm_interaction.h"
+#include "linear_weight_grad.h"
 #include "norm_activation.h"

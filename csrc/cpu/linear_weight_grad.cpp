@@ -1,0 +1,64 @@
+// Checks, threads and registration of the weight's gradient; the kernel and its mathematics are in
+// linear_weight_grad.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../check.h"
+#include "isa.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(int64_t linear_weight_grad_panel())
+RK_DECLARE_ISA(void linear_weight_grad(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t,
+                                       int64_t, int64_t, int64_t, int64_t, bool, float*))
+
+// Rows of dW a task takes with one panel of columns: many, because each copies the panel, and few enough for
+// two tasks a panel where there are 256 units. A multiple of the tile's rows.
+constexpr int64_t kTaskRows = 132;
+// Samples between two sums: what all tasks read of them stays in the third-level cache.
+constexpr int64_t kSamples = 4096;
+
+static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
+  RK_CHECK_DIM("linear_weight_grad", dy, 2);
+  RK_CHECK_DIM("linear_weight_grad", x, 2);
+  RK_CHECK(dy.scalar_type() == ScalarType::Float, "linear_weight_grad: dy must be float32, got ",
+           name_of(dy.scalar_type()));
+  RK_CHECK_SAME_DTYPE("linear_weight_grad", x, dy);
+  RK_CHECK_CPU("linear_weight_grad", dy);
+  RK_CHECK_CPU("linear_weight_grad", x);
+  const int64_t N = dy.size(0), M = dy.size(1), K = x.size(1);
+  RK_CHECK_SIZE("linear_weight_grad", x, 0, N);
+  const Tensor dyu = unit_stride_last(dy), xu = unit_stride_last(x);
+  Tensor grad = torch::stable::new_empty(x, {M, K});
+  const float *dyp = static_cast<const float*>(dyu.const_data_ptr()),
+              *xp = static_cast<const float*>(xu.const_data_ptr());
+  float* gradp = static_cast<float*>(grad.mutable_data_ptr());
+  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
+                blocks = (M + kTaskRows - 1) / kTaskRows, stride_dyn = dyu.stride(0),
+                stride_xn = xu.stride(0);
+  for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kSamples) {
+    const int64_t n1 = std::min(N, n0 + kSamples);
+    run_tasks(panels * blocks, (n1 - n0) * M * K / 16, [&](int64_t task) {
+      const int64_t m0 = task / panels * kTaskRows, m1 = std::min(M, m0 + kTaskRows);
+      const std::unique_ptr<float, decltype(&std::free)> memory(
+          static_cast<float*>(std::aligned_alloc(64, (128 + m1 - m0) * panel * sizeof(float))), &std::free);
+      if (!memory) throw std::bad_alloc();
+      RK_DISPATCH_ISA(linear_weight_grad, dyp, stride_dyn, xp, stride_xn, gradp, K, n0, n1, m0, m1,
+                      task % panels * panel, n0 > 0, memory.get());
+    });
+  }
+  return grad;
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {
+  m.impl("linear_weight_grad", TORCH_BOX(&rk::linear_weight_grad_cpu));
+}

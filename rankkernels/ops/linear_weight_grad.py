@@ -1,0 +1,43 @@
+"""The gradient of a linear layer's weight, dW = dy^T x. Kernel: csrc/cpu/linear_weight_grad.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankkernels.ops._library import lib
+
+lib.define("linear_weight_grad(Tensor dy, Tensor x) -> Tensor")
+
+
+@torch.library.register_fake("rankkernels::linear_weight_grad", lib=lib)
+def _(dy, x):
+    check, op = torch._check, "linear_weight_grad"
+    check(
+        dy.dim() == 2 and x.dim() == 2, lambda: f"{op}: dy and x must have 2 dimensions, got {dy.dim()} and {x.dim()}"
+    )
+    check(x.size(0) == dy.size(0), lambda: f"{op}: x must have the rows of dy, {dy.size(0)}, got {x.size(0)}")
+    return x.new_empty(dy.size(1), x.size(1))
+
+
+@torch.library.impl(lib, "linear_weight_grad", "CompositeExplicitAutograd")
+def _default(dy, x):
+    return dy.t() @ x
+
+
+def _backward(ctx, grad):
+    dy, x = ctx.saved_tensors
+    return x @ grad.t(), dy @ grad
+
+
+torch.library.register_autograd(
+    "rankkernels::linear_weight_grad",
+    _backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=lib,
+)
+
+
+def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x of dy [N, M] and x [N, K] -> [M, K]; float32 on the CPU, any strides. Raises RuntimeError for others."""
+    return torch.ops.rankkernels.linear_weight_grad.default(dy, x)
