@@ -2,6 +2,7 @@
 // embedding_fm.h and deepfm.h.
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "../embedding_fm_arguments.h"
 #include "deepfm_args.h"
@@ -62,21 +63,17 @@ struct PackedLayers {
     }
     memory = torch::stable::new_empty(mlp[0], {size});
     float* p = static_cast<float*>(memory.mutable_data_ptr());
+    std::vector<std::function<void()>> panels;
+    Tensors given;
     for (size_t i = 0; i < n; ++i) {
       HiddenLayer& l = layers[i];
       const Tensor w = torch::stable::contiguous(mlp[2 * i]), b = torch::stable::contiguous(mlp[2 * i + 1]);
+      given.push_back(w);
       const int64_t out = w.size(0), K = l.in;
       const float* from = static_cast<const float*>(w.const_data_ptr());
       for (int64_t n0 = 0, width; n0 < l.out; n0 += width) {
         width = HiddenLayer::panel(l.out - n0);
-        float* panel = p + n0 * K;
-        const int64_t real = std::min(width, out - n0);  // the others are zeros
-        for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
-          for (int64_t n = 0; n < width; ++n) {
-            const float* row = from + (n0 + n) * K;
-            for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
-              panel[k * width + n] = n < real ? row[k] : 0.f;
-          }
+        panels.push_back([=] { pack(from + n0 * K, K, std::min(width, out - n0), width, p + n0 * K); });
       }
       l.weight = p;
       p += l.out * K;
@@ -85,6 +82,15 @@ struct PackedLayers {
       l.bias = p;
       p += l.out;
     }
+    run_tasks(panels.size(), size, [&](int64_t i) { panels[i](); });
+  }
+
+  // `real` rows of a weight -> columns of a panel `width` wide, the others zeros.
+  static void pack(const float* rows, int64_t K, int64_t real, int64_t width, float* panel) {
+    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
+      for (int64_t n = 0; n < width; ++n)
+        for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
+          panel[k * width + n] = n < real ? rows[n * K + k] : 0.f;
   }
 };
 
