@@ -4,6 +4,10 @@ Compared are speed-ups over the baseline of the same run (eager PyTorch, mostly)
 second of another. A race is slower if its speed-up fell by more than ``--tolerance`` and by more than the noise: its
 upper quartile is below the lower one of old. Peak memory grows beyond the same tolerance and a MiB, or not at all.
 Exits 1 if something became slower, larger, or is not measured any more.
+
+``--agree`` asks instead whether two runs of one code tell the same: it lists every ratio, to any contender, that is
+apart by more than the tolerance, noise or not, beside the bandwidth of memory in both races, and exits 1 if there is
+one.
 """
 
 from __future__ import annotations
@@ -67,15 +71,49 @@ def verdict(old: dict, new: dict, tolerance: float) -> tuple[str, str] | None:
     return None
 
 
+def apart(name: str, old: dict, new: dict, tolerance: float) -> tuple[int, list[tuple[bool, str]]]:
+    """How many ratios a race has in both runs, and those that differ by more, each with whether the machine did too."""
+    contenders = [c for c in old.get("contenders", {}) if c != "ours" and c in new.get("contenders", {})]
+    reads = [e.get("read_gb_s") for e in (old, new)]
+    state = "reading at " + " and ".join(f"{r[0]:.0f}-{r[1]:.0f}" if r else "?" for r in reads) + " GB/s"
+    middles = [sum(r) / 2 for r in reads if r]
+    machine = any(e.get("disturbed") for e in (old, new)) or (
+        len(middles) == 2 and max(middles) > (1 + tolerance) * min(middles)
+    )
+    found = []
+    for contender in contenders:
+        was, now = (e["contenders"][contender]["ratio"] for e in (old, new))
+        if max(was / now, now / was) > 1 + tolerance:
+            found.append((machine, f"{name}: {was:.2f} and {now:.2f} times {contender}, {state}"))
+    return len(contenders), found
+
+
+def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
+    count, found = 0, []
+    for name in sorted(old.keys() & new.keys()):
+        ratios, differing = apart(name, old[name], new[name], tolerance)
+        count, found = count + ratios, found + differing
+    for _, line in found:
+        print(line)
+    print(
+        f"{count} ratios in both, {len(found)} apart by more than {tolerance:.0%}, of which {sum(m for m, _ in found)} "
+        "where others took part in the race or the memory's bandwidth was as far apart"
+    )
+    return int(bool(found))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.15, help="relative change that counts (%(default)s)")
+    parser.add_argument("--agree", action="store_true", help="do two runs of one code agree?")
     arguments = parser.parse_args(argv)
     (old, old_machines), (new, new_machines) = load(arguments.old), load(arguments.new)
     if old_machines != new_machines:
         print(f"not the same conditions: {'; '.join(old_machines)} and {'; '.join(new_machines)}")
+    if arguments.agree:
+        return agree(old, new, arguments.tolerance)
     changes = {"slower": [], "larger": [], "gone": sorted(old.keys() - new.keys()), "faster": [], "smaller": []}
     compared = sorted(old.keys() & new.keys())
     for name in compared:

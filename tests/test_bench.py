@@ -70,6 +70,25 @@ def test_compare(tmp_path, capsys, change, code, said):
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "change, code, said",
+    [
+        ({}, 0, "2 ratios in both, 0 apart"),
+        (race(4.4), 0, "0 apart"),  # 14 %
+        (race(4.3, spread=0.3), 1, "fm: 5.00 and 4.30 times eager, reading at ? and ? GB/s"),  # noise is no excuse
+        (race(6.0) | {"read_gb_s": [30.0, 40.0]}, 1, "reading at ? and 30-40 GB/s"),
+        (race(6.0) | {"disturbed": True}, 1, "1 apart by more than 15%, of which 1 where others"),
+    ],
+)
+def test_do_two_runs_agree(tmp_path, capsys, change, code, said):
+    entries = {"fm": race(5.0), "din": race(3.0), "peak": copy.deepcopy(PEAK)}
+    (tmp_path / "old.json").write_text(json.dumps(record(**entries)))
+    entries["fm"].update(change)
+    (tmp_path / "new.json").write_text(json.dumps(record(**entries)))
+    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == code
+    assert said in capsys.readouterr().out
+
+
 def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
     for folder, torch in (("old", "2.13.0"), ("new", "2.14.0")):
         (tmp_path / folder).mkdir()
