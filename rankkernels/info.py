@@ -9,14 +9,14 @@ import torch
 
 from rankkernels.ops import _library
 
-OPS = ("fm_interaction", "din_attention", "norm_activation", "embedding_bag", "embedding_fm")
+OPS = ("fm_interaction", "din_attention", "norm_activation", "embedding_bag", "embedding_fm", "deepfm")
 
 
 def backend(op: str, device: str) -> str:
     """What runs ``op`` on tensors of a device type."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", key):
-        return "separate ops" if op == "embedding_fm" else "PyTorch reference"
+        return "separate ops" if op in ("embedding_fm", "deepfm") else "PyTorch reference"
     if device == "cuda":
         return "CUDA C++" if op.startswith("embedding") else "Triton"
     return f"C++ ({_library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]})"
