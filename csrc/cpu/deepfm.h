@@ -72,7 +72,7 @@ class Gather {
 };
 
 constexpr int64_t kTileRows = RK_VECTOR_BYTES == 64 ? 8 : 4;  // as gemm_panel has them
-constexpr int64_t kDepth = 128;  // rows of a panel that stay in the first-level cache
+constexpr int64_t kDepth = 144;  // rows of a panel, at most, that stay in the first-level cache
 
 template <int kVecs>
 RK_INLINE void columns(const HiddenLayer& layer, const float* x, int64_t stride_x, int64_t rows, float* y,
@@ -88,8 +88,9 @@ RK_INLINE void columns(const HiddenLayer& layer, const float* x, int64_t stride_
 RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int64_t rows, float* y,
                      int64_t stride_y, Gather& next) {
   constexpr int64_t kLanes = Traits<float>::lanes;
-  for (int64_t k = 0; k < l.in; k += kDepth) {
-    const int64_t depth = l.in - k < kDepth ? l.in - k : kDepth;
+  const int64_t parts = (l.in + kDepth - 1) / kDepth, most = (l.in + parts - 1) / parts;
+  for (int64_t k = 0; k < l.in; k += most) {
+    const int64_t depth = l.in - k < most ? l.in - k : most;
     for (int64_t n0 = 0, width; n0 < l.out; n0 += width) {
       width = HiddenLayer::panel(l.out - n0);
       const float* panel = l.weight + n0 * l.in + k * width;
