@@ -24,13 +24,13 @@ Training's rest is the backward's rows w g and fetching (11 to 17), reading kept
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
 w g + M^T G in one product; prefetching the next tile's rows within a product (1 %).
 
-Built, measured and left out: bfloat16 products of the rows (``vdpbf16ps`` of AVX512-BF16) in eval, against the same rows
-converted to float32, ms, one thread, processes taking turns: row 1 of the table 1.13 for 1.16, row 2 9.7 for 11.3, row 3
-13.2 for 16.6, row 5 3.81 for 3.87. M has to be rounded for them, and a score whose terms cancel shows it: alone, up to
-9 % of 200 random one-row samples were further than 1e-2 from float64, where float32 products of the same bfloat16 rows
-stay within 3.1e-3. With what the rounding takes put back at the mean of the sample's rows (in the times above) 2 of 3000
-five-row samples still were, at 1.4e-2; in training it missed the tests' tolerances. A sixth of the time is not worth a
-score that is wrong in the second digit.
+Built, measured and left out: bfloat16 products of the rows (``vdpbf16ps`` of AVX512-BF16) in eval, against the same
+rows converted to float32, ms, one thread, processes taking turns: row 1 of the table 1.13 for 1.16, row 2 9.7 for
+11.3, row 3 13.2 for 16.6, row 5 3.81 for 3.87. M has to be rounded for them, and a score whose terms cancel shows it:
+alone, up to 9 % of 200 random one-row samples were further than 1e-2 from float64, where float32 products of the same
+bfloat16 rows stay within 3.1e-3. With what the rounding takes put back at the mean of the sample's rows (in the times
+above) 2 of 3000 five-row samples still were, at 1.4e-2; in training it missed the tests' tolerances. A sixth of the
+time is not worth a score that is wrong in the second digit.
 """
 
 from __future__ import annotations

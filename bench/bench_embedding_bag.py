@@ -15,11 +15,11 @@ op takes 0.71 and not 0.90, with uniform ids 0.74 and not 0.98.
 Adam on 8 x 1M x 64, uniform, one thread: 162 thousand rows of weights and two moments, 249 MB read and written. A loop
 that does that and nothing else takes 6.2 ms (39 GB/s), with both moments of a row side by side 5.9; the op takes 11.
 Tried without a clear gain: other distances, tasks in the order of samples, a contiguous copy of the gradients. Sorted
-lookups' sums and steps alone, variants in one process, one run: row-wise Adagrad 4.8, Adam 10.5 with tables of 1M rows;
-4.8 to 5.3 and 9.1 to 9.5 with 200k, where the difference is the moments' 166 MB at 39 GB/s. Square root and division
-are not it: leaving both out gains 0.3 to 1.1, Newton steps in their place lose 0.3 to 1.1 (runs apart). Chunks of 16
-rows and prefetchw help row-wise Adagrad (3.6) and cost Adam (11.8; the whole step 16.0 to 16.5 for 14.7 to 15.2), chunks
-of 32 rows with prefetchw change neither (4.6 and 10.3).
+lookups' sums and steps alone, variants in one process, one run: row-wise Adagrad 4.8, Adam 10.5 with tables of 1M
+rows; 4.8 to 5.3 and 9.1 to 9.5 with 200k, where the difference is the moments' 166 MB at 39 GB/s. Square root and
+division are not it: leaving both out gains 0.3 to 1.1, Newton steps in their place lose 0.3 to 1.1 (runs apart).
+Chunks of 16 rows and prefetchw help row-wise Adagrad (3.6) and cost Adam (11.8; the whole step 16.0 to 16.5 for 14.7
+to 15.2), chunks of 32 rows with prefetchw change neither (4.6 and 10.3).
 """
 
 from __future__ import annotations
