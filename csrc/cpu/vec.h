@@ -234,9 +234,9 @@ RK_INLINE V sum_parts(V v, Int<width>) {
   constexpr int n = sizeof(V) / sizeof(v[0]);
   if constexpr (n >= 16 && width <= 8) v = fold_lanes<8>(v, v, lanes_of(v));
   if constexpr (n >= 8 && width <= 4) v = fold_lanes<4>(v, v, lanes_of(v));
-  V first = {};
-  for (int i = 0; i < width; ++i) first[i] = 1;
-  return v * first;
+  V lane;
+  for (int i = 0; i < n; ++i) lane[i] = i;
+  return lane < width ? v : V{};  // and not a product: infinity times zero is no zero
 }
 
 // Lane i of the result is the sum of the lanes of x[i], in the order of sum_lanes; x is overwritten.
