@@ -58,7 +58,7 @@ def conditions() -> dict:
     page_file = "/sys/kernel/mm/transparent_hugepage/enabled"
     huge_pages = open(page_file).read() if os.path.exists(page_file) else "[unknown]"
     return {
-        "isa": _library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()],
+        "isa": _library.cpu_isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "huge_pages": huge_pages.split("[")[1].split("]")[0],

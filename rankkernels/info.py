@@ -19,7 +19,7 @@ def backend(op: str, device: str) -> str:
         return "separate ops" if op in ("embedding_fm", "deepfm") else "PyTorch reference"
     if device == "cuda":
         return "CUDA C++" if op.startswith("embedding") else "Triton"
-    return f"C++ ({_library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]})"
+    return f"C++ ({_library.cpu_isa})"
 
 
 def main() -> None:

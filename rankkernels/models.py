@@ -12,7 +12,7 @@ from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP, is_plain
 from rankkernels.nn.linear import SMALLEST
-from rankkernels.ops._library import CPU_ISAS, no_extension
+from rankkernels.ops._library import cpu_isa
 
 
 def _not_empty(model: str, **lists: Sequence) -> None:
@@ -85,7 +85,7 @@ class DeepFM(nn.Module):
         their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        if no_extension or torch.ops.rankkernels.cpu_isa() < CPU_ISAS.index("avx512"):
+        if cpu_isa != "avx512":
             return None
         if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(self.mlp) is not MLP:
             return None

@@ -29,7 +29,7 @@ def main():
         rk.fm_interaction(torch.randn(3))
     except RuntimeError as error:
         assert "fm_interaction: x must have 3 dimensions, got 1" in str(error)
-    isa = _library.CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
+    isa = _library.cpu_isa
     print(f"rankkernels {rk.__version__} works beside torch {torch.__version__} ({isa})")
 
 

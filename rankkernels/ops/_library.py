@@ -45,6 +45,8 @@ lib.define("use_huge_pages(Tensor t) -> ()")
 torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
 no_extension: str | None = _load_extension()
+#: What the C++ kernels run with, or None where there are none. Asked for once, so that no tracer sees the question.
+cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
 has_triton: bool = importlib.util.find_spec("triton") is not None and no_extension != "RANKKERNELS_REFERENCE is set"
 
 
