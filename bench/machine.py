@@ -84,6 +84,14 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1) and mallopt(top_pad, 64 << 20))
 
 
+def return_freed_memory() -> None:
+    """Gives back what malloc keeps, holes in the middle included: before a test whose tables need the room."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:
+        pass
+
+
 def _jiffies() -> tuple[int, int]:
     """All and idle time of all cores since the start; waiting for a disk is idle, time the hypervisor stole is not."""
     with open("/proc/stat") as file:
