@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP, is_plain
-from rankkernels.nn.linear import SMALLEST
+from rankkernels.nn.linear import SMALLEST, is_watched
 from rankkernels.ops._library import cpu_isa
 
 
@@ -80,14 +80,12 @@ class DeepFM(nn.Module):
         y = self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
         return torch.sigmoid(y.squeeze(1))
 
-    def _layers(self, x: Mapping[str, Tensor]) -> list[Tensor] | None:
+    def _layers(self, x: Mapping[str, Tensor]) -> Iterable[Tensor] | None:
         """The MLP's layers for one op with the lookups, where there is no backward, the kernels have AVX-512 (with less
         their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_watched() or cpu_isa != "avx512":
             return None
-        if cpu_isa != "avx512":
-            return None
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or type(self.mlp) is not MLP:
+        if self.training or torch.is_grad_enabled() or type(self.mlp) is not MLP:
             return None
         ids = x.get(self.fm_features[0].name)
         first = self.mlp.mlp[0]

@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "../embedding_fm_arguments.h"
+#include "arena.h"
 #include "deepfm_args.h"
 #include "dispatch.h"
 #include "embedding_bag_features.h"
@@ -22,10 +23,6 @@ RK_DECLARE_ISA(template <class T>
                const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&, const Lookups&))
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
-
-static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-// An odd number of cache lines: rows of a power of two of them would all fall into the same few sets.
-static int64_t stride_of(int64_t columns) { return (round_up(columns, 16) / 16 | 1) * 16; }
 
 static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
   RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
@@ -56,7 +53,7 @@ struct PackedLayers {
     const size_t n = mlp.size() / 2 - 1;
     int64_t size = 0;
     for (size_t i = 0; i < n; ++i) {
-      const int64_t out = round_up(mlp[2 * i].size(0), HiddenLayer::kColumns);
+      const int64_t out = HiddenLayer::whole(mlp[2 * i].size(0));
       layers.push_back({nullptr, nullptr, mlp[2 * i].size(1), out});
       widest = std::max(widest, out);
       size += out * (layers[i].in + 1);
@@ -141,12 +138,13 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
   std::atomic<int64_t> next{0};
   std::atomic<bool> fit{true};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const int64_t stride_x = stride_of(in), stride_hidden = stride_of(packed.widest);
-    // Zeroed: rows that only fill a tile are multiplied too, and denormal numbers would be slow.
-    std::vector<float> memory(kRows * (2 * stride_x + 2 * stride_hidden + 3) + 16, 0.f);
-    float* x = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
-    float *next_x = x + kRows * stride_x, *hidden = next_x + kRows * stride_x;
-    float *fm = hidden + 2 * kRows * stride_hidden, *linear = fm + kRows, *deep = linear + kRows;
+    const int64_t stride_x = padded<float>(in), stride_hidden = padded<float>(packed.widest);
+    // Zeroed, which suits rows that only fill a tile: they are multiplied too, and denormal numbers would be
+    // slow.
+    Arena<float> arena;
+    float *x = arena.take(kRows * stride_x), *next_x = arena.take(kRows * stride_x);
+    float* hidden[] = {arena.take(kRows * stride_hidden), arena.take(kRows * stride_hidden)};
+    float *fm = arena.take(kRows), *linear = arena.take(kRows), *deep = arena.take(kRows);
     // The next block of this thread's, if there is one.
     const auto take = [&](float* to) {
       const int64_t b0 = std::min(B, next++ * kRows), b1 = std::min(B, b0 + kRows);
@@ -169,9 +167,8 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
       RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
       RK_DISPATCH_ISA(embedding_linear<float>, x, stride_x, a_weight, width, linear, 0, n);
       const Lookups following = take(next_x);
-      const float* h = RK_DISPATCH_ISA(
-          hidden_layers<float>, packed.layers.data(), packed.layers.size(),
-          {x, {hidden, hidden + kRows * stride_hidden}, stride_x, stride_hidden, n}, following);
+      const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
+                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n}, following);
       RK_DISPATCH_ISA(embedding_linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
       for (int64_t b = 0; b < n; ++b) y[block.b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
       next_x = x;

@@ -9,6 +9,9 @@ namespace rk {
 // lies in panels of columns, one behind the other, each contiguous: that of column n0 begins at n0 in.
 struct HiddenLayer {
   static constexpr int64_t kColumns = 16;
+  static __attribute__((always_inline)) int64_t whole(int64_t columns) {
+    return (columns + kColumns - 1) / kColumns * kColumns;
+  }
   const float *weight, *bias;
   int64_t in, out;
 

@@ -61,10 +61,10 @@ struct Update {
 };
 
 // Lookups whose rows are summed, and then stepped on, together: what both touch stays in a first-level cache.
-constexpr int64_t kMostLookups = 128;
+constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 __attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
   int64_t n = kMostLookups;
-  while (n > 16 && n * D > 2048) n /= 2;
+  while (n > kFewestLookups && n * D > kChunkValues) n /= 2;
   return n;
 }
 

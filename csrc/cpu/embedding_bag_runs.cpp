@@ -239,7 +239,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   };
   constexpr int64_t kTask = kTile * kTilesPerTask;
   run_tasks((runs_.n + kTask - 1) / kTask, runs_.n * (width + 16), [&](int64_t task) {
-    auto scratch = uninitialized<double>(std::max<int64_t>(2048, 16 * width));
+    auto scratch = uninitialized<double>(std::max(kChunkValues, kFewestLookups * width));
     const int64_t end = std::min(runs_.n, (task + 1) * kTask);
     for (int64_t p0 = task * kTask, p1; p0 < end; p0 = p1) {
       const int64_t t = table_of(runs_.key(p0));

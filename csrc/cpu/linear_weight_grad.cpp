@@ -4,11 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "../check.h"
+#include "arena.h"
 #include "isa.h"
 #include "memory.h"
 #include "parallel.h"
@@ -16,6 +14,7 @@
 namespace rk {
 
 RK_DECLARE_ISA(int64_t linear_weight_grad_panel())
+RK_DECLARE_ISA(int64_t linear_weight_grad_memory(int64_t))
 RK_DECLARE_ISA(void linear_weight_grad(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t,
                                        int64_t, int64_t, int64_t, int64_t, bool, float*))
 
@@ -47,11 +46,10 @@ static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
     const int64_t n1 = std::min(N, n0 + kSamples);
     run_tasks(panels * blocks, (n1 - n0) * M * K / 16, [&](int64_t task) {
       const int64_t m0 = task / panels * kTaskRows, m1 = std::min(M, m0 + kTaskRows);
-      const std::unique_ptr<float, decltype(&std::free)> memory(
-          static_cast<float*>(std::aligned_alloc(64, (128 + m1 - m0) * panel * sizeof(float))), &std::free);
-      if (!memory) throw std::bad_alloc();
+      Arena<float> arena;
+      float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
       RK_DISPATCH_ISA(linear_weight_grad, dyp, stride_dyn, xp, stride_xn, gradp, K, n0, n1, m0, m1,
-                      task % panels * panel, n0 > 0, memory.get());
+                      task % panels * panel, n0 > 0, memory);
     });
   }
   return grad;

@@ -45,18 +45,18 @@ RK_INLINE void tile(const float* dy, int64_t stride_dyn, const float* panel, int
 
 }  // namespace weight_grad
 
-// Columns of a task.
+// Columns of a task, and the floats of memory that one with so many rows needs.
 int64_t linear_weight_grad_panel() { return weight_grad::kPanel; }
+int64_t linear_weight_grad_memory(int64_t rows) { return (weight_grad::kBlock + rows) * weight_grad::kPanel; }
 
 // dW's rows [m0, m1) and columns [k0, min(k0 + panel, K)) of samples [n0, n1), written or, with `add`, added;
-// `memory` is of (128 + m1 - m0) * panel floats.
+// `memory` is zeroed.
 void linear_weight_grad(const float* dy, int64_t stride_dyn, const float* x, int64_t stride_xn, float* grad,
                         int64_t K, int64_t n0, int64_t n1, int64_t m0, int64_t m1, int64_t k0, bool add,
                         float* memory) {
   using namespace weight_grad;
   const int64_t columns = K - k0 < kPanel ? K - k0 : kPanel;
   float *panel = memory, *sums = memory + kBlock * kPanel;
-  for (int64_t i = 0; i < (kBlock + m1 - m0) * kPanel; ++i) memory[i] = 0;
   for (; n0 < n1; n0 += kBlock) {
     const int64_t n = n1 - n0 < kBlock ? n1 - n0 : kBlock;
     for (int64_t i = 0; i < n; ++i)

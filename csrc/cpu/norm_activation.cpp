@@ -161,11 +161,12 @@ class NormLayer {
   Arena<A> arena_;
 };
 
-// One thread's memory.
+// One thread's memory for blocks of rows: dice's alone, the others go without.
 template <class A>
 struct NormWorkspace {
-  NormWorkspace(int64_t H, int64_t block) {
-    const int64_t ld = padded<A>(H);
+  NormWorkspace(const DinLayer<A>& f, int64_t block) {
+    if (f.activation != DinActivation::dice) return;
+    const int64_t ld = padded<A>(f.out);
     s.g = arena.take(block * ld);
     s.a = arena.take(block * ld);
     for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_u}) *of_rows = arena.take(block);
@@ -174,7 +175,7 @@ struct NormWorkspace {
   }
   Arena<A> arena;
   DinLayerScratch<A> s{};
-  A *d, *vector;
+  A *d = nullptr, *vector = nullptr;
 };
 
 // Sums of a range of rows.
@@ -250,7 +251,7 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
     T* outp = static_cast<T*>(out.mutable_data_ptr());
     const int64_t stride_xn = xu.stride(0);
     chunks.parallel_for([&](int64_t c0, int64_t c1) {
-      const NormWorkspace<A> w(a.H(), chunks.block);
+      const NormWorkspace<A> w(layer.f, chunks.block);
       RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, chunks.begin(c0), chunks.end(c1 - 1),
                       chunks.block, w.s);
     });
@@ -313,7 +314,7 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
     const auto pass = [&](T* grad_xp) {
       chunks.parallel_for([&](int64_t c0, int64_t c1) {
-        const NormWorkspace<A> w(H, chunks.block);
+        const NormWorkspace<A> w(layer.f, chunks.block);
         for (int64_t c = c0; c < c1; ++c) {
           partial[c] = std::make_unique<NormSums<A>>(H);
           RK_DISPATCH_ISA(norm_activation_backward<T>, layer.f, gp, stride_gn, xp, stride_xn, grad_xp,

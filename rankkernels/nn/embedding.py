@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -261,7 +261,7 @@ class EmbeddingLayer(nn.Module):
         deep_features: Sequence,
         fm_features: Sequence,
         linear_weight: Tensor,
-        layers: Sequence[Tensor],
+        layers: Iterable[Tensor],
     ) -> Tensor | None:
         """Linear term + FM + MLP, [B, 1]: ``lookup_fm`` and then ``layers`` (see ``MLP.relu_layers``), block by block.
 
@@ -271,8 +271,11 @@ class EmbeddingLayer(nn.Module):
         if found is None:
             return None
         weights, ids, tables, modes, _padding_idx, _frozen_rows, names, dense = found
+        if any(modes):
+            return None
+        layers = list(layers)
         everything = [*weights, *dense, linear_weight, *layers]
-        if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in everything) or any(modes):
+        if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in everything):
             return None
         return call_deepfm(weights, ids, tables, names, linear_weight, _side_by_side(dense) if dense else None, layers)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -185,9 +186,10 @@ class MLP(nn.Module):
                 x = module(x)
         return x
 
-    def relu_layers(self) -> list[Tensor] | None:
-        """Weight and bias of each layer in eval, relu between two, normalizations folded in; None where that is not all
-        that ``forward`` does: another activation, no output layer, no hidden one, a module replaced or hooked."""
+    def relu_layers(self) -> Iterator[Tensor] | None:
+        """Weight and bias of each layer in eval, relu between two, normalizations folded in as they are taken; None
+        where that is not all that ``forward`` does: another activation, no output layer, no hidden one, a module
+        replaced or hooked."""
         *hidden, last = self.mlp
         kinds = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout)
         layers = [hidden[i : i + 4] for i in range(0, len(hidden), 4)]
@@ -199,4 +201,5 @@ class MLP(nn.Module):
                 return None
             if layer[1].training or layer[1].running_mean is None or layer[3].training:
                 return None
-        return [*(t for module, norm, *_ in layers for t in folded(module, norm)), last.weight, last.bias]
+        hidden_layers = (t for module, norm, *_ in layers for t in folded(module, norm))
+        return chain(hidden_layers, (last.weight, last.bias))

@@ -55,10 +55,14 @@ class _OneDNNLinear(torch.autograd.Function):
         )
 
 
+def is_watched() -> bool:
+    """Whether compilers or tracers are to see the modules' own calls, or autocast is to choose their dtypes."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+
+
 def multiplications(module: nn.Linear, x: Tensor) -> int:
     """Of ``module(x)``, or 0 where a caller could tell how the product is made: x is then to be given to ``module``."""
-    # Compilers and tracers are to see nn.Linear; they ask first, so that no size is specialized.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if is_watched():  # asked first, so that no size is specialized
         return 0
     weight = module.weight
     for t in (x, weight):

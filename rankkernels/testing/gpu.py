@@ -25,6 +25,7 @@ from rankkernels.testing import (
     embedding_fm_case,
     fm_interaction_case,
     norm_activation_case,
+    relative_error,
 )
 
 MAP_NORESERVE = 0x4000  # Linux: pages exist when they are touched
@@ -117,9 +118,7 @@ def described(value) -> str:
 
 def error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what was expected; infinite where anything is NaN."""
-    difference = (actual.double() - expected.double()).norm().item()
-    scale = expected.double().norm().item()
-    result = difference / scale if scale else difference
+    result = relative_error(actual, expected)
     return math.inf if math.isnan(result) else result
 
 
