@@ -24,13 +24,24 @@ Training's rest is the backward's rows w g and fetching (11 to 17), reading kept
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
 w g + M^T G in one product; prefetching the next tile's rows within a product (1 %).
 
-Built, measured and left out: bfloat16 products of the rows (``vdpbf16ps`` of AVX512-BF16) in eval, against the same
-rows converted to float32, ms, one thread, processes taking turns: row 1 of the table 1.13 for 1.16, row 2 9.7 for
-11.3, row 3 13.2 for 16.6, row 5 3.81 for 3.87. M has to be rounded for them, and a score whose terms cancel shows it:
-alone, up to 9 % of 200 random one-row samples were further than 1e-2 from float64, where float32 products of the same
-bfloat16 rows stay within 3.1e-3. With what the rounding takes put back at the mean of the sample's rows (in the times
-above) 2 of 3000 five-row samples still were, at 1.4e-2; in training it missed the tests' tolerances. A sixth of the
-time is not worth a score that is wrong in the second digit.
+Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because no form of it that keeps a score's accuracy is
+faster. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the rate at which float32
+adds one (8.4 G instructions/s of either in the same tile), so one bfloat16 part of M halves the product's time and two
+parts, M = hi + lo with 16 bits of mantissa, take all of it again. So does every other product of the op, forward and
+backward: one factor is float32, and what it lacks in bits is another instruction; weights that are bfloat16 are no
+exception, as M is formed of sums and products of theirs. What two parts spare is the rows' conversion, 3 % of
+row 1, and forming them costs as much or more. Eval of bfloat16 rows, ms, one thread (two threads), interleaved in one process:
+
+| row of the table | float32 products | two parts | one part | float32, rows widened in the product |
+| --- | --- | --- | --- | --- |
+| 1 | 1.19 (0.61) | 1.25 (0.65) | 1.08 | 1.26 (0.66) |
+| 2 | 11.9 (6.06) | 12.2 (6.22) | 9.6 | 12.0 (6.11) |
+| 3 | 17.8 (8.80) | 17.1 (8.75) | 12.7 | 17.4 (8.81) |
+| 5 | 4.10 (2.10) | 4.53 (2.33) | 3.44 | 4.12 (2.12) |
+
+Largest error of 15000 random one-row samples, against float64: float32 products 3.4e-3, two parts 1.7e-2 (once beyond
+1e-2), one part 9.8, beyond 1e-2 in 4 % of the samples; of 15000 five-row samples 3.3e-3, 3.3e-3, 2.6e-2. Putting back
+what the rounding takes at the mean of a sample's rows helps the lone row and leaves five rows at 1.4e-2.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from rankkernels import reference
+from rankkernels.ops._library import no_extension
 from rankkernels.ops.din_attention import ACTIVATIONS, din_attention, unflatten
 from rankkernels.testing import TOLERANCE
 
@@ -185,6 +186,20 @@ def test_bits_do_not_depend_on_threads(form, activation, dtype, use_softmax):
     for out, batch_stats, _ in results:
         assert torch.equal(out, results[0][0]) and torch.equal(batch_stats, results[0][1])
     assert all(torch.equal(a, b) for a, b in zip(results[1][2], results[2][2]))
+
+
+@pytest.mark.skipif(bool(no_extension), reason="what the C++ kernels promise")
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("D, dims", [(64, [36]), (16, [80, 40]), (7, [1])])
+def test_scores_that_cancel(rows, D, dims):
+    """Sample by sample: among thousands some score nearly cancels, and is as exact as its rows allow all the same."""
+    generator = torch.Generator().manual_seed(0)
+    flags = FLAGS | {"training": False}
+    params, stats = make_params(D, dims, "dice", True, torch.bfloat16, generator)
+    history, target, _ = make_inputs("padded", 3000, rows, D, torch.bfloat16, generator)
+    exact, _, _ = expected(history, target, params, torch.ones_like(target), {}, stats, flags)
+    out = din_attention(history, target, params, stats, **flags)[0].double()
+    assert ((out - exact).norm(dim=1) / exact.norm(dim=1)).max() <= TOLERANCE[torch.bfloat16]
 
 
 def test_parameters_of_another_dtype():
