@@ -24,13 +24,14 @@ Training's rest is the backward's rows w g and fetching (11 to 17), reading kept
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
 w g + M^T G in one product; prefetching the next tile's rows within a product (1 %).
 
-Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because no form of it that keeps a score's accuracy is
-faster. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the rate at which float32
-adds one (8.4 G instructions/s of either in the same tile), so one bfloat16 part of M halves the product's time and two
-parts, M = hi + lo with 16 bits of mantissa, take all of it again. So does every other product of the op, forward and
-backward: one factor is float32, and what it lacks in bits is another instruction; weights that are bfloat16 are no
-exception, as M is formed of sums and products of theirs. What two parts spare is the rows' conversion, 3 % of
-row 1, and forming them costs as much or more. Eval of bfloat16 rows, ms, one thread (two threads), interleaved in one process:
+Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because what is faster is not accurate, and the accurate form
+is slower in all rows but one. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the
+rate at which float32 adds one (8.4 G instructions/s of either in the same tile), so one bfloat16 part of M halves the
+product's time and two parts, M = hi + lo with 16 bits of mantissa, take all of it again. So does every other product of
+the op, forward and backward: one factor is float32, and what it lacks in bits is another instruction; weights that are
+bfloat16 are no exception, as M is formed of sums and products of theirs. What two parts spare is the rows' conversion,
+3 % of row 1, and forming them costs as much or more; with the 100 rows a sample of row 3 it leaves 4 % of one thread's
+time. Eval of bfloat16 rows, ms, one thread (two threads), interleaved in one process:
 
 | row of the table | float32 products | two parts | one part | float32, rows widened in the product |
 | --- | --- | --- | --- | --- |
@@ -39,7 +40,7 @@ row 1, and forming them costs as much or more. Eval of bfloat16 rows, ms, one th
 | 3 | 17.8 (8.80) | 17.1 (8.75) | 12.7 | 17.4 (8.81) |
 | 5 | 4.10 (2.10) | 4.53 (2.33) | 3.44 | 4.12 (2.12) |
 
-Largest error of 15000 random one-row samples, against float64: float32 products 3.4e-3, two parts 1.7e-2 (once beyond
+Largest error of 15000 random one-row samples, against float64: float32 products 3.4e-3, two parts 1.7e-2 (one beyond
 1e-2), one part 9.8, beyond 1e-2 in 4 % of the samples; of 15000 five-row samples 3.3e-3, 3.3e-3, 2.6e-2. Putting back
 what the rounding takes at the mean of a sample's rows helps the lone row and leaves five rows at 1.4e-2.
 """
