@@ -187,7 +187,7 @@ ONLY_TIMED = "1e7"
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training(task, benchmark, request):
-    from conftest import note, summary
+    from conftest import given, note, summary
 
     pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
     model, make, batch_size, turns = TASKS[task]
@@ -198,7 +198,7 @@ def test_training(task, benchmark, request):
     if model == "din" or "MovieLens" in task:
         missing["fbgemm-gpu-cpu"] = "measured on the Criteo-like data"
     variants = [v for v in VARIANTS if v != "FBGEMM tables" or not missing]
-    threads, watch = os.cpu_count() or 1, machine.Watch()
+    threads, watch, probes = os.cpu_count() or 1, machine.Watch(), []
     with tempfile.TemporaryDirectory() as folder:
         torch.save(make(), path := str(Path(folder, "dataset.pt")))
         contenders = {v: Contender(v, model, path, batch_size, threads) for v in variants}
@@ -208,6 +208,7 @@ def test_training(task, benchmark, request):
         learns = ONLY_TIMED not in task
 
         def others():
+            probes.append(machine.probe())
             for name, c in contenders.items():
                 if learns and c.turns:
                     c.aucs.append(c.ask("auc"))
@@ -236,7 +237,7 @@ def test_training(task, benchmark, request):
     benchmark.extra_info.update(
         case=task, kind="training step", threads=threads, baseline="torch-rechub", contenders=record, rounds=turns,
         rounds_kept=turns, others_cores=others_cores, disturbed=bool(others_cores and others_cores > machine.QUIET),
-        not_measured=missing, learning=learning, target_auc=target,
+        given_gb_s=given(probes), not_measured=missing, learning=learning, target_auc=target,
     )  # fmt: skip
     text = "   ".join(
         f"{n} {batch_size / r['median_s']:,.0f}/s" + (f" AUC {learning[n]['auc_curve'][-1][1]:.4f}" if learns else "")

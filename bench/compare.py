@@ -5,9 +5,12 @@ second of another. A race is slower if its speed-up fell by more than ``--tolera
 upper quartile is below the lower one of old. Peak memory grows beyond the same tolerance and a MiB, or not at all.
 Exits 1 if something became slower, larger, or is not measured any more.
 
-``--agree`` asks instead whether two runs of one code tell the same: it lists every ratio, to any contender, that is
-apart by more than the tolerance, noise or not, beside the bandwidth of memory in both races, and exits 1 if there is
-one.
+``--agree`` asks instead whether two runs of one code tell the same: of every ratio, to any contender, that is apart by
+more than the tolerance, noise or not, it says so. Where the machine was another one during the two races, by the same
+tolerance, that is "conditions differ" and no more than that, neither agreement nor its opposite: others took part in
+one of them, or the median of what the machine gave (``machine.probe``: memory, cache, exchange between cores) is apart.
+What was not probed is no excuse. Exits 1 if a ratio is apart under the same conditions, 2 if ratios are apart under
+different conditions only: those races are to be run again.
 """
 
 from __future__ import annotations
@@ -71,35 +74,41 @@ def verdict(old: dict, new: dict, tolerance: float) -> tuple[str, str] | None:
     return None
 
 
-def apart(name: str, old: dict, new: dict, tolerance: float) -> tuple[int, list[tuple[bool, str]]]:
-    """How many ratios a race has in both runs, and those that differ by more, each with whether the machine did too."""
-    contenders = [c for c in old.get("contenders", {}) if c != "ours" and c in new.get("contenders", {})]
-    reads = [e.get("read_gb_s") for e in (old, new)]
-    state = "reading at " + " and ".join(f"{r[0]:.0f}-{r[1]:.0f}" if r else "?" for r in reads) + " GB/s"
-    middles = [sum(r) / 2 for r in reads if r]
-    machine = any(e.get("disturbed") for e in (old, new)) or (
-        len(middles) == 2 and max(middles) > (1 + tolerance) * min(middles)
-    )
-    found = []
-    for contender in contenders:
-        was, now = (e["contenders"][contender]["ratio"] for e in (old, new))
-        if max(was / now, now / was) > 1 + tolerance:
-            found.append((machine, f"{name}: {was:.2f} and {now:.2f} times {contender}, {state}"))
-    return len(contenders), found
+def changed_conditions(old: dict, new: dict, tolerance: float) -> list[str]:
+    """In what the machine differed between two races."""
+    found = ["others took part"] if old.get("disturbed") or new.get("disturbed") else []
+    given = [entry.get("given_gb_s", {}) for entry in (old, new)]
+    for name in given[0].keys() & given[1].keys():
+        was, now = (g[name][1] for g in given)
+        if differ(was, now, tolerance):
+            found.append(f"{name} {was:.3g} and {now:.3g} GB/s")
+    return sorted(found)
+
+
+def differ(was: float, now: float, tolerance: float) -> bool:
+    return max(was / now, now / was) > 1 + tolerance
 
 
 def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
-    count, found = 0, []
+    count, apart, undecided = 0, [], []
     for name in sorted(old.keys() & new.keys()):
-        ratios, differing = apart(name, old[name], new[name], tolerance)
-        count, found = count + ratios, found + differing
-    for _, line in found:
-        print(line)
+        before, after = (entries[name].get("contenders", {}) for entries in (old, new))
+        conditions = changed_conditions(old[name], new[name], tolerance)
+        for contender in before.keys() & after.keys() - {"ours"}:
+            count += 1
+            was, now = before[contender]["ratio"], after[contender]["ratio"]
+            if differ(was, now, tolerance):
+                text = f"{name}: {was:.2f} and {now:.2f} times {contender}"
+                (undecided if conditions else apart).append("; ".join([text, *conditions]))
+    for kind, lines in (("apart", apart), ("conditions differ", undecided)):
+        for line in sorted(lines):
+            print(f"{kind}: {line}")
     print(
-        f"{count} ratios in both, {len(found)} apart by more than {tolerance:.0%}, of which {sum(m for m, _ in found)} "
-        "where others took part in the race or the memory's bandwidth was as far apart"
+        f"{count} ratios in both: {count - len(apart) - len(undecided)} agree within {tolerance:.0%}, {len(apart)} are "
+        f"apart, {len(undecided)} are apart under different conditions; {len(old.keys() ^ new.keys())} benchmarks are "
+        "in one of the runs only"
     )
-    return int(bool(found))
+    return 1 if apart else 2 if undecided else 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -137,17 +137,40 @@ def best_time(function: Callable[[], object], seconds: float = 0.15) -> float:
 
 
 @functools.cache
-def _probe_input() -> torch.Tensor:
-    return torch.ones(64 << 18)
+def _probe_inputs() -> tuple[torch.Tensor, ...]:
+    return torch.ones(64 << 18), torch.ones(16 << 18), torch.ones(1 << 17)
 
 
-def probe() -> float:
-    """GB/s of reading 64 MiB now. On a shared machine it tells what /proc/stat cannot: a neighbour behind the
-    hypervisor who takes memory bandwidth, to whoever is bound by it more than to others."""
-    x = _probe_input()
-    start = time.perf_counter()
-    torch.dot(x, x)
-    return 4 * x.numel() / (time.perf_counter() - start) / 1e9
+def probe() -> dict[str, float]:
+    """What a virtual machine gives now, in GB/s. /proc/stat cannot tell it, and ratios go with it:
+
+    - ``memory``: reading 64 MiB. Neighbours behind the hypervisor take of it.
+    - ``cache``: reading 16 MiB again. They take of the last-level cache too.
+    - ``exchange``, of several threads: reading what another has just written. Two processors that share a last-level
+      cache exchange fast and have one way to memory together, two that do not exchange slowly and have one each; the
+      hypervisor moves them (here between 50 and 13 GB/s, and 48 and 66 of memory), for seconds or hours.
+    """
+
+    def rate(function: Callable[[], object], size: int, calls: int) -> float:
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - start)
+        return size / sorted(times)[calls // 4] / 1e9
+
+    memory, cache, exchanged = _probe_inputs()
+    found = {}
+    for name, x in (("memory", memory), ("cache", cache)):
+        found[name] = rate(lambda x=x: torch.dot(x, x), 4 * x.numel(), 3)
+    if torch.get_num_threads() > 1:
+
+        def exchange():
+            nonlocal exchanged
+            exchanged = exchanged.flip(0)  # half of it was another thread's
+
+        found["exchange"] = rate(exchange, 4 * exchanged.numel(), 20)
+    return found
 
 
 @functools.cache

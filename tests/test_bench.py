@@ -42,6 +42,10 @@ def record(**entries: dict) -> dict:
     }
 
 
+def given(memory: float) -> dict[str, list[float]]:
+    return {"memory": [0.9 * memory, memory, 1.1 * memory], "exchange": [13.0, 13.5, 14.0]}
+
+
 PEAK = {"case": "FM", "kind": "peak memory", "peak": {"ours": {"allocator_mib": 10.0, "resident_mib": 11.0}}}
 
 
@@ -73,17 +77,32 @@ def test_compare(tmp_path, capsys, change, code, said):
 @pytest.mark.parametrize(
     "change, code, said",
     [
-        ({}, 0, "2 ratios in both, 0 apart"),
-        (race(4.4), 0, "0 apart"),  # 14 %
-        (race(4.3, spread=0.3), 1, "fm: 5.00 and 4.30 times eager, reading at ? and ? GB/s"),  # noise is no excuse
-        (race(6.0) | {"read_gb_s": [30.0, 40.0]}, 1, "reading at ? and 30-40 GB/s"),
-        (race(6.0) | {"disturbed": True}, 1, "1 apart by more than 15%, of which 1 where others"),
+        (lambda r: None, 0, "2 ratios in both: 2 agree within 15%, 0 are apart, 0 are apart under different"),
+        (lambda r: r["fm"].update(race(4.4)), 0, "0 are apart"),  # 14 %
+        # Noise is no excuse.
+        (lambda r: r["fm"].update(race(4.3, spread=0.3)), 1, "apart: fm: 5.00 and 4.30 times eager\n"),
+        (
+            lambda r: r["fm"].update(race(6.0), disturbed=True),
+            2,
+            "conditions differ: fm: 5.00 and 6.00 times eager; oth",
+        ),
+        (lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)), 2, "times eager; memory 46 and 60 GB/s\n"),
+        # Neither is bandwidth as far apart as the ratios may be, nor extremes, nor what only one race was asked.
+        (lambda r: r["fm"].update(race(6.0), given_gb_s=given(50)), 1, "1 are apart, 0 are"),
+        (lambda r: r["fm"].update(race(6.0), given_gb_s={"memory": [1, 46, 99]}), 1, "1 are apart, 0 are"),
+        (lambda r: r["fm"].update(race(6.0), given_gb_s={"cache": [9, 9, 9]}), 1, "1 are apart, 0 are"),
+        (lambda r: r["fm"].pop("given_gb_s") and r["fm"].update(race(6.0)), 1, "1 are apart, 0 are"),
+        # One ratio's conditions do not excuse another's.
+        (lambda r: (r["fm"].update(race(6.0), given_gb_s=given(60)), r["din"].update(race(9.0))), 1, "apart: din"),
+        (lambda r: r["fm"].update(given_gb_s=given(60)), 0, "2 agree"),
+        (lambda r: r.pop("din"), 0, "1 ratios in both: 1 agree within 15%, 0 are apart, 0 are apart under different"),
+        (lambda r: r.pop("din"), 0, "1 benchmarks are in one of the runs only"),
     ],
 )
 def test_do_two_runs_agree(tmp_path, capsys, change, code, said):
-    entries = {"fm": race(5.0), "din": race(3.0), "peak": copy.deepcopy(PEAK)}
+    entries = {"fm": race(5.0) | {"given_gb_s": given(46)}, "din": race(3.0), "peak": copy.deepcopy(PEAK)}
     (tmp_path / "old.json").write_text(json.dumps(record(**entries)))
-    entries["fm"].update(change)
+    change(entries)
     (tmp_path / "new.json").write_text(json.dumps(record(**entries)))
     assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == code
     assert said in capsys.readouterr().out
