@@ -82,15 +82,17 @@ struct DinWorkspace {
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
       widest = std::max(widest, ld);
-      layers.push_back({arena.take(R * ld), arena.take(R * ld), net.drops ? arena.take(R * ld) : nullptr,
-                        arena.take(R), arena.take(R), arena.take(R), arena.take(R)});
+      A* product = arena.take(R * ld);
+      layers.push_back({product, backward ? arena.take(R * ld) : product,
+                        net.drops ? arena.take(R * ld) : nullptr, arena.take(R), arena.take(R), arena.take(R),
+                        arena.take(R)});
     }
     scratch.layer = layers.data();
-    scratch.target = arena.take(ldD);
+    scratch.target = arena.take(kDinTargets * ldD);
     scratch.out = arena.take(ldD);
     scratch.history = arena.take(R * ldD);
     scratch.operand = arena.take(operand_size<A>(net.D, H));
-    scratch.bias = arena.take(ldH);
+    scratch.bias = arena.take(kDinTargets * ldH);
     if (backward) {
       scratch.grad_out = arena.take(ldD);
       scratch.grad_target = arena.take(ldD);

@@ -41,13 +41,33 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
-// M [D, H] and c of a target.
+// The scratch with sample b's target and c. They are made for some samples together, so that the weights are
+// read once for all of them: a product of one row would wait for them, and for each sum.
+template <class T, class A>
+static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int64_t b0, int64_t b, int64_t b1,
+                                 bool need_c, DinScratch<A> s) {
+  const DinLayer<A>& f = net.layer[0];
+  const int64_t ld = padded<A>(net.D), ldH = padded<A>(f.out), i = (b - b0) % kDinTargets;
+  if (i == 0) {
+    const int64_t n = b1 - b < kDinTargets ? b1 - b : kDinTargets;
+    const Tail<T> tail(static_cast<int>(net.D % Traits<T>::lanes));
+    for (int64_t j = 0; j < n; ++j)
+      convert_row(rows.target + (b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
+    if (need_c)
+      gemm<A>(n, vectors<A>(f.out), net.D, {s.target, ld, 1}, net.target_weight, ldH, s.bias, ldH, f.bias, 0,
+              tail_width<A>(f.out));
+  }
+  s.target += i * ld;
+  s.bias += i * ldH;
+  return s;
+}
+
+// M [D, H].
 template <class A>
 static void form_operand(const Din<A>& net, const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[0];
   const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), tail = tail_width<A>(f.out);
-  gemm<A>(1, vecs, net.D, {s.target, 0, 1}, net.target_weight, ld, s.bias, ld, f.bias, ld, tail);
   const A *t = s.target, *history_weight = net.history_weight, *product_weight = net.product_weight;
   A* operand = s.operand;
   const auto form = [&](int64_t i, auto of_target) __attribute__((always_inline)) {
@@ -127,22 +147,9 @@ static void add_statistics(const DinLayer<A>& f, int64_t n, const A* z, DinStats
 template <class A>
 static void dot_rows(int64_t n, int64_t width, const A* x, int64_t ld, const A* w, A bias, A* out) {
   using X = Traits<A>;
-  using V = typename X::vec;
-  const int64_t end = vectors<A>(width) * X::lanes;
-  sum_rows<A>(
-      n,
-      [&](int64_t r) {
-        V sum = {};
-        for (int64_t d = 0; d < end; d += X::lanes) sum += X::load(x + r * ld + d) * X::load(w + d);
-        return sum;
-      },
-      [&](int64_t r, V sum) {
-        sum += bias;
-        if (n - r >= X::lanes)
-          X::store(out + r, sum);
-        else
-          Tail<A>(static_cast<int>(n - r)).store(out + r, sum);
-      });
+  const auto row = [&](int64_t r, int64_t d)
+                       __attribute__((always_inline)) { return X::load(x + r * ld + d); };
+  RK_ISA::dot_rows<A>(n, vectors<A>(width) * X::lanes, row, w, bias, out);
 }
 
 template <class A>
@@ -178,21 +185,20 @@ RK_INLINE int64_t lowest(const Din<A>& net, int64_t i) {
 // kept if there is room for it; with until = layers, the output.
 template <class T>
 void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, int64_t b0,
-                 int64_t b1, const DinScratch<Accumulator<T>>& s, DinStats* stats) {
+                 int64_t b1, const DinScratch<Accumulator<T>>& scratch, DinStats* stats) {
   using A = Accumulator<T>;
   const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D),
                 last = until < net.layers ? until : net.layers - 1;
   const bool pooling = until == net.layers;
   const int64_t low = pooling ? din::lowest(net, last) : until > 0 ? din::lowest(net, until - 1) : 0;
+  const bool from_history = low == 0 && (until == 0 || !net.layer[0].kept);
+  const bool scores = pooling && !net.drops;  // the last activation makes them on the way
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t count = rows.count[b], first = rows.first[b];
+    const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
-    const bool from_history = count && low == 0 && (until == 0 || !net.layer[0].kept);
-    if (from_history) {
-      din::convert_row(rows.target + b * rows.stride_tb, s.target, D, tail);
-      din::form_operand(net, s);
-    }
+    if (from_history && count) din::form_operand(net, s);
     A peak = -__builtin_inff(), total = 0;
     if (pooling)
       for (int64_t d = 0; d < ld; ++d) s.out[d] = 0;
@@ -206,7 +212,9 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         ahead.fetch(n / 3 + 1);
         if (i >= until) continue;
         const DinLayer<A>& f = net.layer[i];
-        activate(f, n, s.layer[i], true);
+        Score<A> score{};
+        if (scores && i == last) score = {net.out_weight, net.out_bias, net.row_weight + first + r0};
+        activate(f, n, s.layer[i], true, false, score);
         if (f.kept_mean) {
           __builtin_memcpy(f.kept_mean + first + r0, s.layer[i].mean, n * sizeof(A));
           __builtin_memcpy(f.kept_inverse + first + r0, s.layer[i].inverse, n * sizeof(A));
@@ -226,8 +234,9 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         return;
       }
       A* w = net.row_weight + first;
-      din::dot_rows(n, net.layer[last].out, s.layer[last].a, padded<A>(net.layer[last].out), net.out_weight,
-                    net.out_bias, w + r0);
+      if (!scores)
+        din::dot_rows(n, net.layer[last].out, s.layer[last].a, padded<A>(net.layer[last].out), net.out_weight,
+                      net.out_bias, w + r0);
       if (net.use_softmax) {
         const A before = peak;
         for (int64_t r = r0; r < r0 + n; ++r) peak = w[r] > peak ? w[r] : peak;

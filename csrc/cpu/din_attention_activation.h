@@ -49,54 +49,88 @@ RK_INLINE void sum_rows(int64_t rows, const Each& each, const Store& store) {
   }
 }
 
-// (y - mean) of a row's units and 0 elsewhere: absent units have y = 0.
-template <class A>
-RK_INLINE typename Traits<A>::vec centred(const DinLayer<A>& f, const A* g, A mean, int64_t n) {
-  return pre_activation(f, Traits<A>::load(g + n), n) - mean * Traits<A>::load(f.unit + n);
+// out[r] = sum_n x(r, n) w[n] + bias, x a vector at unit n < end.
+template <class A, class Vector>
+RK_INLINE void dot_rows(int64_t rows, int64_t end, const Vector& x, const A* w, A bias, A* out) {
+  using X = Traits<A>;
+  using V = typename X::vec;
+  sum_rows<A>(
+      rows,
+      [&](int64_t r) __attribute__((always_inline)) {
+        V sum = {};
+        for (int64_t n = 0; n < end; n += X::lanes) sum += x(r, n) * X::load(w + n);
+        return sum;
+      },
+      [&](int64_t r, V sum) __attribute__((always_inline)) {
+        sum += bias;
+        if (rows - r >= X::lanes)
+          X::store(out + r, sum);
+        else
+          Tail<A>(static_cast<int>(rows - r)).store(out + r, sum);
+      });
 }
 
+// Both sums in one pass, of c = y - k with k the row's first unit:
+//
+//   mean = k + sum c / H,   sum (y - mean)^2 = sum c^2 - (sum c)^2 / H
+//
+// Each (y_j - mean)^2 is at most their sum, k's too: sum c^2 is at most H + 1 times the difference, so the
+// difference loses no more than that to rounding, and nothing to a mean that is large.
 template <class A>
 static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
   using X = Traits<A>;
   using V = typename X::vec;
-  const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  sum_rows<A>(
-      rows,
-      [&](int64_t r) {
-        V sum = {};
-        for (int64_t n = 0; n < end; n += X::lanes) sum += pre_activation(f, X::load(s.g + r * ld + n), n);
-        return sum;
-      },
-      [&](int64_t r, V sum) { X::store(s.mean + r, sum / static_cast<A>(f.out)); });
-  sum_rows<A>(
-      rows,
-      [&](int64_t r) {
-        V squares = {};
-        for (int64_t n = 0; n < end; n += X::lanes) {
-          const V c = centred(f, s.g + r * ld, s.mean[r], n);
-          squares += c * c;
-        }
-        return squares;
-      },
-      [&](int64_t r, V squares) { X::store(s.inverse + r, inverse_root(squares + f.epsilon)); });
+  const int64_t ld = padded<A>(f.out), last = (vectors<A>(f.out) - 1) * X::lanes;
+  const V unit = X::load(f.unit + last);
+  const A share = 1 / static_cast<A>(f.out);
+  for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
+    const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
+    V sum[X::lanes], squares[X::lanes], shift{};
+    for (int64_t i = 0; i < group; ++i) {
+      const A* g = s.g + (r0 + i) * ld;
+      const A k = shift[i] = f.y_scale ? g[0] * f.y_scale[0] + f.y_shift[0] : g[0];
+      V c = (pre_activation(f, X::load(g + last), last) - k) * unit;
+      sum[i] = c;
+      squares[i] = c * c;
+      for (int64_t n = 0; n < last; n += X::lanes) {
+        c = pre_activation(f, X::load(g + n), n) - k;
+        sum[i] += c;
+        squares[i] += c * c;
+      }
+    }
+    for (int64_t i = group; i < X::lanes; ++i) sum[i] = squares[i] = V{};
+    const V c = sum_each(sum), along = c * share, deviation = sum_each(squares) - c * along;
+    X::store(s.mean + r0, shift + along);
+    X::store(s.inverse + r0, inverse_root((deviation < 0 ? V{} : deviation) + f.epsilon));
+  }
 }
 
-// g -> a; with dice also its statistics unless they are known, and without need_a them alone.
+// What the last layer's activation goes into: value[r] = <a_r, weight> + bias.
+template <class A>
+struct Score {
+  const A* weight;
+  A bias, *value;  // null: a itself is wanted
+};
+
+// g -> a, or the score of it; with dice also its statistics unless they are known, and without need_a them
+// alone.
 template <class A>
 static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a,
-                     bool statistics_known = false) {
+                     bool statistics_known = false, Score<A> score = {}) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   if (f.activation == DinActivation::dice && !statistics_known) dice_statistics(f, rows, s);
   if (!need_a) return;
-  const auto each = [&](const auto& function) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t n = 0; n < end; n += X::lanes) {
-        const auto g = X::load(s.g + r * ld + n);
-        X::store(s.a + r * ld + n, function(g, pre_activation(f, g, n), n, r));
-      }
-  };
   using V = typename X::vec;
+  const auto each = [&](const auto& function) __attribute__((always_inline)) {
+    const auto a = [&](int64_t r, int64_t n) __attribute__((always_inline)) {
+      const V g = X::load(s.g + r * ld + n);
+      return function(g, pre_activation(f, g, n), n, r);
+    };
+    if (score.value) return dot_rows<A>(rows, end, a, score.weight, score.bias, score.value);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t n = 0; n < end; n += X::lanes) X::store(s.a + r * ld + n, a(r, n));
+  };
   switch (f.activation) {
     case DinActivation::leaky:
       return each([&](V, V y, int64_t n, int64_t) { return y > 0 ? y : y * X::load(f.alpha + n); });

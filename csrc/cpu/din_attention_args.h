@@ -134,11 +134,13 @@ struct DinGrad {
 // Rows are processed in blocks of at most this many, whose intermediate values stay in the caches: most of
 // them in the first-level one, and 128 took 5 to 8 % longer with 100 rows a sample.
 constexpr int64_t kDinRows = 64;
+// Targets that become operands together.
+constexpr int64_t kDinTargets = 8;
 
 // Memory of one thread.
 template <class A>
 struct DinLayerScratch {
-  A *g, *a;             // [kDinRows, padded(out)]: product and activation
+  A *g, *a;             // [kDinRows, padded(out)]: product and activation; in the forward one memory
   A* factor;            // [kDinRows, padded(out)]: the dropout's
   A *mean, *inverse;    // [kDinRows]: dice's mean and 1 / denominator
   A *mean_w, *along_u;  // [kDinRows]: and see dice_backward
@@ -146,14 +148,16 @@ struct DinLayerScratch {
 template <class A>
 struct DinScratch {
   DinLayerScratch<A>* layer;
-  A *target, *grad_out, *out, *grad_target;  // [padded(D)]
-  A* history;                                // [kDinRows, padded(D)]
-  A *operand, *bias;                         // M [D, padded(H)] with its tail and c [padded(H)] of a sample
-  A* operand_rows;                           // M [H, padded(D)]
-  A *grad_operand, *grad_bias;               // and their gradients, [H, padded(D)] and [padded(H)]
-  A *grad, *grad_below;                      // [kDinRows, the widest layer]
-  A* grad_history;                           // [kDinRows, padded(D)]
-  int32_t* positions;                        // [L]
+  A* target;                        // [kDinTargets, padded(D)]
+  A *grad_out, *out, *grad_target;  // [padded(D)]
+  A* history;                       // [kDinRows, padded(D)]
+  A* operand;                       // M [D, padded(H)] of a sample, with its tail
+  A* bias;                          // [kDinTargets, padded(H)]: c
+  A* operand_rows;                  // M [H, padded(D)]
+  A *grad_operand, *grad_bias;      // and their gradients, [H, padded(D)] and [padded(H)]
+  A *grad, *grad_below;             // [kDinRows, the widest layer]
+  A* grad_history;                  // [kDinRows, padded(D)]
+  int32_t* positions;               // [L]
 };
 
 }  // namespace rk

@@ -128,7 +128,7 @@ static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayer
 // dL/dscore first.
 template <class T>
 void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, bool need_score,
-                  int64_t b0, int64_t b1, const DinScratch<Accumulator<T>>& s,
+                  int64_t b0, int64_t b1, const DinScratch<Accumulator<T>>& scratch,
                   const DinGrad<Accumulator<T>>& grad) {
   using A = Accumulator<T>;
   const bool only_sums = until >= 0;
@@ -137,8 +137,8 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t count = rows.count[b], first = rows.first[b], places = rows.first[b + 1] - first;
+    const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
-    din::convert_row(rows.target + b * rows.stride_tb, s.target, D, tail);
     din::convert_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
     din::Block<const A> history{};
     if (need_score) history = din::grad_score(net, rows, b, position, s);
