@@ -85,7 +85,7 @@ __device__ inline void store(T* p, const accumulate_t<T> (&x)[n]) {
 // The value of the lane whose number differs in the bits of `offset`. `mask` has the lanes of this warp that
 // take part; HIP needs none, because lanes that exchange values here run in step.
 template <class T>
-__device__ inline T shuffle_xor(unsigned mask, T value, int offset) {
+__device__ inline T shuffle_xor([[maybe_unused]] unsigned mask, T value, int offset) {
 #if defined(__HIPCC__)
   return __shfl_xor(value, offset, kLanes);
 #else

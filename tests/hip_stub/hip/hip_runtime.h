@@ -1,0 +1,79 @@
+// Stands in for HIP's header, so that the test needs clang and no ROCm: declares what csrc/cuda uses of HIP,
+// and what torch's headers ask for beside it under __HIPCC__. Device functions are what HIP's do; host
+// functions link nowhere.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define __host__ __attribute__((host))
+#define __device__ __attribute__((device))
+#define __global__ __attribute__((global))
+#define __shared__ __attribute__((shared))
+#define __align__(n) __attribute__((aligned(n)))
+// HIP passes the number of blocks on as that of waves.
+#define __launch_bounds__(threads, blocks) \
+  __attribute__((amdgpu_flat_work_group_size(1, threads), amdgpu_waves_per_eu(blocks)))
+
+enum hipError_t { hipSuccess };
+enum hipMemcpyKind { hipMemcpyDeviceToHost = 2 };
+using hipStream_t = struct ihipStream_t*;
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+extern "C" {
+const char* hipGetErrorString(hipError_t);
+hipError_t hipGetLastError();
+hipError_t hipSetDevice(int);
+hipError_t hipStreamSynchronize(hipStream_t);
+hipError_t hipMemcpyAsync(void*, const void*, size_t, hipMemcpyKind, hipStream_t);
+// What clang makes of a launch.
+hipError_t __hipPushCallConfiguration(dim3, dim3, size_t, hipStream_t);
+hipError_t __hipPopCallConfiguration(dim3*, dim3*, size_t*, hipStream_t*);
+hipError_t hipLaunchKernel(const void*, dim3, dim3, void**, size_t, hipStream_t);
+}
+
+struct ThreadIndex {
+  struct {
+    __device__ operator unsigned() const { return __builtin_amdgcn_workitem_id_x(); }
+  } x;
+};
+struct BlockIndex {
+  struct {
+    __device__ operator unsigned() const { return __builtin_amdgcn_workgroup_id_x(); }
+  } x;
+};
+static constexpr ThreadIndex threadIdx{};
+static constexpr BlockIndex blockIdx{};
+
+__device__ inline void __syncthreads() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+
+template <class T>
+__device__ inline T __shfl_xor(T value, int mask, int width) {
+  const int self = __builtin_amdgcn_mbcnt_hi(~0u, __builtin_amdgcn_mbcnt_lo(~0u, 0)), other = self ^ mask;
+  const int from = other < ((self + width) & -width) ? other : self;
+  int words[sizeof(T) / sizeof(int)];
+  __builtin_memcpy(words, &value, sizeof value);
+  for (int& word : words) word = __builtin_amdgcn_ds_bpermute(4 * from, word);
+  __builtin_memcpy(&value, words, sizeof value);
+  return value;
+}
+
+template <class T>
+__device__ inline T atomicMin(T* p, T value) {
+  return __hip_atomic_fetch_min(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
+#define INFINITY __builtin_inff()
+__device__ inline float sqrt(float x) { return __builtin_sqrtf(x); }
+__device__ inline double sqrt(double x) { return __builtin_sqrt(x); }
+
+// torch's.
+__device__ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+__device__ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+__device__ inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
