@@ -2,11 +2,12 @@
 same optimizer. The losses of the first steps are compared before anything is timed. See ``steps.py``.
 
 Where the time of training steps goes says ``profile_step.py``. DeepFM's evaluation is one op (csrc/cpu/deepfm.h): of
-3.05 ms on two threads 2.85 are the op's, 0.2 Python's for 39 features and the folding of the normalizations; of the
-op's 5.6 ms on one thread about 4.5 are its 1.17 GFLOP of products, 0.8 lookups that they do not hide (with ids that
-stay in the cache the op takes that much less), 0.17 the arranging of the weights, which may change between any two
-calls. Tried without a gain: prefetching rows into the second-level cache and copying them later (8 % slower than
-copying between the tiles), panels with a single vector, another order of arranging.
+5.8 ms on one thread 0.1 are Python's for 39 features and the folding of the normalizations, 4.7 the op's 1.17 GFLOP of
+products, at the rate of the machine's best, 0.5 its lookups, 0.1 FM and the linear term, 0.1 the arranging of the
+weights, which may change between any two calls. Tried without a gain: the next block's rows asked for between the tiles
+of this one's product (5 % slower: they hold up the product's loads), or asked for into the second-level cache there and
+copied later (8 %), fewer rows on their way (16: 6 %), more (128: none), panels with a single vector, another order of
+arranging.
 """
 
 from __future__ import annotations

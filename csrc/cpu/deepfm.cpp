@@ -19,8 +19,7 @@ RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
 RK_DECLARE_ISA(template <class T>
                void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T>
-               const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&, const Lookups&))
+RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&))
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
 
@@ -142,37 +141,27 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
     // Zeroed, which suits rows that only fill a tile: they are multiplied too, and denormal numbers would be
     // slow.
     Arena<float> arena;
-    float *x = arena.take(kRows * stride_x), *next_x = arena.take(kRows * stride_x);
+    float* x = arena.take(kRows * stride_x);
     float* hidden[] = {arena.take(kRows * stride_hidden), arena.take(kRows * stride_hidden)};
     float *fm = arena.take(kRows), *linear = arena.take(kRows), *deep = arena.take(kRows);
-    // The next block of this thread's, if there is one.
-    const auto take = [&](float* to) {
-      const int64_t b0 = std::min(B, next++ * kRows), b1 = std::min(B, b0 + kRows);
+    for (int64_t b0; fit && (b0 = next++ * kRows) < B;) {
+      const int64_t b1 = std::min(B, b0 + kRows), n = b1 - b0;
       for (const Bags& bag : bags)
         if (!dispatch_ids(
                 bag, [&](const auto* ids) { return RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, b0, b1); })) {
           fit = false;
-          return Lookups{bags.data(), F, D, B, B, to, stride_x};
+          return;
         }
-      return Lookups{bags.data(), F, D, b0, b1, to, stride_x};
-    };
-    Lookups block = take(x);
-    RK_DISPATCH_ISA(look_up_block<float>, block);
-    while (block.b0 < block.b1) {
-      const int64_t n = block.b1 - block.b0;
-      x = block.x;
-      for (int64_t b = 0; b < n; ++b)
-        for (int64_t c = 0; c < more; ++c)
-          x[b * stride_x + width + c] = beside[(block.b0 + b) * stride_db + c * stride_dn];
+      RK_DISPATCH_ISA(look_up_block<float>, {bags.data(), F, D, b0, b1, x, stride_x});
+      for (int64_t c = 0; c < more; ++c)  // in the outer loop: as a batch has them, each column is contiguous
+        for (int64_t b = 0; b < n; ++b)
+          x[b * stride_x + width + c] = beside[(b0 + b) * stride_db + c * stride_dn];
       RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
       RK_DISPATCH_ISA(embedding_linear<float>, x, stride_x, a_weight, width, linear, 0, n);
-      const Lookups following = take(next_x);
       const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
-                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n}, following);
+                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n});
       RK_DISPATCH_ISA(embedding_linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
-      for (int64_t b = 0; b < n; ++b) y[block.b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
-      next_x = x;
-      block = following;
+      for (int64_t b = 0; b < n; ++b) y[b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
     }
   });
   if (!fit)

@@ -1,7 +1,7 @@
 """The whole of DeepFM but its sigmoid, in eval: kernels in csrc/cpu/deepfm.h.
 
-Each block of samples is looked up, interacts and goes through the MLP while it is in the second-level cache, and the
-rows of the next are on their way meanwhile. There is no backward, and no kernel but the CPU's.
+Each block of samples is looked up, interacts and goes through the MLP while it is in the second-level cache. There is
+no backward, and no kernel but the CPU's.
 """
 
 from __future__ import annotations
