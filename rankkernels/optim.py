@@ -118,17 +118,33 @@ class _RowOptimizer(torch.optim.Optimizer):
             self._stepped([p])
         return loss
 
-    @torch.no_grad()
-    def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
-        """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
+    def _groups(self) -> dict[Tensor, dict]:
+        return {p: group for group in self.param_groups for p in group["params"]}
+
+    def _check_tables(self, weights: Sequence[Tensor]) -> None:
+        """Raises a ValueError for a table that is frozen or not among the optimizer's."""
         check_trainable(self, weights)
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
+        groups = self._groups()
         for t, weight in enumerate(weights):
-            if weight not in group_of:
+            if weight not in groups:
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
+
+    def _next_of_all(self, weights: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[float]]:
+        """``_next`` of every table, one after another."""
+        states, hyper, groups = [], [], self._groups()
+        for weight in weights:
+            own_states, own_hyper = self._next(weight, groups[weight], scale)
+            states += own_states
+            hyper += own_hyper
+        return states, hyper
+
+    @torch.no_grad()
+    def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
+        """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
+        self._check_tables(weights)
+        used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
         if len(used) < len(weights):  # a table without a gradient takes no step
             place = {t: i for i, t in enumerate(sorted(used))}
             kept = [f for f, g in enumerate(grad_outs) if g is not None]
@@ -148,16 +164,29 @@ class _RowOptimizer(torch.optim.Optimizer):
             scale = self.grad_scaler.get_scale()
             if not all(bool(g.isfinite().all()) for g in grad_outs):
                 return [torch.zeros_like(w) for w in lists[2]]
-        states, hyper = [], []
-        for weight in weights:
-            own_states, own_hyper = self._next(weight, group_of[weight], scale)
-            states += own_states
-            hyper += own_hyper
+        states, hyper = self._next_of_all(weights, scale)
         grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
             grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
         )
         self._stepped(weights)
         return grad_psw
+
+    def whole_gradients(self, weights: Sequence[Tensor], tables: Sequence[int]) -> bool:
+        """Whether ``update`` must see the gradients of the lookups and ``update_fm`` does not do."""
+        scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
+        return scaled or len(set(tables)) < len(weights)
+
+    @torch.no_grad()
+    def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
+                  features: Sequence) -> Tensor:  # fmt: skip
+        """The step in the backward of ``rankkernels.embedding_fm`` -> the gradient of the linear weights."""
+        self._check_tables(weights)
+        states, hyper = self._next_of_all(weights, 1.0)
+        _, grad_linear_weight = torch.ops.rankkernels.embedding_fm_update.default(
+            *grads, weights, unchanged, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
+        )
+        self._stepped(weights)
+        return grad_linear_weight
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -82,6 +82,93 @@ def test_fused_optimizer(optimizer):
         assert relative_error(ours, theirs) < 1e-4
 
 
+ONE_EACH = dict(modes=["none"] * 4, frozen_rows=[None, 1, None, 6])
+
+
+def one_each(dtype=torch.float32, B: int = 1500, D: int = 19):
+    """A batch of one id a feature, each from a table of its own: their rows are the embeddings."""
+    weights = [torch.randn(r, D, dtype=dtype, requires_grad=True) for r in (20, 3000, 50, 7)]
+    return weights, [torch.randint(0, w.size(0), (B,)) for w in weights], torch.randn(1, 4 * D, dtype=dtype)
+
+
+@pytest.mark.parametrize("D", [1, 16, 19, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("used", ["all", "fm", "linear", "embeddings", "no linear"])
+def test_sparse_gradient_of_rows(dtype, D, used):
+    """The gradient of lookups that is never stored is the one that is, in the rows and with the bits of any thread."""
+    weights, ids, a = one_each(dtype, D=D)
+    a.requires_grad_()
+    dense, results = torch.randn(1500, 3, dtype=dtype, requires_grad=True), []
+    linear_weight = None if used == "no linear" else a
+
+    def gradients(weights, linear_weight, dense, sparse):
+        e, fm, linear = rk.embedding_fm(weights, ids, linear_weight, dense, **ONE_EACH, sparse=sparse)
+        parts = {"embeddings": e.sin().sum(), "fm": fm.sin().sum()}
+        if linear is not None:
+            parts["linear"] = linear.sin().sum()
+        loss = parts[used] if used in parts else sum(parts.values())
+        inputs = [t for t in (*weights, linear_weight, dense) if t is not None]
+        return [g for g in torch.autograd.grad(loss, inputs, allow_unused=True) if g is not None]
+
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append([g.to_dense() for g in gradients(weights, linear_weight, dense, True)])
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for ours, theirs in zip(results[0], gradients(weights, linear_weight, dense, False)):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_step_on_rows(optimizer, changed):
+    """A row's step takes the row as it was looked up, also where another backward has stepped on it since."""
+    results = []
+    for function in (rk.embedding_fm, apart):
+        torch.manual_seed(0)
+        weights, ids, a = one_each()
+        a.requires_grad_()
+        rows, dense = getattr(rk.optim, optimizer)(weights, lr=1e-2), torch.randn(1500, 2)
+        losses = []
+        for _ in range(2):
+            e, fm, linear = function(weights, ids, a, dense, **ONE_EACH, optimizer=rows)
+            losses.append(e.sin().sum() + fm.sin().sum() + linear.sin().sum())
+            if not changed:
+                losses.pop().backward()
+        for loss in losses:
+            loss.backward()
+        results.append([*(w.detach() for w in weights), a.grad])
+    for ours, theirs in zip(*results):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+def test_tables_that_changed_since_the_lookup():
+    weights, ids, a = one_each()
+    grads = []
+    for change in (False, True):
+        e, fm, linear = rk.embedding_fm(weights, ids, a, **ONE_EACH, sparse=True)
+        if change:
+            with torch.no_grad():
+                weights[1].mul_(2)
+        grads.append(torch.autograd.grad(fm.sin().sum() + linear.sum(), weights))
+    for before, after in zip(*grads):
+        assert relative_error(after.to_dense(), before.to_dense()) < 1e-5
+
+
+def test_one_table_for_two_features_and_one_tensor_for_two_tables():
+    weights, ids, a = one_each()
+    ids[2] = torch.randint(0, 20, (1500,))
+    for chosen, tables in (([weights[0], weights[1], weights[3]], [0, 1, 0, 2]),
+                           ([weights[0], weights[1], weights[0], weights[3]], [0, 1, 2, 3])):  # fmt: skip
+        grads = []
+        for sparse in (False, True):
+            e, fm, linear = rk.embedding_fm(chosen, ids, a, modes=["none"] * 4, tables=tables, sparse=sparse)
+            loss = e.sin().sum() + fm.sin().sum() + linear.sin().sum()
+            grads.append(torch.autograd.grad(loss, [weights[0], weights[1], weights[3]]))
+        for dense, sparse in zip(*grads):
+            assert relative_error(sparse.to_dense(), dense) < 1e-5
+
+
 def test_bad_input():
     weights, ids, a = batch()
     with pytest.raises(RuntimeError, match="embedding_fm: features must have one width, but that of .* is 4"):

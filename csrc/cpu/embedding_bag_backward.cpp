@@ -40,27 +40,31 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
   return {grad_weights, backward.factor_grads()};
 }
 
-// -> the rows of each table that were looked up, ascending; their gradients; those of the per-sample weights.
-static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
-    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
-    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-    const Ints& padding_idx, const Ints& frozen_rows) {
-  const BackwardArgs backward(
-      grad_outs, weights, rows,
-      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backward,
+                                                       const std::vector<FmPart>& fm) {
   SortedLookups lookups(backward);
   const Ints counts = lookups.count_rows();
   Tensors grad_rows, values;
-  std::vector<TableGrad> sums(rows.size(), TableGrad{});
-  for (size_t t = 0; t < rows.size(); ++t) {
+  std::vector<TableGrad> sums(counts.size(), TableGrad{});
+  for (size_t t = 0; t < counts.size(); ++t) {
     grad_rows.push_back(torch::stable::new_empty(backward.any, {counts[t]}, ScalarType::Long));
     values.push_back(new_empty_paged(backward.like[t] ? *backward.like[t] : backward.any,
                                      {counts[t], backward.widths[t]}));
     sums[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
     sums[t].grad_weight = values[t].mutable_data_ptr();
+    sums[t].fm = fm.empty() ? nullptr : &fm[t];
   }
   lookups.reduce(sums, dtypes_of(backward), backward.widths);
   return {grad_rows, values, backward.factor_grads()};
+}
+
+static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
+    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
+    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+    const Ints& padding_idx, const Ints& frozen_rows) {
+  return sparse_gradients(
+      BackwardArgs(grad_outs, weights, rows,
+                   {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
 }
 
 // An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step,
@@ -97,36 +101,42 @@ static Update make_update(int64_t optimizer, const double* hyper, Tensor weight,
 
 static int64_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
 
-// Steps on the rows that were looked up -> the gradients of the per-sample weights.
-static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const Tensors& weights,
-                                        const Tensors& states, const Tensors& indices, const Tensors& offsets,
-                                        const Tensors& per_sample_weights, const Ints& tables,
-                                        const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-                                        int64_t optimizer, const std::vector<double>& hyper) {
-  Ints rows;
-  for (const Tensor& w : weights) rows.push_back(w.size(0));
-  const BackwardArgs backward(
-      grad_outs, weights, rows,
-      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
+                      int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm) {
   RK_CHECK(states.size() == weights.size() * states_of(optimizer), "embedding_bag_update: states must hold ",
            states_of(optimizer), " tensors a table, got ", states.size(), " for ", weights.size());
   RK_CHECK(hyper.size() == kHyper * weights.size(),
            "embedding_bag_update: hyper must hold 8 numbers a table, got ", hyper.size(), " for ",
            weights.size());
   std::vector<Update> updates;
-  std::vector<TableGrad> sums(rows.size(), TableGrad{});
-  for (size_t t = 0; t < rows.size(); ++t) {
+  std::vector<TableGrad> sums(weights.size(), TableGrad{});
+  for (size_t t = 0; t < weights.size(); ++t) {
     updates.push_back(make_update(optimizer, hyper.data() + kHyper * t, weights[t],
                                   states.data() + t * states_of(optimizer)));
     RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
                                    backward.widths[t] == weights[t].size(1)),
              "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
   }
-  for (size_t t = 0; t < rows.size(); ++t) sums[t].update = &updates[t];
+  for (size_t t = 0; t < weights.size(); ++t) {
+    sums[t].update = &updates[t];
+    sums[t].fm = fm.empty() ? nullptr : &fm[t];
+  }
   const SortedLookups lookups(backward);
   Tensors grad_factors = backward.factor_grads();
   lookups.reduce(sums, dtypes_of(backward), backward.widths);
   return grad_factors;
+}
+
+static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const Tensors& weights,
+                                        const Tensors& states, const Tensors& indices, const Tensors& offsets,
+                                        const Tensors& per_sample_weights, const Ints& tables,
+                                        const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
+                                        int64_t optimizer, const std::vector<double>& hyper) {
+  const Ints rows = rows_of(weights);
+  const BackwardArgs backward(
+      grad_outs, weights, rows,
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+  return update_tables(backward, weights, states, optimizer, hyper);
 }
 
 // A step on the rows of a coalesced sparse gradient.

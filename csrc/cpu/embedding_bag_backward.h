@@ -11,7 +11,9 @@
 // The tiles do not depend on the number of threads, so neither do the bits; and a row that half of the batch
 // looks up is summed by all threads.
 //
-// Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup.
+// Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup. With the FM's
+// and the linear term's part of the gradient (FmPart), which is added lookup by lookup and is never stored,
+// the row itself is read too, once a run, and grad_fm_s, which a near cache holds: 8 D flops a lookup.
 #pragma once
 
 #include <type_traits>
@@ -50,9 +52,12 @@ struct Chunk {
   int64_t row[kMostLookups];    // of each run
   const T* grad[kMostLookups];  // of each lookup
   A factor[kMostLookups];
-  M keep[kMostLookups];  // no bit where a run begins, else all
+  M keep[kMostLookups];              // no bit where a run begins, else all
+  const A* grad_fm_s[kMostLookups];  // of each lookup's sample, with an FmPart
+  A grad_fm[kMostLookups], grad_linear[kMostLookups];
 
   // No branch depends on where runs begin, which nothing can foresee.
+  template <bool kFm>
   void fill(const Runs& runs_, const TableGrad& table, int64_t p0, int64_t p1) {
     begin = p0, n = p1 - p0;
     uint64_t before = p0 > 0 ? runs_.key(p0 - 1) : ~uint64_t(0);
@@ -69,6 +74,12 @@ struct Chunk {
       grad[j] = static_cast<const T*>(runs_.grad_rows[i]);
       keep[j] = -M(same);
       factor[j] = runs_.factors ? A(runs_.factors[i]) : A(1);
+      if constexpr (kFm) {
+        const int64_t b = static_cast<int64_t>(i) - table.first_lookup;
+        grad_fm_s[j] = static_cast<const A*>(table.fm->grad_fm_s) + b * table.D;
+        grad_fm[j] = to_scalar(static_cast<const T*>(table.fm->grad_fm)[b]);
+        grad_linear[j] = to_scalar(static_cast<const T*>(table.fm->grad_linear)[b]);
+      }
     }
     runs = k + 1;
     goes_on = p1 < runs_.n && runs_.key(p1) == before;
@@ -76,10 +87,11 @@ struct Chunk {
 };
 
 // sums [runs, D] = each run's sum in the chunk, with `partial` added to what sums [0] holds already. Asks for
-// the gradients of the next chunk, and for its rows of `weight`, stride_wr apart.
-template <class T>
+// the gradients of the next chunk, and for its rows of `weight`, stride_wr apart; with kFm those are the
+// table's, and `a` [D] the linear term's weights.
+template <bool kFm, class T>
 RK_INLINE void sum_runs(const Chunk<T>& chunk, const Chunk<T>& next, int64_t D, bool partial, const T* weight,
-                        int64_t stride_wr, typename Traits<T>::scalar* sums) {
+                        int64_t stride_wr, const T* a, typename Traits<T>::scalar* sums) {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
   using M = typename MaskOf<A>::vec;
@@ -95,20 +107,39 @@ RK_INLINE void sum_runs(const Chunk<T>& chunk, const Chunk<T>& next, int64_t D, 
       for (int v = 0; v < kVecs; ++v)
         acc[v] = kTail && v == kVecs - 1 ? tail_sum.load(sums + d + v * kLanes)
                                          : Traits<A>::load(sums + d + v * kLanes);
+    V a_[kVecs] = {};
+    if (kFm)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v)
+        a_[v] = kTail && v == kVecs - 1 ? tail.load(a + d + v * kLanes) : Traits<T>::load(a + d + v * kLanes);
     A* sum = sums + d - (chunk.continued ? 0 : D);
+    int64_t run = chunk.continued - 1;
     for (int64_t j = 0; j < chunk.n; ++j) {
       const T *row = chunk.grad[j] + d, *asked = next.grad[j < next.n ? j : 0] + d,
               *asked_w = weight + next.row[j < next.runs ? j : 0] * stride_wr + d;
       const A factor = chunk.factor[j];
       const auto keep = chunk.keep[j];
       sum += D & ~int64_t(keep);
+      run += 1 + int64_t(keep);
+      const T* w = kFm ? weight + chunk.row[run] * stride_wr + d : nullptr;
+      const A *grad_fm_s = kFm ? chunk.grad_fm_s[j] + d : nullptr,
+              *asked_s = kFm ? next.grad_fm_s[j < next.n ? j : 0] + d : nullptr;
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
         const bool last = kTail && v == kVecs - 1;
         __builtin_prefetch(asked + v * kLanes);
         __builtin_prefetch(asked_w + v * kLanes, 1);
         acc[v] = (V)((M)acc[v] & keep);
-        acc[v] += factor * (last ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes));
+        V grad = last ? tail.load(row + v * kLanes) : Traits<T>::load(row + v * kLanes);
+        if constexpr (kFm) {
+          __builtin_prefetch(asked_s + v * kLanes);
+          grad += last ? tail_sum.load(grad_fm_s + v * kLanes) : Traits<A>::load(grad_fm_s + v * kLanes);
+          grad -= chunk.grad_fm[j] * (last ? tail.load(w + v * kLanes) : Traits<T>::load(w + v * kLanes));
+          grad += chunk.grad_linear[j] * a_[v];
+          acc[v] += grad;
+        } else {
+          acc[v] += factor * grad;
+        }
         if (last)
           tail_sum.store(sum + v * kLanes, acc[v]);
         else
@@ -153,11 +184,13 @@ bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t
 // Sorted lookups [p0, p1) of one table, in whole tiles but where the table begins or ends. carries: [2, D] of
 // each tile, the first at p0's, `stride` bytes apart; `distinct` is the number of the table's rows before the
 // first run that starts here; scratch [chunk_of(D), D].
-template <class T>
-void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
-                      int64_t distinct, char* carries, int64_t stride, void* scratch) {
+template <bool kFm, class T>
+void embedding_reduce_as(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
+                         int64_t distinct, char* carries, int64_t stride, void* scratch) {
   using A = typename Traits<T>::scalar;
-  const int64_t D = table.D, most = chunk_of(D);
+  const int64_t D = table.D;
+  int64_t most = chunk_of(D);
+  if (kFm && most > kMostFmLookups) most = kMostFmLookups;
   A* sums = static_cast<A*>(scratch);
   const update::Step<T> step(table.update, D);
   runs::Chunk<T> chunks[2];
@@ -166,16 +199,18 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     int64_t end = p + most < tile_end ? p + most : tile_end;
     if (end > p1) end = p1;
     if (p < end)
-      chunk.fill(runs, table, p, end);
+      chunk.template fill<kFm>(runs, table, p, end);
     else
       chunk.n = chunk.runs = 0;
   };
-  // The rows that are written, those of the table or of a dense gradient; sparse ones lie in a row.
+  // The rows that are written, those of the table or of a dense gradient; sparse ones lie in a row. Or those
+  // of the table that are read.
   T* grad = static_cast<T*>(table.grad_weight);
-  const T* asked = table.update ? step.weight : grad;
-  const int64_t stride_asked = table.update ? step.stride_wr : table.rows ? 0 : D;
+  const T* asked = kFm ? static_cast<const T*>(table.fm->weight) : table.update ? step.weight : grad;
+  const int64_t stride_asked = kFm ? table.fm->stride_wr : table.update ? step.stride_wr : table.rows ? 0 : D;
+  const T* a = kFm ? static_cast<const T*>(table.fm->linear_weight) : nullptr;
   bool from_left = false;  // the chunk's first run began in an earlier tile
-  chunks[1].grad[0] = nullptr, chunks[1].row[0] = 0;
+  chunks[1].grad[0] = nullptr, chunks[1].row[0] = 0, chunks[1].grad_fm_s[0] = nullptr;
   fill(chunks[0], p0);
   for (int64_t i = 0; chunks[i].n; i = 1 - i) {
     const runs::Chunk<T>&chunk = chunks[i], &next = chunks[1 - i];
@@ -183,7 +218,7 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     fill(chunks[1 - i], end);
     const bool tile_begins = p % tile == 0, tile_ends = end % tile == 0, goes_on = chunk.goes_on;
     from_left = chunk.continued && (tile_begins || from_left);
-    runs::sum_runs(chunk, next, D, chunk.continued && !tile_begins, asked, stride_asked, sums);
+    runs::sum_runs<kFm>(chunk, next, D, chunk.continued && !tile_begins, asked, stride_asked, a, sums);
     A *left = reinterpret_cast<A*>(carries + (p / tile - p0 / tile) * stride), *right = left + D;
     const int64_t last = chunk.runs - 1;
     const bool unfinished = goes_on && !tile_ends;  // the last run goes on in this tile
@@ -203,6 +238,13 @@ void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int6
     if (unfinished && last > 0) runs::narrow_row(sums, sums + last * D, D);
     from_left = from_left && last == 0;
   }
+}
+
+template <class T>
+void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
+                      int64_t distinct, char* carries, int64_t stride, void* scratch) {
+  (table.fm ? embedding_reduce_as<true, T>
+            : embedding_reduce_as<false, T>)(runs, table, p0, p1, tile, distinct, carries, stride, scratch);
 }
 
 // The run that starts in a tile and goes on after it, at p1: its carries, the first at `carries` ([2, D], one

@@ -100,7 +100,9 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   const Tensors& grads = backward.grads;
   const size_t n = features.bags.size(), num_tables = backward.rows.size();
   // A table's lookups lie together: first[t] is the first of table t, place[f] of feature f.
-  Ints first(num_tables + 1, 0), place(n);
+  first_.assign(num_tables + 1, 0);
+  Ints& first = first_;
+  Ints place(n);
   bool scaled = false;
   max_grad_rows_.resize(n, grads[0]);
   Tensors kept;
@@ -229,6 +231,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   if (runs_.n == 0) return;
   for (size_t t = 0; t < tables.size(); ++t) {
     tables[t].first_key = first_key_[t];
+    tables[t].first_lookup = first_[t];
     tables[t].D = widths[t];
   }
   const int64_t width = *std::max_element(widths.begin(), widths.end());

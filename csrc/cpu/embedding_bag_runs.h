@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <tuple>
 
 #include "embedding_bag_features.h"
 #include "embedding_bag_sort.h"
@@ -9,6 +10,12 @@
 namespace rk {
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+inline Ints rows_of(const Tensors& weights) {
+  Ints rows;
+  for (const Tensor& w : weights) rows.push_back(w.size(0));
+  return rows;
+}
 
 // The arguments of a backward, checked; `bags` have the gradients of the outputs as `out`.
 struct BackwardArgs {
@@ -34,7 +41,8 @@ class SortedLookups {
 
   // The rows of each table that were looked up.
   Ints count_rows();
-  // Sums every row's gradient and brings the sum to where its table says; first_key and D are filled in here.
+  // Sums every row's gradient and brings the sum to where its table says; first_key, first_lookup and D are
+  // filled in here.
   // With `rows` in a table, count_rows must have been called.
   void reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes, const Ints& widths) const;
 
@@ -44,6 +52,7 @@ class SortedLookups {
   // The number of runs that start before p.
   int64_t runs_before(int64_t p) const;
 
+  Ints first_;  // lookup of each table, and the end of the last's
   std::unique_ptr<uint64_t[]> sorted_;
   std::unique_ptr<const void*[]> grad_rows_;
   std::unique_ptr<double[]> factors_;
@@ -52,6 +61,15 @@ class SortedLookups {
   std::vector<int64_t> runs_before_tile_, runs_before_table_;
   Runs runs_;
 };
+
+// The rows of each table that were looked up, ascending; their gradients; those of the per-sample weights.
+// `fm` has a part for each table, or is empty.
+std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backward,
+                                                       const std::vector<FmPart>& fm = {});
+// An optimizer's step on the rows that were looked up -> the gradients of the per-sample weights.
+Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
+                      int64_t optimizer, const std::vector<double>& hyper,
+                      const std::vector<FmPart>& fm = {});
 
 // Fills with zeros.
 void zero(const Tensors& tensors);

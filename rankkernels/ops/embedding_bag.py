@@ -247,6 +247,16 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*(t for values in lists for t in values))
 
 
+def sparse_gradients(used, grad_rows, values, rows) -> list[Tensor | None]:
+    """The sparse gradients of the tables ``used``, coalesced, and None for the others."""
+    return [
+        torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
+        if t in used
+        else None
+        for t, (r, v, n) in enumerate(zip(grad_rows, values, rows))
+    ]
+
+
 def table_gradients(grad_outs, weights, rows, lists, features, sparse):
     """The gradients of the tables, None for one that none of ``grad_outs`` is about, and of the per-sample weights."""
     used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
@@ -257,12 +267,7 @@ def table_gradients(grad_outs, weights, rows, lists, features, sparse):
         grads, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
     else:
         grad_rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
-        grads = [
-            torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
-            if t in used
-            else None
-            for t, (r, v, n) in enumerate(zip(grad_rows, values, rows))
-        ]
+        grads = sparse_gradients(used, grad_rows, values, rows)
     return [g if t in used else None for t, g in enumerate(grads)], grad_psw
 
 
@@ -290,6 +295,13 @@ class Optimizer(Protocol):
 
     def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
         """Steps on ``weights``; ``lists`` and ``features`` are the op's other arguments. -> its gradients."""
+
+    def whole_gradients(self, weights: Sequence[Tensor], tables: Sequence[int]) -> bool:
+        """Whether ``update`` must see the gradients of the lookups, and ``update_fm`` would not do."""
+
+    def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
+                  features: Sequence) -> Tensor:  # fmt: skip
+        """As ``update``, with the first arguments of ``embedding_fm_update``. -> the linear weights' gradient."""
 
 
 class _Updating(torch.autograd.Function):

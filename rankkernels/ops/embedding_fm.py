@@ -2,7 +2,9 @@
 
 The forward looks the features of a few samples up and combines them while they are in the cache. The backward turns the
 gradients of the embeddings, of the FM and of the linear term into that of the lookups, in one pass, and from there goes
-the way of every lookup: one dense or coalesced sparse gradient a table, or an optimizer's step.
+the way of every lookup: one dense or coalesced sparse gradient a table, or an optimizer's step. On the CPU the last two
+add the FM's and the linear term's part where a row's gradient is summed, if every embedding is a row of a table of its
+own feature's: the gradient of the lookups, as large as the embeddings, is then never stored.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rankkernels.ops.embedding_bag import (
     needs_values,
     outside_graph,
     raise_index_errors,
+    sparse_gradients,
     table_gradients,
 )
 
@@ -36,6 +39,19 @@ lib.define(
 lib.define(
     "embedding_fm_backward(Tensor? grad_embeddings, Tensor? grad_fm, Tensor? grad_linear, Tensor embeddings, "
     "Tensor? linear_weight, SymInt dim) -> (Tensor grad_lookups, Tensor grad_linear_weight)"
+)
+# The same followed by embedding_bag_backward_sparse, and by embedding_bag_update. ``unchanged``: ``weights`` hold what
+# was looked up.
+_GRADS = (
+    "Tensor? grad_embeddings, Tensor? grad_fm, Tensor? grad_linear, Tensor embeddings, Tensor? linear_weight, int dim"
+)
+lib.define(
+    f"embedding_fm_backward_sparse({_GRADS}, Tensor[] weights, bool unchanged, int[] rows, {FEATURES}) -> (Tensor[] "
+    "grad_rows, Tensor[] grad_values, Tensor[] grad_per_sample_weights, Tensor grad_linear_weight)"
+)
+lib.define(
+    f"embedding_fm_update({_GRADS}, Tensor(a!)[] weights, bool unchanged, Tensor(b!)[] states, {FEATURES}, "
+    "int optimizer, float[] hyper) -> (Tensor[] grad_per_sample_weights, Tensor grad_linear_weight)"
 )
 
 
@@ -134,18 +150,44 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
     return grad, grad_linear_weight
 
 
-def _grad_lookups(grads, embeddings, linear_weight, features, dim):
-    """The gradients of each feature's lookup, of the linear weights and of the dense columns."""
-    grad_embeddings, *rest = grads
-    width, grad_dense = features * dim, None
-    if embeddings.size(1) > width:
-        embeddings = embeddings[:, :width]
-        if grad_embeddings is not None:
-            grad_embeddings, grad_dense = grad_embeddings[:, :width], grad_embeddings[:, width:]
-    grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(
-        grad_embeddings, *rest, embeddings, linear_weight, dim
+@torch.library.impl(lib, "embedding_fm_backward_sparse", "CompositeExplicitAutograd")
+def backward_sparse_apart(*arguments):
+    *grads, dim, weights, _unchanged, rows = arguments[:9]
+    grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*grads, dim)
+    weights = weights if needs_values(arguments[13], arguments[11]) else []
+    rest = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
+        list(grad.split(dim, 1)), weights, rows, *arguments[9:]
     )
-    return grad.split(dim, 1), None if linear_weight is None else grad_linear_weight, grad_dense
+    return *rest, grad_linear_weight
+
+
+@torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
+def update_apart(*arguments):
+    *grads, dim, weights, _unchanged = arguments[:8]
+    grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*grads, dim)
+    grad_psw = torch.ops.rankkernels.embedding_bag_update.default(list(grad.split(dim, 1)), weights, *arguments[8:])
+    return grad_psw, grad_linear_weight
+
+
+@torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
+def _(*arguments):
+    linear_weight, per_sample_weights = arguments[4], arguments[11]
+    grad = arguments[3].new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
+    return [w.new_empty(w.shape) for w in per_sample_weights], grad
+
+
+def _without_dense(grads, embeddings, width):
+    """The gradients and the embeddings without the dense columns, and the gradient of these."""
+    if embeddings.size(1) == width:
+        return grads, embeddings, None
+    grad, *rest = grads
+    if grad is None:
+        return grads, embeddings[:, :width], None
+    return (grad[:, :width], *rest), embeddings[:, :width], grad[:, width:]
+
+
+def _versions(weights) -> list[int]:
+    return [0 if w.is_inference() else w._version for w in weights]
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -155,6 +197,8 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     lists = [weights if needs_values(modes, lists[2]) else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
+    if ctx.sparse:  # Not saved: tables that an optimizer's step in between has changed are no error.
+        ctx.weights, ctx.versions = weights, _versions(weights)
     ctx.save_for_backward(output[0], *(t for values in lists for t in values), *([linear_weight] * ctx.has_linear))
 
 
@@ -165,9 +209,22 @@ def _backward(ctx, *grads):
     weights, *lists = ([next(it) for _ in range(n)] for n in ctx.lengths)
     if all(g is None for g in grads):
         return [None] * len(ctx.rows), *([None] * len(v) for v in lists), *[None] * 7
-    grad_outs, *grad_others = _grad_lookups(grads, embeddings, linear_weight, len(ctx.features[0]), ctx.dim)
-    grad_weights, grad_psw = table_gradients(grad_outs, weights, ctx.rows, lists, ctx.features, ctx.sparse)
-    return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5, *grad_others
+    grads, embeddings, grad_dense = _without_dense(grads, embeddings, len(ctx.features[0]) * ctx.dim)
+    arguments = *grads, embeddings, linear_weight, ctx.dim
+    if ctx.sparse:
+        grad_rows, values, grad_psw, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward_sparse.default(
+            *arguments, ctx.weights, ctx.versions == _versions(ctx.weights), ctx.rows, *lists, *ctx.features
+        )
+        grad_weights = sparse_gradients(set(ctx.features[0]), grad_rows, values, ctx.rows)
+    else:
+        grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
+        grad_weights, grad_psw = table_gradients(
+            grad.split(ctx.dim, 1), weights, ctx.rows, lists, ctx.features, sparse=False
+        )
+    return (
+        grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5,
+        grad_linear_weight if ctx.has_linear else None, grad_dense,
+    )  # fmt: skip
 
 
 torch.library.register_autograd("rankkernels::embedding_fm", _backward, setup_context=_setup_context, lib=lib)
@@ -183,7 +240,7 @@ class _Updating(torch.autograd.Function):
         ctx.optimizer, ctx.features, (ctx.weights, indices, *_) = optimizer, features, lists
         ctx.has_linear = linear_weight is not None
         values = ctx.weights if needs_values(features[1], []) else []
-        ctx.lookups = len(indices)
+        ctx.lookups, ctx.versions = len(indices), _versions(ctx.weights)
         ctx.save_for_backward(out[0], *([linear_weight] * ctx.has_linear), *indices, *values)
         return out
 
@@ -192,14 +249,18 @@ class _Updating(torch.autograd.Function):
     def backward(ctx, *grads):
         embeddings, *saved = ctx.saved_tensors
         linear_weight = saved.pop(0) if ctx.has_linear else None
-        grad_others = None, None
-        if any(g is not None for g in grads):
-            grad_outs, *grad_others = _grad_lookups(
-                grads, embeddings, linear_weight, ctx.lookups, ctx.weights[0].size(1)
-            )
-            lists = [saved[: ctx.lookups], [], []]
-            ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
-        return None, None, None, None, *grad_others, None
+        if all(g is None for g in grads):
+            return [None] * 7
+        dim, lists = ctx.weights[0].size(1), [saved[: ctx.lookups], [], []]
+        grads, embeddings, grad_dense = _without_dense(grads, embeddings, ctx.lookups * dim)
+        arguments = *grads, embeddings, linear_weight, dim
+        if ctx.optimizer.whole_gradients(ctx.weights, ctx.features[0]):
+            grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
+            ctx.optimizer.update(list(grad.split(dim, 1)), ctx.weights, lists, ctx.features)
+        else:
+            unchanged = ctx.versions == _versions(ctx.weights)
+            grad_linear_weight = ctx.optimizer.update_fm(arguments, ctx.weights, unchanged, lists, ctx.features)
+        return None, None, None, None, grad_linear_weight if ctx.has_linear else None, grad_dense, None
 
 
 def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, dense=None,
