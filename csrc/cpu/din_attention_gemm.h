@@ -45,7 +45,7 @@ RK_INLINE void with_tail(int64_t width, const Body& body) {
 }
 
 template <class A, int kRows, int kVecs, int kTail>
-static __attribute__((noinline)) void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb,
+RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb,
                                                 const A* tail, A* c, int64_t ldc, const A* init,
                                                 int64_t ldi) {
   using X = Traits<A>;
@@ -94,7 +94,7 @@ static __attribute__((noinline)) void gemm_tile(int64_t K, Operand<A> a, const A
 }
 
 template <class A, int kVecs, int kTail>
-static inline void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb, const A* tail,
+static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb, const A* tail,
                               A* c, int64_t ldc, const A* init, int64_t ldi) {
   const auto step = [&](auto rows) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
