@@ -8,21 +8,23 @@ four-fold concatenation.
 Where the time goes, in per cent of the user cycles that ``perf`` saw in the kernels, torch and libc (Zen 5, float32,
 one thread, one run; fetching: the next block's rows):
 
-| shape | pass | ms | products | activation | forming M | fetching and the rest |
+| shape | pass | ms | products | activation | M and c | fetching and the rest |
 | --- | --- | --- | --- | --- | --- | --- |
-| B1024 L50 D16 [36] | eval | 1.14 | 45 | 36 | 2 | 17 |
-| B2048 L50 D64 [80,40] | eval | 12.1 | 69 | 19 | 5 | 7 |
-| B4096 L100 D64 [36] | eval | 18.0 | 61 | 18 | 2 | 19 |
-| B1024 L100 D64 [512,256] softmax | eval | 159 | 87 | 6 | 2 | 5 |
-| B2048 L50 D64 [80,40] sigmoid, length 12 | eval | 4.07 | 62 | 13 | 15 | 10 |
-| B1024 L50 D16 [36] | training | 5.66 | 23 | 32 | 1 | 44 |
-| B2048 L50 D64 [80,40] | training | 77.1 | 45 | 14 | 4 | 37 |
-| B4096 L100 D64 [36] | training | 108 | 39 | 13 | 2 | 46 |
-| B2048 L50 D64 [80,40] sigmoid, length 12 | training | 17.5 | 58 | 7 | 18 | 17 |
+| B1024 L50 D16 [36] | eval | 0.93 | 40 | 41 | 3 | 15 |
+| B2048 L50 D64 [80,40] | eval | 11.0 | 68 | 15 | 7 | 11 |
+| B4096 L100 D64 [36] | eval | 16.6 | 59 | 18 | 4 | 19 |
+| B1024 L100 D64 [512,256] softmax | eval | 149 | 86 | 6 | 2 | 5 |
+| B2048 L50 D64 [80,40] sigmoid, length 12 | eval | 3.67 | 54 | 15 | 18 | 13 |
+| B1024 L50 D16 [36] | training | 5.62 | 19 | 34 | 2 | 45 |
+| B2048 L50 D64 [80,40] | training | 66.0 | 41 | 17 | 3 | 39 |
+| B4096 L100 D64 [36] | training | 88.6 | 36 | 16 | 2 | 46 |
+| B2048 L50 D64 [80,40] sigmoid, length 12 | training | 16.6 | 46 | 8 | 9 | 37 |
 
 Training's rest is the backward's rows w g and fetching (11 to 17), reading kept z (2 to 10) and torch. Tried without a
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
-w g + M^T G in one product; prefetching the next tile's rows within a product (1 %).
+w g + M^T G in one product; prefetching the next tile's rows within a product (1 %); all of a product's columns for eight
+rows before the next eight (2 to 5 % longer); forming M a panel ahead of its product (1 to 3 % longer); Dice's units four
+or eight rows at a time.
 
 Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because what is faster is not accurate, and the accurate form
 is slower in all rows but one. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the
