@@ -22,9 +22,9 @@ one thread, one run; fetching: the next block's rows):
 
 Training's rest is the backward's rows w g and fetching (11 to 17), reading kept z (2 to 10) and torch. Tried without a
 gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
-w g + M^T G in one product; prefetching the next tile's rows within a product (1 %); all of a product's columns for eight
-rows before the next eight (2 to 5 % longer); forming M a panel ahead of its product (1 to 3 % longer); Dice's units four
-or eight rows at a time.
+w g + M^T G in one product; prefetching the next tile's rows within a product (1 %); all of a product's columns for
+eight rows before the next eight (2 to 5 % longer); forming M a panel ahead of its product (1 to 3 % longer); Dice's
+units four or eight rows at a time.
 
 Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because what is faster is not accurate, and the accurate form
 is slower in all rows but one. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the
