@@ -57,6 +57,10 @@ under torch.compile: the median over the rounds of the ratio within a round. GB/
 flops that the mathematics needs. The floor is those bytes at the bandwidth of reading as many, or those flops at
 sgemm's rate, whichever takes longer, both measured in the same run. How it is done, and why so:
 [conftest.py](conftest.py).
+
+On a virtual machine the ratios with two threads depend on where the host runs them, at one last-level cache or at two,
+and on what its other guests leave of the memory. So each race records what was to be had of both (`given_gb_s`), and
+`python bench/compare.py --agree OLD NEW` says of each ratio whether two runs agree, are apart, or met other conditions.
 """
 PEAKS = """\
 Peak memory of a training step beyond inputs, outputs and gradients, MiB: of torch's allocator / of the process. A
