@@ -45,9 +45,8 @@ RK_INLINE void with_tail(int64_t width, const Body& body) {
 }
 
 template <class A, int kRows, int kVecs, int kTail>
-RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb,
-                                                const A* tail, A* c, int64_t ldc, const A* init,
-                                                int64_t ldi) {
+RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, const A* tail, A* c, int64_t ldc,
+                         const A* init, int64_t ldi) {
   using X = Traits<A>;
   using V = typename X::vec;
   constexpr int kTogether = kTail ? X::lanes / kTail : 1;
@@ -93,9 +92,11 @@ RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb,
     }
 }
 
+// The tiles are inlined here: as calls, each would pass eleven arguments, through memory.
 template <class A, int kVecs, int kTail>
-static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb, const A* tail,
-                              A* c, int64_t ldc, const A* init, int64_t ldi) {
+static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb,
+                                                 const A* tail, A* c, int64_t ldc, const A* init,
+                                                 int64_t ldi) {
   const auto step = [&](auto rows) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
     gemm_tile<A, kRows, kVecs, kTail>(K, a, b, ldb, tail, c, ldc, init, ldi);
