@@ -26,26 +26,14 @@ w g + M^T G in one product; prefetching the next tile's rows within a product (1
 eight rows before the next eight (2 to 5 % longer); forming M a panel ahead of its product (1 to 3 % longer); Dice's
 units four or eight rows at a time.
 
-Built, measured and left out: AVX512-BF16 (``vdpbf16ps``), because what is faster is not accurate, and the accurate form
-is slower in all rows but one. The rows are exact in bfloat16, M is not. ``vdpbf16ps`` adds two products a lane at the
-rate at which float32 adds one (8.4 G instructions/s of either in the same tile), so one bfloat16 part of M halves the
-product's time and two parts, M = hi + lo with 16 bits of mantissa, take all of it again. So does every other product of
-the op, forward and backward: one factor is float32, and what it lacks in bits is another instruction; weights that are
-bfloat16 are no exception, as M is formed of sums and products of theirs. What two parts spare is the rows' conversion,
-3 % of row 1, and forming them costs as much or more; with the 100 rows a sample of row 3 it leaves 4 % of one thread's
-time. Eval of bfloat16 rows, ms, one thread (two threads), interleaved in one process:
-
-| row of the table | float32 products | two parts | one part | float32, rows widened in the product |
-| --- | --- | --- | --- | --- |
-| 1 | 1.19 (0.61) | 1.25 (0.65) | 1.08 | 1.26 (0.66) |
-| 2 | 11.9 (6.06) | 12.2 (6.22) | 9.6 | 12.0 (6.11) |
-| 3 | 17.8 (8.80) | 17.1 (8.75) | 12.7 | 17.4 (8.81) |
-| 5 | 4.10 (2.10) | 4.53 (2.33) | 3.44 | 4.12 (2.12) |
-
-Largest error of 15000 random one-row samples, against float64, with Dice's statistics taken in two passes: float32
-products 3.4e-3, two parts 1.7e-2 (one beyond 1e-2), one part 9.8, beyond 1e-2 in 4 % of the samples; of 15000 five-row
-samples 3.3e-3, 3.3e-3, 2.6e-2. (Taken in one, as they are, float32 products' is 6.9e-3, of one sample.) Putting back
-what the rounding takes at the mean of a sample's rows helps the lone row and leaves five rows at 1.4e-2.
+AVX512-BF16 (``vdpbf16ps``, two products a lane and instruction) multiplies bfloat16 rows as they are in eval, with M
+rounded, what that takes put back at the mean of 16 rows: ms for float32 products of the same rows, processes taking
+turns, one thread (two): row 2 of the table 8.1 for 9.8 (4.09 for 4.95), row 3 10.3 for 14.4 (5.20 for 7.26). Samples of
+fewer than 16 rows, and rows of D < 32, stay with float32: the largest error of a sample against float64 was 1.7e-2 with
+16 rows of D 7, 9.8e-3 with D 16 or 20, 7.6e-3 with D 32 to 200 (medians 2.4e-3), 3.7e-3 (1.7e-3) with float32 products
+anywhere. M in two parts, hi + lo, would be as exact, but then takes as many instructions as float32 and more to form:
+0.95, 0.97, 1.04 and 0.90 times as fast in rows 1, 2, 3 and 5. In training the statistics go on into float32 and the
+rounding missed the tests' tolerances; the other products of the op have one factor in float32.
 """
 
 from __future__ import annotations

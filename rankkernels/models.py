@@ -83,7 +83,7 @@ class DeepFM(nn.Module):
     def _layers(self, x: Mapping[str, Tensor]) -> Iterable[Tensor] | None:
         """The MLP's layers for one op with the lookups, where there is no backward, the kernels have AVX-512 (with less
         their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
-        if is_watched() or cpu_isa != "avx512":
+        if is_watched() or cpu_isa not in ("avx512", "avx512_bf16"):
             return None
         if self.training or torch.is_grad_enabled() or type(self.mlp) is not MLP:
             return None

@@ -1,14 +1,17 @@
 """The DIN attention op against ``rankkernels.reference`` in float64, in random configurations."""
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from rankkernels import reference
-from rankkernels.ops._library import no_extension
+from rankkernels.ops._library import CPU_ISAS, no_extension
 from rankkernels.ops.din_attention import ACTIVATIONS, din_attention, unflatten
 from rankkernels.testing import TOLERANCE
 
@@ -189,8 +192,8 @@ def test_bits_do_not_depend_on_threads(form, activation, dtype, use_softmax):
 
 
 @pytest.mark.skipif(bool(no_extension), reason="what the C++ kernels promise")
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("D, dims", [(64, [36]), (16, [80, 40]), (7, [1])])
+@pytest.mark.parametrize("rows", [1, 5, 16, 50])
+@pytest.mark.parametrize("D, dims", [(64, [36]), (32, [36]), (16, [80, 40]), (7, [1])])
 def test_scores_that_cancel(rows, D, dims):
     """Sample by sample: among thousands some score nearly cancels, and is as exact as its rows allow all the same."""
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +203,50 @@ def test_scores_that_cancel(rows, D, dims):
     exact, _, _ = expected(history, target, params, torch.ones_like(target), {}, stats, flags)
     out = din_attention(history, target, params, stats, **flags)[0].double()
     assert ((out - exact).norm(dim=1) / exact.norm(dim=1)).max() <= TOLERANCE[torch.bfloat16]
+
+
+EVERY_LEVEL = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_din_attention import FLAGS, FORMS, din_attention, inputs, run
+results = []
+for dtype, training, form in [(torch.bfloat16, False, f) for f in FORMS] + [
+    (torch.float32, False, "mask"), (torch.float16, False, "mask"), (torch.bfloat16, True, "mask")]:
+    for D, dims in (16, [36]), (64, [80, 40]), (7, [1]), (33, [24]), (1, [9]), (200, [130]):
+        history, target, params, grad_out, rows, stats = inputs(form, 9, 40, D, dims, dtype)
+        flags = FLAGS | {"training": training}
+        out, _, grads = run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out)
+        results.append((dtype == torch.bfloat16 and not training, out, grads))
+torch.save(results, sys.argv[1])
+print(torch.ops.rankkernels.cpu_isa())
+"""
+
+
+@pytest.mark.skipif(
+    no_extension is not None or CPU_ISAS[torch.ops.rankkernels.cpu_isa()] != "avx512_bf16",
+    reason="the processor has no AVX512-BF16, or is not to use it",
+)
+def test_bfloat16_products(tmp_path):
+    """AVX512-BF16 changes the forward of bfloat16 in eval, by no more than its rounding, and nothing else."""
+    results = {}
+    for isa in ("avx512_bf16", "avx512"):
+        environment = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
+        if isa == "avx512":
+            environment["ATEN_CPU_CAPABILITY"] = isa
+        printed = subprocess.run(
+            [sys.executable, "-c", EVERY_LEVEL, tmp_path / isa], env=environment, stdout=subprocess.PIPE, check=True
+        ).stdout
+        assert CPU_ISAS[int(printed)] == isa
+        results[isa] = torch.load(tmp_path / isa)
+    differ = 0
+    for (rounds, out, grads), (_, exact_out, exact_grads) in zip(results["avx512_bf16"], results["avx512"]):
+        differ += not torch.equal(out, exact_out)
+        for a, b in zip((out, *grads), (exact_out, *exact_grads)):
+            if rounds:
+                assert (a.double() - b.double()).norm() <= TOLERANCE[torch.bfloat16] * b.double().norm()
+            else:
+                assert torch.equal(a, b)
+    assert differ
 
 
 def test_parameters_of_another_dtype():

@@ -55,8 +55,10 @@ def test_wide_instructions_stay_in_their_variant():
     avx2 = functions_by_instruction(EXTENSION, r"%ymm")
     if not (avx512 or avx2):
         pytest.skip("not an x86-64 build")
-    assert avx512 and all("2rk6avx512" in name for name in avx512), avx512
-    assert avx2 and all("2rk6avx512" in name or "2rk4avx2" in name for name in avx2), avx2
+    bf16 = functions_by_instruction(EXTENSION, r"vdpbf16ps|vcvtne2?ps2bf16")
+    assert all("2rk11avx512_bf16" in name for name in bf16), bf16
+    assert avx512 and all(re.search("2rk(6avx512|11avx512_bf16)", name) for name in avx512), avx512
+    assert avx2 and all(re.search("2rk(4avx2|6avx512|11avx512_bf16)", name) for name in avx2), avx2
 
 
 @needs_extension
@@ -71,6 +73,12 @@ def test_every_instruction_set(capability):
     assert result.returncode == 0, result.stdout[-5000:]
     isa = run("import torch, rankkernels; print(torch.ops.rankkernels.cpu_isa())", ATEN_CPU_CAPABILITY=capability)
     assert int(isa) <= {"default": 0, "avx2": 1}[capability]
+
+
+@needs_extension
+def test_avx512_is_without_bfloat16():
+    isa = run("import torch, rankkernels; print(torch.ops.rankkernels.cpu_isa())", ATEN_CPU_CAPABILITY="avx512")
+    assert int(isa) <= _library.CPU_ISAS.index("avx512")
 
 
 def test_import_is_light():

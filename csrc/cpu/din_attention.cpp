@@ -208,6 +208,13 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
   }
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     DinWorkspace<A> workspace(plan.net(), g, false);
+#if defined(RK_HAS_AVX512_BF16)
+    // Not in training: its statistics go on into float32, and its backward computes some of z again.
+    if constexpr (std::is_same_v<T, bf16>)
+      if (!a.config.training && isa() == Isa::avx512_bf16)
+        return avx512_bf16::din_forward<T>(plan.net(), rows, plan.layers(), chunks.begin(c0),
+                                           chunks.begin(c1), workspace.scratch, nullptr);
+#endif
     RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, plan.layers(), chunks.begin(c0), chunks.begin(c1),
                     workspace.scratch, nullptr);
   });

@@ -34,6 +34,7 @@
 
 #include "din_attention_activation.h"
 #include "din_attention_dropout.h"
+#include "din_attention_first_layer.h"
 #include "din_attention_gemm.h"
 #include "din_attention_rows.h"
 
@@ -62,26 +63,6 @@ static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int6
   return s;
 }
 
-// M [D, H].
-template <class A>
-static void form_operand(const Din<A>& net, const DinScratch<A>& s) {
-  using X = Traits<A>;
-  const DinLayer<A>& f = net.layer[0];
-  const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), tail = tail_width<A>(f.out);
-  const A *t = s.target, *history_weight = net.history_weight, *product_weight = net.product_weight;
-  A* operand = s.operand;
-  const auto form = [&](int64_t i, auto of_target) __attribute__((always_inline)) {
-    X::store(operand + i, X::load(history_weight + i) + of_target * X::load(product_weight + i));
-  };
-  for (int64_t d = 0; d < net.D; ++d)
-    for (int64_t i = d * ld; i < d * ld + (vecs - (tail > 0)) * X::lanes; i += X::lanes) form(i, t[d]);
-  with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
-    constexpr int kTogether = X::lanes / decltype(width)::value;
-    for (int64_t d = 0, i = net.D * ld; d < net.D; d += kTogether, i += X::lanes)
-      form(i, spread(t + d, width));
-  });
-}
-
 // M [H, D], for the way back.
 template <class A>
 static void form_operand_rows(const Din<A>& net, const DinScratch<A>& s) {
@@ -97,15 +78,14 @@ static void form_operand_rows(const Din<A>& net, const DinScratch<A>& s) {
 
 // g of layer i for the rows in scratch: from z where it was kept, from the history or the activation before
 // otherwise.
-template <class A>
+template <class First, class A>
 static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, int64_t n,
-                    Block<const A> history, const DinScratch<A>& s) {
+                    Block<const typename First::Row> history, const DinScratch<A>& s) {
   using X = Traits<A>;
   const DinLayer<A>& f = net.layer[i];
   const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), packed = tail_width<A>(f.out);
   A* g = s.layer[i].g;
-  if (!from_kept && i == 0)
-    return gemm<A>(n, vecs, net.D, {history.p, history.ld, 1}, s.operand, ld, g, ld, s.bias, 0, packed);
+  if (!from_kept && i == 0) return First::product(net, n, history, s);
   if (!from_kept)
     return gemm<A>(n, vecs, f.in, {s.layer[i - 1].a, padded<A>(f.in), 1}, f.weight, ld, g, ld, f.bias, 0,
                    packed);
@@ -194,21 +174,22 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
   const bool from_history = low == 0 && (until == 0 || !net.layer[0].kept);
   const bool scores = pooling && !net.drops;  // the last activation makes them on the way
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
-  for (int64_t b = b0; b < b1; ++b) {
+  const auto sample = [&](auto first_layer, int64_t b, const DinScratch<A>& s) {
+    using First = decltype(first_layer);
+    using Row = typename First::Row;
     const int64_t count = rows.count[b], first = rows.first[b];
-    const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
-    if (from_history && count) din::form_operand(net, s);
+    if (from_history && count) First::form(net, rows, b, position, s);
     A peak = -__builtin_inff(), total = 0;
     if (pooling)
       for (int64_t d = 0; d < ld; ++d) s.out[d] = 0;
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
-      din::Block<const A> history{};
-      if (pooling || from_history) history = din::history_rows(rows, b, position, r0, n, D, s);
+      din::Block<const Row> history{};
+      if (pooling || from_history) history = First::rows(rows, b, position, r0, n, D, s);
       din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, pooling || from_history, low);
       for (int64_t i = low; i <= last; ++i) {
         ahead.fetch(n / 3 + 1);
-        din::product(net, i, net.layer[i].kept && i < until && i == low, first + r0, n, history, s);
+        din::product<First>(net, i, net.layer[i].kept && i < until && i == low, first + r0, n, history, s);
         ahead.fetch(n / 3 + 1);
         if (i >= until) continue;
         const DinLayer<A>& f = net.layer[i];
@@ -249,13 +230,13 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         }
         total += din::exponentials(n, w + r0, peak);
       }
-      gemm<A>(1, vecs, n, {w + r0, 0, 1}, history.p, history.ld, s.out, ld, s.out, ld);
+      gemm<A, MultiplyAdd<A, Row>>(1, vecs, n, {w + r0, 0, 1}, history.p, history.ld, s.out, ld, s.out, ld);
     });
     if (!pooling) {
       const DinLayer<A>& f = net.layer[until];
       const int64_t padding = rows.first[b + 1] - first - count;
       if (f.kept) __builtin_memset(f.kept + (first + count) * f.out, 0, padding * f.out * sizeof(A));
-      continue;
+      return;
     }
     if (net.use_softmax && count) {
       din::scale(count, net.row_weight + first, 1 / total);
@@ -267,8 +248,28 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
     }
     din::convert_row_back(s.out, rows.out + b * D, D, tail);
+  };
+  for (int64_t b = b0; b < b1; ++b) {
+    const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
+#ifdef RK_BF16_PAIRS
+    if (din::FirstLayer<T>::serves(D, rows.count[b])) {
+      sample(din::FirstLayer<T>(), b, s);
+      continue;
+    }
+#endif
+    sample(din::FirstLayer<A>(), b, s);
   }
 }
+
+#define RK_INSTANTIATE(T)                                                                                \
+  template void din_forward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t, \
+                               const DinScratch<Accumulator<T>>&, DinStats*);
+#ifdef RK_BF16_PAIRS
+RK_INSTANTIATE(bf16)
+#else
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
+#endif
+#undef RK_INSTANTIATE
 
 }  // namespace RK_ISA
 }  // namespace rk

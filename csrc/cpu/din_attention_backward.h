@@ -40,7 +40,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
   for (int64_t i = low; i <= last; ++i) {
     const DinLayer<A>& f = net.layer[i];
     ahead.fetch(n / 4 + 1);
-    product(net, i, f.kept, row, n, history, s);
+    product<FirstLayer<A>>(net, i, f.kept, row, n, history, s);
     ahead.fetch(n / 4 + 1);
     const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == DinActivation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
@@ -143,7 +143,7 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
     din::Block<const A> history{};
     if (need_score) history = din::grad_score(net, rows, b, position, s);
     const bool gathered = need_score && count <= kDinRows;
-    if (from_history && count) din::form_operand(net, s);
+    if (from_history && count) din::FirstLayer<A>::form(net, rows, b, position, s);
     if (!only_sums) {
       din::form_operand_rows(net, s);
       __builtin_memset(s.grad_operand, 0, H * ld * sizeof(A));
@@ -170,10 +170,8 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
   }
 }
 
-#define RK_INSTANTIATE(T)                                                                                \
-  template void din_forward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t, \
-                               const DinScratch<Accumulator<T>>&, DinStats*);                            \
-  template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t,   \
+#define RK_INSTANTIATE(T)                                                                              \
+  template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t, \
                                 int64_t, const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE

@@ -27,6 +27,16 @@ struct Operand {
   int64_t stride_m, stride_k;
 };
 
+// What a step of k does with an element of A, broadcast, and a vector of B, which may be stored as another
+// type.
+template <class A, class S = A>
+struct MultiplyAdd {
+  using Stored = S;
+  using V = typename Traits<A>::vec;
+  RK_INLINE V broadcast(const A* p) { return splat<A>(*p); }
+  RK_INLINE V add(V sum, V a, V b) { return sum + a * b; }
+};
+
 // How many of n columns are a tail that this instruction set packs, or 0.
 template <class A>
 RK_INLINE int64_t tail_width(int64_t n) {
@@ -44,10 +54,11 @@ RK_INLINE void with_tail(int64_t width, const Body& body) {
     if (width == 8) body(Int<8>());
 }
 
-template <class A, int kRows, int kVecs, int kTail>
-RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, const A* tail, A* c, int64_t ldc,
-                         const A* init, int64_t ldi) {
+template <class A, int kRows, int kVecs, int kTail, class Step = MultiplyAdd<A>>
+RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const typename Step::Stored* b, int64_t ldb,
+                         const typename Step::Stored* tail, A* c, int64_t ldc, const A* init, int64_t ldi) {
   using X = Traits<A>;
+  using B = Traits<typename Step::Stored>;
   using V = typename X::vec;
   constexpr int kTogether = kTail ? X::lanes / kTail : 1;
   V acc[kRows][kVecs + (kTail > 0)] = {};
@@ -57,21 +68,22 @@ RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, const
   const auto step = [&](int j) __attribute__((always_inline)) {
     V bv[kVecs];
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) bv[v] = X::load(b + v * X::lanes);
+    for (int v = 0; v < kVecs; ++v) bv[v] = B::load(b + v * X::lanes);
     b += ldb;
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const V av = splat<A>(row(i)[j]);
+      const V av = Step::broadcast(row(i) + j);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) acc[i][v] += av * bv[v];
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Step::add(acc[i][v], av, bv[v]);
     }
   };
   if constexpr (kTail > 0) {
     const auto tail_step = [&]() __attribute__((always_inline)) {
-      const V bv = X::load(tail);
+      const V bv = B::load(tail);
       tail += X::lanes;
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) acc[i][kVecs] += spread(row(i), Int<kTail>()) * bv;
+      for (int i = 0; i < kRows; ++i)
+        acc[i][kVecs] = Step::add(acc[i][kVecs], spread(row(i), Int<kTail>()), bv);
     };
     for (; K >= kTogether; K -= kTogether, a.p += kTogether, a4 += kTogether) {
 #pragma GCC unroll 4
@@ -93,13 +105,14 @@ RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const A* b, int64_t ldb, const
 }
 
 // The tiles are inlined here: as calls, each would pass eleven arguments, through memory.
-template <class A, int kVecs, int kTail>
-static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A> a, const A* b, int64_t ldb,
-                                                 const A* tail, A* c, int64_t ldc, const A* init,
-                                                 int64_t ldi) {
+template <class A, class Step, int kVecs, int kTail>
+static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A> a,
+                                                 const typename Step::Stored* b, int64_t ldb,
+                                                 const typename Step::Stored* tail, A* c, int64_t ldc,
+                                                 const A* init, int64_t ldi) {
   const auto step = [&](auto rows) __attribute__((always_inline)) {
     constexpr int kRows = decltype(rows)::value;
-    gemm_tile<A, kRows, kVecs, kTail>(K, a, b, ldb, tail, c, ldc, init, ldi);
+    gemm_tile<A, kRows, kVecs, kTail, Step>(K, a, b, ldb, tail, c, ldc, init, ldi);
     M -= kRows;
     a.p += kRows * a.stride_m;
     c += kRows * ldc;
@@ -114,19 +127,19 @@ static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A
 
 // init may be C itself, a bias (ldi = 0), or null for zero. With tail > 0 the last of the vectors has that
 // many columns, which lie packed behind B.
-template <class A>
-static void gemm(int64_t M, int64_t vecs, int64_t K, Operand<A> a, const A* b, int64_t ldb, A* c, int64_t ldc,
-                 const A* init, int64_t ldi, int64_t tail = 0) {
+template <class A, class Step = MultiplyAdd<A>>
+static void gemm(int64_t M, int64_t vecs, int64_t K, Operand<A> a, const typename Step::Stored* b,
+                 int64_t ldb, A* c, int64_t ldc, const A* init, int64_t ldi, int64_t tail = 0) {
   constexpr int64_t lanes = Traits<A>::lanes;
   constexpr int64_t kBlock = 128;  // rows of B: three vectors of them are 24 KiB, half of a first-level cache
   for (int64_t k = 0; k == 0 || k < K; k += kBlock) {
     const int64_t left = K - k < kBlock ? K - k : kBlock;
     const Operand<A> ak{a.p + k * a.stride_k, a.stride_m, a.stride_k};
-    const A *bk = b + k * ldb, *tail_k = b + K * ldb + k * tail;
+    const typename Step::Stored *bk = b + k * ldb, *tail_k = b + K * ldb + k * tail;
     const auto panel = [&](int64_t v, auto whole, auto width) __attribute__((always_inline)) {
       const int64_t n = v * lanes;
-      gemm_panel<A, decltype(whole)::value, decltype(width)::value>(M, left, ak, bk + n, ldb, tail_k, c + n,
-                                                                    ldc, init ? init + n : nullptr, ldi);
+      gemm_panel<A, Step, decltype(whole)::value, decltype(width)::value>(
+          M, left, ak, bk + n, ldb, tail_k, c + n, ldc, init ? init + n : nullptr, ldi);
     };
     int64_t v = 0;
     const int64_t whole = vecs - (tail > 0), together = tail > 0 ? 2 : 3;  // vectors of the last panel

@@ -65,14 +65,16 @@ RK_INLINE A* same(T*, A*) {
   return nullptr;
 }
 
+// Wider rows, in bytes, are copied: beside their products that costs little, it reads ahead where the
+// products, which begin with eight rows at once, would wait for each, and the copy's odd number of lines
+// suits the caches.
+constexpr int64_t kInPlace = 256;
+
 // Rows [r0, r0 + n) of sample b: in place, or converted into s.history.
 template <class T, class A>
 static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                                    int64_t n, int64_t D, const DinScratch<A>& s) {
   const T* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
-  // Wider rows are copied: beside their products that costs little, it reads ahead where the products, which
-  // begin with eight rows at once, would wait for each, and the copy's odd number of lines suits the caches.
-  constexpr int64_t kInPlace = 256;
   if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kInPlace)
     if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -16,11 +17,15 @@ static Isa detect() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       best = Isa::avx512;
+#  if defined(RK_HAS_AVX512_BF16)
+    if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
+#  endif
   }
 #endif
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
   if (wanted && !std::strcmp(wanted, "default")) return Isa::baseline;
-  if (wanted && !std::strcmp(wanted, "avx2") && best == Isa::avx512) return Isa::avx2;
+  if (wanted && !std::strcmp(wanted, "avx2")) return std::min(best, Isa::avx2);
+  if (wanted && !std::strcmp(wanted, "avx512")) return std::min(best, Isa::avx512);
   return best;
 }
 

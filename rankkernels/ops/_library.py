@@ -18,7 +18,7 @@ from torch import Tensor
 
 lib = torch.library.Library("rankkernels", "DEF")
 
-CPU_ISAS = ("baseline", "avx2", "avx512")
+CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 class ReferenceWarning(UserWarning):
