@@ -21,8 +21,8 @@ division are not it: leaving both out gains 0.3 to 1.1, Newton steps in their pl
 Chunks of 16 rows and prefetchw help row-wise Adagrad (3.6) and cost Adam (11.8; the whole step 16.0 to 16.5 for 14.7
 to 15.2), chunks of 32 rows with prefetchw change neither (4.6 and 10.3). A sketch that steps on a row as soon as its
 lookups are summed and asks for what the lookups 8 to 24 places on will touch, of 8x1M x64: Adam 8.0 (7.2 with the two
-moments of a row side by side), row-wise 2.8; in the kernel Adam's whole step took 6 to 22 % less, but row-wise's on Zipf
-ids up to 7 % more and 26x100k x16 with one thread up to 24 % more: not finished.
+moments of a row side by side), row-wise 2.8; in the kernel Adam's whole step took 6 to 22 % less, but row-wise's on
+Zipf ids up to 7 % more and 26x100k x16 with one thread up to 24 % more: not finished.
 
 Lookup + FM + linear, 39 x 100k x 16, B8192, fused Adam, one thread (Zen 5, uniform ids, milliseconds): of 14.9, forward
 2.9, the gradient of the lookups 1.7, the update 8.7, Python and autograd about 1; sparse, of 12.6, the same and 5.8 for
