@@ -118,22 +118,20 @@ class _RowOptimizer(torch.optim.Optimizer):
             self._stepped([p])
         return loss
 
-    def _groups(self) -> dict[Tensor, dict]:
-        return {p: group for group in self.param_groups for p in group["params"]}
-
-    def _check_tables(self, weights: Sequence[Tensor]) -> None:
-        """Raises a ValueError for a table that is frozen or not among the optimizer's."""
+    def _groups_of(self, weights: Sequence[Tensor]) -> dict[Tensor, dict]:
+        """The group of each param. Raises a ValueError for a table that is frozen or not among them."""
         check_trainable(self, weights)
-        groups = self._groups()
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         for t, weight in enumerate(weights):
             if weight not in groups:
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
+        return groups
 
-    def _next_of_all(self, weights: Sequence[Tensor], scale: float) -> tuple[list[Tensor], list[float]]:
+    def _next_of_all(self, weights: Sequence[Tensor], groups: dict, scale: float) -> tuple[list[Tensor], list[float]]:
         """``_next`` of every table, one after another."""
-        states, hyper, groups = [], [], self._groups()
+        states, hyper = [], []
         for weight in weights:
             own_states, own_hyper = self._next(weight, groups[weight], scale)
             states += own_states
@@ -143,7 +141,7 @@ class _RowOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
         """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
-        self._check_tables(weights)
+        groups = self._groups_of(weights)
         used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
         if len(used) < len(weights):  # a table without a gradient takes no step
             place = {t: i for i, t in enumerate(sorted(used))}
@@ -164,7 +162,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             scale = self.grad_scaler.get_scale()
             if not all(bool(g.isfinite().all()) for g in grad_outs):
                 return [torch.zeros_like(w) for w in lists[2]]
-        states, hyper = self._next_of_all(weights, scale)
+        states, hyper = self._next_of_all(weights, groups, scale)
         grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
             grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
         )
@@ -180,8 +178,7 @@ class _RowOptimizer(torch.optim.Optimizer):
     def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
                   features: Sequence) -> Tensor:  # fmt: skip
         """The step in the backward of ``rankkernels.embedding_fm`` -> the gradient of the linear weights."""
-        self._check_tables(weights)
-        states, hyper = self._next_of_all(weights, 1.0)
+        states, hyper = self._next_of_all(weights, self._groups_of(weights), 1.0)
         _, grad_linear_weight = torch.ops.rankkernels.embedding_fm_update.default(
             *grads, weights, unchanged, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
         )

@@ -13,7 +13,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
 RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
@@ -147,8 +146,7 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
     for (int64_t b0; fit && (b0 = next++ * kRows) < B;) {
       const int64_t b1 = std::min(B, b0 + kRows), n = b1 - b0;
       for (const Bags& bag : bags)
-        if (!dispatch_ids(
-                bag, [&](const auto* ids) { return RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, b0, b1); })) {
+        if (!ids_fit(bag, b0, b1)) {
           fit = false;
           return;
         }

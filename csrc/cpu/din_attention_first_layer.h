@@ -146,7 +146,7 @@ struct FirstLayer<bf16> {
   // With zeros up to whole vectors.
   static void mean_row(const DinRows<bf16>& rows, int64_t b, const int32_t* position, int64_t D, A* mean) {
     const int64_t n = rows.count[b] < kMeanRows ? rows.count[b] : kMeanRows;
-    const bf16* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+    const bf16* base = history_of(rows, b);
     const Tail<bf16> tail(static_cast<int>(D % X::lanes));
     for_each_column_block<bf16>(D, [&](auto block, int64_t d) {
       constexpr int kVecs = decltype(block)::vecs;
@@ -165,7 +165,7 @@ struct FirstLayer<bf16> {
   // In place, or copied with zeros up to whole vectors: see history_rows.
   static Block<const bf16> rows(const DinRows<bf16>& rows, int64_t b, const int32_t* position, int64_t r0,
                                 int64_t n, int64_t D, const DinScratch<A>& s) {
-    const bf16* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+    const bf16* base = history_of(rows, b);
     const int64_t whole = D / X::lanes * X::lanes, ld = padded<bf16>(D);
     bf16* copy = reinterpret_cast<bf16*>(s.history);
     if (!position && rows.stride_hl == D && D == whole && D * static_cast<int64_t>(sizeof(bf16)) <= kInPlace)

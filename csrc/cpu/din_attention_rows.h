@@ -23,6 +23,12 @@ static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScra
   return s.positions;
 }
 
+// Where the history of sample b begins.
+template <class T>
+RK_INLINE const T* history_of(const DinRows<T>& rows, int64_t b) {
+  return rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+}
+
 // Calls body(first row, rows) on about equal blocks of a sample's n rows; all but the last are of whole
 // tiles.
 template <class Body>
@@ -74,7 +80,7 @@ constexpr int64_t kInPlace = 256;
 template <class T, class A>
 static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                                    int64_t n, int64_t D, const DinScratch<A>& s) {
-  const T* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+  const T* base = history_of(rows, b);
   if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kInPlace)
     if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
@@ -108,7 +114,7 @@ struct Ahead {
     if (r0 == rows.count[b]) ++b, r0 = 0;
     if (b == b1 || rows.mask) return;
     const int64_t left = rows.count[b] - r0, n = left < kDinRows ? left : kDinRows;
-    const T* base = rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+    const T* base = history_of(rows, b);
     const auto bytes = [](const auto* p) { return reinterpret_cast<const char*>(p); };
     const int64_t size = sizeof(T);
     if (need_history) history = {bytes(base + r0 * rows.stride_hl), rows.stride_hl * size, net.D * size, n};

@@ -7,7 +7,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class I> void embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class I> void embedding_bags(const Bags&, const I*, int64_t, int64_t))
 
@@ -61,16 +60,16 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
 
 bool ForwardArgs::look_up(size_t f, int64_t b0, int64_t b1) const {
   const Bags& bag = features.bags[f];
-  return dispatch_ids(bag, [&](const auto* ids) {
-    if (!RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1))) return false;
-    if (bag.L == 1 && !bag.per_sample_weights && bag.padding_idx < 0)  // every bag is one row
+  if (!ids_fit(bag, b0, b1)) return false;
+  dispatch_ids(bag, [&](const auto* ids) {
+    if (bag.are_rows())
       RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
     else
       dispatch_floating(dtype(f), [&](auto* type) {
         RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
       });
-    return true;
   });
+  return true;
 }
 
 void ForwardArgs::check_range() const {

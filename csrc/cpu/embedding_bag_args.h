@@ -24,6 +24,10 @@ struct Bags {
   int64_t stride_ob;
 
   __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
+  // Whether every bag is one row as it is.
+  __attribute__((always_inline)) bool are_rows() const {
+    return L == 1 && !per_sample_weights && padding_idx < 0;
+  }
 };
 
 // How a feature's lookups become keys: lookup place + p of row r has the key first_key + r, those of the

@@ -43,4 +43,7 @@ auto dispatch_ids(const Bags& bags, const Body& body) {
                        : body(static_cast<const int32_t*>(bags.ids));
 }
 
+// Whether every id of bags [b0, b1) is inside its table.
+bool ids_fit(const Bags& bags, int64_t b0, int64_t b1);
+
 }  // namespace rk

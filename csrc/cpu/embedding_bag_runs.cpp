@@ -99,9 +99,8 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   const Features& features = backward.features;
   const Tensors& grads = backward.grads;
   const size_t n = features.bags.size(), num_tables = backward.rows.size();
-  // A table's lookups lie together: first[t] is the first of table t, place[f] of feature f.
+  // A table's lookups lie together: first_[t] is the first of table t, place[f] of feature f.
   first_.assign(num_tables + 1, 0);
-  Ints& first = first_;
   Ints place(n);
   bool scaled = false;
   max_grad_rows_.resize(n, grads[0]);
@@ -109,8 +108,8 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   std::vector<const double*> weights(n);
   for (size_t f = 0; f < n; ++f) {
     const Bags& bag = features.bags[f];
-    place[f] = first[args.tables[f] + 1];
-    first[args.tables[f] + 1] += bag.B ? bag.N : 0;
+    place[f] = first_[args.tables[f] + 1];
+    first_[args.tables[f] + 1] += bag.B ? bag.N : 0;
     scaled |= bag.mode == kMean || bag.per_sample_weights;
     if (bag.per_sample_weights) {
       kept.push_back(
@@ -121,11 +120,11 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   }
   first_key_.assign(1, 0);
   for (size_t t = 0; t < num_tables; ++t) {
-    first[t + 1] += first[t];
+    first_[t + 1] += first_[t];
     first_key_.push_back(first_key_.back() + backward.rows[t] + 1);  // the last is that of lookups left out
   }
-  for (size_t f = 0; f < n; ++f) place[f] += first[args.tables[f]];
-  const int64_t N = first.back();
+  for (size_t f = 0; f < n; ++f) place[f] += first_[args.tables[f]];
+  const int64_t N = first_.back();
   const int key_bits = bits_of(first_key_.back()), shift = bits_of(N);
   RK_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", first_key_.back(),
            " and ", N);
@@ -176,18 +175,18 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   constexpr int64_t kAlone = kSerialWork / 4;
   auto other = uninitialized<uint64_t>(N);
   const auto sort = [&](int64_t t) {
-    radix_sort(sorted_.get() + first[t], other.get() + first[t], first[t + 1] - first[t],
+    radix_sort(sorted_.get() + first_[t], other.get() + first_[t], first_[t + 1] - first_[t],
                first_key_[t] << shift, shift, bits_of(backward.rows[t]));
   };
   run_tasks(num_tables, 4 * N, [&](int64_t t) {
-    if (first[t + 1] - first[t] < kAlone) sort(t);
+    if (first_[t + 1] - first_[t] < kAlone) sort(t);
   });
   int64_t end = 0;
   for (size_t t = 0; t < num_tables; ++t) {
-    if (first[t + 1] - first[t] >= kAlone) sort(t);
-    uint64_t *from = sorted_.get() + first[t], *to = sorted_.get() + first[t + 1];
+    if (first_[t + 1] - first_[t] >= kAlone) sort(t);
+    uint64_t *from = sorted_.get() + first_[t], *to = sorted_.get() + first_[t + 1];
     to = std::lower_bound(from, to, (first_key_[t + 1] - 1) << shift);
-    if (end != first[t]) std::copy(from, to, sorted_.get() + end);
+    if (end != first_[t]) std::copy(from, to, sorted_.get() + end);
     end += to - from;
   }
   runs_ = {sorted_.get(), end, shift, grad_rows_.get(), factors_.get()};

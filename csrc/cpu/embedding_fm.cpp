@@ -16,7 +16,6 @@ RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
 RK_DECLARE_ISA(template <class T>
                void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class I, class T>
                void embedding_fm_rows(const Bags*, int64_t, const T*, T*, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class A> void embedding_fm_backward(const FmGrads&, int64_t, int64_t, A*))
@@ -47,23 +46,19 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
 
   int64_t work = 0;
   for (const Bags& bag : bags) work += lookup_work(bag);
-  // Every embedding is a row as it is.
   const bool rows = std::all_of(bags.begin(), bags.end(), [&](const Bags& bag) {
-    return bag.L == 1 && !bag.per_sample_weights && bag.padding_idx < 0 && bag.wide_ids == bags[0].wide_ids;
+    return bag.are_rows() && bag.wide_ids == bags[0].wide_ids;
   });
   constexpr int64_t kBlockBytes = 1 << 17;  // an eighth of a second-level cache
   const int64_t block = std::clamp<int64_t>(kBlockBytes / (width * embeddings.element_size() + 1), 16, 1024);
   std::atomic<bool> fit{true};
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {
     const int64_t b0 = task * block, b1 = std::min(B, b0 + block);
-    for (const Bags& bag : bags)
-      if (!dispatch_ids(bag, [&](const auto* ids) {
-            return RK_DISPATCH_ISA(embedding_ids_fit, bag, ids, bag.begin(b0), bag.begin(b1));
-          })) {
+    for (int64_t f = 0; f < F; ++f)
+      if (!(rows ? ids_fit(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
         fit = false;
         return;
       }
-    for (int64_t f = 0; f < F && !rows; ++f) forward.look_up(f, b0, b1);
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       T* x = static_cast<T*>(embeddings.mutable_data_ptr());
