@@ -30,25 +30,28 @@ struct Bags {
   }
 };
 
-// How a feature's lookups become keys: lookup place + p of row r has the key first_key + r, those of the
-// feature's padding_idx or the table's frozen row have skipped_key.
+// How a feature's lookups become keys: one of row r has the key first_key + r, those of the feature's
+// padding_idx or the table's frozen row have skipped_key. The gradient that lookup p of bag b is to get is
+// number place + b, or with `one_each` place + p.
 struct LookupKeys {
   uint64_t first_key, skipped_key;
   int64_t frozen_row;  // -1: none
   int64_t place;
   int shift;
+  bool one_each;
 };
 
-// Lookups sorted by (table, row): sorted[p] = key << shift | lookup. A run is a stretch of equal keys.
+// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A run is a stretch of
+// equal keys.
 struct Runs {
   const uint64_t* sorted;
   int64_t n;
   int shift;
-  const void* const* grad_rows;  // of lookup i: the gradient of its bag, [D]
-  const double* factors;         // of lookup i, or null: all 1
+  const void* const* grad_rows;  // of each number: a gradient, [D]
+  const double* factors;         // of each number, or null: all 1
 
   __attribute__((always_inline)) uint64_t key(int64_t p) const { return sorted[p] >> shift; }
-  __attribute__((always_inline)) uint64_t lookup(int64_t p) const {
+  __attribute__((always_inline)) uint64_t grad(int64_t p) const {
     return sorted[p] & ((uint64_t(1) << shift) - 1);
   }
 };
@@ -86,12 +89,13 @@ struct FmPart {
   int64_t stride_wr;
 };
 
-// A table in the backward: key first_key + r is its row r, its lookups begin with first_lookup. The sum of a
-// row goes to grad_weight [R, D], dense; or, with `rows`, to the next free row of grad_weight [number of
-// distinct rows, D], r itself into `rows`; or, with `update`, into the table. `fm` is null or adds to it.
+// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. The
+// sum of a row goes to grad_weight [R, D], dense; or, with `rows`, to the next free row of grad_weight
+// [number of distinct rows, D], r itself into `rows`; or, with `update`, into the table. `fm` is null or adds
+// to it.
 struct TableGrad {
   uint64_t first_key;
-  int64_t first_lookup, D;
+  int64_t first_grad, D;
   void* grad_weight;
   int64_t* rows;
   const Update* update;

@@ -65,8 +65,8 @@ struct Chunk {
     int64_t k = continued - 1;
     for (int64_t j = 0; j < n; ++j) {
       const int64_t p = p0 + j;
-      const uint64_t key = runs_.key(p), i = runs_.lookup(p);
-      __builtin_prefetch(runs_.grad_rows + runs_.lookup(p + kFar < runs_.n ? p + kFar : p));
+      const uint64_t key = runs_.key(p), i = runs_.grad(p);
+      __builtin_prefetch(runs_.grad_rows + runs_.grad(p + kFar < runs_.n ? p + kFar : p));
       const bool same = key == before;
       before = key;
       k += !same;
@@ -75,7 +75,7 @@ struct Chunk {
       keep[j] = -M(same);
       factor[j] = runs_.factors ? A(runs_.factors[i]) : A(1);
       if constexpr (kFm) {
-        const int64_t b = static_cast<int64_t>(i) - table.first_lookup;
+        const int64_t b = static_cast<int64_t>(i) - table.first_grad;
         grad_fm_s[j] = static_cast<const A*>(table.fm->grad_fm_s) + b * table.D;
         grad_fm[j] = to_scalar(static_cast<const T*>(table.fm->grad_fm)[b]);
         grad_linear[j] = to_scalar(static_cast<const T*>(table.fm->grad_linear)[b]);
@@ -166,18 +166,30 @@ RK_INLINE void narrow_row(T* row, const A* sum, int64_t D) {
 
 }  // namespace runs
 
-// Writes keys << shift | lookup for the ids [p0, p1) of a feature, or returns false: an id is outside its
-// table.
+// Writes keys << shift | number of the gradient for the ids of bags [b0, b1) of a feature, or returns false:
+// an id is outside its table.
 template <class I>
-bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t p0, int64_t p1,
+bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t b0, int64_t b1,
                     uint64_t* keyed) {
   uint64_t bad = 0;
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t id = ids[p];
-    bad |= uint64_t(id) >= uint64_t(f.R);
-    const bool skip = id == f.padding_idx || id == keys.frozen_row;
-    keyed[p] = (skip ? keys.skipped_key : keys.first_key + id) << keys.shift | uint64_t(keys.place + p);
-  }
+  // No store can change these.
+  const uint64_t R = f.R, first_key = keys.first_key, skipped_key = keys.skipped_key;
+  const int64_t padding_idx = f.padding_idx, frozen_row = keys.frozen_row;
+  const int shift = keys.shift;
+  const auto write = [&, ids](int64_t p0, int64_t p1, uint64_t number, uint64_t step)
+                         __attribute__((always_inline)) {
+                           for (int64_t p = p0; p < p1; ++p, number += step) {
+                             const int64_t id = ids[p];
+                             bad |= uint64_t(id) >= R;
+                             const bool skip = id == padding_idx || id == frozen_row;
+                             keyed[p] = (skip ? skipped_key : first_key + id) << shift | number;
+                           }
+                         };
+  const int64_t p0 = f.begin(b0), p1 = f.begin(b1);
+  if (keys.one_each || f.L == 1)
+    write(p0, p1, keys.place + p0, 1);
+  else
+    for (int64_t b = b0; b < b1; ++b) write(f.begin(b), f.begin(b + 1), keys.place + b, 0);
   return !bad;
 }
 

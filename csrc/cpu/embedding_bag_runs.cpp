@@ -99,9 +99,13 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   const Features& features = backward.features;
   const Tensors& grads = backward.grads;
   const size_t n = features.bags.size(), num_tables = backward.rows.size();
-  // A table's lookups lie together: first_[t] is the first of table t, place[f] of feature f.
+  // A lookup's gradient is that of its bag; or, where those of one bag differ, its own.
+  const auto one_each = [](const Bags& bag) { return bag.mode == kMax || bag.per_sample_weights; };
+  // What belongs to a table lies together: first_[t] and first_grad_[t] are the first lookup and the first
+  // gradient of table t, place[f] and place_grad[f] of feature f.
   first_.assign(num_tables + 1, 0);
-  Ints place(n);
+  first_grad_.assign(num_tables + 1, 0);
+  Ints place(n), place_grad(n);
   bool scaled = false;
   max_grad_rows_.resize(n, grads[0]);
   Tensors kept;
@@ -109,7 +113,9 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   for (size_t f = 0; f < n; ++f) {
     const Bags& bag = features.bags[f];
     place[f] = first_[args.tables[f] + 1];
+    place_grad[f] = first_grad_[args.tables[f] + 1];
     first_[args.tables[f] + 1] += bag.B ? bag.N : 0;
+    first_grad_[args.tables[f] + 1] += bag.B && one_each(bag) ? bag.N : bag.B;
     scaled |= bag.mode == kMean || bag.per_sample_weights;
     if (bag.per_sample_weights) {
       kept.push_back(
@@ -121,16 +127,20 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
   first_key_.assign(1, 0);
   for (size_t t = 0; t < num_tables; ++t) {
     first_[t + 1] += first_[t];
+    first_grad_[t + 1] += first_grad_[t];
     first_key_.push_back(first_key_.back() + backward.rows[t] + 1);  // the last is that of lookups left out
   }
-  for (size_t f = 0; f < n; ++f) place[f] += first_[args.tables[f]];
-  const int64_t N = first_.back();
-  const int key_bits = bits_of(first_key_.back()), shift = bits_of(N);
+  for (size_t f = 0; f < n; ++f) {
+    place[f] += first_[args.tables[f]];
+    place_grad[f] += first_grad_[args.tables[f]];
+  }
+  const int64_t N = first_.back(), num_grads = first_grad_.back();
+  const int key_bits = bits_of(first_key_.back()), shift = bits_of(num_grads);
   RK_CHECK(key_bits + shift <= 64, "embedding_bag_backward: too many rows and ids, ", first_key_.back(),
-           " and ", N);
+           " and ", num_grads);
   sorted_ = uninitialized<uint64_t>(N);
-  grad_rows_ = uninitialized<const void*>(N);
-  if (scaled) factors_ = uninitialized<double>(N);
+  grad_rows_ = uninitialized<const void*>(num_grads);
+  if (scaled) factors_ = uninitialized<double>(num_grads);
 
   const BagTasks plan(features);
   std::atomic<bool> fit{true};
@@ -138,10 +148,10 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
     const auto [f, b0, b1] = plan.tasks[task];
     const Bags& bag = features.bags[f];
     const int64_t t = args.tables[f], item = grads[f].element_size();
-    const LookupKeys keys{first_key_[t], first_key_[t + 1] - 1, args.frozen_rows[t], place[f], shift};
+    const LookupKeys keys{first_key_[t], first_key_[t + 1] - 1, args.frozen_rows[t], place_grad[f],
+                          shift,         one_each(bag)};
     dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
-      if (!RK_DISPATCH_ISA(embedding_keys, bag, ids, keys, bag.begin(b0), bag.begin(b1),
-                           sorted_.get() + place[f])) {
+      if (!RK_DISPATCH_ISA(embedding_keys, bag, ids, keys, b0, b1, sorted_.get() + place[f])) {
         fit = false;
         return;
       }
@@ -150,21 +160,28 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
           auto* grad_rows = static_cast<decltype(type)>(max_grad_rows_[f].mutable_data_ptr());
           RK_DISPATCH_ISA(embedding_max_grad_rows, bag, ids, grad_rows, b0, b1);
         });
-      const char* grad_rows =
+      const void** grad_rows = grad_rows_.get() + place_grad[f];
+      double* factors = scaled ? factors_.get() + place_grad[f] : nullptr;
+      const char* grad =
           static_cast<const char*>(bag.mode == kMax ? max_grad_rows_[f].const_data_ptr() : bag.out);
-      const void** rows = grad_rows_.get() + place[f];
-      for (int64_t b = b0; b < b1; ++b)
-        for (int64_t p = bag.begin(b); p < bag.begin(b + 1); ++p)
-          rows[p] = grad_rows + (bag.mode == kMax ? p * bag.D : b * bag.stride_ob) * item;
-      if (!scaled) return;
-      double* factors = factors_.get() + place[f];
-      for (int64_t b = b0; b < b1; ++b) {
+      const int64_t stride = (bag.mode == kMax ? bag.D : bag.stride_ob) * item;
+      const auto count = [&](int64_t b) -> int64_t {
         const int64_t p0 = bag.begin(b), p1 = bag.begin(b + 1);
-        int64_t count = 1;
-        if (bag.mode == kMean)
-          count = std::max<int64_t>(1, p1 - p0 - std::count(ids + p0, ids + p1, bag.padding_idx));
-        for (int64_t p = p0; p < p1; ++p) factors[p] = (weights[f] ? weights[f][p] : 1.) / count;
+        if (bag.mode != kMean) return 1;
+        return std::max<int64_t>(1, p1 - p0 - std::count(ids + p0, ids + p1, bag.padding_idx));
+      };
+      if (bag.per_sample_weights) {
+        for (int64_t b = b0; b < b1; ++b)
+          for (int64_t p = bag.begin(b), n = count(b); p < bag.begin(b + 1); ++p) {
+            grad_rows[p] = grad + b * stride;
+            factors[p] = weights[f][p] / n;
+          }
+        return;
       }
+      const int64_t i0 = one_each(bag) ? bag.begin(b0) : b0, i1 = one_each(bag) ? bag.begin(b1) : b1;
+      for (int64_t i = i0; i < i1; ++i) grad_rows[i] = grad + i * stride;
+      if (scaled)
+        for (int64_t i = i0; i < i1; ++i) factors[i] = bag.mode == kMean ? 1. / count(i) : 1;
     });
   });
   if (!fit)
@@ -230,7 +247,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   if (runs_.n == 0) return;
   for (size_t t = 0; t < tables.size(); ++t) {
     tables[t].first_key = first_key_[t];
-    tables[t].first_lookup = first_[t];
+    tables[t].first_grad = first_grad_[t];
     tables[t].D = widths[t];
   }
   const int64_t width = *std::max_element(widths.begin(), widths.end());

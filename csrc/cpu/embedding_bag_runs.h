@@ -41,7 +41,7 @@ class SortedLookups {
 
   // The rows of each table that were looked up.
   Ints count_rows();
-  // Sums every row's gradient and brings the sum to where its table says; first_key, first_lookup and D are
+  // Sums every row's gradient and brings the sum to where its table says; first_key, first_grad and D are
   // filled in here.
   // With `rows` in a table, count_rows must have been called.
   void reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes, const Ints& widths) const;
@@ -52,7 +52,7 @@ class SortedLookups {
   // The number of runs that start before p.
   int64_t runs_before(int64_t p) const;
 
-  Ints first_;  // lookup of each table, and the end of the last's
+  Ints first_, first_grad_;  // lookup, and gradient, of each table, and the end of the last's
   std::unique_ptr<uint64_t[]> sorted_;
   std::unique_ptr<const void*[]> grad_rows_;
   std::unique_ptr<double[]> factors_;
