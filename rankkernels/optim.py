@@ -15,6 +15,7 @@ lower the scale is what its other optimizers see of the same backward.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -62,8 +63,8 @@ class _RowOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}"
                     )
 
-    def _next(self, p: Tensor, group: dict, scale: float) -> tuple[list[Tensor], list[float]]:
-        """The state of ``p`` and the op's ``hyper`` of its next step, for a gradient times ``scale``."""
+    def _state_of(self, p: Tensor) -> dict:
+        """The state of ``p``, made if there is none."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -72,18 +73,29 @@ class _RowOptimizer(torch.optim.Optimizer):
                 shape = p.shape[:1] if self._one_a_row else p.shape
                 state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
                 use_huge_pages(state[name])
-        step = state["step"] + 1
+        return state
+
+    def _hyper(self, group: dict, step: int, scale: float) -> list[float]:
+        """The op's ``hyper`` of a step, for a gradient times ``scale``."""
         beta1, beta2 = group["betas"]
-        hyper = [
+        return [
             self._learning_rate(group, step), float(beta1), float(beta2), float(group["eps"]),
             float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
         ]  # fmt: skip
-        return [state[name] for name in self._states], hyper
 
-    def _stepped(self, params: Sequence[Tensor]) -> None:
-        """Counts the step that was taken on ``params``."""
-        for p in params:
-            self.state[p]["step"] += 1
+    @contextlib.contextmanager
+    def _step_of(self, params: Sequence[Tensor], groups: Sequence[dict], scale: float):
+        """A step on ``params``, of one group each: the op's ``states`` and ``hyper`` for it; afterwards it counts."""
+        states, tensors, hyper, hypers = [self._state_of(p) for p in params], [], [], {}
+        for state, group in zip(states, groups):
+            key = id(group), state["step"]  # mostly one for all tables
+            if key not in hypers:
+                hypers[key] = self._hyper(group, state["step"] + 1, scale)
+            tensors += [state[name] for name in self._states]
+            hyper += hypers[key]
+        yield tensors, hyper
+        for state in states:
+            state["step"] += 1
         torch.autograd.graph.increment_version(list(params))
 
     def _learning_rate(self, group: dict, step: int) -> float:
@@ -113,30 +125,23 @@ class _RowOptimizer(torch.optim.Optimizer):
                 )
         for p, group in given:
             rows, values = _coalesced(p.grad)
-            states, hyper = self._next(p, group, scale)
-            torch.ops.rankkernels.sparse_update.default(p, states, rows, values, OPTIMIZERS.index(self._kind), hyper)
-            self._stepped([p])
+            with self._step_of([p], [group], scale) as (states, hyper):
+                torch.ops.rankkernels.sparse_update.default(
+                    p, states, rows, values, OPTIMIZERS.index(self._kind), hyper
+                )
         return loss
 
-    def _groups_of(self, weights: Sequence[Tensor]) -> dict[Tensor, dict]:
-        """The group of each param. Raises a ValueError for a table that is frozen or not among them."""
+    def _groups_of(self, weights: Sequence[Tensor]) -> list[dict]:
+        """The group of each table. Raises a ValueError for one that is frozen or not among the params."""
         check_trainable(self, weights)
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        for t, weight in enumerate(weights):
-            if weight not in groups:
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        groups = [group_of.get(weight) for weight in weights]
+        for t, (weight, group) in enumerate(zip(weights, groups)):
+            if group is None:
                 raise ValueError(
                     f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is not among its params"
                 )
         return groups
-
-    def _next_of_all(self, weights: Sequence[Tensor], groups: dict, scale: float) -> tuple[list[Tensor], list[float]]:
-        """``_next`` of every table, one after another."""
-        states, hyper = [], []
-        for weight in weights:
-            own_states, own_hyper = self._next(weight, groups[weight], scale)
-            states += own_states
-            hyper += own_hyper
-        return states, hyper
 
     @torch.no_grad()
     def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
@@ -162,12 +167,10 @@ class _RowOptimizer(torch.optim.Optimizer):
             scale = self.grad_scaler.get_scale()
             if not all(bool(g.isfinite().all()) for g in grad_outs):
                 return [torch.zeros_like(w) for w in lists[2]]
-        states, hyper = self._next_of_all(weights, groups, scale)
-        grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
-            grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
-        )
-        self._stepped(weights)
-        return grad_psw
+        with self._step_of(weights, groups, scale) as (states, hyper):
+            return torch.ops.rankkernels.embedding_bag_update.default(
+                grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
+            )
 
     def whole_gradients(self, weights: Sequence[Tensor], tables: Sequence[int]) -> bool:
         """Whether ``update`` must see the gradients of the lookups and ``update_fm`` does not do."""
@@ -178,12 +181,11 @@ class _RowOptimizer(torch.optim.Optimizer):
     def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
                   features: Sequence) -> Tensor:  # fmt: skip
         """The step in the backward of ``rankkernels.embedding_fm`` -> the gradient of the linear weights."""
-        states, hyper = self._next_of_all(weights, self._groups_of(weights), 1.0)
-        _, grad_linear_weight = torch.ops.rankkernels.embedding_fm_update.default(
-            *grads, weights, unchanged, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
-        )
-        self._stepped(weights)
-        return grad_linear_weight
+        with self._step_of(weights, self._groups_of(weights), 1.0) as (states, hyper):
+            _, grad_linear_weight = torch.ops.rankkernels.embedding_fm_update.default(
+                *grads, weights, unchanged, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
+            )
+            return grad_linear_weight
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -321,7 +321,8 @@ class _Updating(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         values = weights if needs_values(features[1], per_sample_weights) else []
         ctx.save_for_backward(*(t for values in lists for t in values), *values)  # these must not have changed
-        return tuple(torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat))
+        with torch._C._AutoDispatchBelowAutograd():  # the op's own autograd would hand the lists on once more
+            return tuple(torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -385,10 +386,13 @@ def in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names):
             return [-1] * len(table_of)
         found = []
         for value, t in zip(values, table_of):
+            if value is None:
+                found.append(-1)
+                continue
             R = weights[t].size(0) if weights[t].dim() == 2 else 0
-            if value is not None and not -R <= value < R:
+            if not -R <= value < R:
                 raise ValueError(f"embedding_bag: {what} {value} is no row of a table with {R} rows")
-            found.append(-1 if value is None else value % R)
+            found.append(value % R)
         return found
 
     return (

@@ -236,7 +236,8 @@ class _Updating(torch.autograd.Function):
     @staticmethod
     def forward(ctx, optimizer, lists, features, names, linear_weight, dense, anchor):
         ctx.set_materialize_grads(False)
-        out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense)
+        with torch._C._AutoDispatchBelowAutograd():
+            out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense)
         ctx.optimizer, ctx.features, (ctx.weights, indices, *_) = optimizer, features, lists
         ctx.has_linear = linear_weight is not None
         values = ctx.weights if needs_values(features[1], []) else []
