@@ -6,17 +6,17 @@ by itself. What "our tables" is added to reads ours instead, and tells the kerne
 8 x 1M x 64 is bound by memory: a loop that only gathers and sums takes 0.80 ms with one thread, 52 GB/s, from large
 pages and 64 rows ahead, and 1.08 ms from pages of 4 KiB. (Dense gradients are raced on the same tables.)
 
-Where a row-wise Adagrad step of 26 x 100k x 16 goes with one thread (Zen 5, Zipf ids, milliseconds): of 0.96, lookups
-0.25; in the backward the rows' sums and steps 0.3, the sort that sums in a fixed order 0.17, keys and where gradients
-lie 0.03; a step on a batch of one, which is Python, autograd and the lists of 26 tensors, takes 0.15. Of 1.12 before:
-a pointer for each lookup and not each bag cost 0.08; that batch of one 0.21, where each table read its group's
-hyper-parameters anew and the lists went through Python twice. Two blocks sorted at once, key by key, wait less for the
-counters that Zipf ids hit again and again: 26 x 2048 keys alone 115 us and not 152 (uniform 92 and 117), 8 x 20,480
-keys 352 and not 479 (258 and 331). Tried without gain: 32-bit keys (3 % of the sort), the next pass's digits counted
-while keys move (as good as two blocks, but not where threads share a table), three passes (a third slower), memory kept
-from step to step (malloc keeps it by itself: no page faults after the first steps). Where a run of equal ids ends
-nothing can foresee: chunks of lookups and a masked accumulator in place of branches took the backward from 0.90 to
-0.71, with uniform ids from 0.98 to 0.74.
+Where a row-wise Adagrad step of 26 x 100k x 16 goes with one thread (Zen 5, Zipf ids, milliseconds): of 0.96, by a
+profile's shares (the step took 1.20 under it), lookups 0.25; in the backward the rows' sums and steps 0.3, the sort
+that sums in a fixed order 0.17, keys and where gradients lie 0.03; a step on a batch of one, which is Python, autograd
+and the lists of 26 tensors, takes 0.15. Of 1.12 before: a pointer for each lookup and not each bag cost 0.08; that
+batch of one 0.21, where each table read its group's hyper-parameters anew and the lists went through Python twice. Two
+blocks sorted at once, key by key, wait less for the counters that Zipf ids hit again and again: in a sketch, beside
+other work, 26 x 2048 keys 115 us and not 152 (uniform 92 and 117), 8 x 20,480 keys 352 and not 479 (258 and 331). Tried
+without gain: 32-bit keys (3 % of the sort), the next pass's digits counted while keys move (as good as two blocks, but
+not where threads share a table), three passes (a third slower), memory kept from step to step (malloc keeps it by
+itself: no page faults after the first steps). Where a run of equal ids ends nothing can foresee: chunks of lookups and
+a masked accumulator in place of branches took the backward from 0.90 to 0.71, with uniform ids from 0.98 to 0.74.
 
 Adam on 8 x 1M x 64, uniform, one thread: 162 thousand rows of weights and two moments, 249 MB read and written. A loop
 that does that and nothing else takes 6.2 ms (39 GB/s), with both moments of a row side by side 5.9; the op takes 11.
