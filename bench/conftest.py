@@ -5,8 +5,10 @@ engine. Its own figure is ours; what the others took in the same rounds is in ea
 
 How a race is run was chosen by how well runs of it agreed on a machine with two cores:
 
-- A turn is an untimed call and a timed one, so that each contender finds the caches as its own last call left them, and
-  not as its neighbour's did. Calls of 50 ms and more do without the first: no cache outlives them.
+- A turn is untimed calls for about 20 ms and a timed one, so that each contender finds the caches as its own calls leave
+  them, and not as its neighbour's did. One call does not do that, and what it leaves undone is each process's own: after
+  the eager attention (sigmoid, length 12, one thread) our second call took 3.8 to 4.3 ms in five processes, the fifth
+  3.7 in all of them, as it does alone. Longer calls do without: no cache outlives them.
 - The ratio of two contenders is the median over the rounds of the ratio within a round: what slows a round down slows
   both. Times are medians. Quartiles stand beside both.
 - Freed memory stays in the process (``machine.keep_freed_memory``): with glibc's defaults the ratios of two runs were
@@ -39,7 +41,8 @@ from rankkernels.testing import relative_error
 ROWS, CONDITIONS = pytest.StashKey[list](), pytest.StashKey[dict]()
 #: A race takes about this long, but for long calls, and never fewer rounds than MIN_ROUNDS.
 SECONDS, MAX_ROUNDS, MIN_ROUNDS = 1.5, 100, 7
-WARM_CALL_BELOW = 0.05
+#: A turn begins with untimed calls for about this long, but at most so many.
+UNTIMED_SECONDS, MOST_UNTIMED = 0.02, 10
 #: All waiting of a run for a quiet machine, in seconds: a busy one is not waited for, but named.
 PATIENCE = 60.0
 #: Largest relative difference between two contenders' float32 results.
@@ -263,11 +266,9 @@ def race(benchmark, request):
             assert expected is None or result is None or same(expected, result), f"{name} computes something else"
         del expected
         result = None
-        warm, lasted = {}, {}
-        for name, function in everyone.items():
-            lasted[name] = settle(function)
-            warm[name] = lasted[name] < WARM_CALL_BELOW
-        round_seconds = sum(lasted[name] * (1 + warm[name]) for name in everyone)
+        lasted = {name: settle(function) for name, function in everyone.items()}
+        untimed = {name: min(MOST_UNTIMED, round(UNTIMED_SECONDS / seconds)) for name, seconds in lasted.items()}
+        round_seconds = sum(seconds * (1 + untimed[name]) for name, seconds in lasted.items())
         count = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / round_seconds)))
         rounds = Rounds(list(contenders))
         rounds.wait()
@@ -276,12 +277,12 @@ def race(benchmark, request):
             if rounds.times and len(next(iter(rounds.times.values()))):
                 rounds.judge(len(next(iter(rounds.times.values()))))
             for name, function in contenders.items():
-                if warm[name]:
+                for _ in range(untimed[name]):
                     function()
                 start = time.perf_counter()
                 function()
                 rounds.times[name].append(time.perf_counter() - start)
-            if warm["ours"]:
+            for _ in range(untimed["ours"]):
                 ours()
 
         gc.collect()
