@@ -5,10 +5,10 @@ engine. Its own figure is ours; what the others took in the same rounds is in ea
 
 How a race is run was chosen by how well runs of it agreed on a machine with two cores:
 
-- A turn is untimed calls for about 20 ms and a timed one, so that each contender finds the caches as its own calls leave
-  them, and not as its neighbour's did. One call does not do that, and what it leaves undone is each process's own: after
-  the eager attention (sigmoid, length 12, one thread) our second call took 3.8 to 4.3 ms in five processes, the fifth
-  3.7 in all of them, as it does alone. Longer calls do without: no cache outlives them.
+- A turn is untimed calls for about 20 ms and a timed one, so that each contender finds the caches as its own calls
+  leave them, and not as its neighbour's did. One call does not do that, and what it leaves undone differs between
+  processes: after the eager attention (sigmoid, length 12, one thread) our second call took 3.8 to 4.3 ms in five
+  processes, the fifth 3.7 in all of them, as it does alone. Long calls do without: no cache outlives them.
 - The ratio of two contenders is the median over the rounds of the ratio within a round: what slows a round down slows
   both. Times are medians. Quartiles stand beside both.
 - Freed memory stays in the process (``machine.keep_freed_memory``): with glibc's defaults the ratios of two runs were
