@@ -19,16 +19,17 @@ itself: no page faults after the first steps). Where a run of equal ids ends not
 a masked accumulator in place of branches took the backward from 0.90 to 0.71, with uniform ids from 0.98 to 0.74.
 
 Adam on 8 x 1M x 64, uniform, one thread: 162 thousand rows of weights and two moments, 249 MB read and written. A loop
-that does that and nothing else takes 6.2 ms (39 GB/s), with both moments of a row side by side 5.9; the op takes 11.
-Tried without a clear gain: other distances, tasks in the order of samples, a contiguous copy of the gradients. Sorted
-lookups' sums and steps alone, variants in one process, one run: row-wise Adagrad 4.8, Adam 10.5 with tables of 1M
-rows; 4.8 to 5.3 and 9.1 to 9.5 with 200k, where the difference is the moments' 166 MB at 39 GB/s. Square root and
-division are not it: leaving both out gains 0.3 to 1.1, Newton steps in their place lose 0.3 to 1.1 (runs apart).
-Chunks of 16 rows and prefetchw help row-wise Adagrad (3.6) and cost Adam (11.8; the whole step 16.0 to 16.5 for 14.7
-to 15.2), chunks of 32 rows with prefetchw change neither (4.6 and 10.3). A sketch that steps on a row as soon as its
-lookups are summed and asks for what the lookups 8 to 24 places on will touch, of 8x1M x64: Adam 8.0 (7.2 with the two
-moments of a row side by side), row-wise 2.8; in the kernel Adam's whole step took 6 to 22 % less, but row-wise's on
-Zipf ids up to 7 % more and 26x100k x16 with one thread up to 24 % more: not finished.
+that does that and nothing else takes 6.2 ms (39 GB/s), with both moments of a row side by side 5.9. Row-wise Adagrad
+reads and writes 104 MB. With the forward's 42 MB in both, what memory alone allows Adam is 1.99 times row-wise
+Adagrad's time; what both do besides (ids, sort, Python) brings it nearer to that. Rows of 64 and 128 values are stepped
+on as soon as they are summed, each lookup asking for what those some places on will touch, twice, for the second level
+of the cache and for the first. Against chunks of lookups that are summed and then stepped on (tables of 600k rows, the
+whole step, a process each in turns, ms): one thread uniform row-wise 7.5 to 5.2 and Adam 14.3 to 11.6 (another run,
+12.9 to 8.8), Zipf 4.8 to 3.6 and 8.8 to 6.2; two threads 5.3 to 4.0, 8.3 to 6.2, 3.3 to 2.8, 5.3 to 3.6. In a sketch of
+the update alone: one request 8.3, two 7.3, then moments side by side 7.0, but Zipf 5.0 and 5.6; stores past the cache
+no gain. The same for every width and for gradients too, the width no constant: 26 x 100k x 16 1.1 to 1.7, from many
+short loops a row, and 2 MB more code. Chunks that ask for Adam's moments twice: no gain. Square root and division are
+not it: leaving both out gained 0.3 to 1.1. Tasks in the order of samples, a contiguous copy of the gradients: no gain.
 
 Lookup + FM + linear, 39 x 100k x 16, B8192, fused Adam, one thread (Zen 5, uniform ids, milliseconds): of 14.9, forward
 2.9, the gradient of the lookups 1.7, the update 8.7, Python and autograd about 1; sparse, of 12.6, the same and 5.8 for

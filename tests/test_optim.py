@@ -23,9 +23,9 @@ OURS = {
 EVERY = pytest.mark.parametrize("name", OURS)
 
 
-def tables(seed: int = 0, dtype: torch.dtype = torch.float32, **options) -> rk.TableBatchedEmbeddingBag:
+def tables(seed: int = 0, dtype: torch.dtype = torch.float32, widths=(5, 16), **options) -> rk.TableBatchedEmbeddingBag:
     torch.manual_seed(seed)
-    return rk.TableBatchedEmbeddingBag([40, 600], [5, 16], tables=[0, 1, 1], modes=["sum", "mean", "sum"],
+    return rk.TableBatchedEmbeddingBag([40, 600], list(widths), tables=[0, 1, 1], modes=["sum", "mean", "sum"],
                                        padding_idx=[3, None], dtype=dtype, **options)  # fmt: skip
 
 
@@ -96,19 +96,42 @@ def test_rowwise_adagrad_by_its_formula():
 
 
 @pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("widths", [(5, 16), (64, 128)])
 @EVERY
-def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name):
+def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name, widths, clipped, dtype):
     cls, options = OURS[name]
+    if clipped:
+        options = options | {"max_row_norm": 0.5}
     results = []
     for fused, threads in ((False, 1), (True, 1), (True, 2), (False, 2)):
         torch.set_num_threads(threads)
-        module = tables(sparse=not fused)
+        module = tables(sparse=not fused, widths=widths, dtype=dtype)
         optimizer = cls(module.parameters(), lr=0.05, **options)
         if fused:
             rk.optim.fuse(module, optimizer)
         train(module, optimizer, 5, B=2000)
         results.append(list(module.parameters()))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sgd_decay", "adagrad", "adam", "adamw"])
+def test_columns_do_not_depend_on_the_width(name, dtype):
+    """64 columns, which are a kernel of their own, and the same 64 of 65."""
+    results = []
+    for D in (64, 65):
+        torch.manual_seed(0)
+        values, grad_out = torch.randn(600, 65).to(dtype), torch.randn(200, 65).to(dtype)
+        module = rk.TableBatchedEmbeddingBag([600], D, dtype=dtype)
+        module.weights[0].data.copy_(values[:, :D])
+        cls, options = OURS[name]
+        rk.optim.fuse(module, cls(module.parameters(), lr=0.05, **options))
+        for step in range(3):
+            module(batch(step)[1:2]).backward(grad_out[:, :D])
+        results.append(module.weights[0][:, :64])
+    assert torch.equal(*results)
 
 
 @EVERY

@@ -164,6 +164,94 @@ RK_INLINE void narrow_row(T* row, const A* sum, int64_t D) {
   Tail<T>(left).store(row + d, Tail<A>(left).load(sum + d));
 }
 
+// embedding_reduce for an optimizer and rows of D values, a constant: each row is stepped on as soon as it is
+// summed, and every lookup asks for what the lookups `far` and `near` places on will touch, for the second
+// level of the cache and for the first, which a chunk of wide rows and the next one do not fit in. Where a
+// run ends is a branch here; between rows this wide it costs less than that. The bits are those of chunks.
+template <Optimizer kind, int D, class T>
+__attribute__((noinline)) void reduce_wide(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1,
+                                           int64_t tile, char* carries, int64_t stride) {
+  using A = typename Traits<T>::scalar;
+  using V = typename Traits<T>::vec;
+  constexpr int kVecs = 4;
+  constexpr int64_t kLanes = Traits<T>::lanes, kLine = 64 / sizeof(T), kLineState = 64 / sizeof(A);
+  constexpr int kStates = kind >= kAdam ? 2 : kind == kAdagrad ? 1 : 0;
+  constexpr int64_t kLines = D / kLine + kStates * D / kLineState;
+  constexpr int64_t near = 48 / kLines > 4 ? 48 / kLines : 4, far = 4 * near;
+  const update::Step<T> step(table.update, D);
+  const bool scaled = step.grad_factor != 1 || step.max_norm != 0;
+  const auto row_of = [&](int64_t p) __attribute__((always_inline)) {
+    return static_cast<int64_t>(runs.key(p < p1 ? p : p1 - 1) - table.first_key);
+  };
+  const auto ask = [&](auto level, int64_t row) __attribute__((always_inline)) {
+    constexpr int kLevel = decltype(level)::value;
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < D; d += kLine)
+      __builtin_prefetch(step.weight + row * step.stride_wr + d, 1, kLevel);
+    if (kStates >= 1)
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < D; d += kLineState) __builtin_prefetch(step.state1 + row * D + d, 1, kLevel);
+    if (kStates == 2)
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < D; d += kLineState) __builtin_prefetch(step.state2 + row * D + d, 1, kLevel);
+    if (kind == kRowWiseAdagrad) __builtin_prefetch(step.state1 + row, 1, kLevel);
+  };
+  alignas(64) A whole[D];
+  for (int64_t p = p0, end = p0; p < p1; p = end) {
+    const uint64_t key = runs.key(p);
+    const bool from_left = p % tile == 0 && p > 0 && runs.key(p - 1) == key;
+    const int64_t tile_end = p - p % tile + tile, most = tile_end < p1 ? tile_end : p1;
+    do {
+      const int64_t next = end + near < p1 ? end + near : p1 - 1;
+      const T* grad = static_cast<const T*>(runs.grad_rows[runs.grad(next)]);
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(grad + d);
+      ask(Int<3>(), row_of(next));
+      ask(Int<2>(), row_of(end + far));
+    } while (++end < most && runs.key(end) == key);
+    const bool goes_on = end == tile_end && end < runs.n && runs.key(end) == key;
+    const bool complete = !from_left && !goes_on;
+    A* left = reinterpret_cast<A*>(carries + (p / tile - p0 / tile) * stride);
+    A* sum = from_left ? left : goes_on ? left + D : whole;
+    const int64_t row = row_of(p);
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < D; d += kVecs * kLanes) {
+      V acc[kVecs] = {};
+      for (int64_t j = p; j < end; ++j) {
+        const uint64_t i = runs.grad(j);
+        const T* grad = static_cast<const T*>(runs.grad_rows[i]) + d;
+        const A factor = runs.factors ? A(runs.factors[i]) : A(1);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) acc[v] += factor * Traits<T>::load(grad + v * kLanes);
+      }
+      if (kind != kRowWiseAdagrad && complete && !scaled) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v)
+          step.template take_columns<kind>(row, d + v * kLanes, acc[v], 0, true);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) Traits<A>::store(sum + d + v * kLanes, acc[v]);
+      }
+    }
+    if (!complete || (kind != kRowWiseAdagrad && !scaled)) continue;
+    if (scaled) update::Step<T>::scale_grads(step, sum, 1);
+    A scale = 0;
+    if (kind == kRowWiseAdagrad) {
+      V squares = {};
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < D; d += kLanes) {
+        V g = Traits<A>::load(sum + d);
+        if (step.decay != 0) g += step.decay * Traits<T>::load(step.weight + row * step.stride_wr + d);
+        squares += g * g;
+      }
+      scale = step.lr / (update::root(step.state1[row] += sum_lanes<T>(squares) / A(D)) + step.eps);
+    }
+#pragma GCC unroll 16
+    for (int64_t d = 0; d < D; d += kLanes)
+      step.template take_columns<kind>(row, d, Traits<A>::load(sum + d), scale, true);
+  }
+}
+
 }  // namespace runs
 
 // Writes keys << shift | number of the gradient for the ids of bags [b0, b1) of a feature, or returns false:
@@ -201,6 +289,12 @@ void embedding_reduce_as(const Runs& runs, const TableGrad& table, int64_t p0, i
                          int64_t distinct, char* carries, int64_t stride, void* scratch) {
   using A = typename Traits<T>::scalar;
   const int64_t D = table.D;
+  if (!kFm && table.update && (D == 64 || D == 128))  // common, and a loop of known length each
+    return update::with_kind(table.update->optimizer, [&](auto kind) __attribute__((always_inline)) {
+      constexpr Optimizer kKind = decltype(kind)::value;
+      (D == 64 ? runs::reduce_wide<kKind, 64, T> : runs::reduce_wide<kKind, 128, T>)(runs, table, p0, p1,
+                                                                                     tile, carries, stride);
+    });
   int64_t most = chunk_of(D);
   if (kFm && most > kMostFmLookups) most = kMostFmLookups;
   A* sums = static_cast<A*>(scratch);

@@ -25,6 +25,21 @@ namespace rk {
 namespace RK_ISA {
 namespace update {
 
+// Without the call of the library that __builtin_sqrtf makes of a negative x.
+RK_INLINE float root(float x) {
+#if RK_VECTOR_BYTES > 16
+  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+RK_INLINE double root(double x) {
+#if RK_VECTOR_BYTES > 16
+  return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(x)));
+#else
+  return __builtin_sqrt(x);
+#endif
+}
 RK_INLINE f32v root(f32v x) {
 #if RK_VECTOR_BYTES == 64
   return (f32v)_mm512_sqrt_ps((__m512)x);
@@ -56,6 +71,27 @@ RK_INLINE void store(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>&
     Traits<T>::store(p, v);
   else
     tail.store(p, v);
+}
+
+template <Optimizer optimizer>
+struct Kind {
+  static constexpr Optimizer value = optimizer;
+};
+// Calls body(Kind).
+template <class Body>
+RK_INLINE void with_kind(Optimizer optimizer, const Body& body) {
+  switch (optimizer) {
+    case kSGD:
+      return body(Kind<kSGD>());
+    case kAdagrad:
+      return body(Kind<kAdagrad>());
+    case kRowWiseAdagrad:
+      return body(Kind<kRowWiseAdagrad>());
+    case kAdam:
+      return body(Kind<kAdam>());
+    case kAdamW:
+      return body(Kind<kAdamW>());
+  }
 }
 
 // A step on one table.
@@ -124,8 +160,36 @@ struct Step {
       Traits<A>::store(scales + k, lr / (root(Traits<A>::load(scales + k)) + eps));
   }
 
+  // A step on columns [d, d + kLanes) of a row, `whole` or its last, of gradient g; `scale` is scale_rows'.
   // No sum has two products in it: which of them is fused into it would be the compiler's choice, in every
   // copy that it makes of a loop anew, and a row must have the same bits wherever in a batch it comes.
+  template <Optimizer kind>
+  __attribute__((always_inline)) void take_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
+    T* w_row = weight + row * stride_wr;
+    A *s1 = state1 + row * D, *s2 = state2 + row * D;
+    V w = load(w_row + d, whole, tail);
+    if (kind == kAdamW)
+      w -= lr * decay * w;
+    else if (decay != 0)
+      g += decay * w;
+    if (kind == kSGD) w -= lr * g;
+    if (kind == kRowWiseAdagrad) w -= scale * g;
+    if (kind == kAdagrad) {
+      const V sum = load(s1 + d, whole, tail_state) + g * g;
+      store(s1 + d, sum, whole, tail_state);
+      w -= lr * g / (root(sum) + eps);
+    }
+    if (kind == kAdam || kind == kAdamW) {
+      V m = load(s1 + d, whole, tail_state), v = load(s2 + d, whole, tail_state);
+      m += keep1 * (g - m);
+      v += keep2 * (g * g - v);
+      store(s1 + d, m, whole, tail_state);
+      store(s2 + d, v, whole, tail_state);
+      w -= step * m / (inverse_root * root(v) + eps);
+    }
+    store(w_row + d, w, whole, tail);
+  }
+
   template <Optimizer kind>
   __attribute__((noinline)) static void take_as(Step s, const int64_t* rows, const A* grads, int64_t n,
                                                 const int64_t* next, int64_t n_next) {
@@ -136,32 +200,11 @@ struct Step {
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = rows[k], asked = next[k < n_next ? k : n_next - 1];
       const A* grad = grads + k * D;
-      T* w_row = s.weight + row * s.stride_wr;
-      A *s1 = s.state1 + row * D, *s2 = s.state2 + row * D;
       for (int64_t d = 0; d < D; d += kLanes) {
         const bool whole = d + kLanes <= D;
         s.template ask<kind>(asked, d);
-        V w = load(w_row + d, whole, s.tail), g = load(grad + d, whole, s.tail_state);
-        if (kind == kAdamW)
-          w -= s.lr * s.decay * w;
-        else if (s.decay != 0)
-          g += s.decay * w;
-        if (kind == kSGD) w -= s.lr * g;
-        if (kRowWise) w -= scales[k] * g;
-        if (kind == kAdagrad) {
-          const V sum = load(s1 + d, whole, s.tail_state) + g * g;
-          store(s1 + d, sum, whole, s.tail_state);
-          w -= s.lr * g / (root(sum) + s.eps);
-        }
-        if (kind == kAdam || kind == kAdamW) {
-          V m = load(s1 + d, whole, s.tail_state), v = load(s2 + d, whole, s.tail_state);
-          m += s.keep1 * (g - m);
-          v += s.keep2 * (g * g - v);
-          store(s1 + d, m, whole, s.tail_state);
-          store(s2 + d, v, whole, s.tail_state);
-          w -= s.step * m / (s.inverse_root * root(v) + s.eps);
-        }
-        store(w_row + d, w, whole, s.tail);
+        s.template take_columns<kind>(row, d, load(grad + d, whole, s.tail_state), scales[kRowWise ? k : 0],
+                                      whole);
       }
     }
     for (int64_t k = n; k < n_next; ++k)
@@ -173,20 +216,9 @@ struct Step {
   void take(const int64_t* rows, A* grads, int64_t n, const int64_t* next, int64_t n_next) const {
     if (grad_factor != 1 || max_norm != 0) scale_grads(*this, grads, n);
     if (n_next == 0) next = rows, n_next = n != 0;
-    const auto by = [&](auto take_as)
-                        __attribute__((always_inline)) { take_as(*this, rows, grads, n, next, n_next); };
-    switch (optimizer) {
-      case kSGD:
-        return by(take_as<kSGD>);
-      case kAdagrad:
-        return by(take_as<kAdagrad>);
-      case kRowWiseAdagrad:
-        return by(take_as<kRowWiseAdagrad>);
-      case kAdam:
-        return by(take_as<kAdam>);
-      case kAdamW:
-        return by(take_as<kAdamW>);
-    }
+    with_kind(optimizer, [&](auto kind) __attribute__((always_inline)) {
+      take_as<decltype(kind)::value>(*this, rows, grads, n, next, n_next);
+    });
   }
 };
 
