@@ -51,11 +51,12 @@ HEAD = """\
 `make bench` measures into build/bench and leaves this page alone; what became slower is said by
 `python bench/compare.py bench/results build/bench`. Written by bench/report.py.
 
-Each contender's result was compared with ours before anything was timed. They take turns in every round; times are
-medians. A column of another's name says how many times faster than its form ours is, as it stands and after the stroke
-under torch.compile: the median over the rounds of the ratio within a round. GB/s and GFLOP/s count the bytes and the
-flops that the mathematics needs. The floor is those bytes at the bandwidth of reading as many, or those flops at
-sgemm's rate, whichever takes longer, both measured in the same run. How it is done, and why so:
+Each contender's result was compared with ours before anything was timed. They take turns in every round, each timed
+after calls of its own that bring its data back into the caches: these are times of a contender that has the machine to
+itself. Times are medians. A column of another's name says how many times faster than its form ours is, as it stands and
+after the stroke under torch.compile: the median over the rounds of the ratio within a round. GB/s and GFLOP/s count the
+bytes and the flops that the mathematics needs. The floor is those bytes at the bandwidth of reading as many, or those
+flops at sgemm's rate, whichever takes longer, both measured in the same run. How it is done, and why so:
 [conftest.py](conftest.py).
 
 On a virtual machine the ratios with two threads depend on where the host runs them, at one last-level cache or at two,
