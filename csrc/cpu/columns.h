@@ -12,11 +12,14 @@ struct ColumnBlock {
   static constexpr int vecs = kVecs;
   static constexpr bool tail = kTail;
 };
-// Calls body(ColumnBlock, first column) on the D columns of a row, in blocks of up to four vectors.
-template <class T, class Body>
+// Calls body(ColumnBlock, first column) on the D columns of a row, in blocks of up to four vectors, after
+// those of kWide vectors if there are such.
+template <class T, int kWide = 0, class Body>
 RK_INLINE void for_each_column_block(int64_t D, const Body& body) {
   constexpr int64_t N = Traits<T>::lanes;
   int64_t d = 0;
+  if constexpr (kWide > 0)
+    for (; d + kWide * N <= D; d += kWide * N) body(ColumnBlock<kWide, false>(), d);
   for (; d + 4 * N <= D; d += 4 * N) body(ColumnBlock<4, false>(), d);
   const int64_t left = D - d;
   if (left == 0) return;

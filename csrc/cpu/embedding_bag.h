@@ -32,6 +32,10 @@ namespace bags {
 // With huge pages that shape takes 1.47 ms at 40, 1.28 at 64, and with 4 KiB pages the same at both.
 constexpr int64_t kAhead = 64;
 
+// Vectors of a block of columns where it is more than four: a row of 256 bytes is gone through once, and its
+// lines are on their way together. On one Zen 3 core 8 x 1M x 64, 20 ids a bag, takes 4.3 ms so, 5.1 in two
+// blocks.
+constexpr int kWide = RK_VECTOR_BYTES == 32 ? 8 : 0;
 RK_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
@@ -92,27 +96,40 @@ void embedding_bags(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
   constexpr int64_t kLanes = Traits<T>::lanes;
   const T *weight = static_cast<const T*>(f.weight), *factors = static_cast<const T*>(f.per_sample_weights);
   const Tail<T> tail(static_cast<int>(f.D % kLanes));
+  constexpr int kVecsOfLine = sizeof(T) * kLanes < 64 ? 64 / (sizeof(T) * kLanes) : 1;
+  const bool plain = f.mode != kMax && !factors && f.padding_idx < 0;
   for (int64_t b = b0; b < b1; ++b) {
     const int64_t p0 = f.begin(b), p1 = f.begin(b + 1);
     const int64_t n = f.mode == kMean ? bags::count(f, ids, b) : 1;
-    for_each_column_block<T>(f.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+    for_each_column_block<T, bags::kWide>(f.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(block)::vecs;
       constexpr bool kTail = decltype(block)::tail;
       V acc[kVecs] = {};
       bool empty = true;
-      for (int64_t p = p0; p < p1; ++p) {
+      const auto ask = [&](int64_t p) __attribute__((always_inline)) {
         const T* next = weight + ids[p + bags::kAhead < f.N ? p + bags::kAhead : p] * f.stride_wr + d;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) __builtin_prefetch(next + v * kLanes);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; v += kVecsOfLine) __builtin_prefetch(next + v * kLanes);
+        if (kVecsOfLine > 1) __builtin_prefetch(next + (kTail ? f.D - d : kVecs * kLanes) - 1);
+      };
+      for (int64_t p = p0; plain && p < p1; ++p) {
+        ask(p);
+        const T* row = weight + ids[p] * f.stride_wr + d;
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v)
+          acc[v] += bags::load<T, kTail>(row + v * kLanes, v == kVecs - 1, tail);
+      }
+      for (int64_t p = p0; !plain && p < p1; ++p) {
+        ask(p);
         if (ids[p] == f.padding_idx) continue;
         const T* row = weight + ids[p] * f.stride_wr + d;
         if (f.mode != kMax) {
           const A factor = factors ? to_scalar(factors[p]) : A(1);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int v = 0; v < kVecs; ++v)
             acc[v] += factor * bags::load<T, kTail>(row + v * kLanes, v == kVecs - 1, tail);
         } else {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int v = 0; v < kVecs; ++v) {
             const V x = bags::load<T, kTail>(row + v * kLanes, v == kVecs - 1, tail);
             acc[v] = empty ? x : (x > acc[v]) | (x != x) ? x : acc[v];
@@ -121,7 +138,7 @@ void embedding_bags(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
         empty = false;
       }
       T* out = static_cast<T*>(f.out) + b * f.stride_ob + d;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v)
         bags::store<T, kTail>(out + v * kLanes, n > 1 ? acc[v] / A(n) : acc[v], v == kVecs - 1, tail);
     });
