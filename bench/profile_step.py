@@ -51,7 +51,7 @@ OPERATORS = [
     (r"rankkernels::embedding", LOOKUP),
     (r"rankkernels::(fm_interaction|din_attention)", ATTENTION),
     (r"rankkernels::norm_activation", NORM),
-    (r"OneDNNLinear|aten::(linear|addmm)", LINEAR),
+    (r"_Linear|aten::(linear|addmm)", LINEAR),
 ]
 
 

@@ -1,4 +1,4 @@
-"""The linear layers of an MLP by oneDNN: the numbers of ``nn.Linear``, and torch's call where a caller could tell."""
+"""The linear layers of an MLP: the numbers of ``nn.Linear``, and torch's call where a caller could tell."""
 
 import pytest
 import torch
@@ -33,13 +33,17 @@ def uses_onednn(function) -> bool:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 10, 3), (0, 5, 4), (300, 429, 256), (64, 128, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("strided", [False, True])
-def test_linear_is_torchs(shape, bias, strided):
+@pytest.mark.parametrize("faster", [True, False])
+def test_linear_is_torchs(shape, bias, strided, faster, monkeypatch):
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: faster)
     n, k, m = shape
     module = nn.Linear(k, m, bias=bias)
     x = torch.randn(n, 2 * k)[:, ::2] if strided else torch.randn(n, k)
     x = x.detach().requires_grad_()
     dy = torch.randn(n, m)
-    assert uses_onednn(lambda: linear(module, x)) == (n > 0)
+    assert uses_onednn(lambda: linear(module, x)) == (faster and n > 0)
+    (grad_x,) = torch.autograd.grad(linear(module, x), x, dy)  # without a graph: in rows of whole lines
+    torch.testing.assert_close(grad_x, dy @ module.weight.detach(), rtol=1e-4, atol=1e-4)
     results = []
     for function, dtype in ((linear, torch.float32), (lambda module, x: module(x), torch.float64)):
         module.to(dtype)
