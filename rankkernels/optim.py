@@ -67,13 +67,17 @@ class _RowOptimizer(torch.optim.Optimizer):
         """The state of ``p``, made if there is none."""
         state = self.state[p]
         if not state:
-            state["step"] = 0
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            for name in self._states:
-                shape = p.shape[:1] if self._one_a_row else p.shape
-                state[name] = torch.full(shape, self._initial, dtype=dtype, device=p.device)
-                use_huge_pages(state[name])
+            state |= {"step": 0, **self._new_state(p)}
         return state
+
+    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+        """The state's tensors for ``p``. What a row has in each lies side by side, so that a step finds it in one
+        place; so two moments are views of one tensor."""
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        shape = p.shape[0], len(self._states), *([] if self._one_a_row else p.shape[1:])
+        whole = torch.full(shape, self._initial, dtype=dtype, device=p.device)
+        use_huge_pages(whole)
+        return dict(zip(self._states, whole.unbind(1)))
 
     def _hyper(self, group: dict, step: int, scale: float) -> list[float]:
         """The op's ``hyper`` of a step, for a gradient times ``scale``."""
@@ -223,10 +227,10 @@ class _RowOptimizer(torch.optim.Optimizer):
             saved = state_dict["state"].get(i)
             if not saved:
                 continue
-            dtype = torch.promote_types(p.dtype, torch.float32)
+            state = self._new_state(p)
             for name in self._states:
-                self.state[p][name] = saved[name].to(device=p.device, dtype=dtype, copy=True).contiguous()
-            self.state[p]["step"] = int(saved.get("step", 0))
+                state[name].copy_(saved[name])
+            self.state[p].update(state, step=int(saved.get("step", 0)))
 
 
 class SGD(_RowOptimizer):
@@ -353,7 +357,12 @@ def to_torch(optimizer: _RowOptimizer, theirs: torch.optim.Optimizer) -> torch.o
         group.update({name: own[name] for name in own if name in group})
     if optimizer._kind != "sgd":
         state_dict["state"] = {
-            i: {**state, "step": torch.tensor(float(state["step"]))} for i, state in ours["state"].items() if state
+            i: {
+                "step": torch.tensor(float(state["step"])),
+                **{s: state[s].clone(memory_format=torch.contiguous_format) for s in optimizer._states},
+            }
+            for i, state in ours["state"].items()
+            if state
         }
     theirs.load_state_dict(state_dict)
     return theirs

@@ -144,19 +144,20 @@ def test_kernel_is_the_reference(name):
     for dtype, D in ((torch.float32, 17), (torch.float64, 9), (torch.bfloat16, 33), (torch.float16, 5)):
         weight = torch.randn(50, D).to(dtype)
         count, state_dtype = len(OURS[name][0]._states), torch.promote_types(dtype, torch.float32)
-        shape = (50,) if OURS[name][0]._one_a_row else (50, D)
-        states = [torch.rand(shape, dtype=state_dtype) for _ in range(count)]
+        whole = torch.rand((50, count) if OURS[name][0]._one_a_row else (50, count, D), dtype=state_dtype)
         rows, values = torch.tensor([0, 3, 7, 30, 49]), torch.randn(5, D).to(dtype)
         results = []
-        for key in ("CPU", "CompositeExplicitAutograd"):
-            arguments = weight.clone(), [s.clone() for s in states], rows, values, number, hyper
+        side_by_side, apart = list(whole.clone().unbind(1)), [state.clone() for state in whole.unbind(1)]
+        default = list(whole.clone().unbind(1))
+        for key, states in (("CPU", side_by_side), ("CPU", apart), ("CompositeExplicitAutograd", default)):
+            arguments = weight.clone(), states, rows, values, number, hyper
             torch.ops.rankkernels.sparse_update.default.redispatch(
                 torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *arguments
             )
             results.append([arguments[0], *arguments[1]])
         untouched = torch.ones(50, dtype=torch.bool).index_fill(0, rows, False)
-        for a, b, old in zip(*results, [weight, *states]):
-            assert torch.equal(a[untouched], old[untouched])
+        for a, same, b, old in zip(*results, [weight, *whole.unbind(1)]):
+            assert torch.equal(a[untouched], old[untouched]) and torch.equal(a, same)
             assert relative_error(a, b) < (1e-6 if a.dtype in (torch.float32, torch.float64) else 1e-2)
 
 

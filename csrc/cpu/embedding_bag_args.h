@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../embedding_bag_optimizer.h"
+
 namespace rk {
 
 enum EmbeddingMode : int64_t { kNone = 0, kSum = 1, kMean = 2, kMax = 3 };  // ops/embedding_bag.py: MODES
@@ -56,14 +58,13 @@ struct Runs {
   }
 };
 
-enum Optimizer : int64_t { kSGD = 0, kAdagrad = 1, kRowWiseAdagrad = 2, kAdam = 3, kAdamW = 4 };
-
 // An optimizer's step on a table; embedding_bag_update.h has the formulas.
 struct Update {
   Optimizer optimizer;
   void* weight;  // [R, D], unit stride along D
   int64_t stride_wr;
-  void *state1, *state2;  // [R, D], or [R] for row-wise Adagrad; null where there is none
+  void* state[2];  // [R, D], rows stride_sr apart, or [R] for row-wise Adagrad; null where there is none
+  int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
 };
 

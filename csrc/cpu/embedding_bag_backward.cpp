@@ -1,9 +1,9 @@
 // The embedding op's backwards: dense gradients, coalesced sparse ones, or an optimizer's step on the rows.
 // How rows are summed is in embedding_bag_runs.h, the mathematics in embedding_bag_backward.h and
 // embedding_bag_update.h.
-#include <cmath>
 #include <tuple>
 
+#include "../embedding_bag_update_arguments.h"
 #include "dispatch.h"
 #include "embedding_bag_runs.h"
 #include "memory.h"
@@ -67,52 +67,15 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
                    {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
 }
 
-// An optimizer's step on a table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step,
-// grad_factor, max_norm].
-constexpr size_t kHyper = 8;
-static Update make_update(int64_t optimizer, const double* hyper, Tensor weight, const Tensor* states) {
-  RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, "embedding_bag_update: unknown optimizer ", optimizer);
-  RK_CHECK(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
-           "embedding_bag_update: a table must be [R, D] with contiguous rows, got shape ", shape_of(weight));
-  RK_CHECK_FLOATING("embedding_bag_update", weight);
-  Update u{};
-  u.optimizer = static_cast<Optimizer>(optimizer);
-  u.weight = weight.mutable_data_ptr();
-  u.stride_wr = weight.stride(0);
-  u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
-  u.grad_factor = hyper[6], u.max_norm = hyper[7];
-  const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
-  u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
-  u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
-  const auto accumulated =
-      weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  void** pointers[] = {&u.state1, &u.state2};
-  for (int i = 0; i < (optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1); ++i) {
-    Tensor state = states[i];
-    RK_CHECK(state.is_contiguous() && state.scalar_type() == accumulated &&
-                 state.numel() == (optimizer == kRowWiseAdagrad ? weight.size(0) : weight.numel()),
-             "embedding_bag_update: state ", i, " must be contiguous, ", name_of(accumulated),
-             " and fit the table of shape ", shape_of(weight), ", got ", name_of(state.scalar_type()),
-             " of shape ", shape_of(state));
-    *pointers[i] = state.mutable_data_ptr();
-  }
-  return u;
-}
-
-static int64_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
-
 Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
                       int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm) {
-  RK_CHECK(states.size() == weights.size() * states_of(optimizer), "embedding_bag_update: states must hold ",
-           states_of(optimizer), " tensors a table, got ", states.size(), " for ", weights.size());
-  RK_CHECK(hyper.size() == kHyper * weights.size(),
-           "embedding_bag_update: hyper must hold 8 numbers a table, got ", hyper.size(), " for ",
-           weights.size());
+  check_optimizer(optimizer, weights.size(), states.size(), hyper.size());
   std::vector<Update> updates;
   std::vector<TableGrad> sums(weights.size(), TableGrad{});
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_update(optimizer, hyper.data() + kHyper * t, weights[t],
-                                  states.data() + t * states_of(optimizer)));
+    updates.push_back(make_update<Update>(optimizer, hyper.data() + kHyper * t, weights[t],
+                                          states.data() + t * states_of(optimizer)));
+    updates[t].optimizer = static_cast<Optimizer>(optimizer);
     RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
                                    backward.widths[t] == weights[t].size(1)),
              "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
@@ -142,10 +105,9 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
 // A step on the rows of a coalesced sparse gradient.
 static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const Tensor& rows,
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
-  RK_CHECK(static_cast<int64_t>(states.size()) == states_of(optimizer), "sparse_update: states must hold ",
-           states_of(optimizer), " tensors, got ", states.size());
-  RK_CHECK(hyper.size() == kHyper, "sparse_update: hyper must hold 8 numbers, got ", hyper.size());
-  const Update u = make_update(optimizer, hyper.data(), weight, states.data());
+  check_optimizer(optimizer, 1, states.size(), hyper.size());
+  Update u = make_update<Update>(optimizer, hyper.data(), weight, states.data());
+  u.optimizer = static_cast<Optimizer>(optimizer);
   const int64_t n = rows.numel(), D = weight.size(1);
   RK_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&
                values.size(1) == D && values.scalar_type() == weight.scalar_type(),

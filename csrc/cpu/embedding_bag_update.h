@@ -16,6 +16,8 @@
 //   w -= step m / (inverse_root sqrt v + eps)
 //
 // State is float, double for double tables. Bytes a row: D values of w, D of each state, read and written.
+// Adam's m and v of a row lie side by side where rankkernels.optim made them: one place in memory to go to,
+// not two.
 #pragma once
 
 #include "embedding_bag_args.h"
@@ -103,7 +105,7 @@ struct Step {
   Optimizer optimizer;
   T* weight;
   A *state1, *state2;
-  int64_t stride_wr, D;
+  int64_t stride_wr, stride_sr, D;
   A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm;
   Tail<T> tail;
   Tail<A> tail_state;
@@ -113,7 +115,7 @@ struct Step {
       : D(D), tail(static_cast<int>(D % kLanes)), tail_state(static_cast<int>(D % kLanes)) {
     const Update u = update ? *update : Update{};
     optimizer = u.optimizer, weight = static_cast<T*>(u.weight), stride_wr = u.stride_wr;
-    state1 = static_cast<A*>(u.state1), state2 = static_cast<A*>(u.state2);
+    state1 = static_cast<A*>(u.state[0]), state2 = static_cast<A*>(u.state[1]), stride_sr = u.stride_sr;
     lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1), keep2 = A(1 - u.beta2);
     step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor),
     max_norm = A(u.max_norm);
@@ -122,8 +124,9 @@ struct Step {
   // Asks for the state that a step on columns [d, d + kLanes) of a row reads.
   template <Optimizer kind>
   __attribute__((always_inline)) void ask(int64_t row, int64_t d) const {
-    if (kind == kAdagrad || kind == kAdam || kind == kAdamW) __builtin_prefetch(state1 + row * D + d, 1);
-    if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * D + d, 1);
+    if (kind == kAdagrad || kind == kAdam || kind == kAdamW)
+      __builtin_prefetch(state1 + row * stride_sr + d, 1);
+    if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * stride_sr + d, 1);
     if (kind == kRowWiseAdagrad && d == 0) __builtin_prefetch(state1 + row, 1);
   }
 
@@ -142,19 +145,22 @@ struct Step {
     }
   }
 
+  // Adds what a row's gradient [D] adds to its s -> s.
+  __attribute__((always_inline)) A add_to_state(int64_t row, const A* grad) const {
+    V squares = {};
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const bool whole = d + kLanes <= D;
+      V g = load(grad + d, whole, tail_state);
+      if (decay != 0) g += decay * load(weight + row * stride_wr + d, whole, tail);
+      squares += g * g;
+    }
+    return state1[row] += sum_lanes<T>(squares) / A(D);
+  }
+
   // scales [n] = lr / (sqrt s + eps) of rows of gradients grads [n, D], after adding to their s.
   __attribute__((always_inline)) void scale_rows(const int64_t* rows, const A* grads, int64_t n,
                                                  A* scales) const {
-    for (int64_t k = 0; k < n; ++k) {
-      V squares = {};
-      for (int64_t d = 0; d < D; d += kLanes) {
-        const bool whole = d + kLanes <= D;
-        V g = load(grads + k * D + d, whole, tail_state);
-        if (decay != 0) g += decay * load(weight + rows[k] * stride_wr + d, whole, tail);
-        squares += g * g;
-      }
-      scales[k] = state1[rows[k]] += sum_lanes<T>(squares) / A(D);
-    }
+    for (int64_t k = 0; k < n; ++k) scales[k] = add_to_state(rows[k], grads + k * D);
     for (int64_t k = n; k % kLanes; ++k) scales[k] = 0;
     for (int64_t k = 0; k < n; k += kLanes)
       Traits<A>::store(scales + k, lr / (root(Traits<A>::load(scales + k)) + eps));
@@ -166,7 +172,7 @@ struct Step {
   template <Optimizer kind>
   __attribute__((always_inline)) void take_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
     T* w_row = weight + row * stride_wr;
-    A *s1 = state1 + row * D, *s2 = state2 + row * D;
+    A *s1 = state1 + row * stride_sr, *s2 = state2 + row * stride_sr;
     V w = load(w_row + d, whole, tail);
     if (kind == kAdamW)
       w -= lr * decay * w;

@@ -1,60 +1,28 @@
 // An optimizer's step on the rows that a batch looked up, on a GPU: checks, launches, registration. The
 // kernel and its mathematics are in embedding_bag_update.cuh.
-#include <cmath>
-
+#include "../embedding_bag_update_arguments.h"
 #include "embedding_bag_backward.h"
 #include "embedding_bag_update.cuh"
 
 namespace rk {
 namespace cuda {
 
-#define RK_CHECK_UPDATE(condition, ...) RK_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
-
-static size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
-
-// The step on one table; hyper = [lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor,
-// max_norm].
-constexpr size_t kHyper = 8;
-static Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight,
-                          const Tensor* states) {
-  RK_CHECK_UPDATE(
-      weight.dim() == 2 && is_floating(weight.scalar_type()) &&
-          (weight.stride(1) == 1 || weight.size(1) == 1) && on_device(weight),
-      "a table must be floating-point [R, D] with rows of elements side by side, on a GPU, got shape ",
-      shape_of(weight), " and dtype ", weight.scalar_type());
-  Update u{};
-  u.weight = weight.data_ptr();
-  u.stride_wr = weight.stride(0);
+static Update make_cuda_update(int64_t optimizer, const double* hyper, const Tensor& weight,
+                               const Tensor* states) {
+  auto u = make_update<Update>(optimizer, hyper, weight, states);
   u.R = weight.size(0);
   u.D = checked_int32(weight.size(1), "the width of a table");
-  u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
-  u.grad_factor = hyper[6], u.max_norm = hyper[7];
-  const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
-  u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
-  u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
+  RK_CHECK_UPDATE(on_device(weight), "a table must be on a GPU");
   u.packed = rows_aligned(weight) && u.D * weight.element_size() % 16 == 0;
-  const ScalarType dtype =
-      weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   for (size_t i = 0; i < states_of(optimizer); ++i) {
     const Tensor& state = states[i];
-    RK_CHECK_UPDATE(state.scalar_type() == dtype && state.is_contiguous() && on_device(state) &&
-                        state.get_device_index() == weight.get_device_index() &&
-                        state.numel() == (optimizer == kRowWiseAdagrad ? u.R : u.R * u.D),
-                    "state ", i, " of a table of shape ", shape_of(weight), " must be contiguous ", dtype,
-                    " of one value ", optimizer == kRowWiseAdagrad ? "a row" : "an element", ", got shape ",
-                    shape_of(state), " and dtype ", state.scalar_type());
-    u.state[i] = state.data_ptr();
-    u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % 32 == 0;
+    RK_CHECK_UPDATE(on_device(state) && state.get_device_index() == weight.get_device_index(), "state ", i,
+                    " of a table of shape ", shape_of(weight), " must be on the table's device");
+    const uintptr_t pack = 16 / weight.element_size() * state.element_size();
+    u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % pack == 0 &&
+               u.stride_sr * state.element_size() % pack == 0;
   }
   return u;
-}
-
-static void check_optimizer(int64_t optimizer, size_t tables, size_t states, size_t hyper) {
-  RK_CHECK_UPDATE(optimizer >= kSGD && optimizer <= kAdamW, "unknown optimizer ", optimizer);
-  RK_CHECK_UPDATE(states == tables * states_of(optimizer), "states must hold ", states_of(optimizer),
-                  " tensors a table, got ", states, " for ", tables);
-  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ",
-                  tables);
 }
 
 // One launch for as many tables of a dtype as go with it.
@@ -95,8 +63,8 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   Ints rows;
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_update(optimizer, hyper.data() + kHyper * t, weights[t],
-                                  states.data() + t * states_of(optimizer)));
+    updates.push_back(make_cuda_update(optimizer, hyper.data() + kHyper * t, weights[t],
+                                       states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
     rows.push_back(updates[t].R);
     first_key += updates[t].R;
@@ -126,7 +94,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
 static void sparse_update_cuda(const Tensor& weight, const Tensors& states, const Tensor& rows,
                                const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer(optimizer, 1, states.size(), hyper.size());
-  Update u = make_update(optimizer, hyper.data(), weight, states.data());
+  Update u = make_cuda_update(optimizer, hyper.data(), weight, states.data());
   RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
                values.size(0) == rows.size(0) && values.size(1) == u.D &&
                values.scalar_type() == weight.scalar_type() && on_device(rows) && on_device(values),

@@ -17,18 +17,18 @@
 // written. A group of lanes takes a row.
 #pragma once
 
+#include "../embedding_bag_optimizer.h"
 #include "device.cuh"
 
 namespace rk {
 namespace cuda {
 
-enum Optimizer : int32_t { kSGD, kAdagrad, kRowWiseAdagrad, kAdam, kAdamW };  // ops/embedding_bag_update.py
-
 // A table and its step. Its row r has the key first_key + r.
 struct Update {
   void* weight;  // [R, D], rows stride_wr apart
   int64_t stride_wr, R, first_key;
-  void* state[2];  // [R, D], or [R]; or null
+  void* state[2];  // [R, D], rows stride_sr apart, or [R]; or null
+  int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
   int32_t D;
   bool packed;  // rows of the table, of the state and of the gradient are packs
@@ -48,7 +48,8 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
   using A = accumulate_t<T>;
   T* weight = static_cast<T*>(u.weight) + row * u.stride_wr;
   A* states[2];
-  for (int i = 0; i < 2; ++i) states[i] = u.state[i] ? static_cast<A*>(u.state[i]) + row * u.D : nullptr;
+  for (int i = 0; i < 2; ++i)
+    states[i] = u.state[i] ? static_cast<A*>(u.state[i]) + row * u.stride_sr : nullptr;
   const A lr = A(u.lr), eps = A(u.eps), decay = optimizer == kAdamW ? A(0) : A(u.weight_decay);
   const A shrink = optimizer == kAdamW ? A(1 - u.lr * u.weight_decay) : A(1);
 

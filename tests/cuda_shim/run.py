@@ -87,9 +87,10 @@ def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
     """Tables and state after two fused steps, and after a step with a sparse gradient."""
     weights, _, _ = features_of(case, dtype)
     weights = [torch.cat([w, w], 1)[:, w.size(1) :] for w in weights]  # tables may have gaps between their rows
-    shapes = [w.shape[:1] if optimizer == "rowwise_adagrad" else w.shape for w in weights]
     count = {"sgd": 0, "adam": 2, "adamw": 2}.get(optimizer, 1)
-    states = [torch.full(s, 0.1, dtype=torch.promote_types(dtype, torch.float32)) for s in shapes for _ in range(count)]
+    shapes = [(w.size(0), count, *(w.shape[1:] if optimizer != "rowwise_adagrad" else ())) for w in weights]
+    whole = [torch.full(shape, 0.1, dtype=torch.promote_types(dtype, torch.float32)) for shape in shapes]
+    states = [state for one in whole for state in one.unbind(1)]  # two moments of a row lie side by side
     kind = OPTIMIZERS.index(optimizer)
     for step in (1.0, 2.0):
         _, features, grad_outs = features_of(case, dtype, seed=int(step))
@@ -361,11 +362,11 @@ def bad_arguments() -> None:
         (torch.ones(2, 4), [], 9, [0.1] * 8, "embedding_bag_update: unknown optimizer 9"),
         (torch.ones(2, 4), [], 1, [0.1] * 8, "states must hold 1 tensors a table, got 0 for 1"),
         (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 8 numbers a table, got 7 for 1"),
-        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must be contiguous"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must be torch"),
         (torch.ones(2, 3), [], 0, [0.1] * 8, "grad_outs[0] must have the dtype and the width of its table"),
         (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
         (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
-        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must"),
+        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, "of shape [5, 4] must be on the"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
         assert_refused(expected, update.redispatch, keys, [grad], [weight], states, *features, kind, hyper)

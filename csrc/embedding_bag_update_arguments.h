@@ -1,0 +1,61 @@
+// The arguments of an optimizer's step on tables, as the CPU and the CUDA implementation take them.
+#pragma once
+
+#include <cmath>
+
+#include "embedding_bag_arguments.h"
+#include "embedding_bag_optimizer.h"
+
+#define RK_CHECK_UPDATE(condition, ...) RK_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
+
+namespace rk {
+
+// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm.
+constexpr size_t kHyper = 8;
+
+inline size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
+
+inline void check_optimizer(int64_t optimizer, size_t tables, size_t states, size_t hyper) {
+  RK_CHECK_UPDATE(optimizer >= kSGD && optimizer <= kAdamW, "unknown optimizer ", optimizer);
+  RK_CHECK_UPDATE(states == tables * states_of(optimizer), "states must hold ", states_of(optimizer),
+                  " tensors a table, got ", states, " for ", tables);
+  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ",
+                  tables);
+}
+
+// The step on a table. `Update` is either implementation's; what it has of its own is left to the caller.
+template <class Update>
+Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight, const Tensor* states) {
+  RK_CHECK_UPDATE(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
+                  "a table must be [R, D] with rows of elements side by side, got shape ", shape_of(weight));
+  RK_CHECK_FLOATING("embedding_bag_update", weight);
+  Update u{};
+  u.weight = weight.data_ptr();
+  u.stride_wr = weight.stride(0);
+  u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
+  u.grad_factor = hyper[6], u.max_norm = hyper[7];
+  const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
+  u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
+  u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
+  const ScalarType dtype =
+      weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool one_a_row = optimizer == kRowWiseAdagrad;
+  const int64_t R = weight.size(0), D = one_a_row ? 1 : weight.size(1);
+  for (size_t i = 0; i < states_of(optimizer); ++i) {
+    const Tensor& state = states[i];
+    const bool fits = state.scalar_type() == dtype && state.dim() == (one_a_row ? 1 : 2) &&
+                      state.size(0) == R && (one_a_row || state.size(1) == D);
+    RK_CHECK_UPDATE(fits && (D == 1 || state.stride(1) == 1) && (R <= 1 || state.stride(0) >= D) &&
+                        (!one_a_row || R <= 1 || state.stride(0) == 1) &&
+                        (i == 0 || state.stride(0) == states[0].stride(0)),
+                    "state ", i, " of a table of shape ", shape_of(weight), " must be ", name_of(dtype),
+                    " of one value ",
+                    one_a_row ? "a row, contiguous" : "an element, in rows of elements side by side",
+                    ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
+    u.state[i] = state.data_ptr();
+    u.stride_sr = state.stride(0);
+  }
+  return u;
+}
+
+}  // namespace rk
