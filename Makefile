@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 SMOKE_TORCH ?= torch==2.14.1
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
+RESULTS ?= bench/results
 PEERS ?= fbgemm-gpu-cpu==1.8.0 zentorch==2.13.0.2 deprecated wrapt
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +20,8 @@ help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
 	@echo "make test    the test suite (TESTS='tests/test_ops.py -k fm' for a part)"
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
-	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there"
+	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there (on a processor without"
+	@echo "             AVX-512: RESULTS=bench/results/avx2, for bench/RESULTS-AVX2.md)"
 	@echo "make peers   install FBGEMM's CPU operators and zentorch for the benchmarks, where there are wheels of them"
 	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
 	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
@@ -56,12 +58,12 @@ bench: $(VENV)/bench.stamp
 			--benchmark-json=$(RECORDS)/$$name.json $(BENCH_OPTIONS); \
 	done
 
-# What README.md and bench/RESULTS.md show: the records, the tables and the charts.
+# What README.md and the pages in bench/ show: the records, the tables and the charts.
 results:
-	$(MAKE) bench RECORDS=bench/results
+	$(MAKE) bench RECORDS=$(RESULTS)
 	$(BENCH_PYTHON) -m pytest bench/bench_steps.py bench/bench_ops.py bench/bench_din_attention.py \
 		-k "2_threads and (train or backward or step or fused)" \
-		--malloc default --benchmark-columns=median --benchmark-json=bench/results/malloc_default.json
+		--malloc default --benchmark-columns=median --benchmark-json=$(RESULTS)/malloc_default.json
 	$(BIN)/python bench/report.py
 
 # FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.

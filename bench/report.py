@@ -1,6 +1,7 @@
 """From the records in bench/results to tables and charts: ``python bench/report.py`` writes README.md's part between
-``<!-- bench -->`` and ``<!-- /bench -->``, bench/RESULTS.md and the charts; ``--check`` writes nothing and exits 1 if
-something there is not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
+``<!-- bench -->`` and ``<!-- /bench -->``, bench/RESULTS.md and the charts, and from those in bench/results/avx2, of a
+processor without AVX-512, the tables of bench/RESULTS-AVX2.md; ``--check`` writes nothing and exits 1 if something there is
+not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RESULTS, README, PAGE = ROOT / "bench/results", ROOT / "README.md", ROOT / "bench/RESULTS.md"
+README = ROOT / "README.md"
+#: Folders of records, each with its page.
+PAGES = {"results": ROOT / "bench/RESULTS.md", "results/avx2": ROOT / "bench/RESULTS-AVX2.md"}
+RESULTS = ROOT / "bench/results"
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 #: The records, in the order of the page, and their titles. Others come after them, under their names.
 TITLES = {
@@ -45,11 +49,11 @@ DEFAULT_MALLOC = "malloc_default"
 
 
 HEAD = """\
-# Measured
+# Measured{where}
 
-`make results` measures all of this again and writes this page and the charts, `make results BENCH=ops` a part of it.
-`make bench` measures into build/bench and leaves this page alone; what became slower is said by
-`python bench/compare.py bench/results build/bench`. Written by bench/report.py.
+`make results{option}` measures all of this again and writes this page{charts}, `make results{option} BENCH=ops` a part of
+it. `make bench` measures into build/bench and leaves this page alone; what became slower is said by
+`python bench/compare.py bench/{folder} build/bench`. Written by bench/report.py. {other}
 
 Each contender's result was compared with ours before anything was timed. They take turns in every round, each timed
 after calls of its own that bring its data back into the caches: these are times of a contender that has the machine to
@@ -335,7 +339,12 @@ def business(record: Record) -> str:
     return "quiet" + steadiness
 
 
-def conditions_section(records: dict[str, Record]) -> list[str]:
+def option_of(folder: str) -> str:
+    """What `make results` is given to write the records of a folder."""
+    return "" if folder == "results" else f" RESULTS=bench/{folder}"
+
+
+def conditions_section(folder: str, records: dict[str, Record]) -> list[str]:
     lines = [
         "## Conditions",
         "",
@@ -345,8 +354,8 @@ def conditions_section(records: dict[str, Record]) -> list[str]:
     for name, record in records.items():
         c = record.content["conditions"]
         lines.append(
-            f"| [{name}](results/{name}.json) | {record.conditions} | {record.content['datetime'][:10]} "
-            f"| {c['load_before']:.2f} | {business(record)} | `make results BENCH={name}` |"
+            f"| [{name}]({folder}/{name}.json) | {record.conditions} | {record.content['datetime'][:10]} "
+            f"| {c['load_before']:.2f} | {business(record)} | `make results{option_of(folder)} BENCH={name}` |"
         )
     missing: dict[str, set] = {}
     for record in records.values():
@@ -416,16 +425,22 @@ GPU_KERNELS = (
 )
 
 
-def page(records: dict[str, Record], pictures: dict) -> str:
-    lines = [
-        HEAD,
-        *conditions_section(records),
-        *default_malloc(records),
-    ]
+def page(folder: str, records: dict[str, Record], pictures: dict) -> str:
+    main = folder == "results"
+    head = HEAD.format(
+        where="" if main else " without AVX-512",
+        option=option_of(folder),
+        charts=" and the charts" if main else "",
+        folder=folder,
+        other="Without AVX-512: [RESULTS-AVX2.md](RESULTS-AVX2.md)."
+        if main
+        else "With AVX-512, and with charts: [RESULTS.md](RESULTS.md).",
+    )
+    lines = [head, *conditions_section(folder, records), *default_malloc(records)]
     if pictures:
         lines += ["## Charts", ""]
         for name in CHART_TEXTS:
-            lines += picture(name, "results/") if name in pictures else []
+            lines += picture(name, f"{folder}/") if name in pictures else []
     for name, record in records.items():
         if name == DEFAULT_MALLOC:
             continue
@@ -442,7 +457,8 @@ def page(records: dict[str, Record], pictures: dict) -> str:
             ]
         if parts:
             lines += [f"## {TITLES.get(name, name)}", "", *parts]
-    lines += ["## GPU kernels", "", GPU_KERNELS]
+    if main:
+        lines += ["## GPU kernels", "", GPU_KERNELS]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -467,7 +483,9 @@ def main() -> int:
     if BEGIN not in old:
         parser.error(f"{README}: no line {BEGIN}")
     new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{excerpt(records, pictures)}{END}", old, flags=re.DOTALL)
-    texts = {README: new, PAGE: page(records, pictures)}
+    texts = {README: new}
+    for folder, path in PAGES.items():
+        texts[path] = page(folder, load(ROOT / "bench" / folder), pictures if folder == "results" else {})
     from charts import draw, is_current
 
     if arguments.check:
