@@ -1,7 +1,7 @@
 """From the records in bench/results to tables and charts: ``python bench/report.py`` writes README.md's part between
 ``<!-- bench -->`` and ``<!-- /bench -->``, bench/RESULTS.md and the charts, and from those in bench/results/avx2, of a
-processor without AVX-512, the tables of bench/RESULTS-AVX2.md; ``--check`` writes nothing and exits 1 if something there is
-not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
+processor without AVX-512, the tables of bench/RESULTS-AVX2.md; ``--check`` writes nothing and exits 1 if something
+there is not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ DEFAULT_MALLOC = "malloc_default"
 HEAD = """\
 # Measured{where}
 
-`make results{option}` measures all of this again and writes this page{charts}, `make results{option} BENCH=ops` a part of
-it. `make bench` measures into build/bench and leaves this page alone; what became slower is said by
+`make results{option}` measures all of this again and writes this page{charts}, with `BENCH=ops` a part of it.
+`make bench` measures into build/bench and leaves this page alone; what became slower is said by
 `python bench/compare.py bench/{folder} build/bench`. Written by bench/report.py. {other}
 
 Each contender's result was compared with ours before anything was timed. They take turns in every round, each timed

@@ -45,12 +45,11 @@ Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight,
     const Tensor& state = states[i];
     const bool fits = state.scalar_type() == dtype && state.dim() == (one_a_row ? 1 : 2) &&
                       state.size(0) == R && (one_a_row || state.size(1) == D);
-    RK_CHECK_UPDATE(fits && (D == 1 || state.stride(1) == 1) && (R <= 1 || state.stride(0) >= D) &&
-                        (!one_a_row || R <= 1 || state.stride(0) == 1) &&
-                        (i == 0 || state.stride(0) == states[0].stride(0)),
-                    "state ", i, " of a table of shape ", shape_of(weight), " must be ", name_of(dtype),
-                    " of one value ",
-                    one_a_row ? "a row, contiguous" : "an element, in rows of elements side by side",
+    const bool rows_fit = fits && (R <= 1 || (state.stride(0) == states[0].stride(0) &&
+                                              (one_a_row ? state.stride(0) == 1 : state.stride(0) >= D)));
+    RK_CHECK_UPDATE(rows_fit && (D == 1 || state.stride(1) == 1), "state ", i, " of a table of shape ",
+                    shape_of(weight), " must be ", name_of(dtype), " of one value ",
+                    one_a_row ? "a row, contiguous" : "an element, in rows as far apart as state 0's",
                     ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
     u.state[i] = state.data_ptr();
     u.stride_sr = state.stride(0);
