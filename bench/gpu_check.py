@@ -307,17 +307,22 @@ def embedding_peers(case: OpCase, device: torch.device) -> dict[str, Callable]:
             ComputeDevice,
             SplitTableBatchedEmbeddingBagsCodegen,
         )
-    except Exception:  # not installed, or not for this GPU
+
+        weights, ids = inputs[:n], inputs[n:]
+        place = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+        module = SplitTableBatchedEmbeddingBagsCodegen([(*w.shape, *place) for w in weights], device=device)
+        for own, w in zip(module.split_embedding_weights(), weights):
+            own.copy_(w)
+        B, L = ids[0].shape
+        offsets = torch.arange(0, n * B * L + 1, L, device=device)
+
+        def fbgemm(*t):
+            return module(torch.stack(t[n:]).flatten(), offsets)
+
+        fbgemm(*(t.detach().to(device) for t in inputs))
+    except Exception:  # not installed, or not for this device: its CPU build is another package of the same module
         return peers
-    weights, ids = inputs[:n], inputs[n:]
-    place = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
-    module = SplitTableBatchedEmbeddingBagsCodegen([(*w.shape, *place) for w in weights], device=device)
-    for own, w in zip(module.split_embedding_weights(), weights):
-        own.copy_(w)
-    B, L = ids[0].shape
-    offsets = torch.arange(0, n * B * L + 1, L, device=device)
-    peers["FBGEMM"] = lambda *t: module(torch.stack(t[n:]).flatten(), offsets)
-    return peers
+    return peers | {"FBGEMM": fbgemm}
 
 
 def trained(function: Callable) -> Callable:
