@@ -1,6 +1,6 @@
 """The linear layers of DeepFM's and DIN's MLPs: ``rankkernels.nn.linear`` and ``nn.Linear``, eager and under
-torch.compile. Where ours is torch's own call there is nothing to time: but for AMD's CPUs with AVX-512, rows of whole
-cache lines."""
+torch.compile. Where ours is torch's own call there is nothing to time: small products, and rows of whole cache lines on
+any CPU but AMD's with AVX-512."""
 
 from __future__ import annotations
 

@@ -426,14 +426,14 @@ GPU_KERNELS = (
 
 
 def page(folder: str, records: dict[str, Record], pictures: dict) -> str:
-    main = folder == "results"
+    first = folder == "results"
     head = HEAD.format(
-        where="" if main else " without AVX-512",
+        where="" if first else " without AVX-512",
         option=option_of(folder),
-        charts=" and the charts" if main else "",
+        charts=" and the charts" if first else "",
         folder=folder,
         other="Without AVX-512: [RESULTS-AVX2.md](RESULTS-AVX2.md)."
-        if main
+        if first
         else "With AVX-512, and with charts: [RESULTS.md](RESULTS.md).",
     )
     lines = [head, *conditions_section(folder, records), *default_malloc(records)]
@@ -457,7 +457,7 @@ def page(folder: str, records: dict[str, Record], pictures: dict) -> str:
             ]
         if parts:
             lines += [f"## {TITLES.get(name, name)}", "", *parts]
-    if main:
+    if first:
         lines += ["## GPU kernels", "", GPU_KERNELS]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -477,7 +477,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if something differs")
     arguments = parser.parse_args()
-    records = load(RESULTS)
+    loaded = {folder: load(ROOT / "bench" / folder) for folder in PAGES}
+    records = loaded["results"]
     pictures = charts(records)
     old = README.read_text()
     if BEGIN not in old:
@@ -485,7 +486,7 @@ def main() -> int:
     new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{excerpt(records, pictures)}{END}", old, flags=re.DOTALL)
     texts = {README: new}
     for folder, path in PAGES.items():
-        texts[path] = page(folder, load(ROOT / "bench" / folder), pictures if folder == "results" else {})
+        texts[path] = page(folder, loaded[folder], pictures if folder == "results" else {})
     from charts import draw, is_current
 
     if arguments.check:

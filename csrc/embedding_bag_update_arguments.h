@@ -15,12 +15,11 @@ constexpr size_t kHyper = 8;
 
 inline size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
 
-inline void check_optimizer(int64_t optimizer, size_t tables, size_t states, size_t hyper) {
-  RK_CHECK_UPDATE(optimizer >= kSGD && optimizer <= kAdamW, "unknown optimizer ", optimizer);
-  RK_CHECK_UPDATE(states == tables * states_of(optimizer), "states must hold ", states_of(optimizer),
-                  " tensors a table, got ", states, " for ", tables);
-  RK_CHECK_UPDATE(hyper == kHyper * tables, "hyper must hold 8 numbers a table, got ", hyper, " for ",
-                  tables);
+inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, size_t states, size_t hyper) {
+  RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, op, ": unknown optimizer ", optimizer);
+  RK_CHECK(states == tables * states_of(optimizer), op, ": states must hold ", states_of(optimizer),
+           " tensors a table, got ", states, " for ", tables);
+  RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
 }
 
 // The step on a table. `Update` is either implementation's; what it has of its own is left to the caller.

@@ -67,15 +67,21 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
                    {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
 }
 
+static Update make_cpu_update(int64_t optimizer, const double* hyper, const Tensor& weight,
+                              const Tensor* states) {
+  auto u = make_update<Update>(optimizer, hyper, weight, states);
+  u.optimizer = static_cast<Optimizer>(optimizer);
+  return u;
+}
+
 Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
                       int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm) {
-  check_optimizer(optimizer, weights.size(), states.size(), hyper.size());
+  check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
   std::vector<Update> updates;
   std::vector<TableGrad> sums(weights.size(), TableGrad{});
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_update<Update>(optimizer, hyper.data() + kHyper * t, weights[t],
-                                          states.data() + t * states_of(optimizer)));
-    updates[t].optimizer = static_cast<Optimizer>(optimizer);
+    updates.push_back(make_cpu_update(optimizer, hyper.data() + kHyper * t, weights[t],
+                                      states.data() + t * states_of(optimizer)));
     RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
                                    backward.widths[t] == weights[t].size(1)),
              "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
@@ -105,9 +111,8 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
 // A step on the rows of a coalesced sparse gradient.
 static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const Tensor& rows,
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
-  check_optimizer(optimizer, 1, states.size(), hyper.size());
-  Update u = make_update<Update>(optimizer, hyper.data(), weight, states.data());
-  u.optimizer = static_cast<Optimizer>(optimizer);
+  check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
+  const Update u = make_cpu_update(optimizer, hyper.data(), weight, states.data());
   const int64_t n = rows.numel(), D = weight.size(1);
   RK_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&
                values.size(1) == D && values.scalar_type() == weight.scalar_type(),

@@ -57,7 +57,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
                                          const std::vector<double>& hyper) {
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        nullptr};
-  check_optimizer(optimizer, weights.size(), states.size(), hyper.size());
+  check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
   check_lengths(args, weights.size());
   std::vector<Update> updates;
   Ints rows;
@@ -93,7 +93,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
 // A step on the rows of a coalesced sparse gradient.
 static void sparse_update_cuda(const Tensor& weight, const Tensors& states, const Tensor& rows,
                                const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
-  check_optimizer(optimizer, 1, states.size(), hyper.size());
+  check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
   Update u = make_cuda_update(optimizer, hyper.data(), weight, states.data());
   RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
                values.size(0) == rows.size(0) && values.size(1) == u.D &&

@@ -358,15 +358,16 @@ def bad_arguments() -> None:
         assert_refused(f"embedding_fm_backward: {expected}", backward, *grads, e, linear_weight, D)
     update = torch.ops.rankkernels.embedding_bag_update.default
     features = [ids], [], [], [0], [1], [-1], [-1]
+    state = "state 0 of a table of shape [5, 4] must be"
     for grad, states, kind, hyper, expected in (
         (torch.ones(2, 4), [], 9, [0.1] * 8, "embedding_bag_update: unknown optimizer 9"),
         (torch.ones(2, 4), [], 1, [0.1] * 8, "states must hold 1 tensors a table, got 0 for 1"),
         (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 8 numbers a table, got 7 for 1"),
-        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, "state 0 of a table of shape [5, 4] must be torch"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, f"{state} torch.float32 of one value an element"),
         (torch.ones(2, 3), [], 0, [0.1] * 8, "grad_outs[0] must have the dtype and the width of its table"),
         (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
         (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
-        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, "of shape [5, 4] must be on the"),
+        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, f"{state} on the table's device"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
         assert_refused(expected, update.redispatch, keys, [grad], [weight], states, *features, kind, hyper)
