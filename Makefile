@@ -50,10 +50,11 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(TESTS)
 
-# A process and a record for each file of bench/, so that none finds what another left behind.
+# A process and a record for each file of bench/, so that none finds what another left behind. The tunable has a tensor
+# of a size lie where the one before it lay (bench/conftest.py).
 bench: $(VENV)/bench.stamp
 	mkdir -p $(RECORDS)
-	set -e; for name in $(BENCH); do \
+	set -e; export GLIBC_TUNABLES=glibc.malloc.tcache_count=0; for name in $(BENCH); do \
 		$(BENCH_PYTHON) -m pytest bench/bench_$$name.py --benchmark-columns=median \
 			--benchmark-json=$(RECORDS)/$$name.json $(BENCH_OPTIONS); \
 	done

@@ -1,4 +1,5 @@
-"""What became slower: ``python bench/compare.py OLD NEW``, two records or two folders of records.
+"""What became slower: ``python bench/compare.py OLD NEW``, two records or two folders of records. Of a race that more
+than one record of a folder has, the latest counts.
 
 Compared are speed-ups over the baseline of the same run (eager PyTorch, mostly), because a second of one run is not a
 second of another. A race is slower if its speed-up fell by more than ``--tolerance`` and by more than the noise: its
@@ -10,13 +11,14 @@ more than the tolerance, noise or not, it says so. Where the machine was another
 tolerance, that is "conditions differ" and no more than that, neither agreement nor its opposite: others took part in
 one of them, or the median of what the machine gave (``machine.probe``: memory, cache, exchange between cores) is apart.
 What was not probed is no excuse. Exits 1 if a ratio is apart under the same conditions, 2 if ratios are apart under
-different conditions only: those races are to be run again.
+different conditions only: those races are to be run again, and it prints how.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,8 +29,8 @@ def load(path: Path) -> tuple[dict[str, dict], list[str]]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         sys.exit(f"compare.py: no record in {path}")
-    for file in files:
-        record = json.loads(file.read_text())
+    records = [(file, json.loads(file.read_text())) for file in files]
+    for file, record in sorted(records, key=lambda pair: pair[1]["datetime"]):
         cpu = record["machine_info"]["cpu"].get("brand_raw", "unknown processor")
         conditions = record["conditions"]
         machines.append(f"{cpu}, torch {conditions['versions']['torch']}, {conditions['malloc']}")
@@ -90,7 +92,7 @@ def differ(was: float, now: float, tolerance: float) -> bool:
 
 
 def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
-    count, apart, undecided = 0, [], []
+    count, apart, undecided, again = 0, [], [], {}
     for name in sorted(old.keys() & new.keys()):
         before, after = (entries[name].get("contenders", {}) for entries in (old, new))
         conditions = changed_conditions(old[name], new[name], tolerance)
@@ -100,9 +102,13 @@ def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
             if differ(was, now, tolerance):
                 text = f"{name}: {was:.2f} and {now:.2f} times {contender}"
                 (undecided if conditions else apart).append("; ".join([text, *conditions]))
+                if conditions:
+                    again[name] = None
     for kind, lines in (("apart", apart), ("conditions differ", undecided)):
         for line in sorted(lines):
             print(f"{kind}: {line}")
+    if again:
+        print("again: pytest --benchmark-json=NEW/again.json", *map(shlex.quote, again))
     print(
         f"{count} ratios in both: {count - len(apart) - len(undecided)} agree within {tolerance:.0%}, {len(apart)} are "
         f"apart, {len(undecided)} are apart under different conditions; {len(old.keys() ^ new.keys())} benchmarks are "

@@ -26,6 +26,10 @@ PEERS = {
 }
 #: More than this many cores in use by others: what was timed meanwhile is called disturbed.
 QUIET = 0.15
+#: What glibc has to be told before a process starts, in GLIBC_TUNABLES.
+NO_THREAD_CACHE = "glibc.malloc.tcache_count=0"
+#: Environment variables that change what is measured begin so.
+VARIABLES = ("OMP_", "GOMP_", "KMP_", "MALLOC_", "GLIBC_")
 #: Shorter than this, /proc/stat, which counts in hundredths of a second, cannot tell.
 SHORTEST_WATCH = 0.25
 
@@ -62,7 +66,7 @@ def conditions() -> dict:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "huge_pages": huge_pages.split("[")[1].split("]")[0],
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(("OMP_", "GOMP_", "KMP_", "MALLOC_"))},
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
         "versions": versions(),
         "not_measured": {peer: reason for peer in PEERS if (reason := missing(peer))},
         "load_before": os.getloadavg()[0],
@@ -145,7 +149,7 @@ def probe() -> dict[str, float]:
     """What a virtual machine gives now, in GB/s. /proc/stat cannot tell it, and ratios go with it:
 
     - ``memory``: reading 64 MiB. Neighbours behind the hypervisor take of it.
-    - ``cache``: reading 16 MiB again. They take of the last-level cache too.
+    - ``cache``: reading 16 MiB again, often: it takes ten times until all of it stays. They take of that cache too.
     - ``exchange``, of several threads: reading what another has just written. Two processors that share a last-level
       cache exchange fast and have one way to memory together, two that do not exchange slowly and have one each; the
       hypervisor moves them (here between 50 and 13 GB/s, and 48 and 66 of memory), for seconds or hours.
@@ -161,8 +165,8 @@ def probe() -> dict[str, float]:
 
     memory, cache, exchanged = _probe_inputs()
     found = {}
-    for name, x in (("memory", memory), ("cache", cache)):
-        found[name] = rate(lambda x=x: torch.dot(x, x), 4 * x.numel(), 3)
+    for name, x, calls in (("memory", memory, 3), ("cache", cache, 20)):
+        found[name] = rate(lambda x=x: torch.dot(x, x), 4 * x.numel(), calls)
     if torch.get_num_threads() > 1:
 
         def exchange():

@@ -38,6 +38,7 @@ def record(**entries: dict) -> dict:
     return {
         "machine_info": {"cpu": {"brand_raw": "a processor"}},
         "conditions": {"versions": {"torch": "2.13.0"}, "malloc": "freed memory kept"},
+        "datetime": "2026-11-28T06:00:00+00:00",
         "benchmarks": [{"fullname": name, "extra_info": entry} for name, entry in entries.items()],
     }
 
@@ -87,6 +88,7 @@ def test_compare(tmp_path, capsys, change, code, said):
             "conditions differ: fm: 5.00 and 6.00 times eager; oth",
         ),
         (lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)), 2, "times eager; memory 46 and 60 GB/s\n"),
+        (lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)), 2, "again: pytest --benchmark-json=NEW/again.json fm\n"),
         # Neither is bandwidth as far apart as the ratios may be, nor extremes, nor what only one race was asked.
         (lambda r: r["fm"].update(race(6.0), given_gb_s=given(50)), 1, "1 are apart, 0 are"),
         (lambda r: r["fm"].update(race(6.0), given_gb_s={"memory": [1, 46, 99]}), 1, "1 are apart, 0 are"),
@@ -118,6 +120,15 @@ def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
     assert "not the same conditions" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no record in"):
         load("compare").main([str(tmp_path), str(tmp_path / "new")])
+
+
+def test_of_a_race_that_was_run_again_the_latest_counts(tmp_path, capsys):
+    for folder, file, time, ratio in (("old", "ops", 6, 5.0), ("new", "ops", 7, 9.0), ("new", "again", 8, 5.0)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        content = record(fm=race(ratio)) | {"datetime": f"2026-11-28T0{time}:00:00+00:00"}
+        (tmp_path / folder / f"{file}.json").write_text(json.dumps(content))
+    assert load("compare").main([str(tmp_path / "old"), str(tmp_path / "new"), "--agree"]) == 0
+    assert "1 agree" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")
