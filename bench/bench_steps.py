@@ -10,8 +10,8 @@ copied later (8 %), fewer rows on their way (16: 6 %), more (128: none), panels 
 arranging.
 
 Without AVX-512 (two Zen 3 cores, sgemm 177 GFLOP/s) both sides' products are by one library at one rate: 3.5 GFLOP are
-20 ms of the 35 of a step with 1,000 rows and of torch-rechub's 58, 1.17 GFLOP 6.6 of the evaluation's 9.6 and of its
-17, so that nothing can be more than 2.9 and 2.6 times as fast. That op instead of its parts: 8.5 for 8.9 ms, and as
+20 ms of the 37 of a step with 1,000 rows and of torch-rechub's 60, 1.17 GFLOP 6.6 of the evaluation's 10.6 and of its
+18.5, so that nothing can be more than 3.0 and 2.8 times as fast. That op instead of its parts: 8.5 for 8.9 ms, and as
 long as they for a request of 100 to 700 candidates; it is left to AVX-512.
 """
 

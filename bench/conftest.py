@@ -17,15 +17,15 @@ How a race is run was chosen by how well runs of it agreed on a machine with two
 - ``make bench`` runs without glibc's cache of small blocks (``machine.NO_THREAD_CACHE``). A large block that is freed
   does not meet the crumbs of its own alignment again while that cache holds them, is too small for the next tensor of
   its size, and the same call's result goes round among one to a dozen places, by what else the process ever freed. The
-  forward of batch normalization and ReLU (N 4096, one thread) took 0.32 to 0.57 ms in ten processes and was 1.66 to
-  2.24 times as fast as eager; without it 0.32 to 0.38 and 2.16 to 2.27. An eager operator costs 4 % more for it.
+  forward of batch normalization and ReLU (N 4096, one thread) took 0.33 to 0.56 ms in eighteen runs and was 1.4 to 2.2
+  times as fast as eager; without the cache, in eleven, 0.32 to 0.38 ms and 2.0 to 2.3. Eager operators take 4 % longer.
 - What a virtual machine gives comes and goes with neighbours whom nothing here can see, and ratios with it:
   ``machine.probe`` has it during each race, and the record. DIN's evaluation with two threads is 7.4 times as fast as
   torch-rechub's while the hypervisor has both processors at one last-level cache, and 5.8 times while it has not;
   within either state ten races agree within 3 %, with the same tables or with others.
-- Two runs one after the other of six records, on two Zen 3 cores: of 364 ratios ``compare.py --agree`` finds 332 within
-  15 %, 21 apart with the machine another one meanwhile, and 11, of six races, apart by 1.15 to 1.32 with nothing probed
-  to show for it; seven are of two races of less than a millisecond.
+- Two runs of all of ``make bench``, on two Zen 3 cores: of 425 ratios ``compare.py --agree`` finds 394 within 15 %, 27
+  apart with the machine another one meanwhile, most of them by where it ran the two threads, and 4, of three races,
+  apart by 1.17 to 1.23 with nothing probed to show for it.
 - Rounds during which other processes used more than ``machine.QUIET`` cores are left out as long as enough are left;
   a race that had to do with disturbed rounds says so, in the record, in the summary and in the report.
 - torch.compile starts from nothing in every test, and its giving up (after eight recompilations) is an error.

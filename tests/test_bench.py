@@ -88,7 +88,11 @@ def test_compare(tmp_path, capsys, change, code, said):
             "conditions differ: fm: 5.00 and 6.00 times eager; oth",
         ),
         (lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)), 2, "times eager; memory 46 and 60 GB/s\n"),
-        (lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)), 2, "again: pytest --benchmark-json=NEW/again.json fm\n"),
+        (
+            lambda r: r["fm"].update(race(6.0), given_gb_s=given(60)),
+            2,
+            "again: pytest --benchmark-json=NEW/again.json fm\n",
+        ),
         # Neither is bandwidth as far apart as the ratios may be, nor extremes, nor what only one race was asked.
         (lambda r: r["fm"].update(race(6.0), given_gb_s=given(50)), 1, "1 are apart, 0 are"),
         (lambda r: r["fm"].update(race(6.0), given_gb_s={"memory": [1, 46, 99]}), 1, "1 are apart, 0 are"),
