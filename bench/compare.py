@@ -23,9 +23,9 @@ import sys
 from pathlib import Path
 
 
-def load(path: Path) -> tuple[dict[str, dict], list[str]]:
-    """The entries by name, and the machines they were measured on."""
-    entries, machines = {}, []
+def load(path: Path) -> tuple[dict[str, dict], list[str], dict[str, str]]:
+    """The entries by name, the machines they were measured on, and the environment variables."""
+    entries, machines, environment = {}, [], {}
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         sys.exit(f"compare.py: no record in {path}")
@@ -33,13 +33,14 @@ def load(path: Path) -> tuple[dict[str, dict], list[str]]:
     for file, record in sorted(records, key=lambda pair: pair[1]["datetime"]):
         cpu = record["machine_info"]["cpu"].get("brand_raw", "unknown processor")
         conditions = record["conditions"]
+        environment |= conditions.get("environment", {})
         machines.append(f"{cpu}, torch {conditions['versions']['torch']}, {conditions['malloc']}")
         for threads, read in conditions.get("read_gb_s", {}).items():
             if read and read[0] < 0.75 * read[1]:
                 print(f"{file}: reading memory with {threads} threads varied from {read[0]:.0f} to {read[1]:.0f} GB/s")
         for benchmark in record["benchmarks"]:
             entries[benchmark["fullname"]] = benchmark["extra_info"]
-    return entries, list(dict.fromkeys(machines))
+    return entries, list(dict.fromkeys(machines)), environment
 
 
 def speed(entry: dict) -> tuple[float, float, float] | None:
@@ -91,8 +92,8 @@ def differ(was: float, now: float, tolerance: float) -> bool:
     return max(was / now, now / was) > 1 + tolerance
 
 
-def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
-    count, apart, undecided, again = 0, [], [], {}
+def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float, environment: dict[str, str]) -> int:
+    count, apart, undecided = 0, [], []
     for name in sorted(old.keys() & new.keys()):
         before, after = (entries[name].get("contenders", {}) for entries in (old, new))
         conditions = changed_conditions(old[name], new[name], tolerance)
@@ -100,15 +101,15 @@ def agree(old: dict[str, dict], new: dict[str, dict], tolerance: float) -> int:
             count += 1
             was, now = before[contender]["ratio"], after[contender]["ratio"]
             if differ(was, now, tolerance):
-                text = f"{name}: {was:.2f} and {now:.2f} times {contender}"
-                (undecided if conditions else apart).append("; ".join([text, *conditions]))
-                if conditions:
-                    again[name] = None
+                text = "; ".join([f"{was:.2f} and {now:.2f} times {contender}", *conditions])
+                (undecided if conditions else apart).append((name, text))
     for kind, lines in (("apart", apart), ("conditions differ", undecided)):
-        for line in sorted(lines):
-            print(f"{kind}: {line}")
-    if again:
-        print("again: pytest --benchmark-json=NEW/again.json", *map(shlex.quote, again))
+        for name, text in sorted(lines):
+            print(f"{kind}: {name}: {text}")
+    if undecided:
+        variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+        names = [shlex.quote(name) for name in dict.fromkeys(name for name, _ in undecided)]
+        print("again:", *variables, "pytest --benchmark-json=NEW/again.json", *names)
     print(
         f"{count} ratios in both: {count - len(apart) - len(undecided)} agree within {tolerance:.0%}, {len(apart)} are "
         f"apart, {len(undecided)} are apart under different conditions; {len(old.keys() ^ new.keys())} benchmarks are "
@@ -124,11 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=0.15, help="relative change that counts (%(default)s)")
     parser.add_argument("--agree", action="store_true", help="do two runs of one code agree?")
     arguments = parser.parse_args(argv)
-    (old, old_machines), (new, new_machines) = load(arguments.old), load(arguments.new)
+    (old, old_machines, environment), (new, new_machines, _) = load(arguments.old), load(arguments.new)
     if old_machines != new_machines:
         print(f"not the same conditions: {'; '.join(old_machines)} and {'; '.join(new_machines)}")
     if arguments.agree:
-        return agree(old, new, arguments.tolerance)
+        return agree(old, new, arguments.tolerance, environment)
     changes = {"slower": [], "larger": [], "gone": sorted(old.keys() - new.keys()), "faster": [], "smaller": []}
     compared = sorted(old.keys() & new.keys())
     for name in compared:

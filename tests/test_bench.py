@@ -114,6 +114,16 @@ def test_do_two_runs_agree(tmp_path, capsys, change, code, said):
     assert said in capsys.readouterr().out
 
 
+def test_a_race_is_run_again_in_the_environment_of_the_old_run(tmp_path, capsys):
+    content = record(fm=race(5.0) | {"given_gb_s": given(46)})
+    content["conditions"]["environment"] = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    (tmp_path / "new.json").write_text(json.dumps(record(fm=race(6.0) | {"given_gb_s": given(60)})))
+    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == 2
+    said = capsys.readouterr().out
+    assert "again: GLIBC_TUNABLES=glibc.malloc.tcache_count=0 pytest --benchmark-json=NEW/again.json fm\n" in said
+
+
 def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
     for folder, torch in (("old", "2.13.0"), ("new", "2.14.0")):
         (tmp_path / folder).mkdir()
