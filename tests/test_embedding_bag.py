@@ -90,6 +90,16 @@ def test_bits_do_not_depend_on_threads_or_chance():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@DTYPES
+def test_large_gradients_are_zero_where_nothing_was_looked_up(dtype, poisoned):
+    """Beyond 16 MiB the zeros are stored past the caches."""
+    weights = [torch.randn(rows, D).to(dtype).requires_grad_() for rows, D in ((3, 5), (300_001, 17), (70_003, 64))]
+    ids = [torch.randint(0, len(w), (500,)) for w in weights]
+    outs = table_batched_embedding_bag(weights, ids, modes=["none"] * 3)
+    for w, i, grad in zip(weights, ids, torch.autograd.grad([o.sum() for o in outs], weights)):
+        assert torch.equal(grad, torch.autograd.grad(F.embedding(i, w.double()).sum(), w)[0])
+
+
 def test_features_that_share_tables():
     """Every gradient against that of the features one by one, in float64."""
     weights, ids, options = many_tables()

@@ -48,6 +48,16 @@ def test_bits_do_not_depend_on_threads(activation, batch_norm):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("H", [16, 33, 40, 48, 256])
+@pytest.mark.parametrize("activation", ["relu", "dice", "dice_batch_norm"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_large_result_has_the_bits_of_its_parts(activation, H, dtype, poisoned):
+    """Beyond 16 MiB it is stored past the caches."""
+    case = norm_activation_case(2**24 // (H * dtype.itemsize) + 7, H, activation, training=False)
+    x, *rest = case.inputs(dtype)
+    assert torch.equal(case.function(x, *rest), torch.cat([case.function(part, *rest) for part in x.chunk(3)]))
+
+
 def test_variance_far_from_zero():
     """The variance of values around 1000 loses nothing to their mean."""
     x = torch.randn(4000, 20) + 1000

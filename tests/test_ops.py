@@ -59,16 +59,6 @@ def threads(request):
     return request.param
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty gives NaN: what an op leaves unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @ALL
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_equals_reference(case, dtype, poisoned):
@@ -168,6 +158,20 @@ def test_fm_bits_do_not_depend_on_threads():
         torch.set_num_threads(n)
         results.append(gradients(case.function, [x], grad_out))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1][0], results[1][1][0])
+
+
+@pytest.mark.parametrize("D", [4, 8, 10, 16, 24, 40, 48])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_fm_large_gradient_has_the_bits_of_its_parts(D, dtype, poisoned):
+    """Beyond 16 MiB it is stored past the caches."""
+    F = 39
+    x = torch.randn(2**24 // (F * D * dtype.itemsize) + 7, F, D).to(dtype)
+    grad_out = torch.randn(len(x), 1).to(dtype)
+    whole, parts = (
+        torch.cat([torch.ops.rankkernels.fm_interaction_backward(g, p, True) for g, p in zip(*split)])
+        for split in ([[grad_out], [x]], [grad_out.chunk(3), x.chunk(3)])
+    )
+    assert torch.equal(whole, parts)
 
 
 def test_fm_one_field_is_exactly_zero():

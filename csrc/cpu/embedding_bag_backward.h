@@ -370,6 +370,12 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
   for (int64_t d = 0; d < table.D; ++d) assign(grad[d], sum[d]);
 }
 
+// Zeros to whole cache lines, past the caches.
+void zero_lines(char* p, int64_t lines) {
+  for (int64_t i = 0; i < 64 * lines; i += sizeof(f32v)) stream_vector(p + i, f32v{});
+  end_of_stream();
+}
+
 #define RK_INSTANTIATE(T)                                                                              \
   template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, int64_t, \
                                     char*, int64_t, void*);                                            \

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "memory.h"
 
 namespace rk {
 
@@ -17,6 +18,7 @@ RK_DECLARE_ISA(template <class T> void embedding_reduce(const Runs&, const Table
                                                         int64_t, int64_t, char*, int64_t, void*))
 RK_DECLARE_ISA(template <class T>
                void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t))
+RK_DECLARE_ISA(void zero_lines(char*, int64_t))
 
 // Lookups of a tile. A constant: the order of the sums follows from it. A thread takes several in a row,
 // because at a thread's first lookups nobody has asked for their rows.
@@ -285,15 +287,25 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
 }
 
 void zero(const Tensors& tensors) {
-  constexpr int64_t kChunk = 1 << 20;
+  constexpr int64_t kChunk = 1 << 20, kLine = 64;
+  int64_t all_bytes = 0;
   std::vector<std::pair<char*, int64_t>> chunks;
   for (const Tensor& t : tensors) {
     char* begin = static_cast<char*>(t.data_ptr());
     const int64_t bytes = t.numel() * t.element_size();
+    all_bytes += bytes;
     for (int64_t i = 0; i < bytes; i += kChunk) chunks.emplace_back(begin + i, std::min(kChunk, bytes - i));
   }
-  run_tasks(chunks.size(), chunks.size() * kChunk / 64,
-            [&](int64_t i) { std::memset(chunks[i].first, 0, chunks[i].second); });
+  const bool streamed = all_bytes >= kStreamedBytes;
+  run_tasks(chunks.size(), chunks.size() * kChunk / 64, [&](int64_t i) {
+    auto [p, bytes] = chunks[i];
+    if (const int64_t lines = bytes / kLine; streamed && reinterpret_cast<uintptr_t>(p) % kLine == 0) {
+      RK_DISPATCH_ISA(zero_lines, p, lines);
+      p += lines * kLine;
+      bytes -= lines * kLine;
+    }
+    std::memset(p, 0, bytes);
+  });
 }
 
 }  // namespace rk

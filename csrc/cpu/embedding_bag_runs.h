@@ -71,7 +71,9 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
                       int64_t optimizer, const std::vector<double>& hyper,
                       const std::vector<FmPart>& fm = {});
 
-// Fills with zeros.
+// Fills with zeros, past the caches if they are many: the dense gradients of 26 tables of 100,000 rows of 16
+// floats take 8.2 for 16.3 ms, 6.0 for 10.5 with two threads (Zen 3), where std::memset reads what it is to
+// overwrite.
 void zero(const Tensors& tensors);
 
 }  // namespace rk

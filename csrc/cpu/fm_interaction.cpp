@@ -12,7 +12,8 @@ namespace rk {
 RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
 RK_DECLARE_ISA(template <class T> void fm_interaction_backward(const T*, int64_t, const T*, int64_t, int64_t,
-                                                               T*, int64_t, int64_t, int64_t, int64_t, bool))
+                                                               T*, int64_t, int64_t, int64_t, int64_t, bool,
+                                                               bool))
 
 // A chunk of work worth waking a thread for, in elements of x: about 10 us.
 constexpr int64_t kGrain = 32768;
@@ -52,10 +53,11 @@ static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& 
     const T *xp = static_cast<const T*>(xu.const_data_ptr()),
             *gp = static_cast<const T*>(gu.const_data_ptr());
     T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
+    const bool streamed = is_streamed(grad_x);
     const int64_t stride_gb = gu.stride(0), stride_xb = xu.stride(0), stride_xf = xu.stride(1);
     torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [=](int64_t b0, int64_t b1) {
       RK_DISPATCH_ISA(fm_interaction_backward<T>, gp, stride_gb, xp, stride_xb, stride_xf, grad_xp, b0, b1, F,
-                      D, reduce_sum);
+                      D, reduce_sum, streamed);
     });
   });
   return grad_x;

@@ -11,7 +11,8 @@
 // side to hide the add's latency.
 //
 // Per sample: F*D loads, 3 F*D flops forward; backward F*D loads, F*D stores, 3 F*D flops (s_F is recomputed
-// from rows that stay in the first-level cache for the second pass). Both are bound by memory.
+// from rows that stay in the first-level cache for the second pass). Both are bound by memory, and a large
+// grad_x is stored past the caches: an ordinary store would load its lines too.
 #pragma once
 
 #include "columns.h"
@@ -105,13 +106,16 @@ void fm_interaction(const T* x, int64_t stride_xb, int64_t stride_xf, T* out, in
   }
 }
 
-// grad_x is contiguous; grad_out is [B] (stride_gb) when reduce_sum and [B, D] with unit stride along D
-// otherwise.
+// grad_x is contiguous, and past the caches if `streamed`; grad_out is [B] (stride_gb) when reduce_sum and
+// [B, D] with unit stride along D otherwise.
 template <class T>
 void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, int64_t stride_xb,
                              int64_t stride_xf, T* grad_x, int64_t b0, int64_t b1, int64_t F, int64_t D,
-                             bool reduce_sum) {
+                             bool reduce_sum, bool streamed) {
   using V = typename Traits<T>::vec;
+  // Whole lines: those of a row, or of rows that are one block and so are written one after the other.
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  streamed &= D % kLanes == 0 && (D <= 4 * kLanes || D * sizeof(T) % 64 == 0);
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     const T* g = grad_out + b * stride_gb;
@@ -129,17 +133,20 @@ void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, i
           T* p = grad_x + (b * F + f) * D + d + v * Traits<T>::lanes;
           if (decltype(block)::tail && v == kVecs - 1)
             tail.store(p, grad);
+          else if (streamed)
+            Traits<T>::stream(p, grad);
           else
             Traits<T>::store(p, grad);
         }
     });
   }
+  if (streamed) end_of_stream();
 }
 
 #define RK_INSTANTIATE(T)                                                                                    \
   template void fm_interaction<T>(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool); \
   template void fm_interaction_backward<T>(const T*, int64_t, const T*, int64_t, int64_t, T*, int64_t,       \
-                                           int64_t, int64_t, int64_t, bool);
+                                           int64_t, int64_t, int64_t, bool, bool);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 

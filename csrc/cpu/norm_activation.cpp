@@ -18,7 +18,7 @@ namespace rk {
 RK_DECLARE_ISA(template <class T> void norm_statistics(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,
                                                        Accumulator<T>*, DinStats&))
 RK_DECLARE_ISA(template <class T> void norm_activation(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*,
-                                                       int64_t, int64_t, int64_t,
+                                                       bool, int64_t, int64_t, int64_t,
                                                        const DinLayerScratch<Accumulator<T>>&))
 RK_DECLARE_ISA(template <class T>
                void norm_activation_backward(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,
@@ -250,10 +250,11 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
     const T* xp = static_cast<const T*>(xu.const_data_ptr());
     T* outp = static_cast<T*>(out.mutable_data_ptr());
     const int64_t stride_xn = xu.stride(0);
+    const bool streamed = is_streamed(out);
     chunks.parallel_for([&](int64_t c0, int64_t c1) {
       const NormWorkspace<A> w(layer.f, chunks.block);
-      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, chunks.begin(c0), chunks.end(c1 - 1),
-                      chunks.block, w.s);
+      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, streamed, chunks.begin(c0),
+                      chunks.end(c1 - 1), chunks.block, w.s);
     });
   });
   return {out, batch_stats};

@@ -9,7 +9,7 @@
 #pragma once
 
 #include <stdint.h>
-#if RK_VECTOR_BYTES > 16
+#if defined(__x86_64__)
 #  include <immintrin.h>
 #endif
 
@@ -43,6 +43,29 @@ template <class V>
 RK_INLINE void store_vector(void* p, V v) {
   typedef V unaligned __attribute__((aligned(1), may_alias));
   *static_cast<unaligned*>(p) = v;
+}
+
+// Stores v past the caches, where the processor can. An ordinary store first reads the line it is to write;
+// this one does not, but whoever reads the line next has to fetch it from memory, and a line that is not
+// written at once and as a whole costs more than it saves. p is a multiple of V's size.
+template <class V>
+RK_INLINE void stream_vector(void* p, V v) {
+#if defined(__x86_64__)
+#  if RK_VECTOR_BYTES >= 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#  endif
+#  if RK_VECTOR_BYTES >= 32
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#  endif
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#endif
+  store_vector(p, v);
+}
+// Between streamed stores and what tells another thread of them.
+RK_INLINE void end_of_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // ---- 16-bit storage
@@ -96,6 +119,7 @@ struct Traits {  // bf16, fp16
   static constexpr int lanes = kFloats;
   RK_INLINE vec load(const T* p) { return widen(load_vector<u16v>(p), T()); }
   RK_INLINE void store(T* p, vec v) { store_vector(p, narrow(v, T())); }
+  RK_INLINE void stream(T* p, vec v) { stream_vector(p, narrow(v, T())); }
 };
 template <>
 struct Traits<float> {
@@ -104,6 +128,7 @@ struct Traits<float> {
   static constexpr int lanes = kFloats;
   RK_INLINE vec load(const float* p) { return load_vector<vec>(p); }
   RK_INLINE void store(float* p, vec v) { store_vector(p, v); }
+  RK_INLINE void stream(float* p, vec v) { stream_vector(p, v); }
 };
 template <>
 struct Traits<double> {
@@ -112,6 +137,7 @@ struct Traits<double> {
   static constexpr int lanes = kDoubles;
   RK_INLINE vec load(const double* p) { return load_vector<vec>(p); }
   RK_INLINE void store(double* p, vec v) { store_vector(p, v); }
+  RK_INLINE void stream(double* p, vec v) { stream_vector(p, v); }
 };
 
 template <class T>
