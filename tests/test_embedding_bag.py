@@ -91,6 +91,15 @@ def test_bits_do_not_depend_on_threads_or_chance():
 
 
 @DTYPES
+@pytest.mark.parametrize("D", [8, 17, 32, 80])
+def test_many_rows_are_torchs(dtype, D, poisoned):
+    """Beyond 16 MiB they are stored past the caches."""
+    weight = torch.randn(1000, D).to(dtype)
+    ids = torch.randint(0, 1000, (2**24 // (D * dtype.itemsize) + 7,))
+    assert torch.equal(table_batched_embedding_bag([weight], [ids], modes=["none"])[0], F.embedding(ids, weight))
+
+
+@DTYPES
 def test_large_gradients_are_zero_where_nothing_was_looked_up(dtype, poisoned):
     """Beyond 16 MiB the zeros are stored past the caches."""
     weights = [torch.randn(rows, D).to(dtype).requires_grad_() for rows, D in ((3, 5), (300_001, 17), (70_003, 64))]

@@ -79,14 +79,18 @@ void embedding_rows(const Bags& f, const I* ids, int64_t item_bytes, int64_t p0,
   const char* weight = static_cast<const char*>(f.weight);
   char* out = static_cast<char*>(f.out) + p0 * f.stride_ob * item_bytes;
   const int64_t bytes = f.D * item_bytes, stride = f.stride_wr * item_bytes;
+  const bool streamed = f.stride_ob == f.D && bytes % kCacheLine == 0 && is_streamed(f.out, f.N * bytes);
   for (int64_t p = p0; p < p1; ++p, out += f.stride_ob * item_bytes) {
     if (p + bags::kAhead < f.N) bags::prefetch_row(weight + ids[p + bags::kAhead] * stride, bytes);
     const char* row = weight + ids[p] * stride;
     int64_t i = 0;
+    if (streamed)
+      for (; i < bytes; i += RK_VECTOR_BYTES) stream_vector(out + i, load_vector<f32v>(row + i));
     for (; i + RK_VECTOR_BYTES <= bytes; i += RK_VECTOR_BYTES)
       store_vector(out + i, load_vector<f32v>(row + i));
     for (; i < bytes; i += item_bytes) __builtin_memcpy(out + i, row + i, item_bytes);
   }
+  if (streamed) end_of_stream();
 }
 
 // Bags [b0, b1) of the other modes.

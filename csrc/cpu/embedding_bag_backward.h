@@ -371,8 +371,8 @@ void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_
 }
 
 // Zeros to whole cache lines, past the caches.
-void zero_lines(char* p, int64_t lines) {
-  for (int64_t i = 0; i < 64 * lines; i += sizeof(f32v)) stream_vector(p + i, f32v{});
+void zero_lines(char* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += sizeof(f32v)) stream_vector(p + i, f32v{});
   end_of_stream();
 }
 

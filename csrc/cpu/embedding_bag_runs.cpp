@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "dispatch.h"
-#include "memory.h"
+#include "stream.h"
 
 namespace rk {
 
@@ -287,7 +287,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
 }
 
 void zero(const Tensors& tensors) {
-  constexpr int64_t kChunk = 1 << 20, kLine = 64;
+  constexpr int64_t kChunk = 1 << 20;
   int64_t all_bytes = 0;
   std::vector<std::pair<char*, int64_t>> chunks;
   for (const Tensor& t : tensors) {
@@ -299,10 +299,11 @@ void zero(const Tensors& tensors) {
   const bool streamed = all_bytes >= kStreamedBytes;
   run_tasks(chunks.size(), chunks.size() * kChunk / 64, [&](int64_t i) {
     auto [p, bytes] = chunks[i];
-    if (const int64_t lines = bytes / kLine; streamed && reinterpret_cast<uintptr_t>(p) % kLine == 0) {
+    if (streamed && reinterpret_cast<uintptr_t>(p) % kCacheLine == 0) {
+      const int64_t rest = bytes % kCacheLine, lines = bytes - rest;
       RK_DISPATCH_ISA(zero_lines, p, lines);
-      p += lines * kLine;
-      bytes -= lines * kLine;
+      p += lines;
+      bytes = rest;
     }
     std::memset(p, 0, bytes);
   });

@@ -115,7 +115,7 @@ void fm_interaction_backward(const T* grad_out, int64_t stride_gb, const T* x, i
   using V = typename Traits<T>::vec;
   // Whole lines: those of a row, or of rows that are one block and so are written one after the other.
   constexpr int64_t kLanes = Traits<T>::lanes;
-  streamed &= D % kLanes == 0 && (D <= 4 * kLanes || D * sizeof(T) % 64 == 0);
+  streamed &= D % kLanes == 0 && (D <= 4 * kLanes || D * sizeof(T) % kCacheLine == 0);
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
     const T* g = grad_out + b * stride_gb;

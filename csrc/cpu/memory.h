@@ -10,6 +10,8 @@
 #  include <sys/mman.h>
 #endif
 
+#include "stream.h"
+
 namespace rk {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -40,14 +42,8 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
   return t;
 }
 
-// Whether to store an output of so many bytes past the caches (stream_vector in vec.h): it and the input of
-// its size leave nothing of it there for its reader. FM's backward and a pass over its result gain 19 to 37 %
-// from 20 MB on, at 7 MB they lose or gain little, and at 3 MB they lose 15 % (Zen 3, 32 MiB of third-level
-// cache).
-constexpr int64_t kStreamedBytes = 16 << 20;
 inline bool is_streamed(const torch::stable::Tensor& out) {
-  return out.numel() * out.element_size() >= kStreamedBytes &&
-         reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
+  return is_streamed(out.data_ptr(), out.numel() * out.element_size());
 }
 
 // A tensor whose rows the kernels can read: itself where its last dimension has unit stride, else a copy.

@@ -104,7 +104,8 @@ RK_INLINE void for_each_units(const DinLayer<Accumulator<T>>& f, const Body& bod
 // Whether a row's block of columns is of whole cache lines that can be stored past the caches.
 template <class Columns, class T>
 RK_INLINE bool in_lines(bool streamed, int64_t H) {
-  return streamed && Columns::vecs * Traits<T>::lanes * sizeof(T) % 64 == 0 && H * sizeof(T) % 64 == 0;
+  return streamed && Columns::vecs * Traits<T>::lanes * sizeof(T) % kCacheLine == 0 &&
+         H * sizeof(T) % kCacheLine == 0;
 }
 
 template <DinActivation kind, bool kNormalized, class T>
@@ -203,7 +204,7 @@ template <class T>
 RK_INLINE void store_row(const Accumulator<T>* from, T* to, int64_t H, const Tail<T>& tail, bool streamed) {
   using A = Accumulator<T>;
   int64_t h = 0;
-  if (streamed && H * sizeof(T) % 64 == 0)
+  if (streamed && H * sizeof(T) % kCacheLine == 0)
     for (; h < H; h += Traits<T>::lanes) Traits<T>::stream(to + h, Traits<A>::load(from + h));
   for (; h + Traits<T>::lanes <= H; h += Traits<T>::lanes)
     Traits<T>::store(to + h, Traits<A>::load(from + h));

@@ -14,6 +14,7 @@
 #endif
 
 #include "storage.h"
+#include "stream.h"
 
 namespace rk {
 namespace RK_ISA {
