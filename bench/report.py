@@ -60,8 +60,8 @@ after calls of its own that bring its data back into the caches: these are times
 itself. Times are medians. A column of another's name says how many times faster than its form ours is, as it stands and
 after the stroke under torch.compile: the median over the rounds of the ratio within a round. GB/s and GFLOP/s count the
 bytes and the flops that the mathematics needs. The floor is those bytes at the bandwidth of reading as many, or those
-flops at sgemm's rate, whichever takes longer, both measured in the same run. How it is done, and why so:
-[conftest.py](conftest.py).
+flops at sgemm's rate, whichever takes longer, both measured in the same run; what writes much past the caches can be
+a little faster than reading. How it is done, and why so: [conftest.py](conftest.py).
 
 On a virtual machine the ratios with two threads depend on where the host runs them, at one last-level cache or at two,
 and on what its other guests leave of the memory. So each race records what was to be had of both (`given_gb_s`), and
