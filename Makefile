@@ -65,6 +65,7 @@ results:
 	$(BENCH_PYTHON) -m pytest bench/bench_steps.py bench/bench_ops.py bench/bench_din_attention.py \
 		-k "2_threads and (train or backward or step or fused)" \
 		--malloc default --benchmark-columns=median --benchmark-json=$(RESULTS)/malloc_default.json
+	$(BENCH_PYTHON) bench/train.py --out $(RESULTS)/demo/train.json
 	$(BIN)/python bench/report.py
 
 # FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.

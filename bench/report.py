@@ -1,7 +1,8 @@
-"""From the records in bench/results to tables and charts: ``python bench/report.py`` writes README.md's part between
-``<!-- bench -->`` and ``<!-- /bench -->``, bench/RESULTS.md and the charts, and from those in bench/results/avx2, of a
-processor without AVX-512, the tables of bench/RESULTS-AVX2.md; ``--check`` writes nothing and exits 1 if something
-there is not what the records say. A record is what ``pytest bench/bench_X.py --benchmark-json X.json`` wrote.
+"""From the records in bench/results to tables and charts: ``python bench/report.py`` writes README.md's parts between
+``<!-- claim -->``, ``<!-- bench -->``, ``<!-- demo -->`` and their ends, bench/RESULTS.md and the charts, and from the
+records in bench/results/avx2, of a processor without AVX-512, the tables of bench/RESULTS-AVX2.md; ``--check`` writes
+nothing and exits 1 if something there is not what the records say. A record is what ``pytest bench/bench_X.py
+--benchmark-json X.json`` wrote, or train.py.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import demo_report
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 #: Folders of records, each with its page.
 PAGES = {"results": ROOT / "bench/RESULTS.md", "results/avx2": ROOT / "bench/RESULTS-AVX2.md"}
 RESULTS = ROOT / "bench/results"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 #: The records, in the order of the page, and their titles. Others come after them, under their names.
 TITLES = {
     "steps": "Whole training steps",
@@ -480,11 +482,19 @@ def main() -> int:
     loaded = {folder: load(ROOT / "bench" / folder) for folder in PAGES}
     records = loaded["results"]
     pictures = charts(records)
-    old = README.read_text()
-    if BEGIN not in old:
-        parser.error(f"{README}: no line {BEGIN}")
-    new = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{excerpt(records, pictures)}{END}", old, flags=re.DOTALL)
-    texts = {README: new}
+    demos = [demo for folder in PAGES if (demo := demo_report.load(ROOT / "bench" / folder))]
+    end_to_end = [found["end_to_end"].races if "end_to_end" in found else [] for found in loaded.values()]
+    readme = README.read_text()
+    for part, text in {
+        "claim": demo_report.claim(demos, end_to_end),
+        "bench": excerpt(records, pictures),
+        "demo": demo_report.section(demos, end_to_end),
+    }.items():
+        begin, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
+        if begin not in readme or end not in readme:
+            parser.error(f"{README}: no part from {begin.strip()} to {end}")
+        readme = re.sub(f"{begin}.*{end}", lambda _, new=begin + text + end: new, readme, flags=re.DOTALL)
+    texts = {README: readme}
     for folder, path in PAGES.items():
         texts[path] = page(folder, loaded[folder], pictures if folder == "results" else {})
     from charts import draw, is_current

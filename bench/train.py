@@ -296,7 +296,8 @@ def table(report: dict) -> str:
 def machine() -> dict:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.platform()}
+    isa = importlib.import_module("rankkernels.ops._library").cpu_isa
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": isa, "system": platform.platform()}
 
 
 def versions() -> dict:
