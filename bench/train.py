@@ -296,8 +296,9 @@ def table(report: dict) -> str:
 def machine() -> dict:
     with open("/proc/cpuinfo") as file:
         cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    isa = importlib.import_module("rankkernels.ops._library").cpu_isa
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": isa, "system": platform.platform()}
+    from rankkernels.ops._library import cpu_isa
+
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": cpu_isa, "system": platform.platform()}
 
 
 def versions() -> dict:

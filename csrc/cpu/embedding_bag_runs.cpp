@@ -296,10 +296,9 @@ void zero(const Tensors& tensors) {
     all_bytes += bytes;
     for (int64_t i = 0; i < bytes; i += kChunk) chunks.emplace_back(begin + i, std::min(kChunk, bytes - i));
   }
-  const bool streamed = all_bytes >= kStreamedBytes;
   run_tasks(chunks.size(), chunks.size() * kChunk / 64, [&](int64_t i) {
     auto [p, bytes] = chunks[i];
-    if (streamed && reinterpret_cast<uintptr_t>(p) % kCacheLine == 0) {
+    if (is_streamed(p, all_bytes)) {
       const int64_t rest = bytes % kCacheLine, lines = bytes - rest;
       RK_DISPATCH_ISA(zero_lines, p, lines);
       p += lines;

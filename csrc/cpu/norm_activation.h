@@ -101,13 +101,6 @@ RK_INLINE void for_each_units(const DinLayer<Accumulator<T>>& f, const Body& bod
   if (h < f.out) call(ColumnBlock<1, true>(), h);
 }
 
-// Whether a row's block of columns is of whole cache lines that can be stored past the caches.
-template <class Columns, class T>
-RK_INLINE bool in_lines(bool streamed, int64_t H) {
-  return streamed && Columns::vecs * Traits<T>::lanes * sizeof(T) % kCacheLine == 0 &&
-         H * sizeof(T) % kCacheLine == 0;
-}
-
 template <DinActivation kind, bool kNormalized, class T>
 static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out,
                           int64_t rows, bool streamed) {
@@ -116,7 +109,7 @@ static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t
   const Tail<T> tail(static_cast<int>(H % kLanes));
   for_each_units<Units<kind, kNormalized, Accumulator<T>>, T>(
       f, [&](auto columns, int64_t h, const auto* units) __attribute__((always_inline)) {
-        const bool lines = in_lines<decltype(columns), T>(streamed, H);
+        const bool lines = streamed && decltype(columns)::vecs * kLanes * sizeof(T) % kCacheLine == 0;
         for (int64_t n = 0; n < rows; ++n)
 #pragma GCC unroll 4
           for (int v = 0; v < decltype(columns)::vecs; ++v) {
@@ -204,7 +197,7 @@ template <class T>
 RK_INLINE void store_row(const Accumulator<T>* from, T* to, int64_t H, const Tail<T>& tail, bool streamed) {
   using A = Accumulator<T>;
   int64_t h = 0;
-  if (streamed && H * sizeof(T) % kCacheLine == 0)
+  if (streamed)
     for (; h < H; h += Traits<T>::lanes) Traits<T>::stream(to + h, Traits<A>::load(from + h));
   for (; h + Traits<T>::lanes <= H; h += Traits<T>::lanes)
     Traits<T>::store(to + h, Traits<A>::load(from + h));
@@ -270,11 +263,12 @@ void norm_statistics(const T* x, int64_t stride_xn, int64_t n0, int64_t n1, int6
 }
 
 // Rows [n0, n1), `block` at a time. x has unit stride along H, out [N, H] is contiguous, and stored past the
-// caches if `streamed`.
+// caches if `streamed` and its rows are whole cache lines.
 template <class T>
 void norm_activation(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out, bool streamed,
                      int64_t n0, int64_t n1, int64_t block, const DinLayerScratch<Accumulator<T>>& s) {
   const int64_t H = f.out, ld = padded<Accumulator<T>>(H);
+  streamed &= H * sizeof(T) % kCacheLine == 0;
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
   for (; n0 < n1; n0 += block) {
     const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
