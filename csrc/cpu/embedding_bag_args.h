@@ -58,6 +58,22 @@ struct Runs {
   }
 };
 
+// A run over several tiles leaves one partial sum in each of them: `left` of the run that came in, `right` of
+// the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two tables.
+struct Carries {
+  char* sums;
+  int64_t bytes;
+
+  template <class A>
+  __attribute__((always_inline)) A* left(int64_t tile) const {
+    return reinterpret_cast<A*>(sums + 2 * tile * bytes);
+  }
+  template <class A>
+  __attribute__((always_inline)) A* right(int64_t tile) const {
+    return reinterpret_cast<A*>(sums + (2 * tile + 1) * bytes);
+  }
+};
+
 // An optimizer's step on a table; embedding_bag_update.h has the formulas.
 struct Update {
   Optimizer optimizer;

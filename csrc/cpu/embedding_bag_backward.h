@@ -176,7 +176,7 @@ RK_INLINE void narrow_row(T* row, const A* sum, int64_t D) {
 constexpr int64_t kNearWide = 3, kFarWide = 10;
 template <Optimizer kind, int D, class T>
 __attribute__((noinline)) void reduce_wide(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1,
-                                           int64_t tile, char* carries, int64_t stride) {
+                                           int64_t tile, const Carries& carries) {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
   constexpr int kVecs = 4;
@@ -217,8 +217,7 @@ __attribute__((noinline)) void reduce_wide(const Runs& runs, const TableGrad& ta
     } while (++end < most && runs.key(end) == key);
     const bool goes_on = end == tile_end && end < runs.n && runs.key(end) == key;
     const bool complete = !from_left && !goes_on;
-    A* left = reinterpret_cast<A*>(carries + (p / tile - p0 / tile) * stride);
-    A* sum = from_left ? left : goes_on ? left + D : whole;
+    A* sum = from_left ? carries.left<A>(p / tile) : goes_on ? carries.right<A>(p / tile) : whole;
     const int64_t row = row_of(p);
 #pragma GCC unroll 4
     for (int64_t d = 0; d < D; d += kVecs * kLanes) {
@@ -278,19 +277,18 @@ bool embedding_keys(const Bags& f, const I* ids, const LookupKeys& keys, int64_t
   return !bad;
 }
 
-// Sorted lookups [p0, p1) of one table, in whole tiles but where the table begins or ends. carries: [2, D] of
-// each tile, the first at p0's, `stride` bytes apart; `distinct` is the number of the table's rows before the
-// first run that starts here; scratch [chunk_of(D), D].
+// Sorted lookups [p0, p1) of one table, in whole tiles but where the table begins or ends. `distinct` is the
+// number of the table's rows before the first run that starts here; scratch [chunk_of(D), D].
 template <bool kFm, class T>
 void embedding_reduce_as(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
-                         int64_t distinct, char* carries, int64_t stride, void* scratch) {
+                         int64_t distinct, const Carries& carries, void* scratch) {
   using A = typename Traits<T>::scalar;
   const int64_t D = table.D;
   if (!kFm && table.update && (D == 64 || D == 128))  // common, and a loop of known length each
     return update::with_kind(table.update->optimizer, [&](auto kind) __attribute__((always_inline)) {
       constexpr Optimizer kKind = decltype(kind)::value;
       (D == 64 ? runs::reduce_wide<kKind, 64, T> : runs::reduce_wide<kKind, 128, T>)(runs, table, p0, p1,
-                                                                                     tile, carries, stride);
+                                                                                     tile, carries);
     });
   int64_t most = chunk_of(D);
   if (kFm && most > kMostFmLookups) most = kMostFmLookups;
@@ -322,7 +320,7 @@ void embedding_reduce_as(const Runs& runs, const TableGrad& table, int64_t p0, i
     const bool tile_begins = p % tile == 0, tile_ends = end % tile == 0, goes_on = chunk.goes_on;
     from_left = chunk.continued && (tile_begins || from_left);
     runs::sum_runs<kFm>(chunk, next, D, chunk.continued && !tile_begins, asked, stride_asked, a, sums);
-    A *left = reinterpret_cast<A*>(carries + (p / tile - p0 / tile) * stride), *right = left + D;
+    A *left = carries.left<A>(p / tile), *right = carries.right<A>(p / tile);
     const int64_t last = chunk.runs - 1;
     const bool unfinished = goes_on && !tile_ends;  // the last run goes on in this tile
     if (from_left && !(unfinished && last == 0)) runs::narrow_row(left, sums, D);
@@ -345,24 +343,22 @@ void embedding_reduce_as(const Runs& runs, const TableGrad& table, int64_t p0, i
 
 template <class T>
 void embedding_reduce(const Runs& runs, const TableGrad& table, int64_t p0, int64_t p1, int64_t tile,
-                      int64_t distinct, char* carries, int64_t stride, void* scratch) {
-  (table.fm ? embedding_reduce_as<true, T>
-            : embedding_reduce_as<false, T>)(runs, table, p0, p1, tile, distinct, carries, stride, scratch);
+                      int64_t distinct, const Carries& carries, void* scratch) {
+  (table.fm ? embedding_reduce_as<true, T> : embedding_reduce_as<false, T>)(runs, table, p0, p1, tile,
+                                                                            distinct, carries, scratch);
 }
 
-// The run that starts in a tile and goes on after it, at p1: its carries, the first at `carries` ([2, D], one
-// tile's pair), added up. Tiles have `tile` lookups, pairs lie `stride` bytes apart; `distinct` is the number
-// of the table's rows before it.
+// The run that starts in a tile and goes on after it, at p1: its carries added up. Tiles have `tile` lookups;
+// `distinct` is the number of the table's rows before it.
 template <class T>
 void embedding_join(const Runs& runs, const TableGrad& table, int64_t p1, int64_t tile, int64_t distinct,
-                    char* carries, int64_t stride) {
+                    const Carries& carries) {
   using A = typename Traits<T>::scalar;
   const uint64_t key = runs.key(p1);
   const int64_t row = static_cast<int64_t>(key - table.first_key);
-  A* sum = reinterpret_cast<A*>(carries) + table.D;
+  A* sum = carries.right<A>(p1 / tile - 1);
   for (int64_t p = p1; p < runs.n && runs.key(p) == key; p += tile) {
-    carries += stride;
-    const A* left = reinterpret_cast<const A*>(carries);
+    const A* left = carries.left<A>(p / tile);
     for (int64_t d = 0; d < table.D; ++d) sum[d] += left[d];
   }
   if (table.update) return update::Step<T>(table.update, table.D).take(&row, sum, 1, nullptr, 0);
@@ -378,8 +374,8 @@ void zero_lines(char* p, int64_t bytes) {
 
 #define RK_INSTANTIATE(T)                                                                              \
   template void embedding_reduce<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, int64_t, \
-                                    char*, int64_t, void*);                                            \
-  template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t);
+                                    const Carries&, void*);                                            \
+  template void embedding_join<T>(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, const Carries&);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 template bool embedding_keys(const Bags&, const int32_t*, const LookupKeys&, int64_t, int64_t, uint64_t*);

@@ -15,9 +15,9 @@ RK_DECLARE_ISA(template <class T, class I>
 RK_DECLARE_ISA(template <class T, class I>
                void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T> void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t,
-                                                        int64_t, int64_t, char*, int64_t, void*))
+                                                        int64_t, int64_t, const Carries&, void*))
 RK_DECLARE_ISA(template <class T>
-               void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, char*, int64_t))
+               void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, const Carries&))
 RK_DECLARE_ISA(void zero_lines(char*, int64_t))
 
 // Lookups of a tile. A constant: the order of the sums follows from it. A thread takes several in a row,
@@ -253,8 +253,9 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
     tables[t].D = widths[t];
   }
   const int64_t width = *std::max_element(widths.begin(), widths.end());
-  const int64_t carry_bytes = 2 * width * sizeof(double);
-  auto carries = uninitialized<char>(tiles() * carry_bytes);
+  const int64_t sum_bytes = width * sizeof(double);
+  const auto carry_bytes = uninitialized<char>(2 * tiles() * sum_bytes);
+  const Carries carries{carry_bytes.get(), sum_bytes};
   const auto rows_before = [&](int64_t t, int64_t p) {
     return runs_before_table_.empty() ? 0 : runs_before(p) - runs_before_table_[t];
   };
@@ -268,8 +269,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
       p1 = std::lower_bound(runs_.sorted + p0, runs_.sorted + end, next) - runs_.sorted;
       dispatch_floating(dtypes[t], [&](auto* type) {
         RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p0, p1,
-                        kTile, rows_before(t, p0), carries.get() + p0 / kTile * carry_bytes, carry_bytes,
-                        scratch.get());
+                        kTile, rows_before(t, p0), carries, scratch.get());
       });
     }
   });
@@ -281,7 +281,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
     const int64_t t = table_of(key);
     dispatch_floating(dtypes[t], [&](auto* type) {
       RK_DISPATCH_ISA(embedding_join<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p1, kTile,
-                      rows_before(t, p1) - 1, carries.get() + tile * carry_bytes, carry_bytes);
+                      rows_before(t, p1) - 1, carries);
     });
   });
 }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,9 @@ from rankkernels import ops, optim, reference
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_case, embedding_fm_case, relative_error
 from rankkernels.testing.gpu import EMBEDDING_BAG, GPU_OPS, GPUOp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from random_lookups import random_lookups  # noqa: E402
 
 library = torch.library.Library("rankkernels", "IMPL")
 
@@ -124,6 +128,7 @@ def accuracy() -> None:
             assert error <= TOLERANCE[update[1]], f"{update[0].id} {update[1:]}: table or state {i} is off by {error}"
             digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
     mixed_dtypes()
+    widths()
     layouts()
     many_rows()
     far_rows()
@@ -154,6 +159,14 @@ def mixed_dtypes() -> None:
         assert relative_error(out, reference.embedding_bag(table, ids[0])) <= TOLERANCE[table.dtype]
         expected = torch.tensor([2.0, 2.0, 2.0], dtype=torch.float64)[:, None].expand(3, 6) / 3
         assert relative_error(grad, expected) <= TOLERANCE[table.dtype]
+
+
+def widths() -> None:
+    """Tables of different widths share a call, and a tile of sorted lookups."""
+    for seed in range(12):
+        lookups = random_lookups(seed, max_batch=60, max_width=40)
+        for way in ("dense", "sparse", "fused"):
+            lookups.check(way)
 
 
 def layouts() -> None:
