@@ -282,6 +282,20 @@ def din_attention(
     return attention_pool(score, rows, sample, target.size(0), use_softmax).to(dtype), all_stats
 
 
+def _first_maximum(rows: Tensor, bag: Tensor, B: int) -> Tensor:
+    """The largest of each bag's ``rows`` [N, D], column by column, zeros for an empty bag: [B, D]. A NaN is larger than
+    any number; of equal values the first is taken and gets the gradient, as ``torch.max`` and ``nn.EmbeddingBag`` do."""
+    N, D = rows.shape
+    if N == 0:
+        return rows.new_zeros(B, D)
+    bags, values = bag[:, None].expand(N, D), rows.detach()
+    largest = values.new_full((B, D), -torch.inf).scatter_reduce(0, bags, values, "amax")
+    position = torch.arange(N, device=rows.device)[:, None].expand(N, D)
+    position = torch.where((values == largest[bag]) | values.isnan(), position, N)
+    first = position.new_full((B, D), N).scatter_reduce(0, bags, position, "amin")
+    return torch.where(first < N, rows.gather(0, first.clamp(max=N - 1)), 0.0)
+
+
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -294,7 +308,8 @@ def embedding_bag(
 
     ``indices`` are [B, L], or [N] with bag b at ``offsets[b]:offsets[b + 1]`` (offsets [B], the last bag ends at N).
     ``mode`` is sum, mean or max; ``per_sample_weights`` scale the rows of a sum or a mean, whose count stays
-    unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros.
+    unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros. A maximum's gradient
+    goes to the first row that attains it.
     """
     if indices.dim() == 2:
         B = indices.size(0)
@@ -313,9 +328,7 @@ def embedding_bag(
     if mode == "max":
         if per_sample_weights is not None:
             raise ValueError("embedding_bag: per_sample_weights cannot be combined with mode 'max'")
-        out = rows.new_full((B, rows.size(1)), -torch.inf)
-        out = out.scatter_reduce(0, bag[:, None].expand_as(rows), rows, "amax")
-        return torch.where(out == -torch.inf, 0.0, out).to(weight.dtype)
+        return _first_maximum(rows, bag, B).to(weight.dtype)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[:, None]
     out = rows.new_zeros(B, rows.size(1)).index_add(0, bag, rows)

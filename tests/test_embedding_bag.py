@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import rankkernels as rk
-from rankkernels import embedding_bag, table_batched_embedding_bag
+from rankkernels import embedding_bag, reference, table_batched_embedding_bag
 from rankkernels.testing import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
@@ -61,8 +61,7 @@ def test_is_torchs(dtype, D, mode, weighted):
         grad_out = torch.randn(out.shape, dtype=torch.float64).to(dtype)
         grads = torch.autograd.grad(out, inputs, grad_out)
         for grad, want in zip(grads, torch.autograd.grad(expected, exact, grad_out.double())):
-            if mode != "max" or dtype in (torch.float32, torch.float64):  # 16-bit values have ties
-                assert relative_error(grad, want) < TOLERANCE[dtype]
+            assert relative_error(grad, want) < TOLERANCE[dtype]
         assert (grads[0][padding_idx] == 0).all()
 
 
@@ -173,6 +172,34 @@ def test_empty_bags_and_batches():
         assert embedding_bag(weight, torch.zeros(0, 4, dtype=torch.int64), mode=mode).shape == (0, 3)
         padded = embedding_bag(weight, torch.full((2, 3), 1), mode=mode, padding_idx=1)
         assert (padded == 0).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("bag", [embedding_bag, reference.embedding_bag], ids=["op", "reference"])
+@pytest.mark.parametrize("D", [1, 10, 33])
+def test_the_first_of_equal_maxima_gets_the_gradient(dtype, bag, D):
+    """Rows of few values, minus infinity among them, so that most bags have ties; some bags are empty."""
+    values = torch.tensor([-torch.inf, -1.0, 2.0], dtype=torch.float64)
+    weight = values[torch.randint(3, (20, D))].to(dtype).requires_grad_()
+    ids, offsets = torch.randint(20, (700,)), torch.randint(701, (200,)).sort().values
+    offsets[0] = 0
+    exact = weight.detach().double().requires_grad_()
+    out = bag(weight, ids, offsets, mode="max", padding_idx=3)
+    expected = F.embedding_bag(ids, exact, offsets, mode="max", padding_idx=3)
+    assert torch.equal(out.double(), expected)
+    grad_out = torch.randint(-3, 4, out.shape).to(dtype)
+    (grad,), (want,) = (
+        torch.autograd.grad(out, weight, grad_out),
+        torch.autograd.grad(expected, exact, grad_out.double()),
+    )
+    assert torch.equal(grad.double(), want)
+
+
+@pytest.mark.parametrize("bag", [embedding_bag, reference.embedding_bag], ids=["op", "reference"])
+def test_the_first_nan_of_a_bag_gets_the_gradient(bag):
+    weight = torch.tensor([[1.0], [torch.nan], [torch.nan]], requires_grad=True)
+    bag(weight, torch.tensor([[0, 2, 1, 0]]), mode="max").sum().backward()
+    assert weight.grad.flatten().tolist() == [0, 0, 1]
 
 
 @needs_kernels

@@ -12,7 +12,7 @@
 //
 //   sum   grad e_{i_p} += w_p grad_out[b]      grad w_p = <grad_out[b], e_{i_p}>
 //   mean  the same over n
-//   max   grad e_{i_p, d} += grad_out[b, d] for the first p that attains the maximum
+//   max   grad e_{i_p, d} += grad_out[b, d] for the first p that attains the maximum or is NaN
 //
 // Bytes: n D loads in lines scattered over the table, D stores a bag; 2 n D flops. The latency of the loads
 // is all there is.
@@ -173,7 +173,8 @@ void embedding_max_grad_rows(const Bags& f, const I* ids, T* grad_rows, int64_t 
       V grad = bags::load<T, true>(static_cast<const T*>(f.out) + b * f.stride_ob + d, last, tail);
       for (int64_t p = f.begin(b); p < f.begin(b + 1); ++p) {
         if (ids[p] == f.padding_idx) continue;
-        const auto attained = row(p) == peak;
+        const V x = row(p);
+        const auto attained = (x == peak) | (x != x);  // beside a NaN no other value is the largest
         bags::store<T, true>(grad_rows + p * f.D + d, attained ? grad : V{}, last, tail);
         grad = attained ? V{} : grad;
       }

@@ -114,7 +114,7 @@ __device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int fe
   }
   RK_UNROLL
   for (int i = 0; i < n; ++i) {
-    if (bags.mode == kMax && out[i] == -A(INFINITY)) out[i] = A(0);
+    if (bags.mode == kMax && count == 0) out[i] = A(0);
     if (bags.mode == kMean && count > 1) out[i] /= A(count);
   }
 }

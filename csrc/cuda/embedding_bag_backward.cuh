@@ -3,7 +3,8 @@
 // Lookup p of bag b gives its row the gradient
 //
 //   sum, none: a_p grad_out[b]      mean: a_p / n grad_out[b]
-//   max: g_p[d] = grad_out[b, d] / ties[b, d] where weight[i_p, d] is the bag's maximum, 0 elsewhere
+//   max: g_p[d] = grad_out[b, d] for the first p where weight[i_p, d] is the bag's maximum or NaN, 0
+//   elsewhere
 //
 // and the row's gradient is the sum over all lookups of it, those of padding_idx, of the frozen row and
 // outside the table left out. The gradient of a_p is (1 or 1/n) <grad_out[b], weight[i_p]>.
@@ -96,24 +97,22 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) embedding_max_grad_rows(
   const T* weight = static_cast<const T*>(bags.weight);
   for (int d = group.lane(); d < bags.D; d += group.lanes()) {
     A largest = -A(INFINITY);
-    int64_t ties = 0;
+    int64_t first = -1;  // the lookup that attains it
     for (int64_t p = ids.begin; p < ids.end; ++p) {
       const int64_t id = bags.id(p);
       if (!bags.keeps(id)) continue;
       const A x = widen(weight[id * bags.stride_wr + d]);
-      if (x > largest) ties = 0;
-      if (x > largest) largest = x;
-      ties += x == largest;
+      if (first >= 0 && !(x > largest || (x != x && largest == largest))) continue;
+      largest = x;
+      first = p;
     }
-    // A maximum of -infinity went out as the zero of an empty bag.
-    const A share = largest == -A(INFINITY)
-                        ? A(0)
-                        : widen(static_cast<const T*>(bags.out)[b * bags.stride_ob + d]) / ties;
-    for (int64_t p = ids.begin; p < ids.end; ++p) {
-      const int64_t id = bags.id(p);
-      const bool taken = bags.keeps(id) && widen(weight[id * bags.stride_wr + d]) == largest;
-      narrow(static_cast<T*>(bags.grad)[p * bags.D + d], taken ? share : A(0));
-    }
+    const T grad_out = static_cast<const T*>(bags.out)[b * bags.stride_ob + d];
+    T* grad = static_cast<T*>(bags.grad) + d;
+    for (int64_t p = ids.begin; p < ids.end; ++p)
+      if (p == first)
+        grad[p * bags.D] = grad_out;
+      else
+        narrow(grad[p * bags.D], A(0));
   }
 }
 
