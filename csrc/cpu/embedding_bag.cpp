@@ -7,8 +7,8 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> void embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I> void embedding_bags(const Bags&, const I*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class I> bool embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T, class I> bool embedding_bags(const Bags&, const I*, int64_t, int64_t))
 
 ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
     : args(args), features(args, weights.size()) {
@@ -60,16 +60,16 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
 
 bool ForwardArgs::look_up(size_t f, int64_t b0, int64_t b1) const {
   const Bags& bag = features.bags[f];
-  if (!ids_fit(bag, b0, b1)) return false;
-  dispatch_ids(bag, [&](const auto* ids) {
+  return dispatch_ids(bag, [&](const auto* ids) {
+    bool fit = true;
     if (bag.are_rows())
-      RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
+      fit = RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
     else
       dispatch_floating(dtype(f), [&](auto* type) {
-        RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
+        fit = RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
       });
+    return fit;
   });
-  return true;
 }
 
 void ForwardArgs::check_range() const {
