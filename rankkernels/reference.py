@@ -296,6 +296,16 @@ def _first_maximum(rows: Tensor, bag: Tensor, B: int) -> Tensor:
     return torch.where(first < N, rows.gather(0, first.clamp(max=N - 1)), 0.0)
 
 
+def embedding(weight: Tensor, indices: Tensor, frozen_row: int | None = None) -> Tensor:
+    """Rows of a table: weight [R, D], indices of any shape -> indices.shape + [D].
+
+    ``frozen_row`` is the row that gets no gradient: ``nn.Embedding``'s padding_idx.
+    """
+    if frozen_row is not None:
+        return F.embedding(indices, weight, padding_idx=frozen_row)
+    return weight.index_select(0, indices.flatten()).unflatten(0, indices.shape)  # weight[-1] would be a row
+
+
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -303,6 +313,7 @@ def embedding_bag(
     mode: str = "mean",
     per_sample_weights: Tensor | None = None,
     padding_idx: int | None = None,
+    frozen_row: int | None = None,
 ) -> Tensor:
     """Pooled rows of a table: weight [R, D] -> [B, D]. ``torch.nn.functional.embedding_bag`` has the same semantics.
 
@@ -310,6 +321,7 @@ def embedding_bag(
     ``mode`` is sum, mean or max; ``per_sample_weights`` scale the rows of a sum or a mean, whose count stays
     unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros. A maximum's gradient
     goes to the first row that attains it.
+    ``frozen_row`` gets no gradient (``embedding``).
     """
     if indices.dim() == 2:
         B = indices.size(0)
@@ -324,7 +336,7 @@ def embedding_bag(
         keep = indices != padding_idx
         indices, bag = indices[keep], bag[keep]
         per_sample_weights = None if per_sample_weights is None else per_sample_weights[keep]
-    rows = accumulator(weight)[indices]
+    rows = embedding(accumulator(weight), indices, frozen_row)
     if mode == "max":
         if per_sample_weights is not None:
             raise ValueError("embedding_bag: per_sample_weights cannot be combined with mode 'max'")

@@ -16,6 +16,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from rankkernels.ops._library import is_transformed
 from rankkernels.ops.linear_weight_grad import linear_weight_grad
 
 #: Multiplications of a product from which oneDNN, which prepares each call, wins: in the forward and the backward, and
@@ -75,8 +76,11 @@ class _Linear(torch.autograd.Function):
 
 
 def is_watched() -> bool:
-    """Whether compilers or tracers are to see the modules' own calls, or autocast is to choose their dtypes."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
+    """Whether compilers, tracers, ``torch.func`` or forward mode are to see the modules' own calls, or autocast is to
+    choose their dtypes."""
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_transformed()
+    )
 
 
 def multiplications(module: nn.Linear, x: Tensor) -> int:

@@ -11,10 +11,13 @@ import importlib.machinery
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 lib = torch.library.Library("rankkernels", "DEF")
 
@@ -84,8 +87,64 @@ def notice_reference(op: str, tensor: Tensor) -> None:
     )
 
 
-def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """Gradients of ``fn(*inputs)`` for the floating-point ``inputs``: a default implementation's backward.
+#: The mode of torch's older vmap, of ``torch.autograd.grad(is_grads_batched=True)``.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+
+
+def is_transformed() -> bool:
+    """Whether tensors may be those of ``torch.func``'s transforms, or carry the tangents of forward mode."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+    )
+
+
+def register_autograd(name: str, reference: Callable, backward: Callable, setup_context: Callable) -> None:
+    """What ``torch.library.register_autograd`` does; but forward mode, of which that drops the tangents without a
+    word, and ``torch.func`` see ``reference``, which takes and returns what the op does. ``torch.vmap`` loops."""
+    op = getattr(torch.ops.rankkernels, name).default
+    first_derivative = make_autograd_impl(op, Info(backward, setup_context))
+
+    def autograd(keyset, *arguments, **keywords):
+        if is_transformed():
+            return reference(*arguments, **keywords)
+        return first_derivative(keyset, *arguments, **keywords)
+
+    lib.impl(name, autograd, "Autograd", with_keyset=True)
+
+    def one_by_one(info, in_dims, *arguments, **keywords):
+        values, spec = tree_flatten(arguments)
+        dims = spec.flatten_up_to(in_dims)
+        results = []
+        for i in range(info.batch_size):
+            taken = (v if d is None else v.select(d, i) for v, d in zip(values, dims))
+            results.append(tree_flatten(op(*tree_unflatten(taken, spec), **keywords)))
+        out = [torch.stack(outs) for outs in zip(*(flat for flat, _ in results))]
+        out_spec = results[0][1]
+        return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)
+
+    torch.library.register_vmap(f"rankkernels::{name}", one_by_one, lib=lib)
+
+
+def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:
+    """``op``, which has no derivative; where one may be asked for (by ``create_graph``, forward mode, ``torch.func``)
+    ``reference``, which takes and returns the same."""
+
+    def call(*arguments):
+        return (reference if torch.is_grad_enabled() or is_transformed() else op)(*arguments)
+
+    return call
+
+
+def check_first_derivative(what: str) -> None:
+    """For a backward that has no derivative of its own: raises where one may be asked for."""
+    if torch.is_grad_enabled() or is_transformed():
+        raise RuntimeError(f"{what} is differentiable once, in reverse mode: not with create_graph, nor batched")
+
+
+def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
+    """Gradients of ``fn(*inputs)`` for the floating-point ``inputs``, differentiable themselves.
 
     An op's implementation runs with the Autograd dispatch keys excluded; this lets them in again for ``fn``.
     """
@@ -93,7 +152,5 @@ def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> list[Te
     include, exclude = tls._dispatch_tls_local_include_set(), tls._dispatch_tls_local_exclude_set()
     for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         exclude = exclude.remove(getattr(tls.DispatchKey, key))
-    with tls._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        grads = torch.autograd.grad(fn(*inputs), inputs, grad_out, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
+    with tls._ForceDispatchKeyGuard(include, exclude):
+        return torch.func.vjp(fn, *inputs)[1](grad_out)

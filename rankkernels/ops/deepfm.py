@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import differentiable, lib
 from rankkernels.ops.embedding_bag import MODES, raise_index_errors
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
@@ -36,7 +36,10 @@ def in_parts(weights, indices, tables, names, linear_weight, dense, mlp):
     return fm + linear + x
 
 
+_deepfm = differentiable(torch.ops.rankkernels.deepfm.default, in_parts)
+
+
 def call(*arguments) -> Tensor:
     """fm + linear + mlp, [B, 1]: what ``embedding_fm`` and an MLP of relu layers make of the schema's arguments."""
     with raise_index_errors():
-        return torch.ops.rankkernels.deepfm.default(*arguments)
+        return _deepfm(*arguments)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import has_triton, lib, notice_reference, vjp
+from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd, vjp
 
 # ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias [H];
 # what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
@@ -247,7 +247,7 @@ def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, par
     return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
 
 
-def _reference(history, target, lengths, mask, offsets, params, running_stats, flags):
+def _din_attention(history, target, lengths, mask, offsets, params, running_stats, flags):
     accumulated = [reference.accumulator(p) for p in params]
     hidden, out_weight, out_bias = unflatten(
         accumulated, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
@@ -258,17 +258,21 @@ def _reference(history, target, lengths, mask, offsets, params, running_stats, f
     )  # fmt: skip
 
 
-@torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
-def _default(history, target, lengths, mask, offsets, params, running_stats, *flags):
+def _reference(history, target, lengths, mask, offsets, params, running_stats, *flags):
     flags = Flags(*flags)
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
     _check_values("din_attention", history, lengths, offsets)
-    notice_reference("din_attention", history)
-    out, all_stats = _reference(history, target, lengths, mask, offsets, params, running_stats, flags)
+    out, all_stats = _din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
     flat = [t for stats in all_stats if stats is not None for t in stats]
     stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
     stats = torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
     return out, stats, history.new_zeros(saved_size(history, target, params, flags), dtype=stats_dtype)
+
+
+@torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
+def _default(history, *rest):
+    notice_reference("din_attention", history)
+    return _reference(history, *rest)
 
 
 @torch.library.impl(lib, "din_attention_backward", "CompositeExplicitAutograd")
@@ -276,7 +280,7 @@ def _default_backward(
     grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags
 ):
     def forward(history, target, *params):
-        return _reference(history, target, lengths, mask, offsets, params, running_stats, Flags(*flags))[0]
+        return _din_attention(history, target, lengths, mask, offsets, params, running_stats, Flags(*flags))[0]
 
     grad_history, grad_target, *grad_params = vjp(forward, grad_out, history, target, *params)
     return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
@@ -321,19 +325,22 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # zeros for ``saved``, as large as it
 
 
+_din_attention_backward = differentiable(torch.ops.rankkernels.din_attention_backward.default, _default_backward)
+
+
 def _backward(ctx, grad_out, *_):
     batch_stats, saved, history, target, lengths, mask, offsets, seed, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
     nothing = [None] * ctx.num_stats, *[None] * len(Flags._fields)
     if grad_out is None:
         return *[None] * 5, [None] * ctx.num_params, *nothing
-    grad_history, grad_target, grad_params = torch.ops.rankkernels.din_attention_backward.default(
+    grad_history, grad_target, grad_params = _din_attention_backward(
         grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.flags, seed
     )
     return grad_history, grad_target, None, None, None, grad_params, *nothing
 
 
-torch.library.register_autograd("rankkernels::din_attention", _backward, setup_context=_setup_context, lib=lib)
+register_autograd("din_attention", _reference, _backward, _setup_context)
 
 
 def _without_autocast(op: torch._ops.OpOverload, key: str):

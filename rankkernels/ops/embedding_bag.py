@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import lib, notice_reference, vjp
+from rankkernels.ops._library import (
+    check_first_derivative,
+    differentiable,
+    is_transformed,
+    lib,
+    notice_reference,
+    register_autograd,
+    vjp,
+)
 
 # One entry a feature in ``indices``, ``offsets``, ``per_sample_weights``, ``tables``, ``modes`` and ``padding_idx``;
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
@@ -167,15 +174,12 @@ def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
         )
 
 
-@torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
-      sparse=False):  # fmt: skip
+def _reference(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *,
+               concat=False, sparse=False):  # fmt: skip
     _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
-    notice_reference("embedding_bag", weights[0])
-    for f, ids in enumerate(indices):
-        _check_range(weights[tables[f]], ids, names[f])
+    frozen = [None if row < 0 else row for row in frozen_rows]
     outs = [
-        F.embedding(ids, weights[tables[f]])
+        reference.embedding(weights[tables[f]], ids, frozen[tables[f]])
         if MODES[modes[f]] == "none"
         else reference.embedding_bag(
             weights[tables[f]],
@@ -184,14 +188,28 @@ def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
             MODES[modes[f]],
             _weights_of(f, ids, per_sample_weights),
             None if padding_idx[f] < 0 else padding_idx[f],
+            frozen[tables[f]],
         )
         for f, ids in enumerate(indices)
     ]
     return [torch.cat(outs, 1)] if concat else outs
 
 
+@torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
+def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
+      sparse=False):  # fmt: skip
+    notice_reference("embedding_bag", weights[0])
+    for f, ids in enumerate(indices):
+        _check_range(weights[tables[f]], ids, names[f])
+    return _reference(
+        weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=concat
+    )
+
+
 @torch.library.impl(lib, "embedding_bag_backward", "CompositeExplicitAutograd")
-def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+def _reference_backward(
+    grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows
+):
     grad_weights, grad_per_sample_weights = [None] * len(rows), [torch.zeros_like(w) for w in per_sample_weights]
     for f, (ids, grad_out) in enumerate(zip(indices, grad_outs)):
         if grad_out is None:
@@ -257,6 +275,9 @@ def sparse_gradients(used, grad_rows, values, rows) -> list[Tensor | None]:
     ]
 
 
+_embedding_bag_backward = differentiable(torch.ops.rankkernels.embedding_bag_backward.default, _reference_backward)
+
+
 def table_gradients(grad_outs, weights, rows, lists, features, sparse):
     """The gradients of the tables, None for one that none of ``grad_outs`` is about, and of the per-sample weights."""
     used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
@@ -264,8 +285,9 @@ def table_gradients(grad_outs, weights, rows, lists, features, sparse):
         return [None] * len(rows), [None] * len(lists[2])
     arguments = grad_outs, weights, rows, *lists, *features
     if not sparse:
-        grads, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
+        grads, grad_psw = _embedding_bag_backward(*arguments)
     else:
+        check_first_derivative("embedding_bag with sparse gradients")
         grad_rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
         grads = sparse_gradients(used, grad_rows, values, rows)
     return [g if t in used else None for t, g in enumerate(grads)], grad_psw
@@ -280,11 +302,13 @@ def _backward(ctx, grad_outs):
     return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5
 
 
-torch.library.register_autograd("rankkernels::embedding_bag", _backward, setup_context=_setup_context, lib=lib)
+register_autograd("embedding_bag", _reference, _backward, _setup_context)
 
 
 def check_trainable(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-    """Raises a ValueError for a table that ``optimizer`` cannot step on."""
+    """Raises a ValueError for a table that ``optimizer`` cannot step on, a RuntimeError where no step is to be seen."""
+    if is_transformed():
+        raise RuntimeError("a fused optimizer steps in an ordinary backward: not in forward mode, nor under torch.func")
     for t, weight in enumerate(weights):
         if not weight.requires_grad:
             raise ValueError(f"{type(optimizer).__name__}: table {t} of shape {list(weight.shape)} is frozen")
@@ -325,8 +349,8 @@ class _Updating(torch.autograd.Function):
             return tuple(torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grad_outs):
+        check_first_derivative("embedding_bag with a fused optimizer")
         saved = iter(ctx.saved_tensors)
         lists = [[next(saved) for _ in range(n)] for n in ctx.lengths]
         if ctx.widths:

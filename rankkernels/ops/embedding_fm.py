@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import check_first_derivative, differentiable, lib, register_autograd
 from rankkernels.ops.embedding_bag import (
     FEATURES,
     Optimizer,
@@ -27,6 +27,7 @@ from rankkernels.ops.embedding_bag import (
     sparse_gradients,
     table_gradients,
 )
+from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
 # ``dense`` [B, n], if any; ``fm`` is [B, 1], ``linear`` too, but [0, 1] where there is no ``linear_weight`` (any shape
@@ -118,7 +119,7 @@ def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
 
 # Where no kernel does both, the separate ops do, each by the best that serves the device.
 @torch.library.impl(lib, "embedding_fm", "CompositeExplicitAutograd")
-def _(weights, *rest, sparse=False):
+def _reference(weights, *rest, sparse=False):
     embeddings, (linear_weight, dense) = _lookups(weights, rest), rest[-2:]
     fields = embeddings.view(embeddings.size(0), len(rest[0]), -1) if embeddings.numel() else None
     fm = (
@@ -134,12 +135,12 @@ def _(weights, *rest, sparse=False):
 
 
 @torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")
-def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
+def _reference_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
     grad = torch.zeros_like(embeddings, memory_format=torch.contiguous_format)
     grad_linear_weight = embeddings.new_empty(0)
     if grad_fm is not None and embeddings.numel():
         fields = embeddings.reshape(embeddings.size(0), -1, dim)
-        grad = torch.ops.rankkernels.fm_interaction_backward.default(grad_fm, fields, True).flatten(1)
+        grad = fm_interaction_backward(grad_fm, fields, True).reshape(embeddings.shape)
     if grad_embeddings is not None:
         grad = grad + grad_embeddings
     if linear_weight is not None:
@@ -174,6 +175,9 @@ def _(*arguments):
     linear_weight, per_sample_weights = arguments[4], arguments[11]
     grad = arguments[3].new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
     return [w.new_empty(w.shape) for w in per_sample_weights], grad
+
+
+_embedding_fm_backward = differentiable(torch.ops.rankkernels.embedding_fm_backward.default, _reference_backward)
 
 
 def _without_dense(grads, embeddings, width):
@@ -212,12 +216,13 @@ def _backward(ctx, *grads):
     grads, embeddings, grad_dense = _without_dense(grads, embeddings, len(ctx.features[0]) * ctx.dim)
     arguments = *grads, embeddings, linear_weight, ctx.dim
     if ctx.sparse:
+        check_first_derivative("embedding_fm with sparse gradients")
         grad_rows, values, grad_psw, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward_sparse.default(
             *arguments, ctx.weights, ctx.versions == _versions(ctx.weights), ctx.rows, *lists, *ctx.features
         )
         grad_weights = sparse_gradients(set(ctx.features[0]), grad_rows, values, ctx.rows)
     else:
-        grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
+        grad, grad_linear_weight = _embedding_fm_backward(*arguments)
         grad_weights, grad_psw = table_gradients(
             grad.split(ctx.dim, 1), weights, ctx.rows, lists, ctx.features, sparse=False
         )
@@ -227,7 +232,7 @@ def _backward(ctx, *grads):
     )  # fmt: skip
 
 
-torch.library.register_autograd("rankkernels::embedding_fm", _backward, setup_context=_setup_context, lib=lib)
+register_autograd("embedding_fm", _reference, _backward, _setup_context)
 
 
 class _Updating(torch.autograd.Function):
@@ -246,8 +251,8 @@ class _Updating(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        check_first_derivative("embedding_fm with a fused optimizer")
         embeddings, *saved = ctx.saved_tensors
         linear_weight = saved.pop(0) if ctx.has_linear else None
         if all(g is None for g in grads):

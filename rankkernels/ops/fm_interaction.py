@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import has_triton, lib, notice_reference
+from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd
 
 lib.define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
 lib.define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
@@ -43,15 +43,19 @@ def _(grad_out, x, reduce_sum):
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(lib, "fm_interaction", "CompositeExplicitAutograd")
-def _(x, reduce_sum):
+def _reference(x, reduce_sum):
     _check("fm_interaction", x, reduce_sum)
-    notice_reference("fm_interaction", x)
     return reference.fm_interaction(x, reduce_sum)
 
 
+@torch.library.impl(lib, "fm_interaction", "CompositeExplicitAutograd")
+def _(x, reduce_sum):
+    notice_reference("fm_interaction", x)
+    return _reference(x, reduce_sum)
+
+
 @torch.library.impl(lib, "fm_interaction_backward", "CompositeExplicitAutograd")
-def _(grad_out, x, reduce_sum):
+def _reference_backward(grad_out, x, reduce_sum):
     _check("fm_interaction_backward", x, reduce_sum, grad_out)
     xa, ga = reference.accumulator(x), reference.accumulator(grad_out)
     return (ga[:, None, :] * (xa.sum(1, keepdim=True) - xa)).to(x.dtype)
@@ -79,30 +83,15 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x)
 
 
+fm_interaction_backward = differentiable(torch.ops.rankkernels.fm_interaction_backward.default, _reference_backward)
+
+
 def _backward(ctx, grad_out):
     (x,) = ctx.saved_tensors
-    return torch.ops.rankkernels.fm_interaction_backward.default(grad_out, x, ctx.reduce_sum), None
+    return fm_interaction_backward(grad_out, x, ctx.reduce_sum), None
 
 
-def _setup_double_context(ctx, inputs, output):
-    grad_out, x, ctx.reduce_sum = inputs
-    ctx.save_for_backward(grad_out, x)
-
-
-def _double_backward(ctx, grad_grad_x):
-    # grad_x_f = g (s - x_f): linear in g, and in x through the same map, x -> s - x, which is its own transpose.
-    grad_out, x = ctx.saved_tensors
-    grad_grad_out = (grad_grad_x * (x.sum(1, keepdim=True) - x)).sum(1)
-    if ctx.reduce_sum:
-        grad_grad_out = grad_grad_out.sum(1, keepdim=True)
-    scaled = grad_grad_x * grad_out[:, None, :]
-    return grad_grad_out, scaled.sum(1, keepdim=True) - scaled, None
-
-
-torch.library.register_autograd("rankkernels::fm_interaction", _backward, setup_context=_setup_context, lib=lib)
-torch.library.register_autograd(
-    "rankkernels::fm_interaction_backward", _double_backward, setup_context=_setup_double_context, lib=lib
-)
+register_autograd("fm_interaction", _reference, _backward, _setup_context)
 # Under autocast on CUDA torch's own sum and pow compute and return float32; on the CPU they keep the input's dtype.
 torch.library.register_autocast("rankkernels::fm_interaction", "cuda", torch.float32, lib=lib)
 
@@ -111,8 +100,7 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     """Second-order interactions of a factorization machine, the sum over field pairs f < g of x_f * x_g.
 
     Semantics: ``reference.fm_interaction``, torch-rechub's ``FM``, DeepCTR-Torch's ``FM`` (``reduce_sum=True``) and
-    FuxiCTR's ``InnerProductInteraction("product_sum")``. Accumulates in float32 (float64 for float64). Differentiable
-    twice.
+    FuxiCTR's ``InnerProductInteraction("product_sum")``. Accumulates in float32 (float64 for float64).
 
     Args:
         x: field embeddings [B, F, D], any strides; float32, float64, float16 or bfloat16.

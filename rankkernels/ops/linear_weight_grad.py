@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import lib, register_autograd
 
 lib.define("linear_weight_grad(Tensor dy, Tensor x) -> Tensor")
 
@@ -30,12 +30,11 @@ def _backward(ctx, grad):
     return x @ grad.t(), dy @ grad
 
 
-torch.library.register_autograd(
-    "rankkernels::linear_weight_grad",
-    _backward,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-    lib=lib,
-)
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+register_autograd("linear_weight_grad", _default, _backward, _setup_context)
 
 
 def linear_weight_grad(dy: Tensor, x: Tensor) -> Tensor:

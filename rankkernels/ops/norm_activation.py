@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import has_triton, lib, notice_reference, vjp
+from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd, vjp
 from rankkernels.ops.din_attention import ACTIVATIONS
 
 # ``activation``: its place in ACTIVATIONS. ``batch_stats``: in training with a normalization the batch's mean and its
@@ -83,21 +83,24 @@ def _(grad_out, batch_stats, x, weight, bias, alpha, *_):
     return x.new_empty(x.shape), [p.new_empty(p.shape) for p in (weight, bias, alpha) if p is not None]
 
 
-def _reference(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
+def _norm_activation(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps,
+                     dice_eps):  # fmt: skip
     weight, bias, alpha = (None if p is None else reference.accumulator(p) for p in (weight, bias, alpha))
     norm = reference.BatchNorm(weight, bias, running_mean, running_var, norm_eps) if batch_norm else None
     return reference.norm_activation(x, norm, _NAMES[activation], alpha, training, dice_eps)
 
 
+def _reference(*arguments):
+    x, *_, batch_norm, training, _norm_eps, _dice_eps = arguments
+    _check("norm_activation", *arguments[:-2])
+    out, stats = _norm_activation(*arguments)
+    return out.contiguous(), _new_stats(x, batch_norm, training) if stats is None else torch.cat(stats)
+
+
 @torch.library.impl(lib, "norm_activation", "CompositeExplicitAutograd")
-def _default(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
-    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training)
+def _default(x, *rest):
     notice_reference("norm_activation", x)
-    out, stats = _reference(
-        x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps
-    )
-    batch_stats = _new_stats(x, batch_norm, training)
-    return out.contiguous(), batch_stats if stats is None else torch.cat(stats, out=batch_stats)
+    return _reference(x, *rest)
 
 
 @torch.library.impl(lib, "norm_activation_backward", "CompositeExplicitAutograd")
@@ -107,7 +110,7 @@ def _default_backward(grad_out, batch_stats, x, weight, bias, alpha, running_mea
     def forward(x, *given):
         params = iter(given)
         weight_, bias_, alpha_ = (None if p is None else next(params) for p in (weight, bias, alpha))
-        return _reference(x, weight_, bias_, alpha_, running_mean, running_var, *flags)[0]
+        return _norm_activation(x, weight_, bias_, alpha_, running_mean, running_var, *flags)[0]
 
     grads = [g.contiguous() for g in vjp(forward, grad_out, x, *given)]
     return grads[0], grads[1:]
@@ -147,16 +150,17 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
+_norm_activation_backward = differentiable(torch.ops.rankkernels.norm_activation_backward.default, _default_backward)
+
+
 def _backward(ctx, grad_out, _):
     batch_stats, x, *vectors = ctx.saved_tensors
-    grad_x, grad_params = torch.ops.rankkernels.norm_activation_backward.default(
-        grad_out, batch_stats, x, *vectors, *ctx.flags
-    )
+    grad_x, grad_params = _norm_activation_backward(grad_out, batch_stats, x, *vectors, *ctx.flags)
     grads = iter(grad_params)
     return grad_x, *(None if p is None else next(grads) for p in vectors[:3]), *[None] * 7
 
 
-torch.library.register_autograd("rankkernels::norm_activation", _backward, setup_context=_setup_context, lib=lib)
+register_autograd("norm_activation", _reference, _backward, _setup_context)
 
 
 def norm_activation(

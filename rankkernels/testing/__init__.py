@@ -249,14 +249,11 @@ def embedding_bag_case(
         weights, ids, offsets, factors = split(inputs)
         outs = []
         for f, table in enumerate(tables):
-            w = weights[table]
-            if padding_idx is not None:  # the row of the padding index gets no gradient
-                keep = torch.ones(w.size(0), 1, dtype=w.dtype).index_fill(0, torch.tensor([padding_idx]), 0)
-                w = w * keep + (w * (1 - keep)).detach()
             if modes[f] == "none":
-                outs.append(w[ids[f]])
+                outs.append(reference.embedding(weights[table], ids[f], padding_idx))
             else:
-                outs.append(reference.embedding_bag(w, ids[f], offsets[f], modes[f], factors[f], padding_idx))
+                settings = offsets[f], modes[f], factors[f], padding_idx, padding_idx
+                outs.append(reference.embedding_bag(weights[table], ids[f], *settings))
         return torch.cat(outs, 1)
 
     def arguments(*inputs):
