@@ -15,16 +15,17 @@ lower the scale is what its other optimizers see of the same backward.
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from rankkernels.nn.embedding import fused_weight
-from rankkernels.ops._library import use_huge_pages
-from rankkernels.ops.embedding_bag import check_trainable
+from rankkernels.ops._library import is_transformed, use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
+from rankkernels.ops.fused_step import Gate, check_not_distributed
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse", "to_torch"]
 
@@ -37,6 +38,13 @@ def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
     return grad._indices()[0], grad._values()
 
 
+#: What torch's groups have and ours have not, all without effect on the numbers once _check_kind has passed.
+_TORCHS = {"momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
+           "fused", "decoupled_weight_decay"}  # fmt: skip
+#: What says how to step, and no group can have otherwise.
+_FIXED = ("decoupled_weight_decay",)
+
+
 class _RowOptimizer(torch.optim.Optimizer):
     """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names its state, one value an element of the table or a row."""
 
@@ -46,36 +54,71 @@ class _RowOptimizer(torch.optim.Optimizer):
     _kind: str
     _states: tuple[str, ...] = ()
     _one_a_row = False
-    _initial = 0.0
 
     def __init__(self, params: Iterable, **defaults):
-        for name in ("lr", "eps", "weight_decay", "max_row_norm"):
-            if float(defaults[name] or 0) < 0:
-                raise ValueError(f"{type(self).__name__}: {name} must not be negative, got {defaults[name]}")
-        for beta in defaults["betas"]:
-            if not 0 <= beta < 1:
-                raise ValueError(f"{type(self).__name__}: betas must be in [0, 1), got {defaults['betas']}")
+        self._gates: dict[torch.device, Gate] = {}
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() != 2 or not p.is_floating_point():
-                    raise ValueError(
-                        f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}"
-                    )
 
-    def _state_of(self, p: Tensor) -> dict:
-        """The state of ``p``, made if there is none."""
-        state = self.state[p]
-        if not state:
-            state |= {"step": 0, **self._new_state(p)}
-        return state
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"grad_scaler": self.grad_scaler}
 
-    def _new_state(self, p: Tensor) -> dict[str, Tensor]:
+    def __setstate__(self, state: dict) -> None:
+        self._gates = {}
+        super().__setstate__(state)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As ``torch.optim.Optimizer``. Raises a ValueError, and adds nothing, for what the constructor refuses."""
+        groups = list(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups[:] = groups
+            raise
+        self._gates.clear()
+
+    def _check(self, group: dict) -> None:
+        """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""
+        dtypes = [torch.float32]
+        for p in group["params"]:
+            if p.dim() != 2 or not p.is_floating_point():
+                raise ValueError(f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}")
+            dtypes.append(torch.promote_types(p.dtype, torch.float32))
+
+        def check(name: str, fits: Callable[[float], bool], rule: str) -> None:
+            try:
+                good = fits(float(group[name]))
+            except (TypeError, ValueError, RuntimeError):
+                good = False
+            if not good:
+                raise ValueError(f"{type(self).__name__}: {name} must {rule}, got {group[name]}")
+
+        not_negative = [
+            name for name in ("lr", "weight_decay", "lr_decay", "initial_accumulator_value") if name in group
+        ]
+        for name in not_negative:
+            check(name, lambda x: 0 <= x < math.inf, "not be negative, infinite or NaN")
+        betas = group["betas"]
+        if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= float(b) < 1 for b in betas)):
+            raise ValueError(f"{type(self).__name__}: betas must be two numbers in [0, 1), got {betas}")
+        if group["max_row_norm"] is not None:
+            check("max_row_norm", lambda x: x > 0, "be positive or None")
+        if not self._states or float(group.get("initial_accumulator_value", 0)) > 0:
+            return check("eps", lambda x: 0 <= x < math.inf, "not be negative, infinite or NaN")
+        # A row whose gradients have all been zero is divided by it, in the state's precision.
+        least = max(torch.finfo(dtype).tiny for dtype in dtypes[1:] or dtypes)
+        check("eps", lambda x: least <= x < math.inf, f"be at least {least}, the least normal number of the state")
+
+    def _state_of(self, p: Tensor, group: dict) -> dict:
+        """The state of ``p``, or a new one, which is not its state yet."""
+        return self.state.get(p) or {"step": 0, **self._new_state(p, group)}
+
+    def _new_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         """The state's tensors for ``p``. What a row has in each lies side by side, so that a step finds it in one
         place; so two moments are views of one tensor."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         shape = p.shape[0], len(self._states), *([] if self._one_a_row else p.shape[1:])
-        whole = torch.full(shape, self._initial, dtype=dtype, device=p.device)
+        whole = torch.full(shape, group.get("initial_accumulator_value", 0.0), dtype=dtype, device=p.device)
         use_huge_pages(whole)
         return dict(zip(self._states, whole.unbind(1)))
 
@@ -87,20 +130,29 @@ class _RowOptimizer(torch.optim.Optimizer):
             float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
         ]  # fmt: skip
 
-    @contextlib.contextmanager
-    def _step_of(self, params: Sequence[Tensor], groups: Sequence[dict], scale: float):
-        """A step on ``params``, of one group each: the op's ``states`` and ``hyper`` for it; afterwards it counts."""
-        states, tensors, hyper, hypers = [self._state_of(p) for p in params], [], [], {}
+    def _take(
+        self, op, params: Sequence[Tensor], groups: Sequence[dict], scale: float, before: tuple, after: tuple = ()
+    ):
+        """A step of the op on ``params``, of one group each; its arguments are ``before``, the states, ``after``, the
+        optimizer and the hyperparameters. -> what it returns.
+
+        The step and its count are one call of C: an interrupt (Ctrl-C) comes before both or after both, and where the
+        op raises, nothing has changed.
+        """
+        states, tensors, hyper, hypers = [self._state_of(p, g) for p, g in zip(params, groups)], [], [], {}
         for state, group in zip(states, groups):
             key = id(group), state["step"]  # mostly one for all tables
             if key not in hypers:
                 hypers[key] = self._hyper(group, state["step"] + 1, scale)
             tensors += [state[name] for name in self._states]
             hyper += hypers[key]
-        yield tensors, hyper
-        for state in states:
-            state["step"] += 1
-        torch.autograd.graph.increment_version(list(params))
+        calls = [partial(op._op, *before, tensors, *after, OPTIMIZERS.index(self._kind), hyper)]
+        for p, state in zip(params, states):
+            calls.append(partial(state.__setitem__, "step", state["step"] + 1))
+            if self.state.get(p) is not state:
+                calls.append(partial(self.state.__setitem__, p, state))
+        calls.append(partial(torch.autograd.graph.increment_version, list(params)))
+        return list(map(partial.__call__, calls))[0]
 
     def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
@@ -127,19 +179,60 @@ class _RowOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__}: the gradient of a table of shape {list(p.shape)} is dense; make it "
                     "with sparse=True, or take torch.optim's"
                 )
-        for p, group in given:
-            rows, values = _coalesced(p.grad)
-            with self._step_of([p], [group], scale) as (states, hyper):
-                torch.ops.rankkernels.sparse_update.default(
-                    p, states, rows, values, OPTIMIZERS.index(self._kind), hyper
+            if p.grad.sparse_dim() != 1:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the gradient of a table of shape {list(p.shape)} must have rows of values "
+                    f"and so one sparse dimension, got {p.grad.sparse_dim()}"
                 )
+            self._check_state(p)
+        steps = [(p, group, *_coalesced(p.grad)) for p, group in given]
+        for p, group, rows, values in steps:
+            self._take(torch.ops.rankkernels.sparse_update.default, [p], [group], scale, (p,), (rows, values))
         return loss
 
+    def _check_state(self, p: Tensor) -> None:
+        """Raises a RuntimeError if ``p`` has another shape than when its state was made."""
+        for name in self._states if p in self.state else ():
+            shape = self.state[p][name].shape
+            if shape != (p.shape[:1] if self._one_a_row else p.shape):
+                raise RuntimeError(
+                    f"{type(self).__name__}: a table of shape {list(p.shape)} has {name} of shape {list(shape)}: it was "
+                    "replaced after its state was made"
+                )
+
+    def gate(self, weights: Sequence[Tensor]) -> Gate:
+        """What decides when a fused step of ``weights`` is taken: see ``rankkernels.ops.fused_step``.
+
+        Raises:
+            ValueError: a table is frozen, has hooks on its gradient or is not among the params.
+            RuntimeError: DistributedDataParallel is to reduce their gradients; forward mode, ``torch.func``.
+        """
+        if is_transformed():
+            raise RuntimeError(
+                f"{type(self).__name__}: a fused optimizer steps in an ordinary backward, not in forward mode nor under "
+                "torch.func"
+            )
+        check_not_distributed(self, weights)
+        for t, weight in enumerate(weights):
+            if not weight.requires_grad:
+                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is frozen")
+            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"{type(self).__name__}: table {t} of shape {list(weight.shape)} has hooks on its gradient, and a "
+                    "fused step makes none"
+                )
+        device = weights[0].device
+        gate = self._gates.get(device)
+        if gate is None or not gate.holds(weights):
+            self._groups_of(weights)
+            tables = [p for group in self.param_groups for p in group["params"] if p.device == device]
+            gate = self._gates[device] = Gate(self, [p for p in tables if p.requires_grad])
+        return gate
+
     def _groups_of(self, weights: Sequence[Tensor]) -> list[dict]:
-        """The group of each table. Raises a ValueError for one that is frozen or not among the params."""
-        check_trainable(self, weights)
-        group_of = {p: group for group in self.param_groups for p in group["params"]}
-        groups = [group_of.get(weight) for weight in weights]
+        """The group of each table. Raises a ValueError for one that is not among the params."""
+        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        groups = [group_of.get(id(weight)) for weight in weights]
         for t, (weight, group) in enumerate(zip(weights, groups)):
             if group is None:
                 raise ValueError(
@@ -169,12 +262,10 @@ class _RowOptimizer(torch.optim.Optimizer):
         scale = 1.0
         if self.grad_scaler is not None and self.grad_scaler.is_enabled():
             scale = self.grad_scaler.get_scale()
-            if not all(bool(g.isfinite().all()) for g in grad_outs):
+            if not all(bool(g.isfinite().all()) for g in grad_outs if g is not None):
                 return [torch.zeros_like(w) for w in lists[2]]
-        with self._step_of(weights, groups, scale) as (states, hyper):
-            return torch.ops.rankkernels.embedding_bag_update.default(
-                grad_outs, weights, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
-            )
+        op = torch.ops.rankkernels.embedding_bag_update.default
+        return self._take(op, weights, groups, scale, (grad_outs, weights), (*lists, *features))
 
     def whole_gradients(self, weights: Sequence[Tensor], tables: Sequence[int]) -> bool:
         """Whether ``update`` must see the gradients of the lookups and ``update_fm`` does not do."""
@@ -185,11 +276,9 @@ class _RowOptimizer(torch.optim.Optimizer):
     def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
                   features: Sequence) -> Tensor:  # fmt: skip
         """The step in the backward of ``rankkernels.embedding_fm`` -> the gradient of the linear weights."""
-        with self._step_of(weights, self._groups_of(weights), 1.0) as (states, hyper):
-            _, grad_linear_weight = torch.ops.rankkernels.embedding_fm_update.default(
-                *grads, weights, unchanged, states, *lists, *features, OPTIMIZERS.index(self._kind), hyper
-            )
-            return grad_linear_weight
+        op = torch.ops.rankkernels.embedding_fm_update.default
+        before = *grads, weights, unchanged
+        return self._take(op, weights, self._groups_of(weights), 1.0, before, (*lists, *features))[1]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -199,38 +288,73 @@ class _RowOptimizer(torch.optim.Optimizer):
         it does not say, like a weight decay for ``SparseAdam``, stays as it was given to this optimizer.
 
         Raises:
-            ValueError: it is of an optimizer of another kind, or of one with momentum, amsgrad or maximize.
+            ValueError: it is of an optimizer of another kind, or of one with momentum, amsgrad or maximize, or has
+                hyperparameters that the constructor refuses. The optimizer is then as it was.
         """
-        for group in state_dict["param_groups"]:
+        self._check_kind(state_dict["param_groups"])
+        before = {"state": self.state, "param_groups": self.param_groups}
+        try:
+            super().load_state_dict(state_dict)
+            ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+            groups = [self._merged(group, old) for group, old in zip(self.param_groups, before["param_groups"])]
+            self.param_groups[:] = groups
+            group_of = [(p, group) for group in groups for p in group["params"]]
+            for i, (p, group) in zip(ids, group_of):
+                if saved := state_dict["state"].get(i):
+                    self.state[p] = self._loaded(i, p, group, saved)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def _check_kind(self, groups: Sequence[dict]) -> None:
+        """Raises a ValueError for groups of another kind of optimizer, which goes by the names in them."""
+        for group in groups:
             for name in ("momentum", "amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"{type(self).__name__}: there is no {name} here, the state to load has it")
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
-            saved = state_dict["state"].get(i)
-            for name in self._states if saved else ():
-                shape = p.shape[:1] if self._one_a_row else p.shape
-                if name not in saved or saved[name].shape != shape:
-                    raise ValueError(
-                        f"{type(self).__name__}: the state of table {i} must have {name} of shape {list(shape)}, got "
-                        + ", ".join(f"{k} {list(getattr(v, 'shape', []))}" for k, v in saved.items())
-                    )
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before):
-            for name in set(group) - set(old) - {"initial_lr"}:
-                del group[name]
-            for name in set(old) - set(group):
-                group[name] = old[name]
-        for i, p in zip(ids, params):
-            saved = state_dict["state"].get(i)
-            if not saved:
-                continue
-            state = self._new_state(p)
-            for name in self._states:
-                state[name].copy_(saved[name])
-            self.state[p].update(state, step=int(saved.get("step", 0)))
+            ours = "max_row_norm" in group
+            if not (ours or self._is_torchs(set(group))) or any(
+                name in self.defaults and name in group and group[name] != self.defaults[name] for name in _FIXED
+            ):
+                raise ValueError(
+                    f"{type(self).__name__}: the state to load is of an optimizer of another kind, with "
+                    + ", ".join(f"{name} {value}" for name, value in group.items() if name != "params")
+                )
+
+    @staticmethod
+    def _is_torchs(names: set[str]) -> bool:
+        """Whether a group with these names is of torch's optimizer of this kind."""
+        return False
+
+    def _merged(self, group: dict, old: dict) -> dict:
+        """A loaded group without what only torch's optimizers have, and with what they have not, checked."""
+        group = {**old, **{name: value for name, value in group.items() if name in old or name not in _TORCHS}}
+        self._check(group)
+        return group
+
+    def _loaded(self, i: int, p: Tensor, group: dict, saved: dict) -> dict:
+        """The state of ``p`` from a saved one. Raises a ValueError if that is of another kind."""
+        shape, step = p.shape[:1] if self._one_a_row else p.shape, saved.get("step", 0)
+        saved = {name: value for name, value in saved.items() if value is not None}  # SGD's momentum_buffer
+        names = {"step", *self._states}
+        if not names >= set(saved) >= set(self._states) or any(
+            not isinstance(saved[name], Tensor) or saved[name].shape != shape for name in self._states
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: the state of table {i} must have "
+                + (" and ".join(f"{name} of shape {list(shape)}" for name in self._states) or "a step alone")
+                + ", got " + ", ".join(f"{k} {list(getattr(v, 'shape', []))}" for k, v in saved.items())
+            )  # fmt: skip
+        try:
+            count = int(step)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            count = -1
+        if count < 0 or count != step:
+            raise ValueError(f"{type(self).__name__}: the state of table {i} must have a number of steps, got {step!r}")
+        state = self._new_state(p, group)
+        for name in self._states:
+            state[name].copy_(saved[name])
+        return {"step": count, **state}
 
 
 class SGD(_RowOptimizer):
@@ -244,6 +368,10 @@ class SGD(_RowOptimizer):
     """
 
     _kind = "sgd"
+
+    @staticmethod
+    def _is_torchs(names):
+        return {"dampening", "nesterov"} <= names
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, max_row_norm: float | None = None
@@ -269,7 +397,6 @@ class Adagrad(_RowOptimizer):
         eps: float = 1e-10,
         max_row_norm: float | None = None,
     ):
-        self._initial = initial_accumulator_value
         super().__init__(
             params,
             lr=lr,
@@ -278,10 +405,15 @@ class Adagrad(_RowOptimizer):
             weight_decay=weight_decay,
             max_row_norm=max_row_norm,
             lr_decay=lr_decay,
+            initial_accumulator_value=initial_accumulator_value,
         )
 
+    @staticmethod
+    def _is_torchs(names):
+        return {"lr_decay", "initial_accumulator_value"} <= names
+
     def _learning_rate(self, group, step):
-        return float(group["lr"]) / (1 + (step - 1) * group["lr_decay"])
+        return float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"]))
 
 
 class RowWiseAdagrad(_RowOptimizer):
@@ -307,6 +439,7 @@ class Adam(_RowOptimizer):
     """
 
     _kind, _states = "adam", ("exp_avg", "exp_avg_sq")
+    _decoupled = False  # torch's name and place for what tells Adam and AdamW apart in a state_dict
 
     def __init__(
         self,
@@ -317,13 +450,26 @@ class Adam(_RowOptimizer):
         weight_decay: float = 0.0,
         max_row_norm: float | None = None,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            max_row_norm=max_row_norm,
+            decoupled_weight_decay=self._decoupled,
+        )
+
+    @staticmethod
+    def _is_torchs(names):
+        return "amsgrad" in names or ("betas" in names and "weight_decay" not in names)  # Adam or SparseAdam
 
 
 class AdamW(Adam):
     """``torch.optim.AdamW`` on the rows looked up; equal to it where a batch looks up every row."""
 
     _kind = "adamw"
+    _decoupled = True
 
     def __init__(
         self,
@@ -334,7 +480,11 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         max_row_norm: float | None = None,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm)
+
+    @staticmethod
+    def _is_torchs(names):
+        return "amsgrad" in names
 
 
 def to_torch(optimizer: _RowOptimizer, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -345,14 +495,24 @@ def to_torch(optimizer: _RowOptimizer, theirs: torch.optim.Optimizer) -> torch.o
     from then on its moments decay in every step, of a row that no batch looks up as well.
 
     Raises:
-        ValueError: ``theirs`` is of another kind.
+        ValueError: ``theirs`` is of another kind or over tables of other shapes, or has no place for what is set here,
+            or something set that has no state here (momentum, amsgrad, maximize). It is then as it was.
     """
     kinds = {"sgd": ("SGD",), "adagrad": ("Adagrad",), "adam": ("SparseAdam", "Adam"), "adamw": ("AdamW",)}
     if type(theirs).__name__ not in kinds.get(optimizer._kind, ()):
         raise ValueError(f"to_torch: {type(theirs).__name__} has no place for the state of {type(optimizer).__name__}")
     ours, state_dict = optimizer.state_dict(), theirs.state_dict()
-    if [g["params"] for g in ours["param_groups"]] != [g["params"] for g in state_dict["param_groups"]]:
+    if [[p.shape for p in g["params"]] for g in optimizer.param_groups] != [
+        [p.shape for p in g["params"]] for g in theirs.param_groups
+    ]:
         raise ValueError("to_torch: the optimizers must have the same groups of params")
+    for group, own in zip(state_dict["param_groups"], ours["param_groups"]):
+        for name in ("momentum", "amsgrad", "maximize"):
+            if group.get(name):
+                raise ValueError(f"to_torch: {type(theirs).__name__} has {name}, {type(optimizer).__name__} has none")
+        for name in ("weight_decay", "max_row_norm"):
+            if own[name] and name not in group:
+                raise ValueError(f"to_torch: {type(theirs).__name__} has no {name}, and here it is {own[name]}")
     for group, own in zip(state_dict["param_groups"], ours["param_groups"]):
         group.update({name: own[name] for name in own if name in group})
     if optimizer._kind != "sgd":

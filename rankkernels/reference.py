@@ -283,8 +283,10 @@ def din_attention(
 
 
 def _first_maximum(rows: Tensor, bag: Tensor, B: int) -> Tensor:
-    """The largest of each bag's ``rows`` [N, D], column by column, zeros for an empty bag: [B, D]. A NaN is larger than
-    any number; of equal values the first is taken and gets the gradient, as ``torch.max`` and ``nn.EmbeddingBag`` do."""
+    """The largest of each bag's ``rows`` [N, D], column by column, zeros for an empty bag: [B, D].
+
+    A NaN is larger than any number. Of equal values the first is taken and gets the gradient, as in ``torch.max``.
+    """
     N, D = rows.shape
     if N == 0:
         return rows.new_zeros(B, D)
@@ -319,9 +321,8 @@ def embedding_bag(
 
     ``indices`` are [B, L], or [N] with bag b at ``offsets[b]:offsets[b + 1]`` (offsets [B], the last bag ends at N).
     ``mode`` is sum, mean or max; ``per_sample_weights`` scale the rows of a sum or a mean, whose count stays
-    unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros. A maximum's gradient
-    goes to the first row that attains it.
-    ``frozen_row`` gets no gradient (``embedding``).
+    unweighted. An index equal to ``padding_idx`` is as if it were not there. An empty bag gives zeros. A maximum's
+    gradient goes to the first row that attains it; ``frozen_row`` gets none (``embedding``).
     """
     if indices.dim() == 2:
         B = indices.size(0)

@@ -121,7 +121,7 @@ def test_state_that_does_not_fit():
     theirs = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match="SGD: there is no momentum here"):
         rk.optim.SGD(module.parameters()).load_state_dict(theirs.state_dict())
-    with pytest.raises(ValueError, match="SGD: max_row_norm must not be negative"):
+    with pytest.raises(ValueError, match="SGD: max_row_norm must be positive or None"):
         rk.optim.SGD(module.parameters(), max_row_norm=-1.0)
 
 

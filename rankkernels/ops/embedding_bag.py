@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from rankkernels import reference
 from rankkernels.ops._library import (
     check_first_derivative,
     differentiable,
-    is_transformed,
     lib,
     notice_reference,
     register_autograd,
     vjp,
 )
+
+if TYPE_CHECKING:
+    from rankkernels.ops.fused_step import Gate
 
 # One entry a feature in ``indices``, ``offsets``, ``per_sample_weights``, ``tables``, ``modes`` and ``padding_idx``;
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
@@ -305,17 +307,11 @@ def _backward(ctx, grad_outs):
 register_autograd("embedding_bag", _reference, _backward, _setup_context)
 
 
-def check_trainable(optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-    """Raises a ValueError for a table that ``optimizer`` cannot step on, a RuntimeError where no step is to be seen."""
-    if is_transformed():
-        raise RuntimeError("a fused optimizer steps in an ordinary backward: not in forward mode, nor under torch.func")
-    for t, weight in enumerate(weights):
-        if not weight.requires_grad:
-            raise ValueError(f"{type(optimizer).__name__}: table {t} of shape {list(weight.shape)} is frozen")
-
-
 class Optimizer(Protocol):
     """What ``table_batched_embedding_bag`` needs of an optimizer: see ``rankkernels.optim``."""
+
+    def gate(self, weights: Sequence[Tensor]) -> Gate:
+        """Decides when to step on ``weights``. Raises a ValueError for one that the optimizer cannot step on."""
 
     def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
         """Steps on ``weights``; ``lists`` and ``features`` are the op's other arguments. -> its gradients."""
@@ -328,25 +324,46 @@ class Optimizer(Protocol):
         """As ``update``, with the first arguments of ``embedding_fm_update``. -> the linear weights' gradient."""
 
 
-class _Updating(torch.autograd.Function):
-    """The op with an optimizer's step in its backward; the tables themselves get no gradient.
+def distinct(weights: Sequence[Tensor], tables: Sequence[int], frozen_rows: Sequence[int]) -> tuple[list, list, list]:
+    """The arguments with every table given once, as a step needs them.
 
-    ``anchor``, the first table, is what makes the output require a gradient. It alone is an input of the graph, and
-    the others are not: each would cost a node and its turn in the backward, to be told that there is nothing for it.
+    Raises:
+        ValueError: a table has two frozen rows.
+    """
+    places = {id(w): t for t, w in reversed(list(enumerate(weights)))}  # where each comes first
+    if len(places) == len(weights):
+        return weights, tables, frozen_rows
+    for t, w in enumerate(weights):
+        if frozen_rows[t] != frozen_rows[places[id(w)]]:
+            raise ValueError(
+                f"embedding_bag: tables {places[id(w)]} and {t} are one, but their frozen rows differ, "
+                f"{frozen_rows[places[id(w)]]} and {frozen_rows[t]}"
+            )
+    first = sorted(places.values())
+    place = {t: i for i, t in enumerate(first)}
+    return [weights[t] for t in first], [place[places[id(weights[t])]] for t in tables], [frozen_rows[t] for t in first]
+
+
+class _Updating(torch.autograd.Function):
+    """The op with an optimizer's step in its backward; the tables get no gradient of their own.
+
+    ``anchor``, the gate's, stands for the tables in the graph: one input and not many.
     """
 
     @staticmethod
-    def forward(ctx, optimizer, lists, features, names, concat, anchor, *per_sample_weights):
+    def forward(ctx, optimizer, gate, lists, features, names, concat, anchor, *per_sample_weights):
         weights, indices, offsets = lists
         lists = [indices, offsets, list(per_sample_weights)]
-        ctx.optimizer, ctx.features, ctx.weights = optimizer, features, weights
+        ctx.optimizer, ctx.gate, ctx.features, ctx.weights = optimizer, gate, features, weights
         ctx.lengths = [len(values) for values in lists]
         ctx.widths = [weights[t].size(1) for t in features[0]] if concat else None
         ctx.set_materialize_grads(False)
         values = weights if needs_values(features[1], per_sample_weights) else []
         ctx.save_for_backward(*(t for values in lists for t in values), *values)  # these must not have changed
         with torch._C._AutoDispatchBelowAutograd():  # the op's own autograd would hand the lists on once more
-            return tuple(torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat))
+            out = torch.ops.rankkernels.embedding_bag.default(weights, *lists, *features, names, concat=concat)
+        gate.lookups.add(ctx)
+        return tuple(out)
 
     @staticmethod
     def backward(ctx, *grad_outs):
@@ -355,10 +372,17 @@ class _Updating(torch.autograd.Function):
         lists = [[next(saved) for _ in range(n)] for n in ctx.lengths]
         if ctx.widths:
             grad_outs = [None] * len(ctx.widths) if grad_outs[0] is None else grad_outs[0].split(ctx.widths, 1)
+        lookup = list(grad_outs), ctx.weights, lists, ctx.features
         grad_psw = [None] * len(lists[2])
         if any(g is not None for g in grad_outs):
-            grad_psw = ctx.optimizer.update(list(grad_outs), ctx.weights, lists, ctx.features)
-        return *[None] * 6, *grad_psw
+            if ctx.gate.alone(ctx):
+                grad_psw = ctx.optimizer.update(*lookup)
+            else:
+                ctx.gate.add(*lookup)
+                if any(ctx.needs_input_grad[7:]):
+                    rows = [w.size(0) for w in ctx.weights]
+                    _, grad_psw = table_gradients(grad_outs, ctx.weights, rows, lists, ctx.features, sparse=True)
+        return *[None] * 6, ctx.gate.no_grad, *grad_psw
 
 
 class raise_index_errors:
@@ -389,9 +413,11 @@ def call(
                              frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
-            check_trainable(optimizer, weights)
+            gate = optimizer.gate(weights)
+            weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
             lists, features = (weights, indices, offsets), (tables, modes, padding_idx, frozen_rows)
-            return list(_Updating.apply(optimizer, lists, features, names, concat, weights[0], *per_sample_weights))
+            out = _Updating.apply(optimizer, gate, lists, features, names, concat, gate.anchor, *per_sample_weights)
+            return list(out)
         return torch.ops.rankkernels.embedding_bag.default(
             weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
             concat=concat, sparse=sparse,

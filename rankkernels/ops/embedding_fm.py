@@ -19,7 +19,7 @@ from rankkernels.ops._library import check_first_derivative, differentiable, lib
 from rankkernels.ops.embedding_bag import (
     FEATURES,
     Optimizer,
-    check_trainable,
+    distinct,
     in_schema,
     needs_values,
     outside_graph,
@@ -239,15 +239,16 @@ class _Updating(torch.autograd.Function):
     """The op with an optimizer's step in its backward; see embedding_bag's."""
 
     @staticmethod
-    def forward(ctx, optimizer, lists, features, names, linear_weight, dense, anchor):
+    def forward(ctx, optimizer, gate, lists, features, names, linear_weight, dense, anchor):
         ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             out = torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense)
-        ctx.optimizer, ctx.features, (ctx.weights, indices, *_) = optimizer, features, lists
+        ctx.optimizer, ctx.gate, ctx.features, (ctx.weights, indices, *_) = optimizer, gate, features, lists
         ctx.has_linear = linear_weight is not None
         values = ctx.weights if needs_values(features[1], []) else []
         ctx.lookups, ctx.versions = len(indices), _versions(ctx.weights)
         ctx.save_for_backward(out[0], *([linear_weight] * ctx.has_linear), *indices, *values)
+        gate.lookups.add(ctx)
         return out
 
     @staticmethod
@@ -256,17 +257,18 @@ class _Updating(torch.autograd.Function):
         embeddings, *saved = ctx.saved_tensors
         linear_weight = saved.pop(0) if ctx.has_linear else None
         if all(g is None for g in grads):
-            return [None] * 7
+            return [None] * 8
         dim, lists = ctx.weights[0].size(1), [saved[: ctx.lookups], [], []]
         grads, embeddings, grad_dense = _without_dense(grads, embeddings, ctx.lookups * dim)
-        arguments = *grads, embeddings, linear_weight, dim
-        if ctx.optimizer.whole_gradients(ctx.weights, ctx.features[0]):
-            grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
-            ctx.optimizer.update(list(grad.split(dim, 1)), ctx.weights, lists, ctx.features)
-        else:
+        arguments, alone = (*grads, embeddings, linear_weight, dim), ctx.gate.alone(ctx)
+        if alone and not ctx.optimizer.whole_gradients(ctx.weights, ctx.features[0]):
             unchanged = ctx.versions == _versions(ctx.weights)
             grad_linear_weight = ctx.optimizer.update_fm(arguments, ctx.weights, unchanged, lists, ctx.features)
-        return None, None, None, None, grad_linear_weight if ctx.has_linear else None, grad_dense, None
+        else:
+            grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
+            step = ctx.optimizer.update if alone else ctx.gate.add
+            step(list(grad.split(dim, 1)), ctx.weights, lists, ctx.features)
+        return *[None] * 5, grad_linear_weight if ctx.has_linear else None, grad_dense, ctx.gate.no_grad
 
 
 def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, dense=None,
@@ -278,8 +280,10 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
     with raise_index_errors():
         if optimizer is not None and torch.is_grad_enabled():
-            check_trainable(optimizer, weights)
-            return _Updating.apply(optimizer, lists, features, names, linear_weight, dense, weights[0])
+            gate = optimizer.gate(weights)
+            weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
+            lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
+            return _Updating.apply(optimizer, gate, lists, features, names, linear_weight, dense, gate.anchor)
         return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense, sparse=sparse)
 
 

@@ -1,0 +1,310 @@
+"""When a fused optimizer steps, and with what: one step a table and backward, and only where its gradient is asked for."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rankkernels as rk
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
+KINDS = pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
+MODES = pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+
+
+def tables(mode: str = "sum", sparse: bool = False) -> rk.TableBatchedEmbeddingBag:
+    torch.manual_seed(0)
+    return rk.TableBatchedEmbeddingBag([20, 30], [4, 6], modes=mode, padding_idx=[3, None], sparse=sparse).double()
+
+
+def batch(step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randint(0, rows, (12, 3), generator=generator) for rows in (20, 30)]
+
+
+def pair(kind: str = "Adam", make=tables, **options):
+    """The same module fused and stepped, with their optimizers."""
+    fused, stepped = make(), make(sparse=True)
+    optimizers = [getattr(rk.optim, kind)(m.parameters(), lr=0.1, **options) for m in (fused, stepped)]
+    rk.optim.fuse(fused, optimizers[0])
+    return fused, stepped, *optimizers
+
+
+def same(fused: nn.Module, stepped: nn.Module) -> None:
+    for a, b in zip(fused.parameters(), stepped.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def snapshot(module: nn.Module, optimizer) -> list:
+    states = [optimizer.state.get(p, {}) for p in module.parameters()]
+    return [p.detach().clone() for p in module.parameters()] + [copy.deepcopy(state) for state in states]
+
+
+def unchanged(module: nn.Module, optimizer, before: list) -> bool:
+    def equal(a, b):
+        if isinstance(a, dict):
+            return set(a) == set(b) and all(equal(a[k], b[k]) for k in a)
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+    return all(equal(a, b) for a, b in zip(snapshot(module, optimizer), before))
+
+
+@KINDS
+@MODES
+def test_a_layer_called_twice_is_one_step(kind, mode):
+    fused, stepped, one, other = pair(kind, lambda sparse=False: tables(mode, sparse))
+    for step in range(3):
+        for module in (fused, stepped):
+            (module(batch(step)).sin() * module(batch(step + 9)).cos()).sum().backward()
+        other.step()
+        other.zero_grad()
+        same(fused, stepped)
+    assert all(one.state[p]["step"] == 3 for p in fused.parameters())
+
+
+@KINDS
+@pytest.mark.parametrize("fm", [False, True])
+def test_one_table_given_twice_is_one_step(kind, fm):
+    """The tables of a call are distinct objects or not, as features share them or not."""
+    results = []
+    for weights_of, places in ((lambda w, v: [w, v, w], None), (lambda w, v: [w, v], [0, 1, 0])):
+        torch.manual_seed(0)
+        w, v = (torch.randn(9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        optimizer = getattr(rk.optim, kind)([w, v], lr=0.1)
+        ids = [torch.randint(9, (300,)) for _ in range(3)]
+        if fm:
+            out = rk.embedding_fm(weights_of(w, v), ids, tables=places, optimizer=optimizer)[:2]
+        else:
+            out = rk.table_batched_embedding_bag(weights_of(w, v), ids, tables=places, modes=["none"] * 3,
+                                                 optimizer=optimizer)  # fmt: skip
+        sum(o.sin().sum() for o in out).backward()
+        results.append([w, v])
+        assert optimizer.state[w]["step"] == optimizer.state[v]["step"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    with pytest.raises(ValueError, match="tables 0 and 1 are one, but their frozen rows differ, -1 and 2"):
+        rk.table_batched_embedding_bag([w, w], ids[:2], modes=["none"] * 2, frozen_rows=[None, 2], optimizer=optimizer)
+
+
+def models(sparse: bool = False):
+    torch.manual_seed(0)
+    features = [rk.SparseFeature("user", 50, 8), rk.SparseFeature("item", 50, 8)]
+    return rk.DeepFM([*features, rk.DenseFeature("age")], features, {"dims": [16]}).double().eval()
+
+
+def test_a_model_called_twice_is_one_step():
+    """As of a pair of a liked and another item; the FM's and the linear term's gradients with it."""
+    x = [{"user": torch.arange(8), "item": torch.arange(8) + i, "age": torch.rand(8)} for i in (0, 5)]
+    fused, stepped = models(), models()
+    rk.optim.fuse(fused, rk.optim.SGD(fused.embedding.parameters(), lr=0.1))
+    for model in (fused, stepped):
+        (model(x[0]) - model(x[1])).sigmoid().log().sum().backward()
+    with torch.no_grad():
+        for p in stepped.embedding.parameters():
+            p -= 0.1 * p.grad
+    same(fused, stepped)
+    for (name, a), b in zip(fused.named_parameters(), stepped.parameters()):
+        if not name.startswith("embedding."):
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_the_gradient_of_an_input_moves_no_table(twice):
+    model = models()
+    optimizer = rk.optim.Adam(model.embedding.parameters())
+    rk.optim.fuse(model, optimizer)
+    before = snapshot(model.embedding, optimizer)
+    x = {"user": torch.arange(8), "item": torch.arange(8), "age": torch.rand(8, dtype=torch.float64).requires_grad_()}
+    (grad,) = torch.autograd.grad(model(x).sum() + (model(x).sum() if twice else 0), x["age"])
+    assert (grad != 0).any() and unchanged(model.embedding, optimizer, before)
+    (model(x).sum() + (model(x).sum() if twice else 0)).backward(inputs=[x["age"], *model.mlp.parameters()])
+    assert unchanged(model.embedding, optimizer, before)
+    assert all(not gate.backwards for gate in optimizer._gates.values())
+
+
+@MODES
+def test_a_gradient_asked_for_by_name(mode):
+    """``torch.autograd.grad`` gives it and takes no step; ``backward(inputs=)`` steps on the tables named."""
+    fused, stepped, optimizer, other = pair("Adam", lambda sparse=False: tables(mode, sparse))
+    before = snapshot(fused, optimizer)
+    (grad,) = torch.autograd.grad(fused(batch(0)).sin().sum(), fused.weights[1])
+    (expected,) = torch.autograd.grad(stepped(batch(0)).sin().sum(), stepped.weights[1])
+    torch.testing.assert_close(grad, expected.to_dense())
+    assert unchanged(fused, optimizer, before)
+    fused(batch(0)).sin().sum().backward(inputs=[fused.weights[1]])
+    stepped(batch(0)).sin().sum().backward(inputs=[stepped.weights[1]])
+    other.step()
+    same(fused, stepped)
+    assert optimizer.state.get(fused.weights[0]) is None and fused.weights[1].grad is None
+
+
+def test_a_graph_kept_for_a_second_backward():
+    fused, stepped, optimizer, other = pair()
+    losses = [m(batch(0)).sin().sum() for m in (fused, stepped)]
+    for _ in range(2):
+        for loss in losses:
+            loss.backward(retain_graph=True)
+        other.step()
+        other.zero_grad()
+    same(fused, stepped)
+    assert optimizer.state[fused.weights[0]]["step"] == 2
+
+
+def test_checkpointed_calls_are_one_step():
+    fused, stepped, optimizer, other = pair("Adam", lambda sparse=False: tables("max", sparse))
+    for module in (fused, stepped):
+        halves = [checkpoint(module, batch(i), use_reentrant=False) for i in range(2)]
+        (halves[0].sin() * halves[1]).sum().backward()
+    other.step()
+    same(fused, stepped)
+    assert optimizer.state[fused.weights[0]]["step"] == 1
+
+
+def test_per_sample_weights_get_their_gradient_in_each_of_two_calls():
+    grads = []
+    for calls in (1, 2):
+        module = tables()
+        rk.optim.fuse(module, rk.optim.SGD(module.parameters(), lr=0.1))
+        factors = [torch.ones(12, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        sum(module(batch(0), per_sample_weights=factors).sin().sum() for _ in range(calls)).backward()
+        grads.append([calls * f.grad for f in factors] if calls == 1 else [f.grad for f in factors])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(2 * a, b)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError("on the way back")
+
+
+def test_a_backward_that_fails_takes_no_step():
+    """Of two lookups one has had its backward when the other's gradient fails to come."""
+    module = tables()
+    optimizer = rk.optim.Adam(module.parameters())
+    rk.optim.fuse(module, optimizer)
+    before = snapshot(module, optimizer)
+    late = Fails.apply(module(batch(0)))
+    with pytest.raises(ArithmeticError, match="on the way back"):
+        (late.sum() + module(batch(1)).sum()).backward()
+    assert unchanged(module, optimizer, before)
+    module(batch(1)).sum().backward()
+    assert optimizer.state[module.weights[0]]["step"] == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_refused_step_changes_nothing(fused, monkeypatch):
+    """Nor does an interrupt: it comes before the step and its count, or after both."""
+    module = tables(sparse=not fused)
+    optimizer = rk.optim.Adam(module.parameters())
+    if fused:
+        rk.optim.fuse(module, optimizer)
+
+    def train():
+        module(batch(0)).sum().backward()
+        optimizer.step()
+
+    before = snapshot(module, optimizer)
+    optimizer.param_groups[0]["betas"] = (0.9,)  # found when the second table's step is made ready, or never
+    with pytest.raises(ValueError):
+        train()
+    assert unchanged(module, optimizer, before)
+    optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+    optimizer.zero_grad()
+    train()
+    before = snapshot(module, optimizer)
+    optimizer.state[module.weights[1]]["exp_avg"] = torch.zeros(7, 6, dtype=torch.float64)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="exp_avg of shape|state 0 of a table of shape"):
+        train()
+    assert torch.equal(module.weights[0], before[0]) and torch.equal(module.weights[1], before[1])
+    assert [optimizer.state[p]["step"] for p in module.parameters()] == [1, 1]
+
+
+def test_hooks_on_a_tables_gradient_are_not_passed_over():
+    module = tables()
+    rk.optim.fuse(module, rk.optim.SGD(module.parameters()))
+    hook = module.weights[1].register_hook(lambda grad: 0 * grad)
+    with pytest.raises(ValueError, match=r"SGD: table 1 of shape \[30, 6\] has hooks on its gradient"):
+        module(batch(0))
+    hook.remove()
+    module(batch(0)).sum().backward()
+    module.weights[0].register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="table 0 .* has hooks"):
+        module(batch(0))
+
+
+def test_tables_that_change_their_dtype():
+    """What is kept of the tables from call to call does not outlive them."""
+    module = tables()
+    optimizer = rk.optim.SGD(module.parameters(), lr=0.1)
+    rk.optim.fuse(module, optimizer)
+    module(batch(0)).sum().backward()
+    module.float()
+    (grad,) = torch.autograd.grad(module(batch(0)).sum(), module.weights[0])
+    assert grad.dtype == torch.float32
+    before = module.weights[0].detach().clone()
+    module(batch(0)).sum().backward()
+    torch.testing.assert_close(module.weights[0], before - 0.1 * grad)
+
+
+def copies(module, optimizer, way: str):
+    if way == "deepcopy":
+        return copy.deepcopy((module, optimizer))
+    file = io.BytesIO()
+    (torch.save if way == "save" else pickle.dump)((module, optimizer), file)
+    file.seek(0)
+    return torch.load(file, weights_only=False) if way == "save" else pickle.load(file)
+
+
+@KINDS
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_a_copy_goes_on_as_the_original(kind, way):
+    options = {"initial_accumulator_value": 3.0} if kind == "Adagrad" else {}
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    module = tables()
+    optimizer = getattr(rk.optim, kind)(module.parameters(), lr=0.1, max_row_norm=2.0, **options)
+    rk.optim.fuse(module, optimizer, grad_scaler=scaler)
+    made = [(module, optimizer), copies(module, optimizer, way)]  # before any state is made
+    scaler.scale(module(batch(0)).sin().sum()).backward()
+    made.append(copies(module, optimizer, way))
+    scaler.scale(made[1][0](batch(0)).sin().sum()).backward()
+    for m, o in made:
+        assert m.fused_optimizer is o and o.grad_scaler.get_scale() == 4.0
+        scaler.scale(m(batch(1)).sin().sum()).backward()
+        assert [o.state[p]["step"] for p in m.parameters()] == [2, 2]
+    for m, _ in made[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), m.parameters()))
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_distributed(tmp_path):
+    """Refused inside DistributedDataParallel, unless it leaves the tables out; a process group alone changes nothing."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        fused, stepped, optimizer, other = pair()
+        before = snapshot(fused, optimizer)
+        with pytest.raises(RuntimeError, match="Adam: a fused step .* DistributedDataParallel .* sparse=True"):
+            nn.parallel.DistributedDataParallel(fused)(batch(0))
+        assert unchanged(fused, optimizer, before)
+        with torch.no_grad():
+            nn.parallel.DistributedDataParallel(fused)(batch(0))  # an evaluation steps on nothing
+        model = nn.Sequential(fused, nn.Linear(10, 1).double())
+        names = ["0.weights.0", "0.weights.1"]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        nn.parallel.DistributedDataParallel(model)(batch(0)).sum().backward()
+        model[1](stepped(batch(0))).sum().backward()
+        other.step()
+        same(fused, stepped)
+    finally:
+        dist.destroy_process_group()
