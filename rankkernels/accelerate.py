@@ -6,10 +6,12 @@ from torch import nn
 
 from rankkernels import models
 from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
+from rankkernels.nn.embedding import InputMask
 
 # Ours have the attributes, parameters and submodules of their namesakes, so that an object can change its class.
 _NAMESAKES = {
-    cls.__name__: cls for cls in (FM, LR, MLP, Dice, EmbeddingLayer, ActivationUnit, models.DeepFM, models.DIN)
+    cls.__name__: cls
+    for cls in (FM, LR, MLP, Dice, EmbeddingLayer, InputMask, ActivationUnit, models.DeepFM, models.DIN)
 }
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
 from rankkernels.nn.features import is_dense, is_sequence
-from rankkernels.nn.layers import FM, LR, MLP, is_plain
+from rankkernels.nn.layers import FM, LR, MLP
 from rankkernels.nn.linear import SMALLEST, is_watched
 from rankkernels.ops._library import cpu_isa
 
@@ -61,31 +63,46 @@ class DeepFM(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
-        found = None
-        if is_plain(self.fm, FM) and is_plain(self.linear, LR) and is_plain(self.linear.fc, nn.Linear):
+        once = is_plain(self.embedding, EmbeddingLayer)
+        if once and self._is_served():
             features = self.deep_features, self.fm_features, self.linear.fc.weight
             layers = self._layers(x)
             y = None if layers is None else self.embedding.deepfm(x, *features, layers)
             if y is not None:
                 return torch.sigmoid((y + self.linear.fc.bias).squeeze(1))
             found = self.embedding.lookup_fm(x, *features)
-        if found is not None:
-            input_deep, fm, linear = found
-            y = linear + self.linear.fc.bias + fm + self.mlp(input_deep)
-            return torch.sigmoid(y.squeeze(1))
-        embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
-        n = len(self.deep_features)
-        input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
-        input_fm = arrange(self.fm_features, embeddings[n:], squeeze_dim=False)
+            if found is not None:
+                input_deep, fm, linear = found
+                y = linear + self.linear.fc.bias + fm + self.mlp(input_deep)
+                return torch.sigmoid(y.squeeze(1))
+        if once:
+            embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
+            n = len(self.deep_features)
+            input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
+            input_fm = arrange(self.fm_features, embeddings[n:], squeeze_dim=False)
+        else:
+            input_deep = self.embedding(x, self.deep_features, squeeze_dim=True)
+            input_fm = self.embedding(x, self.fm_features, squeeze_dim=False)
         y = self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
         return torch.sigmoid(y.squeeze(1))
+
+    def _is_served(self) -> bool:
+        """Whether the linear and the FM part are what ``lookup_fm`` does, and nobody could tell."""
+        return (
+            are_plain((self.fm, self.linear), (FM, LR))
+            and self.fm.reduce_sum
+            and not self.linear.sigmoid
+            and is_plain(self.linear.fc, nn.Linear)
+            and is_tensor(self.linear.fc.weight)
+            and is_tensor(self.linear.fc.bias)
+        )
 
     def _layers(self, x: Mapping[str, Tensor]) -> Iterable[Tensor] | None:
         """The MLP's layers for one op with the lookups, where there is no backward, the kernels have AVX-512 (with less
         their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
         if is_watched() or cpu_isa not in ("avx512", "avx512_bf16"):
             return None
-        if self.training or torch.is_grad_enabled() or type(self.mlp) is not MLP:
+        if self.training or torch.is_grad_enabled() or not is_plain(self.mlp, MLP) or not len(self.mlp.mlp):
             return None
         ids = x.get(self.fm_features[0].name)
         first = self.mlp.mlp[0]
@@ -160,15 +177,19 @@ class DIN(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
-        h, t = len(self.history_features), len(self.target_features)
-        embeddings = self.embedding.lookup(x, [*self.history_features, *self.target_features, *self.features])
-        histories, targets, others = embeddings[:h], embeddings[h : h + t], embeddings[h + t :]
-        pooled = [
-            attention(history, target, mask=self._mask(x, feature))
-            for attention, feature, history, target in zip(
-                self.attention_layers, self.history_features, histories, targets
-            )
-        ]
+        lists = self.features, self.history_features, self.target_features
+        if is_plain(self.embedding, EmbeddingLayer):
+            embeddings = self.embedding.lookup(x, list(chain(*lists)))
+        else:
+            embeddings = [e for features in lists for e in _called(self.embedding, x, features)]
+        embeddings = iter(embeddings)
+        others, histories, targets = ([next(embeddings) for _ in features] for features in lists)
+        pooled = []
+        for attention, feature, history, target in zip(
+            self.attention_layers, self.history_features, histories, targets
+        ):
+            mask = self._mask(x, feature)
+            pooled.append(attention(history, target) if mask is None else attention(history, target, mask=mask))
         mlp_in = [*pooled, *targets]
         if self.features:
             mlp_in.append(arrange(self.features, others, squeeze_dim=True))
@@ -179,6 +200,20 @@ class DIN(nn.Module):
         if not self.mask_padding or feature.padding_idx is None:
             return None
         return x[feature.name] != feature.padding_idx
+
+
+def _called(embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
+    """One tensor a feature by calling ``embedding``: once, as torch-rechub does, or once each where their shapes
+    differ."""
+    shapes = {(is_dense(f), f.embed_dim, _length(x, f)) for f in features}
+    if len(shapes) == 1 and not is_dense(features[0]):
+        return list(embedding(x, features).unbind(1))
+    return [embedding(x, [f], squeeze_dim=True) if is_dense(f) else embedding(x, [f]).squeeze(1) for f in features]
+
+
+def _length(x: Mapping[str, Tensor], feature) -> int:
+    """Of a sequence that is not pooled, L; 0 of other features."""
+    return x[feature.name].shape[1] if is_sequence(feature) and feature.pooling == "concat" else 0
 
 
 def _pooled(model: str, feature) -> None:

@@ -196,8 +196,8 @@ class _RowOptimizer(torch.optim.Optimizer):
             shape = self.state[p][name].shape
             if shape != (p.shape[:1] if self._one_a_row else p.shape):
                 raise RuntimeError(
-                    f"{type(self).__name__}: a table of shape {list(p.shape)} has {name} of shape {list(shape)}: it was "
-                    "replaced after its state was made"
+                    f"{type(self).__name__}: a table of shape {list(p.shape)} has {name} of shape {list(shape)}: it "
+                    "was replaced after its state was made"
                 )
 
     def gate(self, weights: Sequence[Tensor]) -> Gate:
@@ -209,8 +209,8 @@ class _RowOptimizer(torch.optim.Optimizer):
         """
         if is_transformed():
             raise RuntimeError(
-                f"{type(self).__name__}: a fused optimizer steps in an ordinary backward, not in forward mode nor under "
-                "torch.func"
+                f"{type(self).__name__}: a fused optimizer steps in an ordinary backward, not in forward mode nor "
+                "under torch.func"
             )
         check_not_distributed(self, weights)
         for t, weight in enumerate(weights):

@@ -219,3 +219,28 @@ def test_modules_compile():
         assert all(torch.equal(a, b) for a, b in zip(*results))
         exported = torch.export.export(module, inputs).module()
         assert torch.equal(exported(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tables: nn.utils.prune.l1_unstructured(tables, "0", 0.5),
+        lambda tables: nn.utils.parametrize.register_parametrization(tables, "0", nn.Tanh()),
+        lambda tables: nn.utils.parametrizations.weight_norm(tables, "1"),
+        lambda tables: nn.utils.weight_norm(tables, "0"),
+    ],
+    ids=["prune", "parametrize", "weight_norm", "old_weight_norm"],
+)
+def test_tables_that_are_no_longer_plain_parameters(change):
+    """Their parameters have other names then, and come in another order."""
+    bag = rk.TableBatchedEmbeddingBag([5, 5], 4)
+    change(bag.weights)
+    ids = [torch.tensor([[1, 2]]), torch.tensor([[0, 3]])]
+    expected = torch.cat([nn.functional.embedding_bag(i, w, mode="sum") for i, w in zip(ids, bag.weights)], 1)
+    torch.testing.assert_close(bag(ids), expected)
+    (bag(ids) * torch.arange(8)).sum().backward()
+    grads = [p.grad for p in bag.parameters()]
+    bag.zero_grad()
+    expected = torch.cat([nn.functional.embedding_bag(i, w, mode="sum") for i, w in zip(ids, bag.weights)], 1)
+    (expected * torch.arange(8)).sum().backward()
+    torch.testing.assert_close(grads, [p.grad for p in bag.parameters()])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn.layers import MLP, activation_of, update_running_stats
+from rankkernels.nn._transparency import is_plain, is_tensor
+from rankkernels.nn.layers import MLP, activation_of, is_served, update_running_stats
 from rankkernels.ops.din_attention import jagged
 
 
@@ -26,24 +27,20 @@ class _FusedMLP(NamedTuple):
     dropout: float
 
 
-def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
-    """``mlp`` for the op, or None where it is not what ``MLP`` built: a layer was replaced, wrapped or re-configured
-    since, or its norms, activations or dropouts differ among themselves."""
-    *hidden, last = mlp
-    if type(last) is not nn.Linear or len(hidden) % 4 or last.bias is None:
+def _fused(attention: nn.Module) -> _FusedMLP | None:
+    """``attention`` for the op, or None where it is not the ``MLP`` that was built: a layer was replaced, wrapped or
+    re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
+    if not (is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential)):
+        return None
+    *hidden, last = attention.mlp
+    if len(hidden) % 4 or not _is_served(last):
         return None
     params, norms, kinds = [], [], set()
     for linear, norm, act, dropout in zip(*[iter(hidden)] * 4):
         name, learnt, dice_eps = activation_of(act)
-        if (
-            type(linear) is not nn.Linear
-            or linear.bias is None
-            or type(norm) is not nn.BatchNorm1d
-            or norm.weight is None
-            or norm.running_mean is None
-            or not name
-            or type(dropout) is not nn.Dropout
-        ):
+        if not (name and _is_served(linear) and is_served(norm) and is_plain(dropout, nn.Dropout)):
+            return None
+        if norm.weight is None:
             return None
         params += [linear.weight, linear.bias, norm.weight, norm.bias, *learnt]
         norms.append(norm)
@@ -54,14 +51,26 @@ def _fused(mlp: nn.Sequential) -> _FusedMLP | None:
     return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps, p)
 
 
-def _first_layer(linear: nn.Linear, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
-    """``linear`` on [t, h, t - h, t h] of every row h [N, D] and its sample's target t [B, D], without concatenating:
+def _is_served(linear: nn.Module) -> bool:
+    return is_plain(linear, nn.Linear) and is_tensor(linear.weight) and is_tensor(linear.bias)
+
+
+def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
+    """``attention`` of [t, h, t - h, t h] for every row h [N, D] and its sample's target t [B, D], module by module,
+    and where nobody could tell without concatenating:
 
     W_t t + W_h h + W_d (t - h) + W_p (t h) + b = (W_h - W_d) h + W_p (t h) + [(W_t + W_d) t + b]
     """
-    w_target, w_history, w_difference, w_product = linear.weight.chunk(4, dim=1)
-    of_target = F.linear(target, w_target + w_difference, linear.bias)
-    return F.linear(rows, w_history - w_difference) + F.linear(rows * target[sample], w_product) + of_target[sample]
+    modules = attention.mlp if is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential) else ()
+    first, *rest = modules or (None,)
+    if not is_plain(first, nn.Linear):
+        return attention(reference.attention_input(rows, target, sample))
+    w_target, w_history, w_difference, w_product = first.weight.chunk(4, dim=1)
+    of_target = F.linear(target, w_target + w_difference, first.bias)
+    score = F.linear(rows, w_history - w_difference) + F.linear(rows * target[sample], w_product) + of_target[sample]
+    for module in rest:
+        score = module(score)
+    return score
 
 
 class ActivationUnit(nn.Module):
@@ -71,9 +80,9 @@ class ActivationUnit(nn.Module):
     any other, in the softmax and in the batch statistics too. With ``lengths``, ``mask``, ``offsets`` or a nested
     ``history`` only the valid rows do.
 
-    The attention MLP runs fused (``rankkernels.din_attention``); hooks on its layers are not called then. Where a layer
-    was replaced, or for an activation that the op lacks, the modules are called one after the other, but for the first:
-    where it is a linear layer it is still spared the concatenation.
+    The attention MLP runs fused (``rankkernels.din_attention``). Where a layer was replaced or has a hook, or for an
+    activation that the op lacks, the modules are called one after the other; a first layer that nobody changed is still
+    spared the concatenation.
 
     Args:
         emb_dim: width D of history and target.
@@ -112,17 +121,10 @@ class ActivationUnit(nn.Module):
         if target.size(-1) != self.emb_dim:
             raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
         history, offsets = jagged(history, offsets)
-        fused = _fused(self.attention.mlp)
+        fused = _fused(self.attention)
         if fused is None:
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
-            first, *rest = self.attention.mlp
-            if type(first) is nn.Linear:
-                score = _first_layer(first, rows, target, sample)
-                for module in rest:
-                    score = module(score)
-            else:
-                score = self.attention(reference.attention_input(rows, target, sample))
-            score = score.squeeze(1)
+            score = _score(self.attention, rows, target, sample).squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
         # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
         seed = torch.randint(2**63 - 1, (), device=history.device) if fused.dropout else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
+from rankkernels.nn._transparency import is_plain, is_tensor, is_untouched, nobody_follows
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.deepfm import call as call_deepfm
@@ -19,9 +20,12 @@ _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
 
 def fused_weight(table: nn.Module) -> Tensor | None:
-    """The table's weight, if the op looks it up and trains it as the module does."""
-    if type(table) is nn.Embedding and table.max_norm is None and not table.scale_grad_by_freq and not table.sparse:
-        return table._parameters.get("weight")
+    """The table's weight, if the op looks it up and trains it as calling the module would; where ``nobody_follows``."""
+    if is_untouched(table, nn.Embedding):
+        own = table.__dict__
+        if own["max_norm"] is None and not own["scale_grad_by_freq"] and not own["sparse"]:
+            weight = own["_parameters"].get("weight")
+            return weight if is_tensor(weight) else None
     return None
 
 
@@ -64,20 +68,33 @@ class _Plan:
         self.modes = [MODES.index(k.mode) for k in self.lookups]
         self.padding_idx = [-1 if k.padding_idx is None else k.padding_idx for k in self.lookups]
         self.names = [k.name for k in self.lookups]
+        self.has_sequence = any(k.is_sequence for k in self.lookups)
         #: Whether the lookups, side by side, are what ``EmbeddingLayer.forward`` returns but for dense values.
         self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
         self.in_order &= [i for i in self.order if i < len(self.lookups)] == list(range(len(self.lookups)))
         self.in_order &= all(k.mode != "none" or not k.is_sequence for k in self.lookups)
 
 
-def _pool(rows: Tensor, ids: Tensor, lookup: _Lookup) -> Tensor:
-    """What the op does after the lookup, for rows [B, L, D] that another module looked up."""
-    if lookup.mode == "none":
+class InputMask(nn.Module):
+    """Which ids of ``features``, one or a list, are no padding: [B, features, L], 1.0 or 0.0. torch-rechub's."""
+
+    def forward(self, x: Mapping[str, Tensor], features) -> Tensor:
+        masks = []
+        for feature in features if isinstance(features, list) else [features]:
+            if is_dense(feature):
+                raise ValueError(f"InputMask: feature {feature.name!r} is dense, only ids have a mask")
+            padding_idx = -1 if feature.padding_idx is None else feature.padding_idx
+            masks.append((x[feature.name].long() != padding_idx).unsqueeze(1).float())
+        return torch.cat(masks, dim=1)
+
+
+def _pool(rows: Tensor, mask: Tensor, mode: str) -> Tensor:
+    """What the op does after the lookup, for rows [B, L, D] that another module looked up, and their mask [B, 1, L]."""
+    if mode == "none":
         return rows
-    keep = torch.ones_like(ids, dtype=torch.bool) if lookup.padding_idx is None else ids != lookup.padding_idx
-    keep = keep.to(rows.dtype)[..., None]
-    pooled = (rows * keep).sum(1)
-    return pooled if lookup.mode == "sum" else pooled / keep.sum(1).clamp(min=1)
+    mask = mask.to(rows.dtype)
+    pooled = torch.bmm(mask, rows).squeeze(1)
+    return pooled if mode == "sum" else pooled / mask.sum(-1).clamp(min=1)
 
 
 class EmbeddingLayer(nn.Module):
@@ -103,6 +120,7 @@ class EmbeddingLayer(nn.Module):
         self.features = features
         self.embed_dict = nn.ModuleDict()
         self.n_dense = 0
+        self.input_mask = InputMask()
         for feature in features:
             if is_dense(feature):
                 self.n_dense += 1
@@ -125,6 +143,11 @@ class EmbeddingLayer(nn.Module):
                     f"EmbeddingLayer: feature {feature.name!r} shares the table of {feature.shared_with!r}, "
                     f"which is not among the features with a table: {', '.join(self.embed_dict) or 'none'}"
                 )
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.__dict__.pop("_plans", None)
+        self._modules.setdefault("input_mask", InputMask())  # of before there was one
 
     def _plan(self, features: Sequence) -> _Plan:
         """The plan of ``features``, made once for each list of the same objects."""
@@ -160,11 +183,13 @@ class EmbeddingLayer(nn.Module):
         """The plan's tables as they are now, and the weight of each that the op serves."""
         modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
         tables = [modules[t] for t in plan.tables]
+        if not nobody_follows():
+            return tables, [None] * len(tables)
         return tables, [fused_weight(t) for t in tables]
 
     def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
-        float32 for a dense one. A feature that comes twice is looked up once.
+        float32 for a dense one. A feature that comes twice is looked up once, but by a table whose call may be seen.
 
         The attributes of a feature object are read when a list of features is first seen.
 
@@ -175,11 +200,13 @@ class EmbeddingLayer(nn.Module):
         plan = self._plan(features)
         ids = self._ids(x, plan)
         tables, weights = self._tables(plan)
-        found = [
-            _pool(tables[t](i), i, lookup) if weights[t] is None else None
-            for t, i, lookup in zip(plan.table_of, ids, plan.lookups)
+        masked = is_plain(self.input_mask, InputMask)
+        fused = [
+            i
+            for i, (t, lookup) in enumerate(zip(plan.table_of, plan.lookups))
+            if weights[t] is not None and (masked or not lookup.is_sequence)
         ]
-        fused = [i for i, e in enumerate(found) if e is None]
+        found = {}
         if fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
@@ -192,10 +219,23 @@ class EmbeddingLayer(nn.Module):
                 names=[plan.names[i] for i in fused],
                 optimizer=self.fused_optimizer,
             )
-            for i, e in zip(fused, embeddings):
-                found[i] = e
-        found += self._dense(x, plan)
-        return [found[i] for i in plan.order]
+            found = dict(zip(fused, embeddings))
+        found.update(enumerate(self._dense(x, plan), len(plan.lookups)))
+        return [
+            found[i] if i in found else self._called(x, feature, tables[plan.table_of[i]], plan.lookups[i].mode)
+            for i, feature in zip(plan.order, plan.features)
+        ]
+
+    def _called(self, x: Mapping[str, Tensor], feature, table: nn.Module, mode: str) -> Tensor:
+        """``feature`` looked up by calling the modules, in torch-rechub's order."""
+        if self.fused_optimizer is not None and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"EmbeddingLayer: the table of feature {feature.name!r} is trained by a fused optimizer, which cannot "
+                "step where the table is called as a module: it, or all modules, got a hook, a parametrization or "
+                "another setting after rankkernels.optim.fuse"
+            )
+        mask = self.input_mask(x, feature) if is_sequence(feature) else None
+        return _pool(table(x[feature.name].long()), mask, mode)
 
     @staticmethod
     def _dense(x: Mapping[str, Tensor], plan: _Plan) -> list[Tensor]:
@@ -209,10 +249,12 @@ class EmbeddingLayer(nn.Module):
         tables, weights = self._tables(plan)
         if any(w is None for w in weights) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
             return None
+        if plan.has_sequence and not is_plain(self.input_mask, InputMask):
+            return None
         ids = self._ids(x, plan)
         if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
             return None
-        frozen_rows = [-1 if t.padding_idx is None else t.padding_idx for t in tables]
+        frozen_rows = [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
         return weights, ids, plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names
 
     def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
@@ -295,6 +337,14 @@ class EmbeddingLayer(nn.Module):
         """
         out = self._concat(x, self._plan(features), squeeze_dim)
         return arrange(features, self.lookup(x, features), squeeze_dim) if out is None else out
+
+
+def _row(padding_idx: int, weight: Tensor) -> int:
+    """A table's ``padding_idx`` counted from its beginning."""
+    R = weight.size(0)
+    if not -R <= padding_idx < R:
+        raise ValueError(f"EmbeddingLayer: padding_idx {padding_idx} is no row of a table with {R} rows")
+    return padding_idx % R
 
 
 def _side_by_side(columns: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
+from rankkernels.nn._transparency import is_plain
 from rankkernels.ops._library import use_huge_pages
 
 
@@ -165,8 +166,11 @@ class TableBatchedEmbeddingBag(nn.Module):
         Raises:
             IndexError, RuntimeError: see ``rankkernels.table_batched_embedding_bag``.
         """
+        weights = self.weights._parameters.values()  # the list's own iterator takes as long as the op for one id
+        if not is_plain(self.weights, _Tables) or len(weights) != len(self.weights):  # pruned, parametrized, sharded
+            weights = self.weights
         out = ops.table_batched_embedding_bag(
-            list(self.weights._parameters.values()),  # the list's own iterator takes as long as the op for one id
+            list(weights),
             indices,
             modes=self.modes,
             tables=self.tables,

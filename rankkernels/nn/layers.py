@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
+from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
 from rankkernels.nn.linear import folded, linear, normalized_linear
 
 
@@ -79,12 +80,15 @@ def activation_layer(activation: str | type[nn.Module]) -> nn.Module:
 
 
 def activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
-    """The ops' name for an activation module, its parameters, and Dice's epsilon; no name if it has none."""
+    """The ops' name for an activation module, its parameters, and Dice's epsilon; no name where the ops have none or
+    where the module's call may be seen."""
     kind = type(module)
+    if not is_plain(module, kind):
+        return "", [], 0.0
     if kind is Dice:
-        return "dice", [module.alpha], module.epsilon
+        return ("dice" if is_tensor(module.alpha) else ""), [module.alpha], module.epsilon
     if kind is nn.PReLU:
-        return "prelu", [module.weight], 0.0
+        return ("prelu" if is_tensor(module.weight) else ""), [module.weight], 0.0
     if kind is nn.LeakyReLU and module.negative_slope == 0.01:
         return "leakyrelu", [], 0.0
     return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
@@ -103,22 +107,19 @@ def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -
             running.lerp_(batch.to(running.dtype), momentum)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` calls more than its ``forward``."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def is_plain(module: nn.Module, cls: type) -> bool:
-    """Whether calling ``module`` does what ``cls`` does and nothing else: no subclass, no hook."""
-    return type(module) is cls and not hooked(module)
+def is_served(norm: nn.Module) -> bool:
+    """Whether ``norm`` is a plain ``nn.BatchNorm1d`` with settings the ops know: running statistics, all of them, and
+    both of weight and bias or neither."""
+    if not is_plain(norm, nn.BatchNorm1d) or not norm.track_running_stats:
+        return False
+    affine = () if norm.weight is None and norm.bias is None else (norm.weight, norm.bias)
+    return all(map(is_tensor, (*affine, norm.running_mean, norm.running_var, norm.num_batches_tracked)))
 
 
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(norm(x))``, fused where the op has both and neither has a hook."""
+    """``activation(norm(x))``, fused where the op has both and nobody could tell."""
     name, learnt, dice_eps = activation_of(activation)
-    if not name or norm.running_mean is None or x.dim() != 2 or hooked(norm) or hooked(activation):
+    if not name or x.dim() != 2 or not is_served(norm):
         return activation(norm(x))
     out, batch_stats = ops.norm_activation(
         x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
@@ -169,6 +170,8 @@ class MLP(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_plain(self.mlp, nn.Sequential):
+            return self.mlp(x)
         modules = list(self.mlp)
         while modules:
             module, *modules = modules
@@ -176,7 +179,7 @@ class MLP(nn.Module):
                 activation, *modules = modules
                 x = normalize_and_activate(module, activation, x)
             elif is_plain(module, nn.Linear):
-                norm = modules[0] if modules and is_plain(modules[0], nn.BatchNorm1d) else None
+                norm = modules[0] if modules and is_served(modules[0]) else None
                 normalized = None if norm is None else normalized_linear(module, norm, x)
                 if normalized is None:
                     x = linear(module, x)
@@ -189,17 +192,19 @@ class MLP(nn.Module):
     def relu_layers(self) -> Iterator[Tensor] | None:
         """Weight and bias of each layer in eval, relu between two, normalizations folded in as they are taken; None
         where that is not all that ``forward`` does: another activation, no output layer, no hidden one, a module
-        replaced or hooked."""
-        *hidden, last = self.mlp
-        kinds = (nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout)
-        layers = [hidden[i : i + 4] for i in range(0, len(hidden), 4)]
-        plain = layers and hooked(self) is False and hooked(self.mlp) is False and is_plain(last, nn.Linear)
-        if not plain or last.out_features != 1 or last.bias is None:
+        replaced or whose call may be seen."""
+        if not is_plain(self.mlp, nn.Sequential):
             return None
-        for layer in layers:
-            if len(layer) < 4 or not all(map(is_plain, layer, kinds)):
+        *hidden, last = self.mlp
+        layers = [hidden[i : i + 4] for i in range(0, len(hidden), 4)]
+        if not layers or len(hidden) % 4 or not is_plain(last, nn.Linear) or last.bias is None:
+            return None
+        if last.out_features != 1:
+            return None
+        for module, norm, activation, dropout in layers:
+            if not are_plain((module, activation, dropout), (nn.Linear, nn.ReLU, nn.Dropout)) or not is_served(norm):
                 return None
-            if layer[1].training or layer[1].running_mean is None or layer[3].training:
+            if norm.training or dropout.training:
                 return None
         hidden_layers = (t for module, norm, *_ in layers for t in folded(module, norm))
         return chain(hidden_layers, (last.weight, last.bias))

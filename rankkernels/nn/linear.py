@@ -16,6 +16,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from rankkernels.nn._transparency import is_tensor
 from rankkernels.ops._library import is_transformed
 from rankkernels.ops.linear_weight_grad import linear_weight_grad
 
@@ -87,9 +88,9 @@ def multiplications(module: nn.Linear, x: Tensor) -> int:
     """Of ``module(x)``, or 0 where a caller could tell how the product is made: x is then to be given to ``module``."""
     if is_watched():  # asked first, so that no size is specialized
         return 0
-    weight = module.weight
-    for t in (x, weight):
-        if type(t) not in (Tensor, nn.Parameter) or t.dtype != torch.float32 or t.device.type != "cpu" or t.dim() != 2:
+    weight, bias = module.weight, module.bias
+    for t, dim in ((x, 2), (weight, 2), *(() if bias is None else ((bias, 1),))):
+        if not is_tensor(t) or t.dtype != torch.float32 or t.device.type != "cpu" or t.dim() != dim:
             return 0
     return x.shape[0] * weight.numel() if x.shape[1] == weight.shape[1] else 0
 

@@ -1,4 +1,4 @@
-"""When a fused optimizer steps: once a backward, after all lookups of its tables, on those whose gradient is asked for."""
+"""When a fused optimizer steps: once a backward, after all lookups of its tables, on those a gradient is asked for."""
 
 from __future__ import annotations
 

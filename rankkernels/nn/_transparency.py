@@ -1,0 +1,60 @@
+"""When a layer may do the work of another module without calling it: where nobody could tell.
+
+A fused path reads the parameters and settings of the modules it replaces. Whoever hooks such a module, derives from
+it, parametrizes it, gives it a ``forward`` or a weight of its own, or follows all modules' calls, expects to be called:
+then the modules are called, one after the other, as torch-rechub calls them. All is asked again in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
+
+def nobody_follows() -> bool:
+    """Whether no global hook sees the calls of all modules."""
+    return not any(_GLOBAL_HOOKS)
+
+
+def is_untouched(module: nn.Module, cls: type) -> bool:
+    """Whether calling ``module`` is ``cls.forward`` and nothing else, where ``nobody_follows``.
+
+    Pruning and the old weight_norm and spectral_norm are hooks; parametrizations, FSDP and quantization another type.
+    """
+    if type(module) is not cls:
+        return False
+    own = module.__dict__  # itself: an attribute takes twice the time, and there is one module a table
+    return not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own
+    )
+
+
+def is_plain(module: nn.Module, cls: type) -> bool:
+    """Whether nobody could tell that ``cls.forward`` was done without calling ``module``."""
+    return is_untouched(module, cls) and nobody_follows()
+
+
+def are_plain(modules: Iterable[nn.Module], classes: Iterable[type]) -> bool:
+    """``is_plain`` of all of them."""
+    return nobody_follows() and all(map(is_untouched, modules, classes))
+
+
+def is_tensor(value: object) -> bool:
+    """Whether ``value`` is a tensor as torch makes them, which the ops read as it lies: a subclass (a quantized weight,
+    a shard) has a meaning of its own. Compilers trace with subclasses in the place of what will run."""
+    return type(value) in (nn.Parameter, Tensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
