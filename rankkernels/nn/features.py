@@ -1,10 +1,12 @@
 """Feature descriptions and embedding initializers, with torch-rechub's names, arguments and random numbers.
 
 torch-rechub's own feature objects work wherever these do: a sequence feature is known by its ``pooling``, a dense one
-by having no ``vocab_size``.
+by having no ``vocab_size``. And these work wherever torch-rechub's do, which goes by ``isinstance``.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +81,20 @@ class Pretrained:
 DEFAULT_INITIALIZER = RandomNormal(0, 0.0001)
 
 
-class _TableFeature:
+class _Feature:
+    """An instance of torch-rechub's class of the same name, too, where torch-rechub has been imported: ``isinstance``
+    asks an object for its ``__class__`` where its type does not answer."""
+
+    @property
+    def __class__(self):
+        ours = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)  # of a subclass, too
+        return getattr(sys.modules.get("torch_rechub.basic.features"), ours.__name__, type(self))
+
+    def __reduce__(self):
+        return object.__new__, (type(self),), vars(self)  # object's own would be of ``__class__``
+
+
+class _TableFeature(_Feature):
     """A feature with a table. The table is made once and kept on the object: models that get the same feature object
     share its weights."""
 
@@ -132,7 +147,7 @@ class SequenceFeature(_TableFeature):
         self.pooling = pooling
 
 
-class DenseFeature:
+class DenseFeature(_Feature):
     """A number a sample, [B], or a vector of ``embed_dim`` numbers, [B, embed_dim]."""
 
     def __init__(self, name, embed_dim=1):
