@@ -29,3 +29,12 @@ def poisoned():
     assert torch.empty(3).isnan().all() and torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """Everything in float64, torch-rechub's masks too, which are float32 in every model otherwise."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

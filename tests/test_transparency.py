@@ -20,12 +20,7 @@ features_ = pytest.importorskip("torch_rechub.basic.features", reason="torch-rec
 Dice = pytest.importorskip("torch_rechub.basic.activation").Dice
 ranking = pytest.importorskip("torch_rechub.models.ranking")
 B, L, V, D = 7, 5, 9, 4
-
-
-@pytest.fixture(autouse=True)
-def _float64(monkeypatch):
-    """torch-rechub's masks are float32 in every model, which none but a float32 model can take."""
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def deepfm(activation="relu") -> nn.Module:
@@ -59,7 +54,7 @@ def batch() -> dict[str, torch.Tensor]:
 @functools.cache
 def built(build) -> nn.Module:
     torch.manual_seed(0)
-    model = build().double()
+    model = build()
     for p in model.parameters():
         nn.init.normal_(p, std=0.5)
     return model
@@ -369,7 +364,7 @@ def test_every_activation_exchanged(build, activation):
 
             def change(model, log):
                 torch.manual_seed(1)
-                model.get_submodule(mlp)[int(at)] = make().double()
+                model.get_submodule(mlp)[int(at)] = make()
 
             assert_same(build, change, accelerate_first=False)
 
