@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cctype>
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -29,6 +31,18 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
+// Tensor::scalar_type() fails on dtypes that the stable ABI has no number for: these have torch's own.
+inline ScalarType dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return static_cast<ScalarType>(dtype);
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
 // As Python prints it.
 inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
@@ -38,16 +52,27 @@ inline std::string name_of(ScalarType dtype) {
       return "torch.float64";
     case ScalarType::Half:
       return "torch.float16";
-    case ScalarType::BFloat16:
-      return "torch.bfloat16";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
     case ScalarType::Int:
       return "torch.int32";
     case ScalarType::Long:
       return "torch.int64";
-    case ScalarType::Bool:
-      return "torch.bool";
-    default:
-      return torch::headeronly::toString(dtype);
+    case ScalarType::ComplexHalf:
+      return "torch.complex32";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    default: {
+      std::string name = torch::headeronly::toString(dtype);
+      for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+      return "torch." + name;
+    }
   }
 }
 
@@ -65,18 +90,30 @@ inline std::string name_of(ScalarType dtype) {
 
 #define RK_CHECK_CPU(op, t) RK_CHECK((t).is_cpu(), op ": " #t " must be on the CPU like the other arguments")
 
-#define RK_CHECK_FLOATING(op, t)                                                                        \
-  do {                                                                                                  \
-    const auto rk_dtype = (t).scalar_type();                                                            \
-    RK_CHECK(rk_dtype == rk::ScalarType::Float || rk_dtype == rk::ScalarType::Double ||                 \
-                 rk_dtype == rk::ScalarType::Half || rk_dtype == rk::ScalarType::BFloat16,              \
-             op ": " #t " must be float32, float64, float16 or bfloat16, got ", rk::name_of(rk_dtype)); \
-  } while (false)
+#define RK_CHECK_FLOATING(op, t)             \
+  RK_CHECK(rk::is_floating(rk::dtype_of(t)), \
+           op ": " #t " must be float32, float64, float16 or bfloat16, got ", rk::name_of(rk::dtype_of(t)))
 
-#define RK_CHECK_SAME_DTYPE(op, t, u)                                                             \
-  RK_CHECK((t).scalar_type() == (u).scalar_type(), op ": " #t " must have the dtype of " #u ", ", \
-           rk::name_of((u).scalar_type()), ", got ", rk::name_of((t).scalar_type()))
+#define RK_CHECK_SAME_DTYPE(op, t, u)                                                         \
+  RK_CHECK(rk::dtype_of(t) == rk::dtype_of(u), op ": " #t " must have the dtype of " #u ", ", \
+           rk::name_of(rk::dtype_of(u)), ", got ", rk::name_of(rk::dtype_of(t)))
 
 #define RK_CHECK_SIZE(op, t, d, n)                                                                       \
   RK_CHECK((t).size(d) == (n), op ": " #t ".size(" #d ") must be " #n " = ", (n), ", got ", (t).size(d), \
            " (shape ", rk::shape_of(t), ")")
+
+namespace rk {
+
+// Raises unless t is a tensor of this form; the text is that of ops/_library.py's check_form.
+inline void check_form(const char* op, const char* name, const Tensor& t,
+                       std::initializer_list<int64_t> shape, ScalarType dtype) {
+  bool fits = t.is_cpu() && dtype_of(t) == dtype && t.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = t.size(d) == shape.begin()[d];
+  if (fits) return;
+  std::ostringstream wanted;
+  for (const int64_t& size : shape) wanted << (&size == shape.begin() ? "" : ", ") << size;
+  fail(op, ": ", name, " must be ", name_of(dtype), " [", wanted.str(), "] on cpu, got ",
+       name_of(dtype_of(t)), ' ', shape_of(t), " on ", t.is_cpu() ? "cpu" : "another device");
+}
+
+}  // namespace rk

@@ -25,12 +25,11 @@ inline Tensor linear_weight_of(const char* op, const Tensor& weight, const Tenso
 }
 
 // Raises unless `dense` can stand behind the embeddings.
-inline void check_dense(const Tensor& dense, const Tensor& like, int64_t B) {
+inline void check_dense(const char* op, const Tensor& dense, const Tensor& like, int64_t B) {
   RK_CHECK(dense.dim() == 2 && dense.size(0) == B && dense.scalar_type() == like.scalar_type() &&
                same_device(dense, like),
-           "embedding_fm: dense must be [B, n] with B = ", B, " like the embeddings, ",
-           name_of(like.scalar_type()), " on their device, got shape ", shape_of(dense), " and ",
-           name_of(dense.scalar_type()));
+           op, ": dense must be [B, n] with B = ", B, " like the embeddings, ", name_of(like.scalar_type()),
+           " on their device, got shape ", shape_of(dense), " and ", name_of(dense.scalar_type()));
 }
 
 inline const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }

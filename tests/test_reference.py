@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from triton_kernels.process import run_pytest
 
 from rankkernels import din_attention, embedding_bag, fm_interaction, reference
 from rankkernels.testing import relative_error
@@ -323,3 +325,9 @@ def test_din_attention_training_without_enough_rows(rows):
 def test_embedding_bag_bad_input(arguments, message):
     with pytest.raises((RuntimeError, ValueError, IndexError), match=f"^embedding_bag: .*{message}"):
         embedding_bag(**{"weight": torch.rand(9, 2), **arguments})
+
+
+@pytest.mark.parametrize("file", ["test_bad_ops.py", "test_odd_ops.py"])
+def test_it_takes_and_refuses_what_the_kernels_do(file):
+    """The same texts and values, where the reference is all there is."""
+    run_pytest(str(Path(__file__).parent / file), RANKKERNELS_REFERENCE="1")

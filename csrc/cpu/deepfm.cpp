@@ -22,6 +22,7 @@ RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
 
+// The texts are those of ops/deepfm.py.
 static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
   RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
                   "mlp must be the weight and the bias of each of two layers or more, got ", mlp.size(),
@@ -33,8 +34,8 @@ static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
                     "mlp's layer ", i / 2, " must have a weight [", i + 2 < mlp.size() ? "H" : "1", ", ", in,
                     "] and its bias, got shapes ", shape_of(w), " and ", shape_of(b));
     for (const Tensor* t : {&w, &b})
-      RK_DEEPFM_CHECK(t->scalar_type() == ScalarType::Float && same_device(*t, like), "mlp's layer ", i / 2,
-                      " must be float32 on the CPU, got ", name_of(t->scalar_type()));
+      RK_DEEPFM_CHECK(dtype_of(*t) == ScalarType::Float && same_device(*t, like), "mlp's layer ", i / 2,
+                      " must be torch.float32, got ", name_of(dtype_of(*t)), " on cpu");
     in = w.size(0);
   }
 }
@@ -102,10 +103,11 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
   const int64_t width = F * D, more = dense && dense->dim() == 2 ? dense->size(1) : 0, in = width + more;
   Tensors rows;
   for (size_t t = 0; t < weights.size(); ++t) {
-    RK_DEEPFM_CHECK(weights[t].dim() == 2 && weights[t].size(1) == D && weights[t].is_cpu() &&
-                        weights[t].scalar_type() == ScalarType::Float,
-                    "weights[", t, "] must be [R, ", D, "] float32 on the CPU, got shape ",
-                    shape_of(weights[t]), " and ", name_of(weights[t].scalar_type()));
+    RK_CHECK_BAG(weights[t].dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(weights[t]));
+    RK_DEEPFM_CHECK(
+        weights[t].size(1) == D && weights[t].is_cpu() && dtype_of(weights[t]) == ScalarType::Float,
+        "weights[", t, "] must be [R, ", D, "] torch.float32, got shape ", shape_of(weights[t]), " and ",
+        name_of(dtype_of(weights[t])));
     rows.push_back(unit_stride_rows(weights[t]));
   }
   for (int64_t f = 0; f < F; ++f) {
@@ -118,7 +120,7 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
     bags[f].stride_wr = w.stride(0);
   }
   const Tensor a = linear_weight_of("deepfm", linear_weight, rows[0], width);
-  if (dense) check_dense(*dense, rows[0], B);
+  if (dense) check_dense("deepfm", *dense, rows[0], B);
   check_layers(mlp, in, rows[0]);
   const PackedLayers packed(mlp, in);
   const Tensor head = torch::stable::contiguous(mlp[mlp.size() - 2]);

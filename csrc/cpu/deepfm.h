@@ -32,8 +32,9 @@ RK_INLINE void columns(const HiddenLayer& layer, const float* x, int64_t stride_
 RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int64_t rows, float* y,
                      int64_t stride_y) {
   constexpr int64_t kLanes = Traits<float>::lanes;
-  const int64_t parts = (l.in + kDepth - 1) / kDepth, most = (l.in + parts - 1) / parts;
-  for (int64_t k = 0; k < l.in; k += most) {
+  const int64_t parts = l.in > kDepth ? (l.in + kDepth - 1) / kDepth : 1, most = (l.in + parts - 1) / parts;
+  int64_t k = 0;
+  do {  // once where there is no input: the bias
     const int64_t depth = l.in - k < most ? l.in - k : most;
     for (int64_t n0 = 0, width; n0 < l.out; n0 += width) {
       width = HiddenLayer::panel(l.out - n0);
@@ -53,13 +54,12 @@ RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int
           multiply(Int<3>());
       }
     }
-  }
-  using V = Traits<float>::vec;
+    k += most;
+  } while (k < l.in);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t n = 0; n < l.out; n += kLanes) {
       float* p = y + m * stride_y + n;
-      const V v = Traits<float>::load(p);
-      Traits<float>::store(p, v < 0 ? V{} : v);  // NaN stays
+      Traits<float>::store(p, relu(Traits<float>::load(p)));
     }
 }
 

@@ -33,7 +33,7 @@ DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometr
   rows.stride_tb = target.stride(0);
   rows.first = g.first.data();
   rows.count = g.count.data();
-  rows.mask = g.mask.defined() ? static_cast<const bool*>(g.mask.const_data_ptr()) : nullptr;
+  rows.mask = g.mask.defined() ? static_cast<const uint8_t*>(g.mask.const_data_ptr()) : nullptr;
   return rows;
 }
 
@@ -131,6 +131,12 @@ static int64_t kept_widths(const DinArguments& a) {
   if (a.config.norms() > 0)
     for (int64_t i = first_kept(a); i < a.layers(); ++i) widths += a.width(i);
   return widths;
+}
+
+static int64_t stats_size(const DinArguments& a) {
+  int64_t widths = 0;
+  for (int64_t i = 0; a.config.training && i < a.layers(); ++i) widths += a.width(i);
+  return 2 * a.config.norms() * widths;
 }
 
 // Lays out `saved`: the rows' weights, then what is kept of each layer.
@@ -343,7 +349,8 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
   const bool batch_statistics = a.config.training && plan.has_norm();
   if (!a.config.training) set_running_statistics(plan, a);
-  const A* stats = static_cast<const A*>(batch_stats.const_data_ptr());
+  const std::vector<double> all_stats = values_of<double>(batch_stats);
+  const double* stats = all_stats.data();
   for (int64_t i = 0; i <= last; ++i) {
     if (batch_statistics) {
       const int64_t H = plan.layer(i).out;
@@ -369,12 +376,11 @@ static DinArguments arguments(const Tensor& history, const Tensor& target, const
                               const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
                               int64_t activation, bool batch_norm, bool use_softmax, bool training,
                               double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
-  RK_DIN_CHECK(activation >= 0 && activation <= static_cast<int64_t>(ActivationName::dice_batch_norm),
-               "unknown activation ", activation);
+  check_activation("din_attention", static_cast<ActivationName>(activation));
   RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
-  RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
+  RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
                "dropout needs a seed of one int64, got ",
-               seed ? shape_of(*seed) + " " + name_of(seed->scalar_type()) : "none");
+               seed ? shape_of(*seed) + " " + name_of(dtype_of(*seed)) : "none");
   RK_DIN_CHECK(!seed || seed->is_cpu(), "all arguments must be on one device");
   const uint64_t seed_value = dropout > 0 ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
   const DinArguments a{history,
@@ -388,6 +394,9 @@ static DinArguments arguments(const Tensor& history, const Tensor& target, const
                         dice_eps, dropout, seed_value}};
   check_history(a);
   check_params(a);
+  if (a.layers() > 0 && batch_norm) check_epsilon("din_attention", "norm_eps", norm_eps, training);
+  if (a.layers() > 0 && a.config.activation >= ActivationName::dice)
+    check_epsilon("din_attention", "dice_eps", dice_eps, training && a.config.dice_norm());
   return a;
 }
 
@@ -399,13 +408,9 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
   const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
                                    batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
-  const auto wide = history.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  int64_t stats = 0;
-  if (training)
-    for (int64_t i = 0; i < a.layers(); ++i) stats += 2 * a.config.norms() * a.width(i);
   Tensor out = torch::stable::new_empty(target, {a.B(), a.D()});
-  Tensor batch_stats = torch::stable::new_empty(target, {stats}, wide);
-  Tensor saved = new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, wide);
+  Tensor batch_stats = torch::stable::new_empty(target, {stats_size(a)}, wide(dtype_of(history)));
+  Tensor saved = new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, wide(dtype_of(history)));
   dispatch_floating(history.scalar_type(), [&](auto* type) {
     forward<std::remove_pointer_t<decltype(type)>>(a, g, out, batch_stats, saved);
   });
@@ -421,13 +426,11 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cp
   const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
                                    batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
-  RK_CHECK_DIM("din_attention_backward", grad_out, 2);
-  RK_CHECK_CPU("din_attention_backward", grad_out);
-  RK_CHECK_SAME_DTYPE("din_attention_backward", grad_out, target);
-  const int64_t B = a.B(), D = a.D(), size = g.first.back() * (1 + kept_widths(a));
-  RK_CHECK_SIZE("din_attention_backward", grad_out, 0, B);
-  RK_CHECK_SIZE("din_attention_backward", grad_out, 1, D);
-  RK_CHECK_SIZE("din_attention_backward", saved, 0, size);
+  const int64_t B = a.B(), D = a.D();
+  const ScalarType kept = wide(dtype_of(history));
+  check_form("din_attention_backward", "grad_out", grad_out, {B, D}, dtype_of(history));
+  check_form("din_attention_backward", "batch_stats", batch_stats, {stats_size(a)}, kept);
+  check_form("din_attention_backward", "saved", saved, {g.first.back() * (1 + kept_widths(a))}, kept);
   Tensor grad_history = new_empty_paged(history, history.sizes());
   Tensor grad_target = torch::stable::new_empty(target, {B, D});
   std::vector<Tensor> grad_params;

@@ -6,9 +6,10 @@
 // With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
 //
 //   leaky            a = y > 0 ? y : alpha y
+//   relu             a = y < 0 ? 0 : y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
-//   dice_batch_norm  a = y (alpha + (1 - alpha) p(v))
-//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
+//   dice_batch_norm  a = alpha y + p(v) (y - alpha y)                          NaN where y is infinite, as
+//   torch's dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
 //                    s^2 = sum_j ((y_j - mean)^2 + epsilon)
 //
 // Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
@@ -80,7 +81,7 @@ template <class A>
 static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
   using X = Traits<A>;
   using V = typename X::vec;
-  const int64_t ld = padded<A>(f.out), last = (vectors<A>(f.out) - 1) * X::lanes;
+  const int64_t ld = padded<A>(f.out), last = (f.out - 1) / X::lanes * X::lanes;  // 0 units: 0
   const V unit = X::load(f.unit + last);
   const A share = 1 / static_cast<A>(f.out);
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
@@ -99,7 +100,9 @@ static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
       }
     }
     for (int64_t i = group; i < X::lanes; ++i) sum[i] = squares[i] = V{};
-    const V c = sum_each(sum), along = c * share, deviation = sum_each(squares) - c * along;
+    const V c = sum_each(sum), along = c * share, all = sum_each(squares);
+    const V deviation = all < static_cast<A>(__builtin_inf()) ? all - c * along
+                                                              : all;  // infinity stays: no difference of two
     X::store(s.mean + r0, shift + along);
     X::store(s.inverse + r0, inverse_root((deviation < 0 ? V{} : deviation) + f.epsilon));
   }
@@ -134,12 +137,14 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
   switch (f.activation) {
     case DinActivation::leaky:
       return each([&](V, V y, int64_t n, int64_t) { return y > 0 ? y : y * X::load(f.alpha + n); });
+    case DinActivation::relu:
+      return each([&](V, V y, int64_t, int64_t) { return relu(y); });
     case DinActivation::sigmoid:
       return each([&](V, V y, int64_t, int64_t) { return sigmoid(y); });
     case DinActivation::dice_batch_norm:
       return each([&](V g, V y, int64_t n, int64_t) {
-        const V alpha = X::load(f.alpha + n);
-        return y * (alpha + (1 - alpha) * sigmoid(g * X::load(f.v_scale + n) + X::load(f.v_shift + n)));
+        const V ay = y * X::load(f.alpha + n);
+        return ay + sigmoid(g * X::load(f.v_scale + n) + X::load(f.v_shift + n)) * (y - ay);
       });
     case DinActivation::dice:
       return each([&](V, V y, int64_t n, int64_t r) {
@@ -232,6 +237,8 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
       if (kind == DinActivation::leaky) {
         dy = y > 0 ? da : da * alpha;
         grad_alpha += y > 0 ? V{} : da * y;
+      } else if (kind == DinActivation::relu) {
+        dy = relu_backward(da, y);
       } else if (kind == DinActivation::sigmoid) {
         const V a = X::load(s.a + row * ld + n) * (1 - f.dropped);
         dy = da * (a - a * a);
@@ -259,7 +266,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
     }
     const auto add = [&](A* p, V v) { X::store(p + n, X::load(p + n) + v); };
     if (!only_sums) add(grad_bias, bias);
-    if (kind != DinActivation::dice && kind != DinActivation::sigmoid) add(grad.alpha, grad_alpha);
+    if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm) add(grad.alpha, grad_alpha);
     if (kNormalized) {
       add(grad.sums[0], sum_y);
       add(grad.sums[1], sum_yg);
@@ -279,6 +286,9 @@ static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> 
     case Kind::leaky:
       return f.r ? units_backward<Kind::leaky, true>(f, rows, s, d, only_sums, grad_bias, grad)
                  : units_backward<Kind::leaky, false>(f, rows, s, d, only_sums, grad_bias, grad);
+    case Kind::relu:
+      return f.r ? units_backward<Kind::relu, true>(f, rows, s, d, only_sums, grad_bias, grad)
+                 : units_backward<Kind::relu, false>(f, rows, s, d, only_sums, grad_bias, grad);
     case Kind::sigmoid:
       return f.r ? units_backward<Kind::sigmoid, true>(f, rows, s, d, only_sums, grad_bias, grad)
                  : units_backward<Kind::sigmoid, false>(f, rows, s, d, only_sums, grad_bias, grad);

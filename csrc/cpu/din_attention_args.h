@@ -43,8 +43,9 @@ static inline int64_t operand_size(int64_t K, int64_t n) {
   return K * padded<A>(n) + (K + 3) / 4 * 4 * DinTail(n).width;
 }
 
-// linear, relu, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise.
-enum class DinActivation : int64_t { leaky, sigmoid, dice, dice_batch_norm };
+// linear, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise. relu is not: its 0 is
+// that of minus infinity, too.
+enum class DinActivation : int64_t { leaky, relu, sigmoid, dice, dice_batch_norm };
 
 // One hidden layer, z = W x + b. Its product is computed as g = gs z + go, an affine function of each channel
 // that is folded into the weight; from it come y = ys g + yo, what the activation is of, and for
@@ -61,7 +62,7 @@ struct DinLayer {
   const A *v_scale, *v_shift;
   DinActivation activation;
   A dropped;       // the dropout's probability
-  const A* alpha;  // of all but sigmoid
+  const A* alpha;  // of all but relu and sigmoid
   A epsilon;       // out * dice's epsilon
   const A* unit;   // 1 for the channels there are
   A* kept;         // [rows, out]: z of each valid row, or null where the backward computes it again
@@ -119,7 +120,7 @@ struct DinRows {
   int64_t stride_hb, stride_hl, stride_tb;
   bool jagged;  // the history's rows of sample b begin at first[b], else at stride_hb * b
   const int64_t *first, *count;
-  const bool* mask;  // [B, L], or null: the first count[b] rows
+  const uint8_t* mask;  // [B, L], bytes of which any but 0 is true; or null: the first count[b] rows
   const T* grad_out;
   int64_t stride_gb;
   T *out, *grad_history, *grad_target;  // contiguous

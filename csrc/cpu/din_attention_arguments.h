@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "din_attention_plan.h"
@@ -30,8 +32,11 @@ struct DinArguments {
 // Ranks, sizes and dtypes; the texts are those of ops/din_attention.py.
 inline void check_history(const DinArguments& a) {
   const Tensor &history = a.history, &target = a.target;
-  RK_DIN_CHECK(a.lengths.has_value() + a.mask.has_value() + a.offsets.has_value() < 2,
-               "give one of lengths, mask and offsets");
+  std::string given;
+  for (const auto& [name, t] :
+       {std::pair("lengths", &a.lengths), std::pair("mask", &a.mask), std::pair("offsets", &a.offsets)})
+    if (*t) given += (given.empty() ? "" : " and ") + std::string(name);
+  RK_DIN_CHECK(given.find(' ') == std::string::npos, "give one of lengths, mask and offsets, got ", given);
   RK_DIN_CHECK(target.dim() == 2, "target must be [B, D], got shape ", shape_of(target));
   const bool jagged = a.offsets.has_value();
   RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ",
@@ -39,13 +44,12 @@ inline void check_history(const DinArguments& a) {
   RK_DIN_CHECK(history.size(history.dim() - 1) == a.D(), "history and target must have one width D, got ",
                history.size(history.dim() - 1), " and ", a.D());
   RK_CHECK_FLOATING("din_attention", history);
-  RK_DIN_CHECK(history.scalar_type() == target.scalar_type(),
-               "history and target must have one floating-point dtype, got ", name_of(history.scalar_type()),
-               " and ", name_of(target.scalar_type()));
+  RK_DIN_CHECK(dtype_of(history) == dtype_of(target), "history and target must have one dtype, got ",
+               name_of(dtype_of(history)), " and ", name_of(dtype_of(target)));
   RK_DIN_CHECK(target.is_cpu() && history.is_cpu(), "all arguments must be on one device");
   const auto check_integers = [](const Tensor& t, const char* name) {
-    RK_DIN_CHECK(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
-                 " must be int32 or int64, got ", name_of(t.scalar_type()));
+    RK_DIN_CHECK(dtype_of(t) == ScalarType::Int || dtype_of(t) == ScalarType::Long, name,
+                 " must be int32 or int64, got ", name_of(dtype_of(t)));
     RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
   };
   if (jagged) {
@@ -64,8 +68,8 @@ inline void check_history(const DinArguments& a) {
   if (a.mask) {
     RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == a.B() && a.mask->size(1) == history.size(1),
                  "mask must be [B, L] = [", a.B(), ", ", history.size(1), "], got shape ", shape_of(*a.mask));
-    RK_DIN_CHECK(a.mask->scalar_type() == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
-                 name_of(a.mask->scalar_type()));
+    RK_DIN_CHECK(dtype_of(*a.mask) == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
+                 name_of(dtype_of(*a.mask)));
     RK_DIN_CHECK(a.mask->is_cpu(), "all arguments must be on one device");
   }
 }
@@ -75,11 +79,19 @@ inline void check_params(const DinArguments& a) {
   const int64_t per_layer = config.params_per_layer(), n = static_cast<int64_t>(a.params.size());
   RK_DIN_CHECK(n >= 2 && (n - 2) % per_layer == 0, "params must be ", per_layer,
                " tensors a hidden layer and 2 of the output layer, got ", n);
-  for (const auto* list : {&a.params, &a.running_stats})
-    for (const Tensor& t : *list) {
-      RK_CHECK_FLOATING("din_attention", t);
-      RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
+  const auto check_list = [](const std::vector<Tensor>& list, const char* name) {
+    for (size_t i = 0; i < list.size(); ++i) {
+      RK_DIN_CHECK(is_floating(dtype_of(list[i])), name, "[", i,
+                   "] must be float32, float64, float16 or bfloat16, got ", name_of(dtype_of(list[i])));
+      RK_DIN_CHECK(list[i].is_cpu(), "all arguments must be on one device");
     }
+  };
+  check_list(a.params, "params");
+  check_list(a.running_stats, "running_stats");
+  const int64_t stats = 2 * config.norms();
+  RK_DIN_CHECK(config.training || static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
+               "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(), " norms, got ",
+               a.running_stats.size());
   const bool has_slope =
       config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
   int64_t width = 4 * a.D();
@@ -95,13 +107,9 @@ inline void check_params(const DinArguments& a) {
                    slope ? ", its slope may have one" : "", ", got ", shape_of(layer[j]));
     }
     if (config.training) continue;
-    const int64_t stats = 2 * config.norms();
-    RK_DIN_CHECK(static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
-                 "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(),
-                 " norms, got ", a.running_stats.size());
-    for (int64_t j = 0; j < stats; ++j)
-      RK_DIN_CHECK(a.running_stats[i * stats + j].numel() == width, "running_stats of hidden layer ", i,
-                   " must have ", width, " values, got ", shape_of(a.running_stats[i * stats + j]));
+    for (int64_t j = i * stats; j < (i + 1) * stats; ++j)
+      RK_DIN_CHECK(a.running_stats[j].dim() == 1 && a.running_stats[j].size(0) == width, "running_stats[", j,
+                   "] must be [", width, "], got ", shape_of(a.running_stats[j]));
   }
   const Tensor &weight = a.params[n - 2], &bias = a.params[n - 1];
   RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
@@ -119,7 +127,7 @@ struct DinGeometry {
 inline std::vector<int64_t> integers_of(const Tensor& t) {
   const Tensor u = torch::stable::contiguous(t);
   std::vector<int64_t> values(u.numel());
-  if (u.scalar_type() == ScalarType::Int)
+  if (dtype_of(u) == ScalarType::Int)
     std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
   else
     std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
@@ -137,8 +145,8 @@ inline DinGeometry geometry_of(const DinArguments& a) {
                  g.first[0], " .. ", g.first[B]);
     for (int64_t b = 0; b < B; ++b) {
       g.count[b] = g.first[b + 1] - g.first[b];
-      RK_DIN_CHECK(g.count[b] >= 0, "offsets decrease from ", g.first[b], " to ", g.first[b + 1], " at ",
-                   b + 1);
+      RK_DIN_CHECK(g.first[b] <= g.first[b + 1], "offsets decrease from ", g.first[b], " to ", g.first[b + 1],
+                   " at ", b + 1);
     }
   } else {
     const int64_t L = a.history.size(1);
@@ -151,8 +159,8 @@ inline DinGeometry geometry_of(const DinArguments& a) {
                      " is outside 0 .. ", L, ", the history's positions");
     } else if (a.mask) {
       g.mask = torch::stable::contiguous(*a.mask);
-      const bool* mask = static_cast<const bool*>(g.mask.const_data_ptr());
-      for (int64_t b = 0; b < B; ++b) g.count[b] = std::count(mask + b * L, mask + (b + 1) * L, true);
+      const uint8_t* mask = static_cast<const uint8_t*>(g.mask.const_data_ptr());
+      for (int64_t b = 0; b < B; ++b) g.count[b] = L - std::count(mask + b * L, mask + (b + 1) * L, 0);
     } else {
       std::fill(g.count.begin(), g.count.end(), L);
     }

@@ -67,7 +67,24 @@ std::vector<A> values_of(const Tensor& t) {
   return values;
 }
 
+// The dtype of what is kept beside tensors of a dtype, the one they are computed in.
+inline ScalarType wide(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// torch's rule: an epsilon may be 0 but where it stands beside a variance that may be.
+inline void check_epsilon(const char* op, const char* name, double eps, bool positive) {
+  RK_CHECK(positive ? eps > 0 : eps >= 0, op, ": ", name,
+           positive ? " must be positive in training" : " must not be negative", ", got ", eps);
+}
+
 enum class ActivationName : int64_t { linear, sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm };
+
+inline void check_activation(const char* op, ActivationName activation) {
+  const int64_t number = static_cast<int64_t>(activation),
+                last = static_cast<int64_t>(ActivationName::dice_batch_norm);
+  RK_CHECK(number >= 0 && number <= last, op, ": activation must be 0 .. ", last, ", got ", number);
+}
 
 // The flags of the schema.
 struct DinConfig {
@@ -289,6 +306,9 @@ class DinPlan {
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
     std::vector<A> alpha = f.alpha;
     switch (config_.activation) {
+      case ActivationName::relu:
+        layer.activation = DinActivation::relu;
+        break;
       case ActivationName::sigmoid:
         layer.activation = DinActivation::sigmoid;
         break;
@@ -301,7 +321,6 @@ class DinPlan {
       default:
         layer.activation = DinActivation::leaky;
         if (config_.activation == ActivationName::linear) alpha = {A(1)};
-        if (config_.activation == ActivationName::relu) alpha = {A(0)};
         if (config_.activation == ActivationName::leakyrelu) alpha = {A(0.01)};
     }
     if (alpha.size() == 1) alpha.resize(f.out, alpha[0]);  // one for all units

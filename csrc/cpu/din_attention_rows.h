@@ -14,11 +14,11 @@ template <class T, class A>
 static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScratch<A>& s) {
   if (!rows.mask) return nullptr;
   const int64_t places = rows.first[b + 1] - rows.first[b];
-  const bool* mask = rows.mask + rows.first[b];
+  const uint8_t* mask = rows.mask + rows.first[b];
   int64_t n = 0;
   for (int64_t l = 0; l < places; ++l) {
     s.positions[n] = static_cast<int32_t>(l);
-    n += mask[l];
+    n += mask[l] != 0;
   }
   return s.positions;
 }

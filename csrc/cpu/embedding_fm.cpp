@@ -42,7 +42,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   Tensor linear = torch::stable::new_empty(embeddings, {linear_weight ? B : 0, 1});
   const Tensor a =
       linear_weight ? linear_weight_of("embedding_fm", *linear_weight, embeddings, width) : linear;
-  if (dense) check_dense(*dense, embeddings, B);
+  if (dense) check_dense("embedding_fm", *dense, embeddings, B);
 
   int64_t work = 0;
   for (const Bags& bag : bags) work += lookup_work(bag);

@@ -80,7 +80,7 @@ void embedding_fm_rows(const Bags* features, int64_t F, const T* a, T* fm, T* li
         }
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) total += y[v];
+      for (int v = 0; v < kVecs; ++v) total += y[v] + (s[v] - s[v]);  // as fm_interaction.h
     });
     assign(fm[b], sum_lanes<T>(total));
     if (a) assign(linear[b], sum_lanes<T>(dot));

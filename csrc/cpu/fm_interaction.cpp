@@ -38,14 +38,9 @@ static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
 
 static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& x, bool reduce_sum) {
   RK_CHECK_DIM("fm_interaction_backward", x, 3);
-  RK_CHECK_DIM("fm_interaction_backward", grad_out, 2);
   RK_CHECK_FLOATING("fm_interaction_backward", x);
-  RK_CHECK_SAME_DTYPE("fm_interaction_backward", grad_out, x);
-  RK_CHECK_CPU("fm_interaction_backward", grad_out);
-  RK_CHECK_CPU("fm_interaction_backward", x);
   const int64_t B = x.size(0), F = x.size(1), D = x.size(2), width = reduce_sum ? 1 : D;
-  RK_CHECK_SIZE("fm_interaction_backward", grad_out, 0, B);
-  RK_CHECK_SIZE("fm_interaction_backward", grad_out, 1, width);
+  check_form("fm_interaction_backward", "grad_out", grad_out, {B, width}, dtype_of(x));
   const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
   Tensor grad_x = new_empty_paged(x, {B, F, D});
   dispatch_floating(x.scalar_type(), [&](auto* type) {

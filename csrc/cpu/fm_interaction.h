@@ -73,6 +73,7 @@ struct Columns {
         y[v] += y_[c][v] + s[v] * s_[c][v];
         s[v] += s_[c][v];
       }
+      y[v] += s[v] - s[v];  // NaN where a field is infinite, as the difference of squares
     }
   }
 };

@@ -24,16 +24,15 @@ constexpr int64_t kTaskRows = 132;
 // Samples between two sums: what all tasks read of them stays in the third-level cache.
 constexpr int64_t kSamples = 4096;
 
+// The texts are those of ops/linear_weight_grad.py.
 static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   RK_CHECK_DIM("linear_weight_grad", dy, 2);
   RK_CHECK_DIM("linear_weight_grad", x, 2);
-  RK_CHECK(dy.scalar_type() == ScalarType::Float, "linear_weight_grad: dy must be float32, got ",
-           name_of(dy.scalar_type()));
-  RK_CHECK_SAME_DTYPE("linear_weight_grad", x, dy);
-  RK_CHECK_CPU("linear_weight_grad", dy);
-  RK_CHECK_CPU("linear_weight_grad", x);
+  for (const auto& [name, t] : {std::pair("dy", &dy), std::pair("x", &x)})
+    RK_CHECK(dtype_of(*t) == ScalarType::Float, "linear_weight_grad: ", name, " must be torch.float32, got ",
+             name_of(dtype_of(*t)));
   const int64_t N = dy.size(0), M = dy.size(1), K = x.size(1);
-  RK_CHECK_SIZE("linear_weight_grad", x, 0, N);
+  RK_CHECK(x.size(0) == N, "linear_weight_grad: x must have the rows of dy, ", N, ", got ", x.size(0));
   const Tensor dyu = unit_stride_last(dy), xu = unit_stride_last(x);
   Tensor grad = torch::stable::new_empty(x, {M, K});
   const float *dyp = static_cast<const float*>(dyu.const_data_ptr()),

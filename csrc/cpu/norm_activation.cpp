@@ -46,6 +46,7 @@ struct NormArguments {
 // The texts are those of ops/norm_activation.py.
 static void check(const NormArguments& a) {
   const Tensor& x = a.x;
+  check_activation("norm_activation", a.activation);
   RK_CHECK_DIM("norm_activation", x, 2);
   RK_CHECK_FLOATING("norm_activation", x);
   RK_NORM_CHECK(a.batch_norm || a.activation != ActivationName::dice_batch_norm,
@@ -57,14 +58,14 @@ static void check(const NormArguments& a) {
   RK_NORM_CHECK(!a.batch_norm || a.training || (a.running_mean && a.running_var),
                 "give running_mean and running_var, or training");
   RK_NORM_CHECK(!a.batch_statistics() || a.N() > 1, "training needs more than one row, got ", a.N());
+  if (a.batch_norm) check_epsilon("norm_activation", "norm_eps", a.norm_eps, a.training);
+  if (a.activation == ActivationName::dice) check_epsilon("norm_activation", "dice_eps", a.dice_eps, false);
   const auto check_vector = [&](const OptionalTensor& t, const char* name, bool may_be_one) {
     if (!t) return;
     RK_NORM_CHECK(t->dim() == 1 && (t->size(0) == a.H() || (may_be_one && t->size(0) == 1)), name,
                   " must be [H] = [", a.H(), may_be_one ? "] or [1], got " : "], got ", shape_of(*t));
-    const auto dtype = t->scalar_type();
-    RK_NORM_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-                      dtype == ScalarType::BFloat16,
-                  name, " must be float32, float64, float16 or bfloat16, got ", name_of(dtype));
+    RK_NORM_CHECK(is_floating(dtype_of(*t)), name, " must be float32, float64, float16 or bfloat16, got ",
+                  name_of(dtype_of(*t)));
     RK_NORM_CHECK(t->is_cpu(), name, " must be on the device of x, cpu");
   };
   check_vector(a.weight, "weight", false);
@@ -109,7 +110,8 @@ class NormLayer {
     f.out = H;
     f.unit = arena_.row(std::vector<A>(H, A(1)));
     f.epsilon = static_cast<A>(H * a.dice_eps);
-    f.activation = a.activation == ActivationName::sigmoid           ? DinActivation::sigmoid
+    f.activation = a.activation == ActivationName::relu              ? DinActivation::relu
+                   : a.activation == ActivationName::sigmoid         ? DinActivation::sigmoid
                    : a.activation == ActivationName::dice            ? DinActivation::dice
                    : a.activation == ActivationName::dice_batch_norm ? DinActivation::dice_batch_norm
                                                                      : DinActivation::leaky;
@@ -200,7 +202,8 @@ void take_statistics(const NormArguments& a, const NormChunks& chunks, const Ten
   const T* xp = static_cast<const T*>(x.const_data_ptr());
   std::vector<double> memory(2 * H * chunks.size());
   std::vector<DinStats> stats(chunks.size());
-  for (size_t c = 0; c < stats.size(); ++c) stats[c] = {0, &memory[2 * c * H], &memory[(2 * c + 1) * H]};
+  for (size_t c = 0; c < stats.size(); ++c)
+    stats[c] = {0, memory.data() + 2 * c * H, memory.data() + (2 * c + 1) * H};
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     Arena<A> arena;
     A* vectors = arena.take(2 * padded<A>(H));
@@ -238,8 +241,7 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
   check(a);
   const Tensor xu = unit_stride_last(x);
   Tensor out = new_empty_paged(x, {a.N(), a.H()});
-  const auto wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide);
+  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide(dtype_of(x)));
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
@@ -289,12 +291,9 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
                         dice_eps};
   check(a);
   const int64_t N = a.N(), H = a.H();
-  RK_CHECK_DIM("norm_activation_backward", grad_out, 2);
-  RK_CHECK_SIZE("norm_activation_backward", grad_out, 0, N);
-  RK_CHECK_SIZE("norm_activation_backward", grad_out, 1, H);
-  RK_CHECK_SAME_DTYPE("norm_activation_backward", grad_out, x);
-  RK_CHECK_CPU("norm_activation_backward", grad_out);
-  RK_CHECK_SIZE("norm_activation_backward", batch_stats, 0, (a.batch_statistics() ? 2 * H : 0));
+  check_form("norm_activation_backward", "grad_out", grad_out, {N, H}, dtype_of(x));
+  check_form("norm_activation_backward", "batch_stats", batch_stats, {a.batch_statistics() ? 2 * H : 0},
+             wide(dtype_of(x)));
   const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
   Tensor grad_x = new_empty_paged(x, {N, H});
   std::vector<Tensor> grad_params;

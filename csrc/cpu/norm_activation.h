@@ -5,7 +5,7 @@
 // the batch in training, and r = 1 / sqrt(v + eps),
 //
 //   n = (x - m) r,    out = activation(gamma n + beta)                          any activation but the last:
-//                     out = x (alpha + (1 - alpha) sigmoid(gamma n + beta))     dice_batch_norm
+//                     out = alpha x + sigmoid(gamma n + beta) (x - alpha x)     dice_batch_norm
 //
 // and without a normalization out = activation(x). Dice, whose statistics run along a row, goes through the
 // blocks of rows of din_attention_activation.h; the units of the others do not know of each other and go from
@@ -50,8 +50,10 @@ struct Units {
   V forward(V x) const {
     const V v = argument(normalized(x));
     if (kind == DinActivation::leaky) return v > 0 ? v : v * alpha;
+    if (kind == DinActivation::relu) return relu(v);
     if (kind == DinActivation::sigmoid) return sigmoid(v);
-    return x * (alpha + (1 - alpha) * sigmoid(v));
+    const V ax = alpha * x;
+    return ax + sigmoid(v) * (x - ax);
   }
 
   // dL/dout -> dL/dx, right once c1 and c2 are known; adds to the sums.
@@ -61,6 +63,8 @@ struct Units {
     if (kind == DinActivation::leaky) {
       e = v > 0 ? grad : grad * alpha;
       sum_alpha += v > 0 ? V{} : grad * v;
+    } else if (kind == DinActivation::relu) {
+      e = relu_backward(grad, v);
     } else {
       const V p = sigmoid(v), slope = p - p * p;
       if (kind == DinActivation::sigmoid) {
@@ -154,7 +158,8 @@ static void backward_units(const DinLayer<Accumulator<T>>& f, const T* grad_out,
             p += h + v * kLanes;
             Traits<A>::store(p, Traits<A>::load(p) + sum);
           };
-          if (kind != DinActivation::sigmoid) add(grad.alpha, units[v].sum_alpha);
+          if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm)
+            add(grad.alpha, units[v].sum_alpha);
           if (kNormalized) {
             add(grad.sums[0], units[v].sum_e);
             add(grad.sums[1], units[v].sum_en);
@@ -174,6 +179,8 @@ template <class A, class Body>
 RK_INLINE void with_kind(const DinLayer<A>& f, const Body& body) {
   if (f.activation == DinActivation::dice_batch_norm)
     return body(Kind<DinActivation::dice_batch_norm, true>());
+  if (f.activation == DinActivation::relu)
+    return f.r ? body(Kind<DinActivation::relu, true>()) : body(Kind<DinActivation::relu, false>());
   if (f.activation == DinActivation::sigmoid)
     return f.r ? body(Kind<DinActivation::sigmoid, true>()) : body(Kind<DinActivation::sigmoid, false>());
   f.r ? body(Kind<DinActivation::leaky, true>()) : body(Kind<DinActivation::leaky, false>());

@@ -332,11 +332,11 @@ RK_INLINE f32v reciprocal(f32v x) {
 }
 RK_INLINE f64v reciprocal(f64v x) { return 1. / x; }
 
-// 1 / sqrt(x) of positive finite x.
+// 1 / sqrt(x) of positive x.
 RK_INLINE f32v inverse_root(f32v x) {
 #if RK_VECTOR_BYTES == 64
   const f32v r = (f32v)_mm512_rsqrt14_ps((__m512)x);
-  return r * (1.5f - .5f * x * r * r);
+  return x < __builtin_inff() ? r * (1.5f - .5f * x * r * r) : r;
 #else
   f32v r;
   for (int i = 0; i < kFloats; ++i) r[i] = 1.f / __builtin_sqrtf(x[i]);
@@ -386,9 +386,18 @@ RK_INLINE f64v exp(f64v x) {
   return (f64v)((i64v)horner(x - n * ln2_high - n * ln2_low, kTaylor) + ((i64v)t << 52));
 }
 
+// 0 far below zero, where 1 + e^-x is infinite.
+RK_INLINE f32v sigmoid(f32v x) { return x < -88.f ? f32v{} : reciprocal(1 + exp(-x)); }
+RK_INLINE f64v sigmoid(f64v x) { return x < -709. ? f64v{} : reciprocal(1 + exp(-x)); }
+
+// A NaN stays, and has all of the gradient: as torch's.
 template <class V>
-RK_INLINE V sigmoid(V x) {
-  return reciprocal(1 + exp(-x));
+RK_INLINE V relu(V x) {
+  return V{} > x ? V{} : x;
+}
+template <class V>
+RK_INLINE V relu_backward(V grad, V x) {
+  return x <= 0 ? V{} : grad;
 }
 
 // The sigmoid of |x| <= 1, where its nearest poles, +-i pi, leave little for a polynomial to do: 1/2 + x

@@ -27,7 +27,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
   // Rows of a width that is no multiple of 16 bytes are written slower than they are copied afterwards.
   const auto with_dense = [&] {
     if (!dense) return embeddings;
-    check_dense(*dense, embeddings, B);
+    check_dense("embedding_fm", *dense, embeddings, B);
     Tensor all = torch::stable::new_empty(embeddings, {B, forward.width + dense->size(1)});
     Tensor left = torch::stable::narrow(all, 1, 0, forward.width);
     Tensor right = torch::stable::narrow(all, 1, forward.width, dense->size(1));

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._library import differentiable, lib
-from rankkernels.ops.embedding_bag import MODES, raise_index_errors
+from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
+from rankkernels.ops.embedding_bag import MODES
+from rankkernels.ops.embedding_bag import _check as check_features
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.
@@ -21,15 +22,79 @@ lib.define(
 )
 
 
+def _features(weights, indices, tables, names):
+    """The arguments of the embedding ops between ``indices`` and ``names``, and these."""
+    n = len(indices)
+    return [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights), names
+
+
+def _check(weights, indices, tables, names, linear_weight, dense, mlp):
+    """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm.cpp."""
+    check = torch._check
+    check_features(weights, indices, *_features(weights, indices, tables, names), False)
+    device, D, B = weights[0].device, weights[tables[0]].size(1), indices[0].numel()
+
+    def fits(t: Tensor) -> bool:
+        return t.dtype == torch.float32 and t.device == device
+
+    for t, w in enumerate(weights):
+        check(
+            w.size(1) == D and fits(w),
+            lambda: f"deepfm: weights[{t}] must be [R, {D}] torch.float32, got shape {list(w.shape)} and {w.dtype}",
+        )
+    for f, ids in enumerate(indices):
+        check(
+            ids.dim() == 1 and ids.size(0) == B,
+            lambda: f"deepfm: {names[f]} must be [{B}], got shape {list(ids.shape)}",
+        )
+    width = len(indices) * D
+    check(
+        linear_weight.numel() == width and fits(linear_weight),
+        lambda: (
+            f"deepfm: linear_weight must have one value a column of the embeddings, {width}, and their dtype and "
+            f"device, torch.float32, got shape {list(linear_weight.shape)} and {linear_weight.dtype}"
+        ),
+    )
+    if dense is not None:
+        check(
+            dense.dim() == 2 and dense.size(0) == B and fits(dense),
+            lambda: (
+                f"deepfm: dense must be [B, n] with B = {B} like the embeddings, torch.float32 on their device, got "
+                f"shape {list(dense.shape)} and {dense.dtype}"
+            ),
+        )
+        width = width + dense.size(1)
+    check(
+        len(mlp) >= 4 and len(mlp) % 2 == 0,
+        lambda: f"deepfm: mlp must be the weight and the bias of each of two layers or more, got {len(mlp)} tensors",
+    )
+    for i in range(0, len(mlp), 2):
+        w, b = mlp[i : i + 2]
+        out = "H" if i + 2 < len(mlp) else 1
+        check(
+            w.dim() == 2 and w.size(1) == width and b.dim() == 1 and b.size(0) == w.size(0)
+            and (out == "H" or w.size(0) == 1),
+            lambda: (
+                f"deepfm: mlp's layer {i // 2} must have a weight [{out}, {width}] and its bias, got shapes "
+                f"{list(w.shape)} and {list(b.shape)}"
+            ),
+        )  # fmt: skip
+        for t in (w, b):
+            check(fits(t), lambda: f"deepfm: mlp's layer {i // 2} must be torch.float32, got {t.dtype} on {t.device}")
+        width = w.size(0)
+
+
 @torch.library.register_fake("rankkernels::deepfm", lib=lib)
 def _(weights, indices, tables, names, linear_weight, dense, mlp):
+    _check(weights, indices, tables, names, linear_weight, dense, mlp)
     return weights[0].new_empty((indices[0].size(0), 1))
 
 
 @torch.library.impl(lib, "deepfm", "CompositeExplicitAutograd")
 def in_parts(weights, indices, tables, names, linear_weight, dense, mlp):
-    n = len(indices)
-    features = [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights), names
+    check_strided("deepfm", (*weights, *indices, linear_weight, dense, *mlp))
+    _check(weights, indices, tables, names, linear_weight, dense, mlp)
+    features = _features(weights, indices, tables, names)
     x, fm, linear = torch.ops.rankkernels.embedding_fm.default(weights, indices, *features, linear_weight, dense)
     for i in range(0, len(mlp), 2):
         x = F.linear(x.relu() if i else x, mlp[i], mlp[i + 1])
@@ -41,5 +106,5 @@ _deepfm = differentiable(torch.ops.rankkernels.deepfm.default, in_parts)
 
 def call(*arguments) -> Tensor:
     """fm + linear + mlp, [B, 1]: what ``embedding_fm`` and an MLP of relu layers make of the schema's arguments."""
-    with raise_index_errors():
+    with raise_documented():
         return _deepfm(*arguments)

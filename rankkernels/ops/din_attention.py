@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd, vjp
+from rankkernels.ops._library import (
+    FLOATING,
+    check_epsilon,
+    check_form,
+    check_strided,
+    differentiable,
+    has_triton,
+    lib,
+    notice_reference,
+    raise_documented,
+    register_autograd,
+    vjp,
+    wide,
+)
 
 # ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias [H];
 # what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
@@ -41,6 +54,11 @@ lib.define(
 #: its alpha, [1] or [H]; dice_batch_norm alpha, weight and bias [H] of its normalization.
 ACTIVATIONS = {"linear": 0, "sigmoid": 0, "relu": 0, "leakyrelu": 0, "prelu": 1, "dice": 1, "dice_batch_norm": 3}
 _NAMES = list(ACTIVATIONS)
+
+
+def check_activation(op: str, activation: int) -> None:
+    last = len(_NAMES) - 1
+    torch._check(0 <= activation <= last, lambda: f"{op}: activation must be 0 .. {last}, got {activation}")
 
 
 def params_per_layer(activation: str, batch_norm: bool) -> int:
@@ -78,8 +96,10 @@ def unflatten(
 
 
 def _check(op, history, target, lengths, mask, offsets, params, running_stats, flags):
-    """Ranks, sizes, dtypes and devices: everything that needs no value."""
+    """Ranks, sizes, dtypes and devices, everything that needs no value; the texts are those of
+    csrc/cpu/din_attention_arguments.h."""
     check = torch._check
+    check_activation(op, flags.activation)
     given = [n for n, t in (("lengths", lengths), ("mask", mask), ("offsets", offsets)) if t is not None]
     check(len(given) < 2, lambda: f"{op}: give one of lengths, mask and offsets, got {' and '.join(given)}")
     check(target.dim() == 2, lambda: f"{op}: target must be [B, D], got shape {list(target.shape)}")
@@ -90,8 +110,12 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, f
         lambda: f"{op}: history and target must have one width D, got {history.size(-1)} and {target.size(1)}",
     )
     check(
-        history.dtype == target.dtype and history.dtype.is_floating_point,
-        lambda: f"{op}: history and target must have one floating-point dtype, got {history.dtype} and {target.dtype}",
+        history.dtype in FLOATING,
+        lambda: f"{op}: history must be float32, float64, float16 or bfloat16, got {history.dtype}",
+    )
+    check(
+        history.dtype == target.dtype,
+        lambda: f"{op}: history and target must have one dtype, got {history.dtype} and {target.dtype}",
     )
     B = target.size(0)
     if offsets is None:
@@ -126,6 +150,17 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, f
         layers >= 0 and rest == 0,
         lambda: f"{op}: params must be {per_layer} tensors a hidden layer and 2 of the output layer, got {len(params)}",
     )
+    for name, tensors in (("params", params), ("running_stats", running_stats)):
+        for i, t in enumerate(tensors):
+            check(
+                t.dtype in FLOATING,
+                lambda: f"{op}: {name}[{i}] must be float32, float64, float16 or bfloat16, got {t.dtype}",
+            )
+    norms = norms_per_layer(activation, batch_norm)
+    check(
+        training or len(running_stats) == 2 * norms * layers,
+        lambda: f"{op}: running_stats must hold 2 tensors for each of {norms * layers} norms, got {len(running_stats)}",
+    )
     width = 4 * history.size(-1)
     for i in range(layers):
         weight, *vectors = params[i * per_layer : (i + 1) * per_layer]
@@ -143,6 +178,12 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, f
                     f"{', its slope may have one' if slope else ''}, got {list(v.shape)}"
                 ),
             )
+        for j in () if training else range(2 * norms * i, 2 * norms * (i + 1)):
+            t = running_stats[j]
+            check(
+                t.dim() == 1 and t.size(0) == width,
+                lambda: f"{op}: running_stats[{j}] must be [{width}], got {list(t.shape)}",
+            )
     weight, bias = params[-2:]
     check(
         weight.dim() == 2 and weight.size(0) == 1 and weight.size(1) == width and bias.numel() == 1,
@@ -151,12 +192,11 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, f
             f"and {list(bias.shape)}"
         ),
     )
-    norms = layers * norms_per_layer(activation, batch_norm)
-    check(
-        training or len(running_stats) == 2 * norms,
-        lambda: f"{op}: running_stats must hold 2 tensors for each of {norms} norms, got {len(running_stats)}",
-    )
-    check(0 <= flags.dropout <= 1, lambda: f"{op}: dropout must be a probability, got {flags.dropout}")
+    if layers and batch_norm:
+        check_epsilon(op, "norm_eps", flags.norm_eps, training)
+    if layers and activation in ("dice", "dice_batch_norm"):
+        check_epsilon(op, "dice_eps", flags.dice_eps, training and activation == "dice_batch_norm")
+    check(0 <= flags.dropout <= 1, lambda: f"{op}: dropout must be a probability, got {flags.dropout:g}")
     check(
         flags.dropout == 0 or (seed is not None and seed.numel() == 1 and seed.dtype == torch.int64),
         lambda: (
@@ -172,8 +212,9 @@ def _check(op, history, target, lengths, mask, offsets, params, running_stats, f
             )
 
 
-def _check_values(op, history, lengths, offsets):
-    """Lengths and offsets against the history they describe: reads the values, so not where that would synchronize."""
+def _check_values(op, history, lengths, mask, offsets, params, flags):
+    """Lengths and offsets against the history they describe, and how many rows there are to take statistics of: reads
+    the values, so not where that would synchronize."""
     if lengths is not None and lengths.numel():
         L = history.size(1)
         bad = (lengths < 0) | (lengths > L)
@@ -184,10 +225,16 @@ def _check_values(op, history, lengths, offsets):
         N = history.size(0)
         if int(offsets[0]) != 0 or int(offsets[-1]) != N:
             raise ValueError(f"{op}: offsets must run from 0 to N = {N}, got {int(offsets[0])} .. {int(offsets[-1])}")
-        down = (offsets.diff() < 0).nonzero()
+        down = (offsets[1:] < offsets[:-1]).nonzero()  # and not their differences, which may overflow
         if down.numel():
             i = int(down[0])
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+    if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
+        valid = history.shape[:-1].numel()
+        if lengths is not None or mask is not None:
+            valid = int((mask if lengths is None else lengths).sum())
+        if valid < 2:
+            raise ValueError(f"{op}: training needs more than one valid row to take statistics of, got {valid}")
 
 
 class Flags(NamedTuple):
@@ -232,18 +279,29 @@ def saved_size(history, target, params, flags):
     return rows * width
 
 
+def _check_backward(
+    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, flags
+):
+    _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
+    op, kept, device = "din_attention_backward", wide(history.dtype), history.device
+    check_form(op, "grad_out", grad_out, target.shape, history.dtype, device)
+    check_form(op, "batch_stats", batch_stats, (_stats_size(params, flags),), kept, device)
+    check_form(op, "saved", saved, (saved_size(history, target, params, flags),), kept, device)
+
+
 @torch.library.register_fake("rankkernels::din_attention", lib=lib)
 def _(history, target, lengths, mask, offsets, params, running_stats, *flags):
     flags = Flags(*flags)
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
-    stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
-    stats = history.new_empty(_stats_size(params, flags), dtype=stats_dtype)
-    saved = history.new_empty(saved_size(history, target, params, flags), dtype=stats_dtype)
+    stats = history.new_empty(_stats_size(params, flags), dtype=wide(history.dtype))
+    saved = history.new_empty(saved_size(history, target, params, flags), dtype=wide(history.dtype))
     return target.new_empty(target.shape), stats, saved
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
 def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags):
+    tensors = history, target, lengths, mask, offsets, params, running_stats
+    _check_backward(grad_out, batch_stats, saved, *tensors, Flags(*flags))
     return history.new_empty(history.shape), target.new_empty(target.shape), [p.new_empty(p.shape) for p in params]
 
 
@@ -260,13 +318,14 @@ def _din_attention(history, target, lengths, mask, offsets, params, running_stat
 
 def _reference(history, target, lengths, mask, offsets, params, running_stats, *flags):
     flags = Flags(*flags)
+    check_strided("din_attention", (history, target, lengths, mask, offsets, flags.seed, *params, *running_stats))
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
-    _check_values("din_attention", history, lengths, offsets)
+    _check_values("din_attention", history, lengths, mask, offsets, params, flags)
     out, all_stats = _din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
     flat = [t for stats in all_stats if stats is not None for t in stats]
-    stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
-    stats = torch.cat(flat).to(stats_dtype) if flat else history.new_empty(0, dtype=stats_dtype)
-    return out, stats, history.new_zeros(saved_size(history, target, params, flags), dtype=stats_dtype)
+    kept = wide(history.dtype)
+    stats = torch.cat(flat).to(kept) if flat else history.new_empty(0, dtype=kept)
+    return out, stats, history.new_zeros(saved_size(history, target, params, flags), dtype=kept)
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
@@ -279,8 +338,17 @@ def _default(history, *rest):
 def _default_backward(
     grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *flags
 ):
+    flags = Flags(*flags)
+    tensors = lengths, mask, offsets, params, running_stats
+    check_strided(
+        "din_attention_backward",
+        (grad_out, batch_stats, saved, history, target, lengths, mask, offsets, flags.seed, *params, *running_stats),
+    )
+    _check_backward(grad_out, batch_stats, saved, history, target, *tensors, flags)
+    _check_values("din_attention", history, lengths, mask, offsets, params, flags)
+
     def forward(history, target, *params):
-        return _din_attention(history, target, lengths, mask, offsets, params, running_stats, Flags(*flags))[0]
+        return _din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)[0]
 
     grad_history, grad_target, *grad_params = vjp(forward, grad_out, history, target, *params)
     return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
@@ -311,6 +379,7 @@ if has_triton:
         kernels = _kernels(history, params, flags)
         if kernels is None:
             return _default_backward(grad_out, batch_stats, saved, *tensors, *flags)
+        _check_backward(grad_out, batch_stats, saved, *tensors, flags)
         return kernels.din_attention_backward(grad_out, batch_stats, saved, *tensors, flags)
 
 
@@ -428,15 +497,17 @@ def din_attention(
         unbiased variance of each normalization, one after the other; no running statistic is written.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once.
+        RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once, an epsilon or
+            a dropout out of its range, dropout without a seed.
         ValueError: a nested history of another form, lengths outside 0 .. L, offsets that decrease or do not run from
             0 to N, fewer than two valid rows in training with a normalization.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     history, offsets = jagged(history, offsets)
-    out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
-        history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
-        batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed,
-    )  # fmt: skip
+    with raise_documented():
+        out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
+            history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
+            batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed,
+        )  # fmt: skip
     return out, batch_stats

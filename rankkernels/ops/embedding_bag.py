@@ -14,6 +14,7 @@ from rankkernels.ops._library import (
     differentiable,
     lib,
     notice_reference,
+    raise_documented,
     register_autograd,
     vjp,
 )
@@ -385,19 +386,6 @@ class _Updating(torch.autograd.Function):
         return *[None] * 6, ctx.gate.no_grad, *grad_psw
 
 
-class raise_index_errors:
-    """Makes an IndexError, which nn.Embedding raises, of the RuntimeError for an id outside its table: C++ operators
-    have that type alone."""
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        message = str(error)
-        if kind is RuntimeError and "is out of range" in message:
-            raise IndexError(message[message.index("embedding_bag: ") :].splitlines()[0]) from None
-
-
 def outside_graph(function, *arguments):
     """Calls it with a break of the graph being made: rows that a backward finds have a shape that no graph knows."""
     return torch.compiler.disable(function)(*arguments)  # here and not as a decorator, which imports the compiler
@@ -411,7 +399,7 @@ def call(
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
                              frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
-    with raise_index_errors():
+    with raise_documented():
         if optimizer is not None and torch.is_grad_enabled():
             gate = optimizer.gate(weights)
             weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)

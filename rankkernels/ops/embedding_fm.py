@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._library import check_first_derivative, differentiable, lib, register_autograd
+from rankkernels.ops._library import (
+    check_first_derivative,
+    differentiable,
+    lib,
+    raise_documented,
+    register_autograd,
+)
 from rankkernels.ops.embedding_bag import (
     FEATURES,
     Optimizer,
@@ -23,7 +29,6 @@ from rankkernels.ops.embedding_bag import (
     in_schema,
     needs_values,
     outside_graph,
-    raise_index_errors,
     sparse_gradients,
     table_gradients,
 )
@@ -278,7 +283,7 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
         return outside_graph(call, weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight,
                              dense, sparse, optimizer)  # fmt: skip
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
-    with raise_index_errors():
+    with raise_documented():
         if optimizer is not None and torch.is_grad_enabled():
             gate = optimizer.gate(weights)
             weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)

@@ -6,29 +6,26 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd
+from rankkernels.ops._library import (
+    FLOATING,
+    check_form,
+    check_strided,
+    differentiable,
+    has_triton,
+    lib,
+    notice_reference,
+    register_autograd,
+)
 
 lib.define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
 lib.define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 def _check(op: str, x: Tensor, reduce_sum: bool, grad_out: Tensor | None = None) -> None:
     torch._check(x.dim() == 3, lambda: f"{op}: x must have 3 dimensions, got {x.dim()} (shape {list(x.shape)})")
-    torch._check(x.dtype in _DTYPES, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    torch._check(x.dtype in FLOATING, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     if grad_out is not None:
-        expected = (x.size(0), 1 if reduce_sum else x.size(2))
-        torch._check(
-            grad_out.dim() == 2 and grad_out.size(0) == expected[0] and grad_out.size(1) == expected[1],
-            lambda: f"{op}: grad_out must have shape {list(expected)}, got {list(grad_out.shape)}",
-        )
-        torch._check(
-            grad_out.dtype == x.dtype and grad_out.device == x.device,
-            lambda: (
-                f"{op}: grad_out must be like x, {x.dtype} on {x.device}, got {grad_out.dtype} on {grad_out.device}"
-            ),
-        )
+        check_form(op, "grad_out", grad_out, (x.size(0), 1 if reduce_sum else x.size(2)), x.dtype, x.device)
 
 
 @torch.library.register_fake("rankkernels::fm_interaction", lib=lib)
@@ -44,6 +41,7 @@ def _(grad_out, x, reduce_sum):
 
 
 def _reference(x, reduce_sum):
+    check_strided("fm_interaction", (x,))
     _check("fm_interaction", x, reduce_sum)
     return reference.fm_interaction(x, reduce_sum)
 
@@ -56,6 +54,7 @@ def _(x, reduce_sum):
 
 @torch.library.impl(lib, "fm_interaction_backward", "CompositeExplicitAutograd")
 def _reference_backward(grad_out, x, reduce_sum):
+    check_strided("fm_interaction_backward", (grad_out, x))
     _check("fm_interaction_backward", x, reduce_sum, grad_out)
     xa, ga = reference.accumulator(x), reference.accumulator(grad_out)
     return (ga[:, None, :] * (xa.sum(1, keepdim=True) - xa)).to(x.dtype)

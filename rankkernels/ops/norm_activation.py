@@ -7,8 +7,20 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import differentiable, has_triton, lib, notice_reference, register_autograd, vjp
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._library import (
+    FLOATING,
+    check_epsilon,
+    check_form,
+    check_strided,
+    differentiable,
+    has_triton,
+    lib,
+    notice_reference,
+    register_autograd,
+    vjp,
+    wide,
+)
+from rankkernels.ops.din_attention import ACTIVATIONS, check_activation
 
 # ``activation``: its place in ACTIVATIONS. ``batch_stats``: in training with a normalization the batch's mean and its
 # unbiased variance, [2 H] in float32 (or float64), else empty; the caller updates the running statistics.
@@ -24,27 +36,32 @@ lib.define(
 )
 
 _NAMES = list(ACTIVATIONS)
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training):
+def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/norm_activation.cpp."""
-    check, name = torch._check, _NAMES[activation]
+    check = torch._check
+    check_activation(op, activation)
+    name = _NAMES[activation]
     check(x.dim() == 2, lambda: f"{op}: x must have 2 dimensions, got {x.dim()} (shape {list(x.shape)})")
-    check(x.dtype in _DTYPES, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    check(x.dtype in FLOATING, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     N, H = x.shape
     check(batch_norm or name != "dice_batch_norm", lambda: f"{op}: dice_batch_norm needs batch_norm")
     check((weight is None) == (bias is None), lambda: f"{op}: give both weight and bias, or neither")
     check(batch_norm or weight is None, lambda: f"{op}: weight and bias belong to batch_norm")
     check(
         (alpha is not None) == bool(ACTIVATIONS[name]),
-        lambda: f"{op}: {name} {'needs an' if ACTIVATIONS[name] else 'has no'} alpha",
+        lambda: f"{op}: activation {activation} {'needs an' if ACTIVATIONS[name] else 'has no'} alpha",
     )
     check(
         not batch_norm or training or (running_mean is not None and running_var is not None),
         lambda: f"{op}: give running_mean and running_var, or training",
     )
     check(not (batch_norm and training) or N > 1, lambda: f"{op}: training needs more than one row, got {N}")
+    if batch_norm:
+        check_epsilon(op, "norm_eps", norm_eps, training)
+    if name == "dice":
+        check_epsilon(op, "dice_eps", dice_eps, False)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var, "alpha": alpha}
     for key, t in vectors.items():
         if t is None:
@@ -53,33 +70,34 @@ def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, ba
             t.dim() == 1 and (t.size(0) == H or (key == "alpha" and t.size(0) == 1)),
             lambda: f"{op}: {key} must be [H] = [{H}]{' or [1]' if key == 'alpha' else ''}, got {list(t.shape)}",
         )
-        check(t.dtype in _DTYPES, lambda: f"{op}: {key} must be float32, float64, float16 or bfloat16, got {t.dtype}")
+        check(t.dtype in FLOATING, lambda: f"{op}: {key} must be float32, float64, float16 or bfloat16, got {t.dtype}")
         check(t.device == x.device, lambda: f"{op}: {key} must be on the device of x, {x.device}, got {t.device}")
 
 
-def _check_grad(grad_out, x):
-    torch._check(
-        grad_out.shape == x.shape and grad_out.dtype == x.dtype and grad_out.device == x.device,
-        lambda: (
-            f"norm_activation_backward: grad_out must be like x, {x.dtype} {list(x.shape)} on {x.device}, got "
-            f"{grad_out.dtype} {list(grad_out.shape)} on {grad_out.device}"
-        ),
-    )
+def _stats_size(x, batch_norm, training):
+    return 2 * x.size(1) if batch_norm and training else 0
+
+
+def _check_backward(grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var, *flags):
+    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, *flags)
+    op, size = "norm_activation_backward", _stats_size(x, *flags[1:3])
+    check_form(op, "grad_out", grad_out, x.shape, x.dtype, x.device)
+    check_form(op, "batch_stats", batch_stats, (size,), wide(x.dtype), x.device)
 
 
 def _new_stats(x, batch_norm, training):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(2 * x.size(1) if batch_norm and training else 0, dtype=dtype)
+    return x.new_empty(_stats_size(x, batch_norm, training), dtype=wide(x.dtype))
 
 
 @torch.library.register_fake("rankkernels::norm_activation", lib=lib)
-def _(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
-    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training)
-    return x.new_empty(x.shape), _new_stats(x, batch_norm, training)
+def _(x, weight, bias, alpha, running_mean, running_var, *flags):
+    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, *flags)
+    return x.new_empty(x.shape), _new_stats(x, *flags[1:3])
 
 
 @torch.library.register_fake("rankkernels::norm_activation_backward", lib=lib)
-def _(grad_out, batch_stats, x, weight, bias, alpha, *_):
+def _(grad_out, batch_stats, x, weight, bias, alpha, *rest):
+    _check_backward(grad_out, batch_stats, x, weight, bias, alpha, *rest)
     return x.new_empty(x.shape), [p.new_empty(p.shape) for p in (weight, bias, alpha) if p is not None]
 
 
@@ -92,7 +110,8 @@ def _norm_activation(x, weight, bias, alpha, running_mean, running_var, activati
 
 def _reference(*arguments):
     x, *_, batch_norm, training, _norm_eps, _dice_eps = arguments
-    _check("norm_activation", *arguments[:-2])
+    check_strided("norm_activation", arguments[:6])
+    _check("norm_activation", *arguments)
     out, stats = _norm_activation(*arguments)
     return out.contiguous(), _new_stats(x, batch_norm, training) if stats is None else torch.cat(stats)
 
@@ -105,6 +124,9 @@ def _default(x, *rest):
 
 @torch.library.impl(lib, "norm_activation_backward", "CompositeExplicitAutograd")
 def _default_backward(grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var, *flags):
+    arguments = grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var
+    check_strided("norm_activation_backward", arguments)
+    _check_backward(*arguments, *flags)
     given = [p for p in (weight, bias, alpha) if p is not None]
 
     def forward(x, *given):
@@ -125,7 +147,7 @@ if has_triton:
         arguments = x, weight, bias, alpha, running_mean, running_var
         if not kernels.supports(x):
             return _default(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
-        _check("norm_activation", *arguments, activation, batch_norm, training)
+        _check("norm_activation", *arguments, activation, batch_norm, training, norm_eps, dice_eps)
         return kernels.norm_activation(*arguments, _NAMES[activation], batch_norm, training, norm_eps, dice_eps)
 
     @torch.library.impl(lib, "norm_activation_backward", "CUDA")
@@ -136,7 +158,7 @@ if has_triton:
         arguments = grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var
         if not kernels.supports(x):
             return _default_backward(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
-        _check_grad(grad_out, x)
+        _check_backward(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
         return kernels.norm_activation_backward(
             *arguments, _NAMES[activation], batch_norm, training, norm_eps, dice_eps
         )

@@ -112,13 +112,13 @@ def din_attention_case(
         history = randn((N, D) if form == "offsets" else (B, L, D), dtype, generator)
         params, width = [], 4 * D
         for w in widths:
-            params += [randn((w, width), dtype, generator, width**-0.5), randn((w,), dtype, generator)]
+            params += [randn((w, width), dtype, generator, max(width, 1) ** -0.5), randn((w,), dtype, generator)]
             vectors = [w] * (params_per_layer(activation, batch_norm) - 2)
             if activation in ("prelu", "dice"):
                 vectors[-1] = 1
             params += [randn((n,), dtype, generator) for n in vectors]
             width = w
-        params += [randn((1, width), dtype, generator, width**-0.5), randn((1,), dtype, generator)]
+        params += [randn((1, width), dtype, generator, max(width, 1) ** -0.5), randn((1,), dtype, generator)]
         extra = {
             "padded": (),
             "lengths": (counts,),
