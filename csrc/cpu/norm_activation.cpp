@@ -139,7 +139,6 @@ class NormLayer {
     }
     f.g_scale = f.r = arena_.row(r);
     f.g_shift = arena_.row(shift);
-    f.c1 = f.c2 = arena_.take(padded<A>(H));
     f.y_scale = arena_.row(weight);
     f.y_shift = arena_.row(bias);
   }

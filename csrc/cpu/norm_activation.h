@@ -56,7 +56,8 @@ struct Units {
     return ax + sigmoid(v) * (x - ax);
   }
 
-  // dL/dout -> dL/dx, right once c1 and c2 are known; adds to the sums.
+  // dL/dout -> dL/dx; adds to the sums. In eval nothing is taken away: 0 times an infinite n would be NaN.
+  template <bool kMeans>
   V backward(V grad, V x) {
     const V n = normalized(x), v = argument(n);
     V e, d = {};
@@ -79,7 +80,7 @@ struct Units {
     if (!kNormalized) return e;
     sum_e += e;
     sum_en += e * n;
-    return d + r * (gamma * e - c1 - c2 * n);
+    return d + r * (kMeans ? gamma * e - c1 - c2 * n : gamma * e);
   }
 
   V normalized(V x) const { return kNormalized ? x * scale + shift : x; }
@@ -129,43 +130,48 @@ static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t
       });
 }
 
-template <DinActivation kind, bool kNormalized, bool kOnlySums, class T>
+// What a pass of the backward is for: sums alone, or grad_x, by the means that these are of or without.
+constexpr int kSums = 0, kCentred = 1, kPlain = 2;
+
+template <DinActivation kind, bool kNormalized, int kPass, class T>
 static void backward_units(const DinLayer<Accumulator<T>>& f, const T* grad_out, int64_t stride_gn,
                            const T* x, int64_t stride_xn, T* grad_x, int64_t rows,
                            const DinLayerGrad<Accumulator<T>>& grad) {
   using A = Accumulator<T>;
   constexpr int64_t kLanes = Traits<T>::lanes;
+  constexpr bool kOnlySums = kPass == kSums;
   const int64_t H = f.out;
   const Tail<T> tail(static_cast<int>(H % kLanes));
-  for_each_units<Units<kind, kNormalized, A>, T>(
-      f, [&](auto columns, int64_t h, auto* units) __attribute__((always_inline)) {
-        for (int64_t n = 0; n < rows; ++n)
+  for_each_units<Units<kind, kNormalized, A>, T>(f, [&](auto columns, int64_t h,
+                                                        auto* units) __attribute__((always_inline)) {
+    for (int64_t n = 0; n < rows; ++n)
 #pragma GCC unroll 4
-          for (int v = 0; v < decltype(columns)::vecs; ++v) {
-            const T *gp = grad_out + n * stride_gn + h + v * kLanes, *xp = x + n * stride_xn + h + v * kLanes;
-            T* to = grad_x + n * H + h + v * kLanes;
-            if (decltype(columns)::tail) {
-              const auto grad_xv = units[v].backward(tail.load(gp), tail.load(xp));
-              if (!kOnlySums) tail.store(to, grad_xv);
-            } else {
-              const auto grad_xv = units[v].backward(Traits<T>::load(gp), Traits<T>::load(xp));
-              if (!kOnlySums) Traits<T>::store(to, grad_xv);
-            }
-          }
-#pragma GCC unroll 4
-        for (int v = 0; v < decltype(columns)::vecs; ++v) {
-          const auto add = [&](A* p, auto sum) {
-            p += h + v * kLanes;
-            Traits<A>::store(p, Traits<A>::load(p) + sum);
-          };
-          if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm)
-            add(grad.alpha, units[v].sum_alpha);
-          if (kNormalized) {
-            add(grad.sums[0], units[v].sum_e);
-            add(grad.sums[1], units[v].sum_en);
-          }
+      for (int v = 0; v < decltype(columns)::vecs; ++v) {
+        const T *gp = grad_out + n * stride_gn + h + v * kLanes, *xp = x + n * stride_xn + h + v * kLanes;
+        T* to = grad_x + n * H + h + v * kLanes;
+        if (decltype(columns)::tail) {
+          const auto grad_xv = units[v].template backward<kPass == kCentred>(tail.load(gp), tail.load(xp));
+          if (!kOnlySums) tail.store(to, grad_xv);
+        } else {
+          const auto grad_xv =
+              units[v].template backward<kPass == kCentred>(Traits<T>::load(gp), Traits<T>::load(xp));
+          if (!kOnlySums) Traits<T>::store(to, grad_xv);
         }
-      });
+      }
+#pragma GCC unroll 4
+    for (int v = 0; v < decltype(columns)::vecs; ++v) {
+      const auto add = [&](A* p, auto sum) {
+        p += h + v * kLanes;
+        Traits<A>::store(p, Traits<A>::load(p) + sum);
+      };
+      if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm)
+        add(grad.alpha, units[v].sum_alpha);
+      if (kNormalized) {
+        add(grad.sums[0], units[v].sum_e);
+        add(grad.sums[1], units[v].sum_en);
+      }
+    }
+  });
 }
 
 template <DinActivation activation, bool kNormalized_>
@@ -309,12 +315,16 @@ void norm_activation_backward(const DinLayer<Accumulator<T>>& f, const T* grad_o
       const T *gp = grad_out + n0 * stride_gn, *xp = x + n0 * stride_xn;
       norm::with_kind(f, [&](auto k) __attribute__((always_inline)) {
         using K = decltype(k);
-        if (grad_x)
-          norm::backward_units<K::kind, K::normalized, false>(f, gp, stride_gn, xp, stride_xn,
-                                                              grad_x + n0 * H, rows, grad);
+        const auto run = [&](auto pass) __attribute__((always_inline)) {
+          norm::backward_units<K::kind, K::normalized, decltype(pass)::value>(
+              f, gp, stride_gn, xp, stride_xn, grad_x ? grad_x + n0 * H : grad_x, rows, grad);
+        };
+        if constexpr (!K::normalized)
+          run(Int<norm::kPlain>());
+        else if (!grad_x)
+          run(Int<norm::kSums>());
         else
-          norm::backward_units<K::kind, K::normalized, true>(f, gp, stride_gn, xp, stride_xn, grad_x, rows,
-                                                             grad);
+          f.c1 ? run(Int<norm::kCentred>()) : run(Int<norm::kPlain>());
       });
       continue;
     }

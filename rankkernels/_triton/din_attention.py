@@ -52,7 +52,7 @@ WIDE_TRAINING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
     """Whether the kernels serve these arguments; the reference does the others.
 
-    One or two hidden layers, D and hidden widths up to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
+    One or two hidden layers, D and hidden widths from 1 to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
     wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of. Two wide ones
     in training as WIDE_TRAINING says.
     """
@@ -60,9 +60,10 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
     statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
     if statistics and len(second) == 1 and not WIDE_TRAINING and min(first.size(0), second[0].size(0)) > 64:
         return False
+    widths = [history.size(-1), *(w.size(0) for w in (first, *second) if w is not None)]
     return (
         len(second) <= 1
-        and max(history.size(-1), first.size(0), *(w.size(0) for w in second)) <= MAX_WIDTH
+        and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )
 

@@ -230,7 +230,7 @@ def activate(
         else:
             tl.static_assert(ACTIVATION == "dice_batch_norm")
             v = x * _vector(vectors_ptr, V_SCALE, o_h, BLOCK_H) + _vector(vectors_ptr, V_SHIFT, o_h, BLOCK_H)
-            return y * (alpha + (1 - alpha) * tl.sigmoid(v))
+            return alpha * y + tl.sigmoid(v) * (y - alpha * y)
 
 
 @triton.jit
@@ -245,7 +245,7 @@ def activate_backward(
         a = tl.sigmoid(y)
         grad_y = grad * a * (1 - a)
     elif ACTIVATION == "relu":
-        grad_y = tl.where(y > 0, grad, 0.0)
+        grad_y = tl.where(y <= 0, 0.0, grad)  # a NaN has all of it: as torch's
     elif ACTIVATION == "leakyrelu":
         grad_y = tl.where(y > 0, grad, 0.01 * grad)
     elif ACTIVATION == "linear":

@@ -64,6 +64,7 @@ def fm_interaction_kernel(
             y += b_x * s
             s += b_x
         s, y = tl.reduce((s, y), 1, _join)
+        y += s - s  # NaN where a field is infinite, as the difference of squares
         if REDUCE_SUM:
             total += tl.sum(y, 1)
         else:

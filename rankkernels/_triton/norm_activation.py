@@ -3,7 +3,7 @@
 x [N, H] has a row a sample and a column a unit. With m and v the mean and variance of a column, those of the batch in
 training, r = 1 / sqrt(v + eps), n = (x - m) r and y = gamma n + beta (without a normalization y = x),
 
-    out = activation(y), but for dice_batch_norm    out = x (alpha + (1 - alpha) sigmoid(y))
+    out = activation(y), but for dice_batch_norm    out = alpha x + sigmoid(y) (x - alpha x)
 
 Backward, with g = dL/dy and, for dice_batch_norm, d what of dL/dx goes past the normalization (0 else), in training
 
@@ -78,7 +78,7 @@ def _activate(x, y, alpha, o_h, H, dice_eps: tl.constexpr, ACTIVATION: tl.conste
         _, _, p = _dice(y, o_h, H, dice_eps)
         return y * (alpha + (1 - alpha) * p)
     elif ACTIVATION == "dice_batch_norm":
-        return x * (alpha + (1 - alpha) * tl.sigmoid(y))
+        return alpha * x + tl.sigmoid(y) * (x - alpha * x)
     else:
         tl.static_assert(ACTIVATION == "linear")
         return y
@@ -92,7 +92,7 @@ def _activate_backward(grad, x, y, alpha, o_h, H, dice_eps: tl.constexpr, ACTIVA
         p = tl.sigmoid(y)
         return grad * p * (1 - p), zeros, zeros
     elif ACTIVATION == "relu":
-        return tl.where(y > 0, grad, 0.0), zeros, zeros
+        return tl.where(y <= 0, 0.0, grad), zeros, zeros  # a NaN has all of it: as torch's
     elif ACTIVATION == "leakyrelu":
         return tl.where(y > 0, grad, 0.01 * grad), zeros, zeros
     elif ACTIVATION == "prelu":
