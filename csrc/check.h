@@ -38,6 +38,7 @@ inline ScalarType dtype_of(const Tensor& t) {
   return static_cast<ScalarType>(dtype);
 }
 
+// Whether it is one of the dtypes that the kernels are compiled for.
 inline bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
          dtype == ScalarType::BFloat16;
@@ -62,6 +63,14 @@ inline std::string name_of(ScalarType dtype) {
       return "torch.int32";
     case ScalarType::Long:
       return "torch.int64";
+    case ScalarType::Bool:
+      return "torch.bool";
+    case ScalarType::Byte:
+      return "torch.uint8";
+    case ScalarType::Char:
+      return "torch.int8";
+    case ScalarType::Short:
+      return "torch.int16";
     case ScalarType::ComplexHalf:
       return "torch.complex32";
     case ScalarType::ComplexFloat:

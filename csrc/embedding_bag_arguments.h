@@ -68,6 +68,13 @@ struct FeatureArgs {
   }
 };
 
+// The modes by their number: ops/embedding_bag.py, MODES.
+constexpr const char* kModeNames[] = {"none", "sum", "mean", "max"};
+constexpr int64_t kModes = 4;
+
+// Of all tables of a backward together.
+constexpr int64_t kMostRows = int64_t(1) << 60;
+
 // t, or a contiguous copy of it if it is not a matrix with elements side by side.
 inline Tensor unit_stride_rows(const Tensor& t) {
   return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
@@ -88,9 +95,50 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   if (args.names) one_each("names", args.names->size(), false);
   RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
                ", got ", args.frozen_rows.size());
-  for (size_t f = 0; f < n; ++f)
+  for (size_t f = 0; f < n; ++f) {
     RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
                  " has table ", args.tables[f], " of ", num_tables);
+    RK_CHECK_BAG(args.modes[f] >= 0 && args.modes[f] < kModes, args.name(f), " has unknown mode ",
+                 args.modes[f]);
+  }
+}
+
+// Whether feature f has bags of its own, told by offsets; raises for ids that are neither that nor [B, L],
+// and for offsets that nothing would read.
+inline bool check_bags(const FeatureArgs& args, size_t f) {
+  const Tensor& ids = args.indices[f];
+  const bool pooled = args.modes[f] != 0, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
+  const auto is_vector = [](const Tensor& t) { return t.dim() == 1; };
+  // Ids without a bag would be dropped unseen.
+  RK_CHECK_BAG(!pooled || ids.dim() == 2 ||
+                   (jagged && is_vector(args.offsets[f]) && (args.offsets[f].size(0) || ids.numel() == 0)),
+               args.name(f), " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
+               jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+  RK_CHECK_BAG(jagged || args.offsets.empty() || (is_vector(args.offsets[f]) && args.offsets[f].size(0) == 0),
+               args.name(f), " of shape ", shape_of(ids), " and mode ", kModeNames[args.modes[f]],
+               " takes no offsets, got shape ", shape_of(args.offsets[f]));
+  return jagged;
+}
+
+// Raises unless padding indices and frozen rows are -1 or rows of their tables, of which rows(t) says how
+// many table t has.
+template <class Rows>
+void check_padding(const FeatureArgs& args, const Rows& rows) {
+  const auto is_row = [&](int64_t i, size_t t) { return i >= -1 && i < static_cast<int64_t>(rows(t)); };
+  for (size_t f = 0; f < args.size(); ++f)
+    RK_CHECK_BAG(is_row(args.padding_idx[f], args.tables[f]), "padding_idx of ", args.name(f),
+                 " must be -1 or a row of its table with ", rows(args.tables[f]), " rows, got ",
+                 args.padding_idx[f]);
+  for (size_t t = 0; t < args.frozen_rows.size(); ++t)
+    RK_CHECK_BAG(is_row(args.frozen_rows[t], t), "frozen_rows[", t,
+                 "] must be -1 or a row of its table with ", rows(t), " rows, got ", args.frozen_rows[t]);
+}
+
+// Raises unless a table is a matrix of a floating-point dtype that there are kernels for.
+inline void check_table(const char* op, const Tensor& w, size_t t) {
+  RK_CHECK(w.dim() == 2, op, ": weights[", t, "] must be [R, D], got shape ", shape_of(w));
+  RK_CHECK(is_floating(w.scalar_type()), op, ": weights[", t,
+           "] must be float32, float64, float16 or bfloat16, got ", name_of(w.scalar_type()));
 }
 
 }  // namespace rk

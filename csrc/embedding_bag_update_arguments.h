@@ -22,12 +22,21 @@ inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, si
   RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
 }
 
-// The step on a table. `Update` is either implementation's; what it has of its own is left to the caller.
+// The step of `op` on a table. `Update` is either implementation's; what it has of its own is left to the
+// caller.
 template <class Update>
-Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight, const Tensor* states) {
-  RK_CHECK_UPDATE(weight.dim() == 2 && (weight.stride(1) == 1 || weight.size(1) == 1),
-                  "a table must be [R, D] with rows of elements side by side, got shape ", shape_of(weight));
-  RK_CHECK_FLOATING("embedding_bag_update", weight);
+Update make_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
+                   const Tensor* states) {
+  RK_CHECK(is_floating(weight.scalar_type()), op,
+           ": a table must be float32, float64, float16 or bfloat16, got ", name_of(weight.scalar_type()));
+  const bool is_matrix = weight.dim() == 2;
+  RK_CHECK(is_matrix && (weight.stride(1) == 1 || weight.size(1) <= 1) &&
+               (weight.stride(0) >= weight.size(1) || weight.size(0) <= 1),
+           op, ": a table must be [R, D] with elements side by side in rows that do not overlap, got shape ",
+           shape_of(weight),
+           is_matrix ? " and strides [" + std::to_string(weight.stride(0)) + ", " +
+                           std::to_string(weight.stride(1)) + "]"
+                     : "");
   Update u{};
   u.weight = weight.data_ptr();
   u.stride_wr = weight.stride(0);
@@ -46,10 +55,10 @@ Update make_update(int64_t optimizer, const double* hyper, const Tensor& weight,
                       state.size(0) == R && (one_a_row || state.size(1) == D);
     const bool rows_fit = fits && (R <= 1 || (state.stride(0) == states[0].stride(0) &&
                                               (one_a_row ? state.stride(0) == 1 : state.stride(0) >= D)));
-    RK_CHECK_UPDATE(rows_fit && (D == 1 || state.stride(1) == 1), "state ", i, " of a table of shape ",
-                    shape_of(weight), " must be ", name_of(dtype), " of one value ",
-                    one_a_row ? "a row, contiguous" : "an element, in rows as far apart as state 0's",
-                    ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
+    RK_CHECK(rows_fit && (D <= 1 || state.stride(1) == 1), op, ": state ", i, " of a table of shape ",
+             shape_of(weight), " must be ", name_of(dtype), " of one value ",
+             one_a_row ? "a row, contiguous" : "an element, in rows as far apart as state 0's",
+             ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
     u.state[i] = state.data_ptr();
     u.stride_sr = state.stride(0);
   }

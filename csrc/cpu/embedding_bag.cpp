@@ -13,15 +13,11 @@ RK_DECLARE_ISA(template <class T, class I> bool embedding_bags(const Bags&, cons
 ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
     : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
-    const Tensor& w = weights[t];
-    RK_CHECK_BAG(w.dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(w));
-    const auto type = w.scalar_type();
-    RK_CHECK_BAG(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-                     type == ScalarType::BFloat16,
-                 "weights[", t, "] must be floating-point, got ", name_of(type));
-    RK_CHECK_BAG(w.is_cpu(), "weights[", t, "] must be on cpu like the others");
-    tables.push_back(unit_stride_rows(w));
+    check_table("embedding_bag", weights[t], t);
+    RK_CHECK_BAG(weights[t].is_cpu(), "weights[", t, "] must be on cpu like the others");
+    tables.push_back(unit_stride_rows(weights[t]));
   }
+  check_padding(args, [&](size_t t) { return tables[t].size(0); });
   int64_t width = more_columns;
   for (size_t f = 0; f < args.size(); ++f) {
     const Tensor& w = tables[args.tables[f]];

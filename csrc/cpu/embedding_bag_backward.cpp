@@ -67,9 +67,9 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
                    {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
 }
 
-static Update make_cpu_update(int64_t optimizer, const double* hyper, const Tensor& weight,
+static Update make_cpu_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
                               const Tensor* states) {
-  auto u = make_update<Update>(optimizer, hyper, weight, states);
+  auto u = make_update<Update>(op, optimizer, hyper, weight, states);
   u.optimizer = static_cast<Optimizer>(optimizer);
   return u;
 }
@@ -80,11 +80,8 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
   std::vector<Update> updates;
   std::vector<TableGrad> sums(weights.size(), TableGrad{});
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_cpu_update(optimizer, hyper.data() + kHyper * t, weights[t],
-                                      states.data() + t * states_of(optimizer)));
-    RK_CHECK(!backward.like[t] || (backward.like[t]->scalar_type() == weights[t].scalar_type() &&
-                                   backward.widths[t] == weights[t].size(1)),
-             "embedding_bag_update: the gradient of weights[", t, "] has another dtype or width");
+    updates.push_back(make_cpu_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
+                                      weights[t], states.data() + t * states_of(optimizer)));
   }
   for (size_t t = 0; t < weights.size(); ++t) {
     sums[t].update = &updates[t];
@@ -112,12 +109,13 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
 static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const Tensor& rows,
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
-  const Update u = make_cpu_update(optimizer, hyper.data(), weight, states.data());
+  const Update u = make_cpu_update("sparse_update", optimizer, hyper.data(), weight, states.data());
   const int64_t n = rows.numel(), D = weight.size(1);
-  RK_CHECK(rows.scalar_type() == ScalarType::Long && values.dim() == 2 && values.size(0) == n &&
-               values.size(1) == D && values.scalar_type() == weight.scalar_type(),
+  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
+               values.size(0) == n && values.size(1) == D && values.scalar_type() == weight.scalar_type(),
            "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
-           shape_of(weight), ", got shapes ", shape_of(rows), " and ", shape_of(values));
+           shape_of(weight), " and ", name_of(weight.scalar_type()), ", got shapes ", shape_of(rows), " and ",
+           shape_of(values), ", ", name_of(rows.scalar_type()), " and ", name_of(values.scalar_type()));
   const Tensor row = torch::stable::contiguous(rows), value = torch::stable::contiguous(values);
   const int64_t* rp = static_cast<const int64_t*>(row.const_data_ptr());
   for (int64_t i = 0; i < n; ++i)

@@ -51,15 +51,10 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     const Tensor& ids = args.indices[f];
     const auto type = ids.scalar_type();
     Bags& bag = bags[f];
-    RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
-                 args.modes[f]);
     RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),
                  " must be int32 or int64, got ", name_of(type));
     RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
-    const bool pooled = args.modes[f] != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
-    RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
-                 " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
-                 jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+    const bool pooled = args.modes[f] != kNone, jagged = check_bags(args, f);
     // torch's contiguous looks its operator up by name at each call, 0.2 us.
     kept.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
     bag.ids = kept.back().const_data_ptr();
@@ -77,10 +72,9 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     }
     if (args.has_factors(f)) {
       const Tensor& factors = args.per_sample_weights[f];
-      constexpr const char* kModes[] = {"none", "sum", "mean", "max"};
       RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
                    "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
-                   " and mode sum or mean, got ", shape_of(factors), " and ", kModes[bag.mode]);
+                   " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bag.mode]);
       kept.push_back(torch::stable::contiguous(factors));
       bag.per_sample_weights = kept.back().const_data_ptr();
     }

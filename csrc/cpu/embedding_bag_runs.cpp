@@ -24,55 +24,88 @@ RK_DECLARE_ISA(void zero_lines(char*, int64_t))
 // because at a thread's first lookups nobody has asked for their rows.
 constexpr int64_t kTile = 256, kTilesPerTask = 8;
 
+#define RK_CHECK_BACKWARD(condition, ...) RK_CHECK(condition, "embedding_bag_backward: ", __VA_ARGS__)
+
 static const Tensor& first_of(const OptionalTensors& tensors) {
   const auto given = std::find_if(tensors.begin(), tensors.end(), [](const auto& t) { return bool(t); });
-  RK_CHECK(given != tensors.end(), "embedding_bag_backward: grad_outs has no gradient");
+  RK_CHECK_BACKWARD(given != tensors.end(), "grad_outs has no gradient");
   return **given;
+}
+
+// Whether the gradient has the leading dimensions of what the feature's lookups gave.
+static bool is_like_result(const Tensor& grad, const Bags& bag, const Tensor& ids) {
+  if (bag.mode != kNone) return grad.dim() == 2 && grad.size(0) == bag.B;
+  const auto shape = ids.sizes(), got = grad.sizes();
+  return got.size() == shape.size() + 1 && std::equal(shape.begin(), shape.end(), got.begin());
+}
+
+static std::string shape_of_result(const Bags& bag, const Tensor& ids) {
+  if (bag.mode != kNone) return "[" + std::to_string(bag.B) + ", D]";
+  const std::string shape = shape_of(ids);
+  return shape == "[]" ? "[D]" : shape.substr(0, shape.size() - 1) + ", D]";
 }
 
 BackwardArgs::BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows,
                            const FeatureArgs& args)
     : args(args), features(args, rows.size()), rows(rows), any(first_of(grad_outs)) {
   const size_t n = args.indices.size();
-  RK_CHECK(grad_outs.size() == n, "embedding_bag_backward: grad_outs must have one entry a feature, ", n,
-           ", got ", grad_outs.size());
+  RK_CHECK_BACKWARD(grad_outs.size() == n, "grad_outs must have one entry a feature, ", n, ", got ",
+                    grad_outs.size());
+  int64_t all_rows = 0;
+  for (size_t t = 0; t < rows.size(); ++t) {
+    RK_CHECK_BACKWARD(rows[t] >= 0 && rows[t] < kMostRows - all_rows, "rows[", t,
+                      "] must be a table's number of rows, got ", rows[t]);
+    all_rows += rows[t];
+  }
+  check_padding(args, [&](size_t t) { return rows[t]; });
   grads.assign(n, any);
-  for (const Tensor& w : weights) tables.push_back(unit_stride_rows(w));
   widths.assign(rows.size(), 0);
   like.assign(rows.size(), nullptr);
+  bool need_values = false;
   for (size_t f = 0; f < n; ++f) {
     Bags& bag = features.bags[f];
-    bag.R = rows[args.tables[f]];
+    const int64_t t = args.tables[f];
+    bag.R = rows[t];
     if (!grad_outs[f]) {
       bag.B = 0;  // adds nothing
       continue;
     }
-    RK_CHECK_FLOATING("embedding_bag_backward", *grad_outs[f]);
-    grads[f] = unit_stride_rows(*grad_outs[f]);
+    const Tensor& given = *grad_outs[f];
+    RK_CHECK_BACKWARD(is_floating(given.scalar_type()), "grad_outs[", f,
+                      "] must be float32, float64, float16 or bfloat16, got ", name_of(given.scalar_type()));
+    RK_CHECK_BACKWARD(is_like_result(given, bag, args.indices[f]), "grad_outs[", f, "] must be ",
+                      shape_of_result(bag, args.indices[f]), " like the result, got shape ", shape_of(given));
+    const int64_t D = given.size(given.dim() - 1);
+    RK_CHECK_BACKWARD(!like[t] || (D == widths[t] && like[t]->scalar_type() == given.scalar_type()),
+                      "grad_outs[", f, "] must have the width and the dtype of the others of its table, ",
+                      widths[t], " and ", name_of(like[t]->scalar_type()), ", got shape ", shape_of(given),
+                      " and ", name_of(given.scalar_type()));
+    grads[f] = unit_stride_rows(given);
     const Tensor& grad = grads[f];
-    const int64_t D = grad.size(grad.dim() - 1), t = args.tables[f];
-    RK_CHECK(grad.dim() > 1 && grad.numel() == bag.B * D && (!like[t] || D == widths[t]),
-             "embedding_bag_backward: grad_outs[", f, "] has shape ", shape_of(grad), " for ", bag.B,
-             " bags");
-    RK_CHECK(!like[t] || like[t]->scalar_type() == grad.scalar_type(), "embedding_bag_backward: grad_outs[",
-             f, "] has another dtype than the others of its table");
     widths[t] = bag.D = D;
     like[t] = &grad;
     bag.out = const_cast<void*>(grad.const_data_ptr());
     bag.stride_ob = grad.dim() == 2 ? grad.stride(0) : D;
-    if (bag.mode == kMax || bag.per_sample_weights) {
-      RK_CHECK(weights.size() == rows.size(), "embedding_bag_backward: weights must have one entry a table, ",
-               rows.size(), ", got ", weights.size());
-      const Tensor& w = tables[t];
-      RK_CHECK(
-          w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type(),
-          "embedding_bag_backward: weights[", t, "] has shape ", shape_of(w), " and dtype ",
-          name_of(w.scalar_type()), ", its gradient ", rows[t], " rows of shape ", shape_of(grad),
-          " and dtype ", name_of(grad.scalar_type()));
-      bag.weight = w.const_data_ptr();
-      bag.stride_wr = w.stride(0);
-      features.check_factors(args, f, grad.scalar_type());
-    }
+    features.check_factors(args, f, grad.scalar_type());
+    need_values |= bag.mode == kMax || bag.per_sample_weights;
+  }
+  RK_CHECK_BACKWARD(weights.size() == rows.size() || (weights.empty() && !need_values),
+                    "weights must have one entry a table, ", rows.size(), ", got ", weights.size());
+  for (size_t t = 0; t < weights.size(); ++t) {
+    const Tensor& w = weights[t];
+    check_table("embedding_bag_backward", w, t);
+    RK_CHECK_BACKWARD(w.size(0) == rows[t] &&
+                          (!like[t] || (w.size(1) == widths[t] && w.scalar_type() == like[t]->scalar_type())),
+                      "weights[", t, "] must have ", rows[t], " rows",
+                      like[t] ? " of the gradient's width and dtype, " + std::to_string(widths[t]) + " and " +
+                                    name_of(like[t]->scalar_type())
+                              : "",
+                      ", got shape ", shape_of(w), " and ", name_of(w.scalar_type()));
+    tables.push_back(unit_stride_rows(w));
+  }
+  for (size_t f = 0; f < n && need_values; ++f) {
+    features.bags[f].weight = tables[args.tables[f]].const_data_ptr();
+    features.bags[f].stride_wr = tables[args.tables[f]].stride(0);
   }
 }
 

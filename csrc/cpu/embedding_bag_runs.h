@@ -13,7 +13,10 @@ using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 inline Ints rows_of(const Tensors& weights) {
   Ints rows;
-  for (const Tensor& w : weights) rows.push_back(w.size(0));
+  for (size_t t = 0; t < weights.size(); ++t) {
+    check_table("embedding_bag_update", weights[t], t);
+    rows.push_back(weights[t].size(0));
+  }
   return rows;
 }
 

@@ -158,17 +158,20 @@ struct LookupGrads {
               const FeatureArgs& features)
       : grad_linear_weight(embeddings) {
     RK_CHECK_CPU("embedding_fm_backward", embeddings);
+    check_lengths(features, weights.size());
+    const int64_t columns = embeddings.dim() == 2 ? embeddings.size(1) : -1, F = features.size();
+    RK_CHECK(D >= 0 && D <= columns && F * D == columns,
+             "embedding_fm_backward: embeddings must be [B, F * dim] of ", features.size(),
+             " features with dim = ", D, ", got shape ", shape_of(embeddings));
     if (!unchanged || !is_rows(weights, embeddings, D, features)) {
       Tensor grad = embeddings;
       std::tie(grad, grad_linear_weight) =
           embedding_fm_backward_cpu(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
-      for (int64_t f = 0, F = features.size(); f < F; ++f)
-        outs.push_back(torch::stable::narrow(grad, 1, f * D, D));
+      for (int64_t f = 0; f < F; ++f) outs.push_back(torch::stable::narrow(grad, 1, f * D, D));
       return;
     }
     FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
-    const int64_t B = args.B, F = features.size();
-    RK_CHECK(args.F == F, "embedding_fm_backward: embeddings are of ", args.F, " features, indices of ", F);
+    const int64_t B = args.B;
     const auto zeros = [&](int64_t rows, int64_t columns) {
       return torch::stable::new_zeros(embeddings, {rows, columns});
     };

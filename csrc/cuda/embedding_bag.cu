@@ -85,15 +85,14 @@ Forward::Forward(const Tensors& weights, const FeatureArgs& args, bool concat) {
   check_lengths(args, weights.size());
   for (size_t t = 0; t < weights.size(); ++t) {
     const Tensor& w = weights[t];
-    RK_CHECK_BAG(w.dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(w));
-    RK_CHECK_BAG(is_floating(w.scalar_type()), "weights[", t,
-                 "] must be float32, float64, float16 or bfloat16, got ", w.scalar_type());
+    check_table("embedding_bag", w, t);
     RK_CHECK_BAG(on_device(w), "weights[", t, "] must be on a GPU like the others");
     RK_CHECK_BAG(w.get_device_index() == weights[0].get_device_index(), "weights[", t,
                  "] must be on the device of the others, ", weights[0].get_device_index(), ", got ",
                  w.get_device_index());
     tables.push_back(unit_stride_rows(w));
   }
+  check_padding(args, [&](size_t t) { return weights[t].size(0); });
   features.resize(n);
   for (size_t f = 0; f < n; ++f) {
     const Tensor& w = table(args, f);

@@ -65,7 +65,12 @@ Backward::Backward(const FeatureArgs& args, const OptionalTensors& grad_outs, co
                 grad_outs.size());
   while (!grad_outs[given_]) ++given_;
   first_key_.assign(1, 0);
-  for (const int64_t r : rows) first_key_.push_back(first_key_.back() + r);
+  for (size_t t = 0; t < num_tables; ++t) {
+    RK_CHECK_GRAD(rows[t] >= 0 && rows[t] < kMostRows - first_key_.back(), "rows[", t,
+                  "] must be a table's number of rows, got ", rows[t]);
+    first_key_.push_back(first_key_.back() + rows[t]);
+  }
+  check_padding(args, [&](size_t t) { return rows[t]; });
   widths_.assign(num_tables, -1);
   dtypes_.assign(num_tables, ScalarType::Float);
   aligned_.assign(num_tables, true);

@@ -47,13 +47,8 @@ inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tenso
   };
   const Tensor& ids = args.indices[f];
   Bags bags{};
-  RK_CHECK_BAG(args.modes[f] >= kNone && args.modes[f] <= kMax, args.name(f), " has unknown mode ",
-               args.modes[f]);
   bags.mode = static_cast<uint8_t>(args.modes[f]);
-  const bool pooled = bags.mode != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
-  RK_CHECK_BAG(!pooled || ids.dim() == 2 || (jagged && args.offsets[f].dim() == 1), args.name(f),
-               " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
-               jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+  const bool pooled = bags.mode != kNone, jagged = check_bags(args, f);
   bags.ids = check_integers(ids, args.name(f));
   bags.wide_ids = ids.scalar_type() == ScalarType::Long;
   bags.padding_idx = pooled ? args.padding_idx[f] : -1;
@@ -69,11 +64,10 @@ inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tenso
   if (args.has_factors(f)) {
     const Tensor& factors = args.per_sample_weights[f];
     const auto shape = ids.sizes(), got = factors.sizes();
-    constexpr const char* kModes[] = {"none", "sum", "mean", "max"};
     RK_CHECK_BAG((bags.mode == kSum || bags.mode == kMean) &&
                      std::equal(shape.begin(), shape.end(), got.begin(), got.end()),
                  "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
-                 " and mode sum or mean, got ", shape_of(factors), " and ", kModes[bags.mode]);
+                 " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bags.mode]);
     RK_CHECK_BAG(factors.scalar_type() == like.scalar_type() && on_device(factors) &&
                      factors.get_device_index() == like.get_device_index(),
                  "per_sample_weights of ", args.name(f), " must be like its table, ", like.scalar_type(),
@@ -121,10 +115,6 @@ inline int64_t blocks_for(int64_t groups, uint8_t log2_lanes) {
 
 constexpr ScalarType kFloating[] = {ScalarType::Float, ScalarType::Double, ScalarType::Half,
                                     ScalarType::BFloat16};
-
-inline bool is_floating(ScalarType dtype) {
-  return std::find(std::begin(kFloating), std::end(kFloating), dtype) != std::end(kFloating);
-}
 
 inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;

@@ -7,17 +7,17 @@
 namespace rk {
 namespace cuda {
 
-static Update make_cuda_update(int64_t optimizer, const double* hyper, const Tensor& weight,
+static Update make_cuda_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
                                const Tensor* states) {
-  auto u = make_update<Update>(optimizer, hyper, weight, states);
+  auto u = make_update<Update>(op, optimizer, hyper, weight, states);
   u.R = weight.size(0);
   u.D = checked_int32(weight.size(1), "the width of a table");
-  RK_CHECK_UPDATE(on_device(weight), "a table must be on a GPU");
+  RK_CHECK(on_device(weight), op, ": a table must be on a GPU");
   u.packed = rows_aligned(weight) && u.D * weight.element_size() % 16 == 0;
   for (size_t i = 0; i < states_of(optimizer); ++i) {
     const Tensor& state = states[i];
-    RK_CHECK_UPDATE(on_device(state) && state.get_device_index() == weight.get_device_index(), "state ", i,
-                    " of a table of shape ", shape_of(weight), " must be on the table's device");
+    RK_CHECK(on_device(state) && state.get_device_index() == weight.get_device_index(), op, ": state ", i,
+             " of a table of shape ", shape_of(weight), " must be on the table's device");
     const uintptr_t pack = 16 / weight.element_size() * state.element_size();
     u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % pack == 0 &&
                u.stride_sr * state.element_size() % pack == 0;
@@ -63,8 +63,8 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   Ints rows;
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_cuda_update(optimizer, hyper.data() + kHyper * t, weights[t],
-                                       states.data() + t * states_of(optimizer)));
+    updates.push_back(make_cuda_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
+                                       weights[t], states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
     rows.push_back(updates[t].R);
     first_key += updates[t].R;
@@ -94,7 +94,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
 static void sparse_update_cuda(const Tensor& weight, const Tensors& states, const Tensor& rows,
                                const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
-  Update u = make_cuda_update(optimizer, hyper.data(), weight, states.data());
+  Update u = make_cuda_update("sparse_update", optimizer, hyper.data(), weight, states.data());
   RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
                values.size(0) == rows.size(0) && values.size(1) == u.D &&
                values.scalar_type() == weight.scalar_type() && on_device(rows) && on_device(values),

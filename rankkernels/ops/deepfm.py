@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
 from rankkernels.ops.embedding_bag import MODES
-from rankkernels.ops.embedding_bag import _check as check_features
+from rankkernels.ops.embedding_bag_checks import check_forward
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.
@@ -31,7 +31,7 @@ def _features(weights, indices, tables, names):
 def _check(weights, indices, tables, names, linear_weight, dense, mlp):
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm.cpp."""
     check = torch._check
-    check_features(weights, indices, *_features(weights, indices, tables, names), False)
+    check_forward(weights, indices, *_features(weights, indices, tables, names), False)
     device, D, B = weights[0].device, weights[tables[0]].size(1), indices[0].numel()
 
     def fits(t: Tensor) -> bool:

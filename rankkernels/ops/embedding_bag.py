@@ -18,6 +18,16 @@ from rankkernels.ops._library import (
     register_autograd,
     vjp,
 )
+from rankkernels.ops.embedding_bag_checks import (
+    MODES,
+    bags_of,
+    check_backward,
+    check_forward,
+    check_range,
+    check_starts,
+    offsets_of,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from rankkernels.ops.fused_step import Gate
@@ -48,104 +58,13 @@ lib.define(
     "-> (Tensor[] grad_rows, Tensor[] grad_values, Tensor[] grad_per_sample_weights)"
 )
 
-#: Pooling modes, by their number in the schema; "none" looks every id up on its own.
-MODES = ("none", "sum", "mean", "max")
-
-
-def _offsets_of(f, ids, offsets, modes):
-    return offsets[f] if offsets and ids.dim() == 1 and MODES[modes[f]] != "none" else None
-
-
-def _bags(f, ids, offsets, modes):
-    bags = _offsets_of(f, ids, offsets, modes)
-    return (ids if bags is None else bags).size(0)
-
-
-def _weights_of(f, ids, per_sample_weights):
-    absent = not per_sample_weights or per_sample_weights[f].shape == (0,)
-    return None if absent else per_sample_weights[f]
-
-
-def _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat):
-    op, check = "embedding_bag", torch._check
-    check(len(weights) > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
-    for name, values, optional in (
-        ("offsets", offsets, True), ("per_sample_weights", per_sample_weights, True), ("tables", tables, False),
-        ("modes", modes, False), ("padding_idx", padding_idx, False), ("names", names, False),
-    ):  # fmt: skip
-        check(
-            len(values) == len(indices) or (optional and not values),
-            lambda: f"{op}: {name} must have one entry a feature, {len(indices)}, got {len(values)}",
-        )
-    check(
-        len(frozen_rows) == len(weights),
-        lambda: f"{op}: frozen_rows must have one entry a table, {len(weights)}, got {len(frozen_rows)}",
-    )
-    for t, w in enumerate(weights):
-        check(w.dim() == 2, lambda: f"{op}: weights[{t}] must be [R, D], got shape {list(w.shape)}")
-        check(w.dtype.is_floating_point, lambda: f"{op}: weights[{t}] must be floating-point, got {w.dtype}")
-        check(
-            w.device == weights[0].device,
-            lambda: f"{op}: weights[{t}] must be on {weights[0].device} like the others, got {w.device}",
-        )
-    for f, ids in enumerate(indices):
-        check(0 <= tables[f] < len(weights), lambda: f"{op}: {names[f]} has table {tables[f]} of {len(weights)}")
-        mode, off = MODES[modes[f]], _offsets_of(f, ids, offsets, modes)
-        for what, integers in ((names[f], ids), (f"offsets of {names[f]}", off)):
-            if integers is None:
-                continue
-            check(
-                integers.dtype in (torch.int32, torch.int64),
-                lambda: f"{op}: {what} must be int32 or int64, got {integers.dtype}",
-            )
-            check(
-                integers.device == weights[0].device,
-                lambda: f"{op}: {what} must be on {weights[0].device} like its table, got {integers.device}",
-            )
-        if mode != "none":
-            check(
-                ids.dim() == 2 or (off is not None and off.dim() == 1),
-                lambda: (
-                    f"{op}: {names[f]} must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
-                    + ("" if off is None else f" beside offsets {list(off.shape)}")
-                ),
-            )
-        psw = _weights_of(f, ids, per_sample_weights)
-        if psw is not None:
-            check(
-                mode in ("sum", "mean") and psw.shape == ids.shape,
-                lambda: (
-                    f"{op}: per_sample_weights of {names[f]} must have its shape {list(ids.shape)} and mode "
-                    f"sum or mean, got {list(psw.shape)} and {mode}"
-                ),
-            )
-            check(
-                psw.dtype == weights[tables[f]].dtype and psw.device == weights[0].device,
-                lambda: (
-                    f"{op}: per_sample_weights of {names[f]} must have the dtype and device of its table, "
-                    f"{weights[tables[f]].dtype} on {weights[0].device}, got {psw.dtype} on {psw.device}"
-                ),
-            )
-    if concat:
-        dtype, B = weights[tables[0]].dtype, _bags(0, indices[0], offsets, modes)
-        for f, ids in enumerate(indices):
-            check(
-                (MODES[modes[f]] != "none" or ids.dim() == 1)
-                and weights[tables[f]].dtype == dtype
-                and _bags(f, ids, offsets, modes) == B,
-                lambda: (
-                    f"{op}: with concat, features must give [B, D] of one B and one dtype, but {names[f]} of shape "
-                    f"{list(ids.shape)} differs from {names[0]}"
-                ),
-            )
-
 
 @torch.library.register_fake("rankkernels::embedding_bag", lib=lib)
 def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
       sparse=False):  # fmt: skip
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
+    check_forward(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     of_feature = [weights[t] for t in tables]
-    bags = [_bags(f, ids, offsets, modes) if ids.dim() else 1 for f, ids in enumerate(indices)]
+    bags = [bags_of(f, ids, offsets, modes) if ids.dim() else 1 for f, ids in enumerate(indices)]
     if concat:
         return [of_feature[0].new_empty((bags[0], sum(w.size(1) for w in of_feature)))]
     return [
@@ -156,6 +75,8 @@ def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
 
 @torch.library.register_fake("rankkernels::embedding_bag_backward", lib=lib)
 def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows):
+    check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx,
+                   frozen_rows)  # fmt: skip
     widths = {tables[f]: g for f, g in enumerate(grad_outs) if g is not None}
     like = next(iter(widths.values()))
     grad_weights = [
@@ -164,22 +85,9 @@ def _(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, mo
     return grad_weights, [w.new_empty(w.shape) for w in per_sample_weights]
 
 
-def _check_range(weight: Tensor, indices: Tensor, name: str) -> None:
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    low, high = indices.aminmax()
-    if low < 0 or high >= weight.size(0):
-        bad = (indices < 0) | (indices >= weight.size(0))
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"embedding_bag: {name}[{', '.join(map(str, position))}] = {int(indices[position])} is out of range for a "
-            f"table with {weight.size(0)} rows"
-        )
-
-
 def _reference(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *,
                concat=False, sparse=False):  # fmt: skip
-    _check(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
+    check_forward(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     frozen = [None if row < 0 else row for row in frozen_rows]
     outs = [
         reference.embedding(weights[tables[f]], ids, frozen[tables[f]])
@@ -187,9 +95,9 @@ def _reference(weights, indices, offsets, per_sample_weights, tables, modes, pad
         else reference.embedding_bag(
             weights[tables[f]],
             ids,
-            _offsets_of(f, ids, offsets, modes),
+            offsets_of(f, ids, offsets, modes),
             MODES[modes[f]],
-            _weights_of(f, ids, per_sample_weights),
+            weights_of(f, ids, per_sample_weights),
             None if padding_idx[f] < 0 else padding_idx[f],
             frozen[tables[f]],
         )
@@ -201,9 +109,12 @@ def _reference(weights, indices, offsets, per_sample_weights, tables, modes, pad
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
 def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, *, concat=False,
       sparse=False):  # fmt: skip
+    check_forward(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     notice_reference("embedding_bag", weights[0])
     for f, ids in enumerate(indices):
-        _check_range(weights[tables[f]], ids, names[f])
+        check_starts(f, ids, offsets, modes, names[f])
+    for f, ids in enumerate(indices):
+        check_range(weights[tables[f]].size(0), ids, names[f])
     return _reference(
         weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=concat
     )
@@ -213,11 +124,18 @@ def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
 def _reference_backward(
     grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows
 ):
+    check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx,
+                   frozen_rows)  # fmt: skip
+    for f, ids in enumerate(indices):
+        check_starts(f, ids, offsets, modes, f"indices[{f}]")
+    for f, (ids, grad_out) in enumerate(zip(indices, grad_outs)):
+        if grad_out is not None:
+            check_range(rows[tables[f]], ids, f"indices[{f}]")
     grad_weights, grad_per_sample_weights = [None] * len(rows), [torch.zeros_like(w) for w in per_sample_weights]
     for f, (ids, grad_out) in enumerate(zip(indices, grad_outs)):
         if grad_out is None:
             continue
-        t, mode, psw = tables[f], MODES[modes[f]], _weights_of(f, ids, per_sample_weights)
+        t, mode, psw = tables[f], MODES[modes[f]], weights_of(f, ids, per_sample_weights)
         if mode == "none":
             grad = torch.ops.aten.embedding_dense_backward(grad_out, ids, rows[t], frozen_rows[t], False)
         else:
@@ -226,7 +144,7 @@ def _reference_backward(
             padding = None if padding_idx[f] < 0 else padding_idx[f]
 
             def pooled(weight, psw=None, ids=ids, f=f, mode=mode, padding=padding):
-                return reference.embedding_bag(weight, ids, _offsets_of(f, ids, offsets, modes), mode, psw, padding)
+                return reference.embedding_bag(weight, ids, offsets_of(f, ids, offsets, modes), mode, psw, padding)
 
             grad, *grad_psw = vjp(pooled, grad_out, weight, *([] if psw is None else [psw]))
             if grad_psw:
@@ -414,10 +332,20 @@ def call(
 
 def in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names):
     """The op's lists that are no tensors, from the public functions' arguments."""
+    n = len(indices)
+    tables = list(range(n)) if tables is None else tables
+    for what, values, kind, expected in (
+        ("modes", modes, "feature", n), ("tables", tables, "feature", n), ("padding_idx", padding_idx, "feature", n),
+        ("names", names, "feature", n), ("frozen_rows", frozen_rows, "table", len(weights)),
+    ):  # fmt: skip
+        if values is not None and len(values) != expected:
+            raise ValueError(f"embedding_bag: {what} must have one entry a {kind}, {expected}, got {len(values)}")
     for mode in modes:
         if mode not in MODES:
             raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
-    tables = list(range(len(indices))) if tables is None else tables
+    for f, t in enumerate(tables):
+        if not 0 <= t < len(weights):
+            raise ValueError(f"embedding_bag: feature {f} has table {t} of {len(weights)}")
 
     def rows(what, values, table_of):
         if values is None:
@@ -485,9 +413,10 @@ def table_batched_embedding_bag(
     Raises:
         IndexError: an id outside its table (on the CPU; other devices have their own report).
         RuntimeError: shapes, dtypes or devices that do not fit.
-        ValueError: an unknown mode, a padding index that is no row.
+        ValueError: lists of another length than the features or the tables, an unknown mode or table, a padding index
+            that is no row.
     """
-    absent = weights[0].new_empty(0) if weights else None
+    absent = weights[0].new_empty(0) if len(weights) else None
 
     def tensors(values):
         if values is None or all(v is None for v in values):

@@ -6,6 +6,7 @@ import torch
 
 from rankkernels.ops._library import lib, notice_reference
 from rankkernels.ops.embedding_bag import FEATURES
+from rankkernels.ops.embedding_bag_checks import DTYPES, check_backward, check_table
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
@@ -25,8 +26,90 @@ lib.define(
 )
 
 
+def _check_tables(op, weights, states, optimizer, hyper) -> None:
+    """The texts are those of csrc/embedding_bag_update_arguments.h."""
+    check, n = torch._check, len(weights)
+    check(0 <= optimizer < len(OPTIMIZERS), lambda: f"{op}: unknown optimizer {optimizer}")
+    kind = OPTIMIZERS[optimizer]
+    each, one_a_row = {"sgd": 0, "adam": 2, "adamw": 2}.get(kind, 1), kind == "rowwise_adagrad"
+    check(
+        len(states) == n * each,
+        lambda: f"{op}: states must hold {each} tensors a table, got {len(states)} for {n}",
+    )
+    check(len(hyper) == 8 * n, lambda: f"{op}: hyper must hold 8 numbers a table, got {len(hyper)} for {n}")
+    for t, w in enumerate(weights):
+        strides = list(w.stride()) if w.layout == torch.strided else None
+        check(
+            w.dtype in DTYPES,
+            lambda: f"{op}: a table must be float32, float64, float16 or bfloat16, got {w.dtype}",
+        )
+        check(
+            w.dim() == 2
+            and strides is not None
+            and (strides[1] == 1 or w.size(1) <= 1)
+            and (strides[0] >= w.size(1) or w.size(0) <= 1),
+            lambda: (
+                f"{op}: a table must be [R, D] with elements side by side in rows that do not overlap, got shape "
+                f"{list(w.shape)}" + (f" and strides {strides}" if w.dim() == 2 else "")
+            ),
+        )
+        dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+        for i, state in enumerate(states[each * t : each * t + each]):
+            shape = w.shape[:1] if one_a_row else w.shape
+            fits = state.dtype == dtype and state.shape == shape and state.layout == torch.strided
+            apart = fits and (
+                w.size(0) <= 1
+                or (
+                    state.stride(0) == states[each * t].stride(0)
+                    and (state.stride(0) == 1 if one_a_row else state.stride(0) >= w.size(1))
+                )
+            )
+            check(
+                apart and state.device == w.device and (one_a_row or w.size(1) <= 1 or state.stride(1) == 1),
+                lambda: (
+                    f"{op}: state {i} of a table of shape {list(w.shape)} must be {dtype} of one value "
+                    + ("a row, contiguous" if one_a_row else "an element, in rows as far apart as state 0's")
+                    + f", got shape {list(state.shape)} and {state.dtype}"
+                ),
+            )
+
+
+def _check_sparse(weight, states, rows, values, optimizer, hyper) -> None:
+    op, check = "sparse_update", torch._check
+    _check_tables(op, [weight], states, optimizer, hyper)
+    check(
+        rows.dim() == 1
+        and rows.dtype == torch.int64
+        and values.shape == (rows.size(0), weight.size(1))
+        and values.dtype == weight.dtype
+        and rows.device == values.device == weight.device
+        and rows.layout == values.layout == torch.strided,
+        lambda: (
+            f"{op}: rows must be int64 [n] and values [n, D] like the table of shape {list(weight.shape)} and "
+            f"{weight.dtype}, got shapes {list(rows.shape)} and {list(values.shape)}, {rows.dtype} and {values.dtype}"
+        ),
+    )
+
+
+def _check_rows(weight, rows) -> None:
+    """Rows that ascend in the table: on other devices than the CPU nobody waits for the values."""
+    if rows.device.type != "cpu" or rows.numel() == 0:
+        return
+    before = torch.cat([rows.new_tensor([-1]), rows[:-1]])
+    bad = ((rows <= before) | (rows < 0) | (rows >= weight.size(0))).nonzero()
+    torch._check(
+        len(bad) == 0,
+        lambda: (
+            f"sparse_update: rows[{int(bad[0])}] = {int(rows[bad[0]])} must ascend in a table with {weight.size(0)} "
+            "rows"
+        ),
+    )
+
+
 @torch.library.impl(lib, "sparse_update", "CompositeExplicitAutograd")
 def _(weight, states, rows, values, optimizer, hyper):
+    _check_sparse(weight, states, rows, values, optimizer, hyper)
+    _check_rows(weight, rows)
     notice_reference("sparse_update", weight)
     lr, beta1, beta2, eps, weight_decay, step, grad_factor, max_norm = hyper
     kind = OPTIMIZERS[optimizer]
@@ -63,6 +146,9 @@ def _(weight, states, rows, values, optimizer, hyper):
 @torch.library.impl(lib, "embedding_bag_update", "CompositeExplicitAutograd")
 def _(grad_outs, weights, states, *rest):
     *features, optimizer, hyper = rest
+    for t, w in enumerate(weights):
+        check_table("embedding_bag_update", t, w, weights[0].device)
+    _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
     rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
         grad_outs, weights, [w.size(0) for w in weights], *features
     )
@@ -76,9 +162,14 @@ def _(grad_outs, weights, states, *rest):
 
 @torch.library.register_fake("rankkernels::sparse_update", lib=lib)
 def _(weight, states, rows, values, optimizer, hyper):
-    return None
+    _check_sparse(weight, states, rows, values, optimizer, hyper)
 
 
 @torch.library.register_fake("rankkernels::embedding_bag_update", lib=lib)
 def _(grad_outs, weights, states, indices, offsets, per_sample_weights, *rest):
+    for t, w in enumerate(weights):
+        check_table("embedding_bag_update", t, w, weights[0].device)
+    _check_tables("embedding_bag_update", weights, states, *rest[-2:])
+    rows = [w.size(0) for w in weights]
+    check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, *rest[:-2])
     return [w.new_empty(w.shape) for w in per_sample_weights]

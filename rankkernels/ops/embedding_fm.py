@@ -32,6 +32,7 @@ from rankkernels.ops.embedding_bag import (
     sparse_gradients,
     table_gradients,
 )
+from rankkernels.ops.embedding_bag_checks import DTYPES, check_features
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
@@ -61,33 +62,40 @@ lib.define(
 )
 
 
-def _check(weights, tables, embeddings, linear_weight, dense) -> None:
+def _check_linear_weight(op, linear_weight, like, width) -> None:
+    torch._check(
+        linear_weight.numel() == width
+        and linear_weight.dtype == like.dtype
+        and linear_weight.device == like.device
+        and linear_weight.layout == torch.strided,
+        lambda: (
+            f"{op}: linear_weight must have one value a column of the embeddings, {width}, and their dtype and device, "
+            f"{like.dtype} on {like.device}, got shape {list(linear_weight.shape)} and {linear_weight.dtype} on "
+            f"{linear_weight.device}"
+        ),
+    )
+
+
+def _check(weights, tables, names, embeddings, linear_weight, dense) -> None:
+    """The texts are those of csrc/embedding_fm_arguments.h."""
     D = weights[tables[0]].size(1)
     for f, t in enumerate(tables):
         torch._check(
             weights[t].size(1) == D,
             lambda: (
-                f"embedding_fm: features must have one width, but that of feature {f} is {weights[t].size(1)} and "
-                f"that of feature 0 {D}"
+                f"embedding_fm: features must have one width, but that of {names[f]} is {weights[t].size(1)} and "
+                f"that of {names[0]} {D}"
             ),
         )
     if linear_weight is not None:
-        torch._check(
-            linear_weight.numel() == len(tables) * D
-            and linear_weight.dtype == weights[tables[0]].dtype
-            and linear_weight.device == weights[0].device,
-            lambda: (
-                "embedding_fm: linear_weight must have one value a column of the embeddings, "
-                f"{len(tables) * D}, and their dtype and device, {weights[tables[0]].dtype} on {weights[0].device}, "
-                f"got shape {list(linear_weight.shape)} and {linear_weight.dtype} on {linear_weight.device}"
-            ),
-        )
+        _check_linear_weight("embedding_fm", linear_weight, weights[tables[0]], len(tables) * D)
     if dense is not None:
         torch._check(
             dense.dim() == 2
             and dense.size(0) == embeddings.size(0)
             and dense.dtype == embeddings.dtype
-            and dense.device == embeddings.device,
+            and dense.device == embeddings.device
+            and dense.layout == torch.strided,
             lambda: (
                 f"embedding_fm: dense must be [B, n] with B = {embeddings.size(0)} like the embeddings, "
                 f"{embeddings.dtype} on {embeddings.device}, got shape {list(dense.shape)} and {dense.dtype} on "
@@ -100,12 +108,66 @@ def _lookups(weights, rest) -> Tensor:
     """The embeddings without dense columns; the arguments, checked."""
     *features, names, linear_weight, dense = rest
     (embeddings,) = torch.ops.rankkernels.embedding_bag.default(weights, *features, names, concat=True)
-    _check(weights, features[3], embeddings, linear_weight, dense)
+    _check(weights, features[3], names, embeddings, linear_weight, dense)
     return embeddings
+
+
+def _check_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim, features=None) -> None:
+    """The texts are those of csrc/embedding_fm_arguments.h; ``features``: how many, where that is known."""
+    op, check = "embedding_fm_backward", torch._check
+    check(
+        embeddings.dim() == 2,
+        lambda: f"{op}: embeddings must have 2 dimensions, got {embeddings.dim()} (shape {list(embeddings.shape)})",
+    )
+    check(
+        embeddings.dtype in DTYPES,
+        lambda: f"{op}: embeddings must be float32, float64, float16 or bfloat16, got {embeddings.dtype}",
+    )
+    check(
+        embeddings.layout == torch.strided,
+        lambda: f"{op}: embeddings must be a strided tensor, got {embeddings.layout}",
+    )
+    B, width = embeddings.shape
+    check(
+        features is None or (dim >= 0 and features * dim == width),
+        lambda: (
+            f"{op}: embeddings must be [B, F * dim] of {features} features with dim = {dim}, got shape "
+            f"{list(embeddings.shape)}"
+        ),
+    )
+    check(
+        dim >= 0 and (width % dim == 0 if dim else width == 0),
+        lambda: f"{op}: embeddings must have a multiple of dim = {dim} columns, got {width}",
+    )
+    if linear_weight is not None:
+        _check_linear_weight(op, linear_weight, embeddings, width)
+    for what, t, columns in (
+        ("grad_embeddings", grad_embeddings, width), ("grad_fm", grad_fm, 1), ("grad_linear", grad_linear, 1)
+    ):  # fmt: skip
+        check(
+            t is None
+            or (what == "grad_linear" and linear_weight is None)
+            or (
+                t.shape == (B, columns)
+                and t.dtype == embeddings.dtype
+                and t.device == embeddings.device
+                and t.layout == torch.strided
+            ),
+            lambda: (
+                f"{op}: {what} must be [{B}, {columns}] like the embeddings, {embeddings.dtype} on "
+                f"{embeddings.device}, got shape {list(t.shape)} and {t.dtype} on {t.device}"
+            ),
+        )
 
 
 def _with_dense(embeddings: Tensor, dense: Tensor | None) -> Tensor:
     return embeddings if dense is None else torch.cat([embeddings, dense], 1)
+
+
+def _check_features_of_backward(num_tables, grads, dim, features) -> None:
+    embeddings, names = grads[3], [f"indices[{f}]" for f in range(len(features[0]))]
+    check_features(num_tables, embeddings.device, *features, names)
+    _check_backward(*grads, dim, len(names))
 
 
 @torch.library.register_fake("rankkernels::embedding_fm", lib=lib)
@@ -118,6 +180,7 @@ def _(weights, *rest, sparse=False):
 
 @torch.library.register_fake("rankkernels::embedding_fm_backward", lib=lib)
 def _(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
+    _check_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim)
     grad = embeddings.new_empty(embeddings.shape)
     return grad, embeddings.new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
 
@@ -141,6 +204,7 @@ def _reference(weights, *rest, sparse=False):
 
 @torch.library.impl(lib, "embedding_fm_backward", "CompositeExplicitAutograd")
 def _reference_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim):
+    _check_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim)
     grad = torch.zeros_like(embeddings, memory_format=torch.contiguous_format)
     grad_linear_weight = embeddings.new_empty(0)
     if grad_fm is not None and embeddings.numel():
@@ -159,10 +223,10 @@ def _reference_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linea
 @torch.library.impl(lib, "embedding_fm_backward_sparse", "CompositeExplicitAutograd")
 def backward_sparse_apart(*arguments):
     *grads, dim, weights, _unchanged, rows = arguments[:9]
+    _check_features_of_backward(len(rows), grads, dim, arguments[9:])
     grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*grads, dim)
-    weights = weights if needs_values(arguments[13], arguments[11]) else []
     rest = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
-        list(grad.split(dim, 1)), weights, rows, *arguments[9:]
+        list(grad.split([dim] * len(arguments[9]), 1)), weights, rows, *arguments[9:]
     )
     return *rest, grad_linear_weight
 
@@ -170,8 +234,11 @@ def backward_sparse_apart(*arguments):
 @torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
 def update_apart(*arguments):
     *grads, dim, weights, _unchanged = arguments[:8]
+    _check_features_of_backward(len(weights), grads, dim, arguments[9:16])
     grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*grads, dim)
-    grad_psw = torch.ops.rankkernels.embedding_bag_update.default(list(grad.split(dim, 1)), weights, *arguments[8:])
+    grad_psw = torch.ops.rankkernels.embedding_bag_update.default(
+        list(grad.split([dim] * len(arguments[9]), 1)), weights, *arguments[8:]
+    )
     return grad_psw, grad_linear_weight
 
 
@@ -229,7 +296,7 @@ def _backward(ctx, *grads):
     else:
         grad, grad_linear_weight = _embedding_fm_backward(*arguments)
         grad_weights, grad_psw = table_gradients(
-            grad.split(ctx.dim, 1), weights, ctx.rows, lists, ctx.features, sparse=False
+            grad.split([ctx.dim] * len(lists[0]), 1), weights, ctx.rows, lists, ctx.features, sparse=False
         )
     return (
         grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5,
@@ -272,7 +339,7 @@ class _Updating(torch.autograd.Function):
         else:
             grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*arguments)
             step = ctx.optimizer.update if alone else ctx.gate.add
-            step(list(grad.split(dim, 1)), ctx.weights, lists, ctx.features)
+            step(list(grad.split([dim] * ctx.lookups, 1)), ctx.weights, lists, ctx.features)
         return *[None] * 5, grad_linear_weight if ctx.has_linear else None, grad_dense, ctx.gate.no_grad
 
 
