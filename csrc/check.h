@@ -63,14 +63,6 @@ inline std::string name_of(ScalarType dtype) {
       return "torch.int32";
     case ScalarType::Long:
       return "torch.int64";
-    case ScalarType::Bool:
-      return "torch.bool";
-    case ScalarType::Byte:
-      return "torch.uint8";
-    case ScalarType::Char:
-      return "torch.int8";
-    case ScalarType::Short:
-      return "torch.int16";
     case ScalarType::ComplexHalf:
       return "torch.complex32";
     case ScalarType::ComplexFloat:

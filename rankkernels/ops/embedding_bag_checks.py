@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankkernels.ops._library import FLOATING
+
 #: Pooling modes, by their number in the schema; "none" looks every id up on its own.
 MODES = ("none", "sum", "mean", "max")
 
@@ -27,7 +29,6 @@ def weights_of(f, ids, per_sample_weights):
     return None if absent else per_sample_weights[f]
 
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MOST_ROWS = 2**60  # of all tables of a backward together
 
 
@@ -114,7 +115,7 @@ def check_padding(rows, tables, padding_idx, frozen_rows, names):
 
 def check_table(op, t, w, device):
     torch._check(w.dim() == 2, lambda: f"{op}: weights[{t}] must be [R, D], got shape {list(w.shape)}")
-    check_like(op, f"weights[{t}]", w, device, DTYPES, "float32, float64, float16 or bfloat16")
+    check_like(op, f"weights[{t}]", w, device, FLOATING, "float32, float64, float16 or bfloat16")
 
 
 def check_forward(
@@ -162,7 +163,7 @@ def check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weight
     for f, (ids, grad) in enumerate(zip(indices, grad_outs)):
         if grad is None:
             continue
-        check_like(op, f"grad_outs[{f}]", grad, device, DTYPES, "float32, float64, float16 or bfloat16")
+        check_like(op, f"grad_outs[{f}]", grad, device, FLOATING, "float32, float64, float16 or bfloat16")
         shape = ids.shape if MODES[modes[f]] == "none" else (bags_of(f, ids, offsets, modes),)
         check(
             grad.dim() == len(shape) + 1 and grad.shape[:-1] == tuple(shape),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rankkernels.ops._library import lib, notice_reference
+from rankkernels.ops._library import FLOATING, lib, notice_reference
 from rankkernels.ops.embedding_bag import FEATURES
-from rankkernels.ops.embedding_bag_checks import DTYPES, check_backward, check_table
+from rankkernels.ops.embedding_bag_checks import check_backward, check_table
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
@@ -40,7 +40,7 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
     for t, w in enumerate(weights):
         strides = list(w.stride()) if w.layout == torch.strided else None
         check(
-            w.dtype in DTYPES,
+            w.dtype in FLOATING,
             lambda: f"{op}: a table must be float32, float64, float16 or bfloat16, got {w.dtype}",
         )
         check(

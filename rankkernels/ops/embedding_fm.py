@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankkernels.ops._library import (
+    FLOATING,
     check_first_derivative,
     differentiable,
     lib,
@@ -32,7 +33,7 @@ from rankkernels.ops.embedding_bag import (
     sparse_gradients,
     table_gradients,
 )
-from rankkernels.ops.embedding_bag_checks import DTYPES, check_features
+from rankkernels.ops.embedding_bag_checks import check_features
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
@@ -120,7 +121,7 @@ def _check_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_we
         lambda: f"{op}: embeddings must have 2 dimensions, got {embeddings.dim()} (shape {list(embeddings.shape)})",
     )
     check(
-        embeddings.dtype in DTYPES,
+        embeddings.dtype in FLOATING,
         lambda: f"{op}: embeddings must be float32, float64, float16 or bfloat16, got {embeddings.dtype}",
     )
     check(
