@@ -350,8 +350,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def unwritable(path: Path) -> OSError | None:
+    """Why no result can be written to ``path``: known before hours of training. Makes its folder, and no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        return error
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     settings = parse(argv)
+    if reason := unwritable(settings.out):
+        print(f"train.py: --out: {reason}", file=sys.stderr)
+        return 2
     if settings.backend == "reference":
         os.environ["RANKKERNELS_REFERENCE"] = "1"  # the workers inherit it
     try:
@@ -384,7 +400,6 @@ def main(argv: list[str] | None = None) -> int:
             "results": results,
             "comparison": compare(*results),
         }
-    settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     print(f"written: {settings.out}")

@@ -125,7 +125,7 @@ class DIN(nn.Module):
 
     Raises:
         ValueError: empty history or target features, a history that is no concat sequence or lacks its target, widths
-            that differ.
+            that differ, ``mask_padding`` of a history without ``padding_idx``.
     """
 
     mask_padding = False
@@ -162,6 +162,9 @@ class DIN(nn.Module):
                     f"DIN: history feature {history.name!r} and its target {target.name!r} must have one embed_dim, "
                     f"got {history.embed_dim} and {target.embed_dim}"
                 )
+        if mask_padding:
+            for history in history_features:
+                _padding_idx(history)
         self.features = features
         self.history_features = history_features
         self.target_features = target_features
@@ -197,9 +200,13 @@ class DIN(nn.Module):
         return torch.sigmoid(y.squeeze(1))
 
     def _mask(self, x: Mapping[str, Tensor], feature) -> Tensor | None:
-        if not self.mask_padding or feature.padding_idx is None:
-            return None
-        return x[feature.name] != feature.padding_idx
+        return x[feature.name] != _padding_idx(feature) if self.mask_padding else None
+
+
+def _padding_idx(history) -> int:
+    if history.padding_idx is None:
+        raise ValueError(f"DIN: mask_padding needs the padding_idx of history feature {history.name!r}, which has none")
+    return history.padding_idx
 
 
 def _called(embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:

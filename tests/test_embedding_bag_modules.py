@@ -239,3 +239,11 @@ def test_tables_that_are_no_longer_plain_parameters(change):
     ids = [torch.tensor([[1, 2]]), torch.tensor([[0, 3]])]
     expected = torch.cat([nn.functional.embedding_bag(i, w, mode="sum") for i, w in zip(ids, bag.weights)], 1)
     torch.testing.assert_close(bag(ids), expected)
+
+
+def test_loops_over_embedding_modules_that_ask_for_their_weight():
+    one, two = rk.TableBatchedEmbeddingBag([5], 4), rk.TableBatchedEmbeddingBag([5, 6], 4)
+    assert one.weights.weight is one.weights[0] and not hasattr(two.weights, "weight")
+    with pytest.raises(AttributeError, match="no one weight, but 2 tables"):
+        two.weights.weight.normal_()
+    assert list(two.state_dict()) == ["weights.0", "weights.1"]

@@ -35,6 +35,12 @@ def deepfm():
     return rk.DeepFM([*sparse, pooled, wide, rk.DenseFeature("price")], [*sparse, pooled], {"dims": [8]})
 
 
+def deepfm_of_one_width():
+    torch.manual_seed(0)
+    sparse = [rk.SparseFeature(f"c{i}", 9 + i, D) for i in range(3)]
+    return rk.DeepFM([*sparse, rk.DenseFeature("price"), rk.DenseFeature("age")], sparse, {"dims": [8]})
+
+
 def batch(n=B):
     return {
         "user": torch.randint(0, 11, (n,)),
@@ -321,6 +327,71 @@ def test_bad_batches_name_the_feature():
     assert "c0[0] = -1 is out of range" in error(model, {**x, "c0": -torch.ones(B, dtype=torch.int64)})
     assert "tags[5, 2] = 5 is out of range" in error(model, {**x, "tags": torch.tensor([[0, 1, 2]] * 5 + [[0, 1, 5]])})
     assert "sequence feature 'tags' must be [B, L] ids, got shape [6]" in error(model, {**x, "tags": x["c0"]})
+
+
+@pytest.mark.parametrize(
+    "build, sparse, sequence, dense", [(deepfm, "c1", "tags", "price"), (din, "item", "items", "age")]
+)
+def test_odd_columns_name_the_feature(build, sparse, sequence, dense):
+    model, x = build(), batch()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for names in ([sparse], [n for n in x if x[n].dim() == 1 and n != dense]):
+                message = error(model, {**x, **{n: x[n][:, None] for n in names}})
+                assert "must be [B] ids, got shape [6, 1]" in message and any(
+                    f"feature {n!r}" in message for n in names
+                )
+            for name in (sparse, sequence, dense):
+                for odd, kind in (
+                    (x[name].tolist(), "list"),
+                    (x[name].numpy(), "ndarray"),
+                    (x[name] * 1j, "complex64"),
+                ):
+                    with pytest.raises(
+                        TypeError, match=f"feature '{name}' must be a tensor of real numbers, got .*{kind}"
+                    ):
+                        model({**x, name: odd})
+                message = error(model, {**x, name: x[name][:4]})
+                assert f"'{name}'" in message and "one batch size B" in message and "[4" in message
+                assert f"feature '{name}' is missing" in error(model, {k: v for k, v in x.items() if k != name})
+            assert f"dense feature '{dense}' must be [B] or [B, n]" in error(model, {**x, dense: torch.rand(())})
+            torch.manual_seed(0)
+            assert torch.equal(model.eval()({**x, sparse: x[sparse].float()}), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("build", [deepfm, din, lambda: deepfm_of_one_width()], ids=["deepfm", "din", "one width"])
+def test_dense_features_beside_tables_of_any_dtype(build, dtype):
+    model, x = build(), batch()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    expected = model.eval()(x)
+    model.to(dtype)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+            assert y.dtype == dtype and relative_error(y, expected) < {torch.float64: 1e-5}.get(dtype, 0.03)
+    model.train()(x).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    dense = [f for f in model.embedding.features if isinstance(f, rk.DenseFeature)]
+    assert model.embedding(x, dense, squeeze_dim=True).dtype == dtype
+
+
+def test_mask_padding_needs_a_padding_idx():
+    history = rk.SequenceFeature("hist", 9, D, pooling="concat", shared_with="item")
+    message = error(rk.DIN, [], [history], [rk.SparseFeature("item", 9, D)], {"dims": [3]}, {}, mask_padding=True)
+    assert "mask_padding needs the padding_idx of history feature 'hist'" in message
+
+
+def test_a_fused_table_that_gets_a_hook_is_refused():
+    """It would be looked up with a gradient that no optimizer takes."""
+    model, x = deepfm(), batch()
+    rk.optim.fuse(model, rk.optim.SGD(model.embedding.parameters(), lr=0.1))
+    model.embedding.embed_dict["c1"].register_forward_hook(lambda *_: None)
+    assert "the table of feature 'c1' is trained by a fused optimizer" in error(model, x)
+    with torch.no_grad():
+        assert model.eval()(x).shape == (B,)
 
 
 def test_bad_models_name_the_feature():

@@ -4,6 +4,7 @@ training curves; over random configurations."""
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -301,6 +302,31 @@ def test_their_feature_objects_work():
     compare(ours, theirs, x, training=True, tolerance=1e-4)
 
 
+class OwnFeature(rk.SparseFeature):
+    pass
+
+
+def test_our_features_in_their_models():
+    """torch-rechub goes by isinstance, and takes what is none of its own for dense."""
+    ours = [rk.SparseFeature("a", 9, 4), OwnFeature("own", 9, 4), rk.SequenceFeature("b", 9, 4), rk.DenseFeature("c")]
+    classes = [features_.SparseFeature, features_.SparseFeature, features_.SequenceFeature, features_.DenseFeature]
+    loaded = pickle.loads(pickle.dumps(ours))
+    for features in (ours, loaded, copy.deepcopy(ours), [copy.copy(f) for f in ours]):
+        for feature, original, theirs in zip(features, ours, classes):
+            assert [isinstance(feature, c) for c in dict.fromkeys(classes)] == [
+                c is theirs for c in dict.fromkeys(classes)
+            ]
+            assert isinstance(feature, getattr(rk, theirs.__name__)) and type(feature) is type(original)
+            assert list(vars(feature)) == list(vars(original)) and repr(feature) == repr(original)
+    x = {"a": torch.randint(9, (B,)), "own": torch.randint(9, (B,)), "b": torch.randint(9, (B, L)), "c": torch.randn(B)}
+    models = [ranking.WideDeep(f, f, {"dims": [4]}) for f in (ours, [c(*a) for c, a in zip(classes, ARGUMENTS)])]
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[0].eval()(x), models[1].eval()(x))
+
+
+ARGUMENTS = ("a", 9, 4), ("own", 9, 4), ("b", 9, 4), ("c",)
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("name", ["DIN", "DeepFM", "WideDeep", "DCN"])
 def test_accelerate(name, seed):
@@ -328,6 +354,7 @@ def test_accelerate(name, seed):
     assert rk.accelerate(ours) is ours and [id(p) for p in ours.parameters()] == before
     assert isinstance(ours.embedding, rk.EmbeddingLayer) and list(ours.state_dict()) == list(theirs.state_dict())
     compare(ours, theirs, random_batch(rng, specs), training=True, tolerance=2e-4)
+    assert rk.accelerate(ours) is ours
     with pytest.raises(ValueError, match="accelerate: Linear has no torch-rechub layer"):
         rk.accelerate(nn.Linear(2, 2))
 

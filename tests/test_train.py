@@ -217,6 +217,16 @@ def test_bad_file_is_one_line_on_stderr(tmp_path, capsys, name, content, line, m
     assert not (tmp_path / "out.json").exists()
 
 
+def test_an_unwritable_result_is_known_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load", lambda *_: pytest.fail("went on"))
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file" / "out.json", tmp_path):
+        assert train.main(["--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("train.py: --out: ")
+    assert train.unwritable(tmp_path / "file") is None and (tmp_path / "file").read_text() == "kept"
+    assert train.unwritable(tmp_path / "a" / "b.json") is None and not (tmp_path / "a" / "b.json").exists()
+
+
 def test_files_that_do_not_fit(tmp_path, capsys, rng):
     first, second = tmp_path / "a.tsv", tmp_path / "b.tsv"
     for path in (first, second):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -162,20 +163,14 @@ class EmbeddingLayer(nn.Module):
 
     def _ids(self, x: Mapping[str, Tensor], plan: _Plan) -> list[Tensor]:
         """The ids of each lookup, int32 or int64."""
-        for name in plan.dense:
-            if name not in x:
-                raise _missing(name, x)
         ids_of = []
         for lookup in plan.lookups:
             ids = x.get(lookup.name)
-            if ids is None:
-                raise _missing(lookup.name, x)
-            if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
-                ids = ids.long()
+            dtype = getattr(ids, "dtype", None)
+            if dtype is not torch.int64 and dtype is not torch.int32:
+                ids = _column(lookup.name, x).long()
             if lookup.is_sequence and ids.dim() != 2:
-                raise ValueError(
-                    f"EmbeddingLayer: sequence feature {lookup.name!r} must be [B, L] ids, got shape {list(ids.shape)}"
-                )
+                raise _bad_shape("sequence", lookup.name, "[B, L] ids", ids)
             ids_of.append(ids)
         return ids_of
 
@@ -189,16 +184,29 @@ class EmbeddingLayer(nn.Module):
 
     def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
-        float32 for a dense one. A feature that comes twice is looked up once, but by a table whose call may be seen.
+        in the tables' dtype for a dense one. A feature that comes twice is looked up once, but by a table whose call
+        may be seen.
 
         The attributes of a feature object are read when a list of features is first seen.
 
         Raises:
             KeyError: the batch lacks a feature.
             IndexError: an id outside the feature's table.
+            TypeError: a feature of the batch is no tensor, or complex.
+            ValueError: a feature of the batch has another shape, or another B than the others.
         """
         plan = self._plan(features)
         ids = self._ids(x, plan)
+        for lookup, i in zip(plan.lookups, ids):
+            if i.dim() != 1 and not lookup.is_sequence:
+                raise _bad_shape("sparse", lookup.name, "[B] ids", i)
+        return self._look_up(x, plan, ids)
+
+    def _look_up(self, x: Mapping[str, Tensor], plan: _Plan, ids: list[Tensor]) -> list[Tensor]:
+        """``lookup`` for ids of any shape."""
+        for lookup, i in zip(plan.lookups, ids):
+            if i.shape[:1] != ids[0].shape[:1]:
+                raise _bad_batch(lookup.name, i, plan.names[0], ids[0])
         tables, weights = self._tables(plan)
         masked = is_plain(self.input_mask, InputMask)
         fused = [
@@ -220,7 +228,8 @@ class EmbeddingLayer(nn.Module):
                 optimizer=self.fused_optimizer,
             )
             found = dict(zip(fused, embeddings))
-        found.update(enumerate(self._dense(x, plan), len(plan.lookups)))
+        dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
+        found.update(enumerate(self._dense(x, plan, dtype, ids), len(plan.lookups)))
         return [
             found[i] if i in found else self._called(x, feature, tables[plan.table_of[i]], plan.lookups[i].mode)
             for i, feature in zip(plan.order, plan.features)
@@ -237,10 +246,27 @@ class EmbeddingLayer(nn.Module):
         mask = self.input_mask(x, feature) if is_sequence(feature) else None
         return _pool(table(x[feature.name].long()), mask, mode)
 
+    def _dtype(self) -> torch.dtype:
+        """Of the layer's tables, whatever they are."""
+        return next((p.dtype for p in self.embed_dict.parameters() if p.is_floating_point()), torch.float32)
+
     @staticmethod
-    def _dense(x: Mapping[str, Tensor], plan: _Plan) -> list[Tensor]:
-        values = [x[name].float() for name in plan.dense]
-        return [v if v.dim() > 1 else v.unsqueeze(1) for v in values]
+    def _dense(x: Mapping[str, Tensor], plan: _Plan, dtype: torch.dtype, ids: list[Tensor]) -> list[Tensor]:
+        """The dense features' values, [B, n]: rounded to float32 as torch-rechub does, then in ``dtype``."""
+        values = []
+        for name in plan.dense:
+            v = _column(name, x)
+            if v.dtype is not torch.float32 or dtype is not torch.float32:
+                v = v.float().to(dtype)
+            if v.dim() != 2:
+                if v.dim() != 1:
+                    raise _bad_shape("dense", name, "[B] or [B, n] numbers", v)
+                v = v.unsqueeze(1)
+            first = ids[0] if ids else values[0] if values else v
+            if v.size(0) != first.size(0):
+                raise _bad_batch(name, v, (plan.names or plan.dense)[0], first)
+            values.append(v)
+        return values
 
     def _together(self, x: Mapping[str, Tensor], plan: _Plan, one_width: bool) -> tuple | None:
         """The op's arguments for all of the plan's lookups side by side in one tensor; None if that is not possible."""
@@ -265,7 +291,7 @@ class EmbeddingLayer(nn.Module):
         weights, ids, *features = arguments
         (out,) = call(weights, ids, [], [], *features, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
-            return torch.cat([out, *self._dense(x, plan)], 1) if plan.dense else out
+            return torch.cat([out, *self._dense(x, plan, out.dtype, ids)], 1) if plan.dense else out
         return out.view(-1, len(ids), weights[0].size(1))
 
     def lookup_fm(
@@ -282,7 +308,7 @@ class EmbeddingLayer(nn.Module):
             return None
         *arguments, dense = arguments
         # On a GPU the op would copy the embeddings beside them: joining all at once is a launch less.
-        together = dense and all(v.device.type == "cpu" and v.dtype == linear_weight.dtype for v in dense)
+        together = dense and all(v.device.type == "cpu" for v in dense)
         joined = _side_by_side(dense) if together else None
         out, interaction, linear = call_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
         return torch.cat([out, *dense], 1) if dense and not together else out, interaction, linear
@@ -295,7 +321,7 @@ class EmbeddingLayer(nn.Module):
         arguments = self._together(x, deep, True)
         if arguments is None or arguments[0][0].dtype != linear_weight.dtype:
             return None
-        return *arguments, self._dense(x, deep)
+        return *arguments, self._dense(x, deep, linear_weight.dtype, arguments[1])
 
     def deepfm(
         self,
@@ -332,11 +358,15 @@ class EmbeddingLayer(nn.Module):
                 beside others are dropped.
 
         Raises:
-            KeyError, IndexError: see ``lookup``.
-            ValueError: nothing to return, or features of different shape without ``squeeze_dim``.
+            KeyError, IndexError, TypeError: see ``lookup``.
+            ValueError: nothing to return, features of different shape without ``squeeze_dim``, and see ``lookup``.
+            RuntimeError: features of one shape with another B.
         """
-        out = self._concat(x, self._plan(features), squeeze_dim)
-        return arrange(features, self.lookup(x, features), squeeze_dim) if out is None else out
+        plan = self._plan(features)
+        out = self._concat(x, plan, squeeze_dim)
+        if out is None:
+            out = arrange(features, self._look_up(x, plan, self._ids(x, plan)), squeeze_dim)
+        return out
 
 
 def _row(padding_idx: int, weight: Tensor) -> int:
@@ -352,8 +382,26 @@ def _side_by_side(columns: Sequence[Tensor]) -> Tensor:
     return torch.cat([v.t() for v in columns]).t()
 
 
-def _missing(name: str, x: Mapping[str, Tensor]) -> KeyError:
-    return KeyError(f"EmbeddingLayer: feature {name!r} is missing from the batch, which has {list(x)}")
+def _column(name: str, x: Mapping[str, Tensor]) -> Tensor:
+    """What the batch has of a feature, if it is a tensor of real numbers."""
+    value = x.get(name)
+    if value is None:
+        raise KeyError(f"EmbeddingLayer: feature {name!r} is missing from the batch, which has {list(x)}")
+    if not isinstance(value, Tensor) or value.is_complex():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"EmbeddingLayer: feature {name!r} must be a tensor of real numbers, got {kind}")
+    return value
+
+
+def _bad_shape(kind: str, name: str, expected: str, value: Tensor) -> ValueError:
+    return ValueError(f"EmbeddingLayer: {kind} feature {name!r} must be {expected}, got shape {list(value.shape)}")
+
+
+def _bad_batch(name: str, value: Tensor, first_name: str, first: Tensor) -> ValueError:
+    return ValueError(
+        f"EmbeddingLayer: features must have one batch size B, but {first_name!r} has shape {list(first.shape)} and "
+        f"{name!r} {list(value.shape)}"
+    )
 
 
 def arrange(features: Sequence, embeddings: Sequence[Tensor], squeeze_dim: bool) -> Tensor:

@@ -82,6 +82,14 @@ class _Tables(nn.ParameterList, nn.EmbeddingBag):
         self._size, self.sparse = 0, sparse
         self.extend(values)
 
+    def __getattr__(self, name: str):
+        """Loops over all embedding modules ask for ``weight``: one table is that, of several there is none."""
+        if name == "weight" and len(self) == 1:
+            return self[0]
+        if name == "weight":
+            raise AttributeError(f"TableBatchedEmbeddingBag: no one weight, but {len(self)} tables: go over .weights")
+        return super().__getattr__(name)
+
 
 class TableBatchedEmbeddingBag(nn.Module):
     """Many tables, looked up in one call.
