@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from rankkernels import reference
 from rankkernels.ops._library import cpu_isa, no_extension
 from rankkernels.ops.din_attention import ACTIVATIONS, din_attention, unflatten
-from rankkernels.testing import TOLERANCE
+from rankkernels.testing import TOLERANCE, din_attention_case
 
 FORMS = ("padded", "lengths", "mask", "offsets")
 
@@ -444,3 +444,21 @@ def test_bad_dropout(change, message):
     history, target, params, _, rows, stats = inputs()
     with pytest.raises((ValueError, RuntimeError), match=f"^din_attention: {message}"):
         din_attention(history, target, params, stats, **rows, **FLAGS, **change)
+
+
+@pytest.mark.parametrize("use_softmax", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_infinite_units_are_as_the_reference_has_them(activation, use_softmax):
+    """A unit's bias is infinite or NaN, of one of two layers."""
+    for layer, value in itertools.product((0, 1), (torch.inf, -torch.inf, torch.nan)):
+        case = din_attention_case(5, 9, 6, [7, 20], activation, False, use_softmax, False, "lengths")
+        inputs = case.inputs()
+        biases = [t for t in inputs[3:] if t.shape in ((7,), (20,))]
+        [t for t in biases if len(t) == (7, 20)[layer]][0][3] = value
+        inputs = [t.requires_grad_(t.is_floating_point()) for t in inputs]
+        wanted, results = [t for t in inputs if t.requires_grad], []
+        for function in (case.function, case.reference):
+            out = function(*inputs)
+            grads = torch.autograd.grad(out, [inputs[0], inputs[1], *wanted[-2:]], torch.ones_like(out))
+            results.append([out, *grads])
+        torch.testing.assert_close(*results, equal_nan=True, rtol=1e-4, atol=1e-4)

@@ -4,6 +4,7 @@ that use the op, and the Dice of other libraries."""
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -74,6 +75,49 @@ def test_infinities_and_nans_stay_in_their_row():
     rows = torch.ones(40, dtype=torch.bool)
     rows[[3, 7]] = False
     assert y[rows].isfinite().all() and not y[3].isfinite().all() and y[7].isnan().any()
+
+
+EXTREMES = [torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 6e4, -6e4, 100.0, -100.0, -80.0, 1.0, -1.0, 0.0, 1e-40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation, batch_norm", [(a, n) for a, n in EVERY if a != "dice"])
+def test_extremes_have_torchs_value(activation, batch_norm, dtype):
+    """Infinities, NaN and halfs that overflow, forward and backward, of gradients that are such themselves, too."""
+    for H, alpha, upstream in itertools.product((3, 40), (0.0, 0.25, -2.0), (1.0, 0.0, torch.inf, torch.nan)):
+        x = torch.tensor(EXTREMES).to(dtype)[:, None].repeat(1, H).requires_grad_()
+        slope = torch.full((H,), alpha, requires_grad=True) if ACTIVATIONS[activation] else None
+        stats = (torch.zeros(H), torch.ones(H)) if batch_norm else (None, None)
+        norm = reference.BatchNorm(None, None, *stats, 1e-5) if batch_norm else None
+        wanted = [x] if slope is None else [x, slope]
+        out, _ = rk.norm_activation(x, None, None, slope, *stats, activation=activation, batch_norm=batch_norm)
+        expected, _ = reference.norm_activation(x, norm, activation, slope)
+        results = [(y, *torch.autograd.grad(y, wanted, torch.full_like(y, upstream))) for y in (out, expected)]
+        torch.testing.assert_close(*results, equal_nan=True, check_dtype=False)
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_dice_of_extremes_is_torchs(batch_norm):
+    """A row with an infinity or a NaN is NaN, and one whose squares overflow is what the reference makes of it."""
+    x = torch.randn(8, 40)
+    for row, value in enumerate((torch.inf, -torch.inf, torch.nan, 1e19, -1e20, 1e37)):
+        x[row, 7 * row] = value
+    stats = (torch.zeros(40), torch.ones(40)) if batch_norm else (None, None)
+    out, _ = rk.norm_activation(x, None, None, torch.ones(1) * 0.3, *stats, activation="dice", batch_norm=batch_norm)
+    norm = reference.BatchNorm(None, None, *stats, 1e-5) if batch_norm else None
+    expected, _ = reference.norm_activation(x, norm, "dice", torch.ones(1) * 0.3)
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert out[:3].isnan().all() and out[3:].isfinite().all()
+
+
+def test_running_statistics_of_a_batch_whose_squares_overflow_are_torchs():
+    x, norm = torch.randn(30, 4), nn.BatchNorm1d(4)
+    x[3, 1], x[5, 2], x[7, 3] = 1e20, torch.inf, torch.nan
+    expected = norm(x)
+    out, stats = rk.norm_activation(x, activation="linear", batch_norm=True, training=True)
+    torch.testing.assert_close(out, expected.detach(), equal_nan=True, rtol=1e-5, atol=1e-5)
+    running = 0.1 * stats + 0.9 * torch.cat([torch.zeros(4), torch.ones(4)])
+    torch.testing.assert_close(running, torch.cat([norm.running_mean, norm.running_var]), equal_nan=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -20,7 +20,9 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
+from rankkernels import reference
 from rankkernels._triton.ahead_of_time import tensor_bytes
+from rankkernels.ops.din_attention import ACTIVATIONS
 from rankkernels.testing.gpu import DOUBLE, INTERPRETED, SINGLE, Interpreted, described, error, strided
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
@@ -114,6 +116,38 @@ def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
     ratio = moved / given_and_returned
     print(f"| {op.module} {described(config)} {described(dtype)} | {ratio:.3f} of the inputs' and outputs' bytes |")
     assert 0.99 <= ratio <= 1.05
+
+
+EXTREMES = [torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 100.0, -100.0, 1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "activation, batch_norm", [(a, n) for a in ACTIVATIONS for n in (True, False) if n or a != "dice_batch_norm"]
+)
+def test_extremes_have_torchs_value(activation, batch_norm):
+    module = importlib.import_module("rankkernels._triton.norm_activation")
+    x = torch.tensor(EXTREMES)[:, None].repeat(1, 5).requires_grad_()
+    alpha = torch.full((5,), 0.25, requires_grad=True) if ACTIVATIONS[activation] else None
+    stats = (torch.zeros(5), torch.ones(5)) if batch_norm else (None, None)
+    flags = activation, batch_norm, False, 1e-5, 1e-3
+    arguments = x.detach(), None, None, None if alpha is None else alpha.detach(), *stats
+    norm = reference.BatchNorm(None, None, *stats, 1e-5) if batch_norm else None
+    expected, _ = reference.norm_activation(x, norm, activation, alpha)
+    out, batch_stats = module.norm_activation(*arguments, *flags)
+    torch.testing.assert_close(out, expected.detach(), equal_nan=True)
+    grad_x, grads = module.norm_activation_backward(torch.ones_like(out), batch_stats, *arguments, *flags)
+    wanted = torch.autograd.grad(expected, [x] if alpha is None else [x, alpha], torch.ones_like(out))
+    torch.testing.assert_close([grad_x, *grads], list(wanted), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_fm_of_infinities_is_the_references():
+    module = importlib.import_module("rankkernels._triton.fm_interaction")
+    x = torch.randn(5, 4, 6)
+    x[1, 0, 2], x[2, 3, 2], x[3, 1, 5] = torch.inf, -torch.inf, torch.nan
+    for reduce_sum in (True, False):
+        torch.testing.assert_close(
+            module.fm_interaction(x, reduce_sum), reference.fm_interaction(x, reduce_sum), equal_nan=True
+        )
 
 
 def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleType:
