@@ -289,7 +289,7 @@ def test_a_copy_goes_on_as_the_original(kind, way):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
 def test_distributed(tmp_path):
-    """Refused inside DistributedDataParallel unless it leaves the tables out; a process group changes nothing."""
+    """Refused inside DistributedDataParallel, unless it leaves the tables out; a group alone changes nothing."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         fused, stepped, optimizer, other = pair()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,170 @@ def test_state_that_does_not_fit():
         rk.optim.SGD(module.parameters()).load_state_dict(theirs.state_dict())
     with pytest.raises(ValueError, match="SGD: max_row_norm must be positive or None"):
         rk.optim.SGD(module.parameters(), max_row_norm=-1.0)
+
+
+NAN, INF, BAD = float("nan"), float("inf"), (-1.0, float("nan"), float("inf"), None, "x", torch.ones(2))
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas", "lr_decay", "initial_accumulator_value",
+                                  "max_row_norm"])  # fmt: skip
+def test_hyperparameters_are_checked_however_they_come(kind, name):
+    """By the constructor, for each group, and for one added or loaded; what is refused changes nothing."""
+    cls, first, second = getattr(rk.optim, kind), bag().weight, bag().weight
+    good = cls([first]).param_groups[0]
+    if name not in good:
+        return
+    values = [(0.9,), (0.9, 1.0), (-0.1, 0.9), (NAN, 0.9), (0.9, 0.9, 0.9), 0.9] if name == "betas" else list(BAD)
+    if name == "max_row_norm":
+        values = [-1.0, 0.0, NAN, 1e-46, "x", torch.ones(2)]
+    if name == "eps" and kind != "SGD":
+        values += [0.0, 1e-46, 1e-40]
+    for value in values:
+        for make in (
+            lambda value=value: cls([{"params": [first], name: value}]),
+            lambda value=value: optimizer.add_param_group({"params": [second], name: value}),
+            lambda value=value: optimizer.load_state_dict(state_dict(value)),
+        ):
+            optimizer = cls([first])
+            before = optimizer.state_dict()
+
+            def state_dict(value, before=before):
+                return before | {"param_groups": [before["param_groups"][0] | {name: value}]}
+
+            with pytest.raises(ValueError, match=f"{kind}: {name} must"):
+                make()
+            assert optimizer.state_dict() == before and len(optimizer.param_groups) == 1
+
+
+def test_what_torch_accepts():
+    """No epsilon where no row's sum is zero; a tensor as the learning rate; one less than float32's in float64."""
+    weight, wide = bag().weight, bag().double().weight
+    rk.optim.Adagrad([weight], eps=0.0, initial_accumulator_value=0.1)
+    rk.optim.Adam([wide], lr=torch.tensor(0.1), eps=1e-100, betas=(0, 0.5), max_row_norm=INF)
+    with pytest.raises(ValueError, match="Adam: eps must be at least 1.17"):
+        rk.optim.Adam([wide, weight], eps=1e-100)
+
+
+@KINDS
+def test_a_gradient_of_zero_gives_numbers(kind):
+    module, optimizer = make(kind, False, **({} if kind == "SGD" else {"eps": 2e-38}))
+    (module(ids(0)) * 0).sum().backward()
+    optimizer.step()
+    assert module.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("largest", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+def test_rows_are_clipped_in_the_whole_range(dtype, reference, largest):
+    """Where the squares of the gradient have no place in the table's dtype, too."""
+    torch.manual_seed(0)
+    values = (torch.rand(4, 9, dtype=torch.float64) * largest).to(dtype)
+    values[3] = 0
+    norms = values.double().norm(dim=1, keepdim=True)
+    for limit in (0.1 * largest, 100 * largest):
+        weight = torch.zeros(4, 9, dtype=dtype)
+        key = "CompositeExplicitAutograd" if reference else "CPU"
+        torch.ops.rankkernels.sparse_update.default.redispatch(
+            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), weight, [], torch.arange(4), values, 0,
+            [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, limit],
+        )  # fmt: skip
+        expected = -values.double() * (limit / norms.clamp(min=1e-300)).clamp(max=1)
+        assert ((weight.double() - expected).abs() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * largest).all()
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_row_that_is_no_number_is_clipped_as_torch_clips(reference):
+    values = torch.ones(3, 5)
+    values[0, 1], values[1, 1] = INF, NAN
+    weight = torch.zeros(3, 5)
+    key = "CompositeExplicitAutograd" if reference else "CPU"
+    torch.ops.rankkernels.sparse_update.default.redispatch(
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), weight, [], torch.arange(3), values, 0,
+        [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5],
+    )  # fmt: skip
+    for row, value in zip(weight, values):
+        p = nn.Parameter(torch.zeros(5))
+        p.grad = value.clone()
+        nn.utils.clip_grad_norm_([p], 0.5)
+        torch.testing.assert_close(row, -p.grad, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+OTHERS = ["SGD", "Adagrad", "SparseAdam", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "ASGD",
+          "Rprop", "Adafactor"]  # fmt: skip
+TAKES = {"SGD": ["SGD"], "Adagrad": ["Adagrad"], "Adam": ["SparseAdam", "Adam"], "AdamW": ["AdamW"],
+         "RowWiseAdagrad": []}  # fmt: skip
+
+
+@KINDS
+@pytest.mark.parametrize("theirs", OTHERS)
+@pytest.mark.parametrize("stepped", [True, False])
+def test_states_of_torchs_optimizers(kind, theirs, stepped):
+    """Those of the same kind are taken, the others refused, whether they have been made or not."""
+    module = bag()
+    other = getattr(torch.optim, theirs)(module.parameters())
+    if stepped:
+        module.weight.grad = torch.ones(30, 9).to_sparse(1) if theirs == "SparseAdam" else torch.ones(30, 9)
+        other.step()
+    optimizer = getattr(rk.optim, kind)(module.parameters(), lr=0.5)
+    before = optimizer.state_dict()
+    if theirs in TAKES[kind]:
+        optimizer.load_state_dict(other.state_dict())
+        assert set(optimizer.param_groups[0]) == {"params", *before["param_groups"][0]}
+    else:
+        with pytest.raises(ValueError, match=f"{kind}: the state to load is of an optimizer of another kind"):
+            optimizer.load_state_dict(other.state_dict())
+        assert optimizer.state_dict() == before
+
+
+def test_adam_and_adamw_take_different_steps():
+    for kind, other in (("Adam", "AdamW"), ("AdamW", "Adam")):
+        module, optimizer = make(kind, False)
+        train(module, optimizer, range(1))
+        with pytest.raises(ValueError, match=f"{other}: the state to load is of an optimizer of another kind"):
+            make(other, False)[1].load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"step": -1}, {"step": 1.5}, {"step": NAN}, {"exp_avg": None},
+                                    {"exp_avg": torch.ones(2)}, {"mu_product": torch.ones(())}])  # fmt: skip
+def test_a_refused_state_leaves_the_optimizer_as_it_was(change):
+    weights = [bag(seed).weight for seed in range(2)]
+    optimizer = rk.optim.Adam(weights, lr=1.0)
+    for p in weights:
+        rk.embedding_bag(p, ids(0), sparse=True).sum().backward()
+    optimizer.step()
+    groups, states = [dict(g) for g in optimizer.param_groups], {p: dict(optimizer.state[p]) for p in weights}
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["param_groups"][0]["lr"] = 99.0
+    state_dict["state"][1].update(change)
+    with pytest.raises(ValueError, match="Adam: the state of table 1 must have"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups == groups
+    assert all(optimizer.state[p][name] is value for p in weights for name, value in states[p].items())
+
+
+def test_what_a_scheduler_left_in_a_group_is_kept():
+    module, optimizer = make("SGD", False)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)
+    other = make("SGD", False)[1]
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["max_lr"] == 0.1 and other.param_groups[0]["initial_lr"] == pytest.approx(0.004)
+
+
+def test_to_torch_loses_nothing():
+    module, optimizer = make("Adam", False, weight_decay=0.1)
+    theirs = torch.optim.SparseAdam(module.parameters())
+    with pytest.raises(ValueError, match="to_torch: SparseAdam has no weight_decay, and here it is 0.1"):
+        rk.optim.to_torch(optimizer, theirs)
+    optimizer = make("Adam", False, max_row_norm=2.0)[1]
+    with pytest.raises(ValueError, match="to_torch: Adam has no max_row_norm, and here it is 2.0"):
+        rk.optim.to_torch(optimizer, torch.optim.Adam(module.parameters()))
+    for options in ({"amsgrad": True}, {"maximize": True}):
+        with pytest.raises(ValueError, match=f"to_torch: Adam has {next(iter(options))}, Adam has none"):
+            rk.optim.to_torch(make("Adam", False)[1], torch.optim.Adam(module.parameters(), **options))
+    with pytest.raises(ValueError, match="to_torch: the optimizers must have the same groups of params"):
+        rk.optim.to_torch(make("Adam", False)[1], torch.optim.Adam(rk.EmbeddingBag(31, 9).parameters()))
 
 
 CONTINUE = """

@@ -249,9 +249,9 @@ def distinct(weights: Sequence[Tensor], tables: Sequence[int], frozen_rows: Sequ
     Raises:
         ValueError: a table has two frozen rows.
     """
-    places = {id(w): t for t, w in reversed(list(enumerate(weights)))}  # where each comes first
-    if len(places) == len(weights):
+    if len(set(map(id, weights))) == len(weights):
         return weights, tables, frozen_rows
+    places = {id(w): t for t, w in reversed(list(enumerate(weights)))}  # where each comes first
     for t, w in enumerate(weights):
         if frozen_rows[t] != frozen_rows[places[id(w)]]:
             raise ValueError(
@@ -309,16 +309,23 @@ def outside_graph(function, *arguments):
     return torch.compiler.disable(function)(*arguments)  # here and not as a decorator, which imports the compiler
 
 
+def no_backward() -> bool:
+    """Whether the forward alone is asked for: what its backward is to do is then nothing to break a graph for."""
+    return not torch.is_grad_enabled() or torch.compiler.is_exporting()
+
+
 def call(
     weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=False,
     sparse=False, optimizer=None,
 ):  # fmt: skip
     """The op on arguments in the schema's own form."""
+    if (sparse or optimizer is not None) and no_backward():
+        sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
                              frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
     with raise_documented():
-        if optimizer is not None and torch.is_grad_enabled():
+        if optimizer is not None:
             gate = optimizer.gate(weights)
             weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
             lists, features = (weights, indices, offsets), (tables, modes, padding_idx, frozen_rows)

@@ -116,8 +116,11 @@ def _(weight, states, rows, values, optimizer, hyper):
     old = [s[rows] for s in states]
     dtype = states[0].dtype if states else torch.promote_types(weight.dtype, torch.float32)
     w, g = weight[rows].to(dtype), values.to(dtype) * grad_factor
-    if max_norm:
-        g = g * (max_norm / g.norm(dim=1, keepdim=True)).clamp(max=1)
+    if max_norm and g.numel():
+        most = g.abs().amax(1, keepdim=True)  # squares have half of the range
+        scaled = most * (g / most.clamp(min=torch.finfo(dtype).tiny)).norm(dim=1, keepdim=True)
+        norm = torch.where(most.isinf(), most, scaled)
+        g = torch.where(norm <= max_norm, g, g * (max_norm / norm))
     if kind == "adamw":
         w = w - lr * weight_decay * w
     else:

@@ -29,6 +29,7 @@ from rankkernels.ops.embedding_bag import (
     distinct,
     in_schema,
     needs_values,
+    no_backward,
     outside_graph,
     sparse_gradients,
     table_gradients,
@@ -347,12 +348,14 @@ class _Updating(torch.autograd.Function):
 def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight=None, dense=None,
          sparse=False, optimizer: Optimizer | None = None):  # fmt: skip
     """The op on arguments in the schema's own form, of features without offsets and per-sample weights."""
+    if (sparse or optimizer is not None) and no_backward():
+        sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight,
                              dense, sparse, optimizer)  # fmt: skip
     lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
     with raise_documented():
-        if optimizer is not None and torch.is_grad_enabled():
+        if optimizer is not None:
             gate = optimizer.gate(weights)
             weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
             lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
