@@ -1,6 +1,7 @@
 // The arguments of an optimizer's step on tables, as the CPU and the CUDA implementation take them.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "embedding_bag_arguments.h"
@@ -20,6 +21,34 @@ inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, si
   RK_CHECK(states == tables * states_of(optimizer), op, ": states must hold ", states_of(optimizer),
            " tensors a table, got ", states, " for ", tables);
   RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
+}
+
+// Whether two tables have an element in common; the columns of one matrix may be several tables.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const char *first = static_cast<const char*>(a.const_data_ptr()),
+             *second = static_cast<const char*>(b.const_data_ptr());
+  const int64_t size = a.element_size(), apart = (second - first) / size;  // a comes first
+  if (second >= first + ((a.size(0) - 1) * a.stride(0) + a.size(1)) * size) return false;
+  const bool one_matrix = a.stride(0) > 0 && a.stride(0) == b.stride(0) && b.element_size() == size &&
+                          (second - first) % size == 0;
+  return !one_matrix || apart % a.stride(0) < a.size(1) || apart % a.stride(0) + b.size(1) > a.stride(0);
+}
+
+// Raises if two tables share memory: their steps would be taken at once.
+inline void check_apart(const Tensors& weights) {
+  std::vector<size_t> order;
+  for (size_t t = 0; t < weights.size(); ++t)
+    if (weights[t].numel() > 0) order.push_back(t);
+  const auto start = [&](size_t t) { return static_cast<const char*>(weights[t].const_data_ptr()); };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return start(a) < start(b); });
+  for (size_t i = 0; i < order.size(); ++i) {
+    const Tensor& w = weights[order[i]];
+    const char* end = start(order[i]) + ((w.size(0) - 1) * w.stride(0) + w.size(1)) * w.element_size();
+    for (size_t k = i + 1; k < order.size() && start(order[k]) < end; ++k)
+      RK_CHECK_UPDATE(!overlap(w, weights[order[k]]), "weights[", std::min(order[i], order[k]),
+                      "] and weights[", std::max(order[i], order[k]),
+                      "] share memory: give a table once, and its features its number");
+  }
 }
 
 // The step of `op` on a table. `Update` is either implementation's; what it has of its own is left to the

@@ -83,6 +83,7 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
     updates.push_back(make_cpu_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
                                       weights[t], states.data() + t * states_of(optimizer)));
   }
+  check_apart(weights);
   for (size_t t = 0; t < weights.size(); ++t) {
     sums[t].update = &updates[t];
     sums[t].fm = fm.empty() ? nullptr : &fm[t];

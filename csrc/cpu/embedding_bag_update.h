@@ -130,6 +130,26 @@ struct Step {
     if (kind == kRowWiseAdagrad && d == 0) __builtin_prefetch(state1 + row, 1);
   }
 
+  // Norms between them are what their squares' sum says: its terms are then normal numbers or too small to
+  // count.
+  static constexpr A kLeastNorm = sizeof(A) == 4 ? A(1e-15) : A(1e-130),
+                     kMostNorm = sizeof(A) == 4 ? A(1e18) : A(1e150);
+
+  __attribute__((noinline)) static A scaled_norm(const Step& s, const A* grad) {
+    A most = 0, squares = 0;
+    for (int64_t d = 0; d < s.D; ++d) {
+      const A g = __builtin_fabs(s.grad_factor * grad[d]);
+      if (!(g <= most)) most = g;
+      if (g != g) return g;
+    }
+    if (most == 0 || most - most != 0) return most;
+    for (int64_t d = 0; d < s.D; ++d) {
+      const A g = s.grad_factor * grad[d] / most;
+      squares += g * g;
+    }
+    return most * root(squares);
+  }
+
   // Multiplies the gradients by grad_factor and shortens those that are then longer than max_norm.
   __attribute__((noinline)) static void scale_grads(const Step& s, A* grads, int64_t n) {
     for (A* grad = grads; grad < grads + n * s.D; grad += s.D) {
@@ -138,9 +158,12 @@ struct Step {
         const V g = s.grad_factor * load(grad + d, d + kLanes <= s.D, s.tail_state);
         squares += g * g;
       }
-      const A norm = root(splat<A>(sum_lanes<T>(squares)))[0];
+      A norm = root(sum_lanes<T>(squares));
+      // Squares beyond the range, or so small that they lose digits: of the gradient over its largest value.
+      if (s.max_norm != 0 && !(norm >= kLeastNorm && norm <= kMostNorm)) norm = scaled_norm(s, grad);
+      // Not norm > max_norm: a NaN takes its row along, as it does in torch.
       const A factor =
-          s.max_norm != 0 && norm > s.max_norm ? s.grad_factor * (s.max_norm / norm) : s.grad_factor;
+          s.max_norm == 0 || norm <= s.max_norm ? s.grad_factor : s.grad_factor * (s.max_norm / norm);
       for (int64_t d = 0; d < s.D; ++d) grad[d] *= factor;
     }
   }

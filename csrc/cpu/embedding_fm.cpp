@@ -1,6 +1,7 @@
 // Lookup + FM + linear term in one pass: threads and registration. The mathematics are in embedding_fm.h and,
 // of the lookups, embedding_bag.h.
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "../embedding_fm_arguments.h"
@@ -211,7 +212,8 @@ struct LookupGrads {
  private:
   Tensors kept;
 
-  // Whether every embedding is a row of a table of its feature's own.
+  // Whether every embedding is a row of a table of its feature's own; an edit that no version tells of
+  // (through .data) is looked for in one row of each.
   static bool is_rows(const Tensors& weights, const Tensor& embeddings, int64_t D,
                       const FeatureArgs& features) {
     std::vector<const void*> tables;
@@ -223,9 +225,32 @@ struct LookupGrads {
       const Tensor& w = weights[t];
       if (w.dim() != 2 || w.size(1) != D || w.scalar_type() != embeddings.scalar_type()) return false;
       if (w.numel()) tables.push_back(w.const_data_ptr());
+      if (embeddings.size(0) > 0 && !holds(w, embeddings, f, D, features)) return false;
     }
     std::sort(tables.begin(), tables.end());
     return std::adjacent_find(tables.begin(), tables.end()) == tables.end();
+  }
+
+  // Whether w holds what feature f has looked up for one of the samples, another one for each feature.
+  static bool holds(const Tensor& w, const Tensor& embeddings, int64_t f, int64_t D,
+                    const FeatureArgs& features) {
+    const Tensor& ids = features.indices[f];
+    const bool wide = ids.scalar_type() == ScalarType::Long;
+    if ((!wide && ids.scalar_type() != ScalarType::Int) || !ids.is_cpu() || !w.is_cpu() ||
+        ids.size(0) != embeddings.size(0) || embeddings.size(1) < (f + 1) * D)
+      return false;
+    const int64_t b = f * 257 % ids.size(0), place = b * ids.stride(0);
+    const int64_t id = wide ? static_cast<const int64_t*>(ids.const_data_ptr())[place]
+                            : static_cast<const int32_t*>(ids.const_data_ptr())[place];
+    if (id < 0 || id >= w.size(0)) return false;
+    const int64_t size = w.element_size();
+    const char* row = static_cast<const char*>(w.const_data_ptr()) + id * w.stride(0) * size;
+    const char* x = static_cast<const char*>(embeddings.const_data_ptr()) +
+                    (b * embeddings.stride(0) + f * D * embeddings.stride(1)) * size;
+    for (int64_t d = 0; d < D; ++d)
+      if (std::memcmp(row + d * w.stride(1) * size, x + d * embeddings.stride(1) * size, size) != 0)
+        return false;
+    return true;
   }
 };
 
@@ -239,7 +264,7 @@ static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_spars
   const FeatureArgs features{indices, offsets,     per_sample_weights, tables,
                              modes,   padding_idx, frozen_rows,        nullptr};
   const LookupGrads grads(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D, weights,
-                          unchanged, features);
+                          unchanged && rows_of(weights) == rows, features);
   auto [grad_rows, values, factors] =
       sparse_gradients(BackwardArgs(grads.outs, weights, rows, features), grads.fm);
   return {grad_rows, values, factors, grads.grad_linear_weight};

@@ -69,6 +69,7 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
     rows.push_back(updates[t].R);
     first_key += updates[t].R;
   }
+  check_apart(weights);
   for (size_t f = 0; f < args.size() && grad_outs.size() == args.size(); ++f) {
     const Tensor& w = weights[tables[f]];
     RK_CHECK_UPDATE(

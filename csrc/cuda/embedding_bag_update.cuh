@@ -43,6 +43,24 @@ struct Gradients {
   int64_t n, stride;
 };
 
+// The norm of factor * grad where the squares are beyond the range, or so small that they lose digits.
+template <class A, class T>
+__device__ A scaled_norm(const Update& u, const T* grad, A factor, Group group) {
+  A most = 0;
+  for (int d = 0; d < u.D; ++d) {
+    const A g = fabs(factor * widen(grad[d]));
+    if (g != g) return g;
+    most = g > most ? g : most;
+  }
+  if (most == 0 || most - most != 0) return most;
+  A squares = 0;
+  for (int d = group.lane(); d < u.D; d += group.lanes()) {
+    const A g = factor * widen(grad[d]) / most;
+    squares += g * g;
+  }
+  return most * sqrt(group.sum(squares));
+}
+
 template <class T, int n>
 __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, const T* grad, Group group) {
   using A = accumulate_t<T>;
@@ -60,8 +78,11 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
       const A g = factor * widen(grad[d]);
       squares += g * g;
     }
-    const A norm = sqrt(group.sum(squares));
-    if (norm > A(u.max_norm)) factor *= A(u.max_norm) / norm;
+    A norm = sqrt(group.sum(squares));
+    const bool narrow = sizeof(A) == 4;
+    if (!(norm >= A(narrow ? 1e-15 : 1e-130) && norm <= A(narrow ? 1e18 : 1e150)))
+      norm = scaled_norm<A>(u, grad, factor, group);
+    if (!(norm <= A(u.max_norm))) factor *= A(u.max_norm) / norm;  // a NaN takes its row along
   }
   A row_scale = lr;  // sgd's and row-wise adagrad's
   if (optimizer == kRowWiseAdagrad) {
