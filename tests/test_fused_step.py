@@ -308,3 +308,83 @@ def test_distributed(tmp_path):
         same(fused, stepped)
     finally:
         dist.destroy_process_group()
+
+
+KERNELS = pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise")
+
+
+@KERNELS
+def test_tables_that_share_memory():
+    """A step on one would be a step on the other, at the same time; columns of one matrix are tables apart."""
+    whole = torch.zeros(9, 8)
+
+    def train(*views):
+        weights = [nn.Parameter(view) for view in views]
+        optimizer = rk.optim.SGD(weights, lr=1.0)
+        outs = rk.table_batched_embedding_bag(weights, [torch.arange(3)] * 2, modes=["none"] * 2, optimizer=optimizer)
+        sum(out.sum() for out in outs).backward()
+
+    for views in ((whole, whole), (whole[1:], whole[:-1]), (whole[:, :5], whole[:, 4:]), (whole[2:], whole[:3, :4]),
+                  (whole[:, :2], whole.view(18, 4)[:, 2:])):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"weights\[0\] and weights\[1\] share memory"):
+            train(*views)
+    assert (whole == 0).all()
+    train(whole[:, :4], whole[:, 4:])
+    assert (whole[:3] == -1).all() and (whole[3:] == 0).all()
+
+
+EDITS = {
+    "scaled": lambda w: w.data.mul_(10),
+    "written": lambda w: w.data.copy_(torch.rand_like(w.data)),
+    "replaced": lambda w: setattr(w, "data", torch.rand_like(w.data)),
+    "another storage": lambda w: w.data.set_(torch.rand_like(w.data)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("way", ["sparse", "fused", "dense"])
+def test_a_table_edited_between_forward_and_backward(way, edit):
+    """The FM's gradient is of what was looked up, though no version tells of an edit through ``data``."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(50, 4, dtype=torch.float64)) for _ in range(3)]
+    ids = [torch.randint(50, (20,)) for _ in weights]
+    rows = [w.detach()[i].requires_grad_() for w, i in zip(weights, ids)]
+    rk.reference.fm_interaction(torch.stack(rows, 1)).sum().backward()
+    optimizer = rk.optim.SGD(weights, lr=1.0) if way == "fused" else None
+    _, fm, _ = rk.embedding_fm(weights, ids, sparse=way == "sparse", optimizer=optimizer)
+    for w in weights[:2]:
+        EDITS[edit](w)
+    before = [w.detach().clone() for w in weights]
+    fm.sum().backward()
+    for w, old, i, row in zip(weights, before, ids, rows):
+        expected = torch.zeros_like(old).index_add(0, i, row.grad)
+        torch.testing.assert_close(old - w.detach() if way == "fused" else w.grad.to_dense(), expected)
+
+
+@pytest.mark.parametrize("way", ["sparse", "fused", "dense"])
+@pytest.mark.parametrize("fm", [True, False])
+@pytest.mark.parametrize("shape", [(3, 16), (2000, 3), (2000, 40)])
+def test_a_table_replaced_by_another_between_forward_and_backward(way, fm, shape):
+    """A step is refused. A gradient may be given: that of the table that was looked up, as nn.Embedding's."""
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(2000, 16)) for _ in range(2)]
+    ids = [torch.arange(2000).flip(0), torch.randint(2000, (2000,))]
+    options = {"sparse": way == "sparse", "optimizer": rk.optim.SGD(weights) if way == "fused" else None}
+    rows = [w.detach()[i].requires_grad_() for w, i in zip(weights, ids)]
+    if fm:
+        rk.reference.fm_interaction(torch.stack(rows, 1)).sum().backward()
+        out = rk.embedding_fm(weights, ids, **options)[1]
+    else:
+        sum(rows).sum().backward()
+        out = sum(rk.table_batched_embedding_bag(weights, ids, modes=["none"] * 2, **options))
+    weights[0].data = torch.randn(shape)
+    before = [w.detach().clone() for w in weights]
+    try:
+        out.sum().backward()
+    except (RuntimeError, IndexError):
+        assert all(torch.equal(a, b) for a, b in zip(before, weights)) and all(w.grad is None for w in weights)
+        return
+    assert way != "fused" and (way != "sparse" or not fm or shape[0] == 2000)
+    for w, i, row in zip(weights, ids, rows):
+        expected = torch.zeros(2000, 16).index_add(0, i, row.grad)
+        torch.testing.assert_close(w.grad.to_dense(), expected, rtol=1e-4, atol=1e-4)

@@ -263,8 +263,12 @@ static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_spars
     const Ints& frozen_rows) {
   const FeatureArgs features{indices, offsets,     per_sample_weights, tables,
                              modes,   padding_idx, frozen_rows,        nullptr};
+  for (size_t t = 0; t < weights.size() && weights.size() == rows.size(); ++t)
+    RK_CHECK(weights[t].dim() == 2 && weights[t].size(0) == rows[t], "embedding_fm_backward: weights[", t,
+             "] must be the table that was looked up, with ", rows[t], " rows, got shape ",
+             shape_of(weights[t]));
   const LookupGrads grads(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D, weights,
-                          unchanged && rows_of(weights) == rows, features);
+                          unchanged, features);
   auto [grad_rows, values, factors] =
       sparse_gradients(BackwardArgs(grads.outs, weights, rows, features), grads.fm);
   return {grad_rows, values, factors, grads.grad_linear_weight};
