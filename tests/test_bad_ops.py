@@ -248,17 +248,17 @@ BAD_INPUTS = {
         (
             dict(linear_weight=randn(3)),
             f"linear_weight must have one value a column of the embeddings, {2 * D}, and their dtype and device, "
-            "torch.float32, got shape [3] and torch.float32",
+            "torch.float32 on cpu, got shape [3] and torch.float32 on cpu",
         ),
         (
             dict(dense=randn(B)),
-            f"dense must be [B, n] with B = {B} like the embeddings, torch.float32 on their device, got shape [{B}] "
-            "and torch.float32",
+            f"dense must be [B, n] with B = {B} like the embeddings, torch.float32 on cpu, got shape [{B}] "
+            "and torch.float32 on cpu",
         ),
         (
             dict(dense=randn(B, 1).double()),
-            f"dense must be [B, n] with B = {B} like the embeddings, torch.float32 on their device, got shape [{B}, 1] "
-            "and torch.float64",
+            f"dense must be [B, n] with B = {B} like the embeddings, torch.float32 on cpu, got shape [{B}, 1] "
+            "and torch.float64 on cpu",
         ),
         (dict(mlp=[]), "mlp must be the weight and the bias of each of two layers or more, got 0 tensors"),
         (

@@ -52,15 +52,16 @@ def _check(weights, indices, tables, names, linear_weight, dense, mlp):
         linear_weight.numel() == width and fits(linear_weight),
         lambda: (
             f"deepfm: linear_weight must have one value a column of the embeddings, {width}, and their dtype and "
-            f"device, torch.float32, got shape {list(linear_weight.shape)} and {linear_weight.dtype}"
+            f"device, torch.float32 on {device}, got shape {list(linear_weight.shape)} and {linear_weight.dtype} on "
+            f"{linear_weight.device}"
         ),
     )
     if dense is not None:
         check(
             dense.dim() == 2 and dense.size(0) == B and fits(dense),
             lambda: (
-                f"deepfm: dense must be [B, n] with B = {B} like the embeddings, torch.float32 on their device, got "
-                f"shape {list(dense.shape)} and {dense.dtype}"
+                f"deepfm: dense must be [B, n] with B = {B} like the embeddings, torch.float32 on {device}, got "
+                f"shape {list(dense.shape)} and {dense.dtype} on {dense.device}"
             ),
         )
         width = width + dense.size(1)

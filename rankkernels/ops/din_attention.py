@@ -306,9 +306,9 @@ def _(grad_out, batch_stats, saved, history, target, lengths, mask, offsets, par
 
 
 def _din_attention(history, target, lengths, mask, offsets, params, running_stats, flags):
-    accumulated = [reference.accumulator(p) for p in params]
+    params, running_stats = ([t.to(wide(history.dtype)) for t in tensors] for tensors in (params, running_stats))
     hidden, out_weight, out_bias = unflatten(
-        accumulated, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
+        params, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     )
     return reference.din_attention(
         history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,

@@ -103,7 +103,8 @@ def _(grad_out, batch_stats, x, weight, bias, alpha, *rest):
 
 def _norm_activation(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps,
                      dice_eps):  # fmt: skip
-    weight, bias, alpha = (None if p is None else reference.accumulator(p) for p in (weight, bias, alpha))
+    vectors = weight, bias, alpha, running_mean, running_var
+    weight, bias, alpha, running_mean, running_var = (None if p is None else p.to(wide(x.dtype)) for p in vectors)
     norm = reference.BatchNorm(weight, bias, running_mean, running_var, norm_eps) if batch_norm else None
     return reference.norm_activation(x, norm, _NAMES[activation], alpha, training, dice_eps)
 
@@ -223,7 +224,7 @@ def norm_activation(
     Raises:
         ValueError: an unknown activation.
         RuntimeError: shapes, dtypes or devices that do not fit, a vector too many or too few, fewer than two rows in
-            training with a normalization.
+            training with a normalization, an epsilon that is negative, or 0 in training with a normalization.
     """
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
