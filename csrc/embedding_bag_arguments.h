@@ -18,40 +18,32 @@ namespace rk {
 using Tensors = std::vector<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// A str[] argument. Strings stay torch's until a message needs one: torch's own conversion copies them all at
-// every call, and loses the copies.
+// A str argument: the features' names, one a line, or nothing. It stays torch's until a message needs a name.
 class Names {
  public:
-  explicit Names(StableListHandle list) : list_(list) {}
-  Names(Names&& other) noexcept : list_(std::exchange(other.list_, nullptr)) {}
+  explicit Names(StringHandle text) : text_(text) {}
+  Names(Names&& other) noexcept : text_(std::exchange(other.text_, nullptr)) {}
   ~Names() {
-    if (!list_) return;
-    for (size_t i = 0, n = size(); i < n; ++i) torch_delete_string(handle(i));
-    torch_delete_list(list_);
+    if (text_) torch_delete_string(text_);
   }
 
-  size_t size() const {
-    size_t n = 0;
-    torch_list_size(list_, &n);
-    return n;
-  }
-
-  std::string operator[](size_t i) const {
+  // The name of feature f, empty if it has none.
+  std::string operator[](size_t f) const {
     size_t length = 0;
     const char* data = nullptr;
-    torch_string_length(handle(i), &length);
-    torch_string_c_str(handle(i), &data);
-    return std::string(data, length);
+    torch_string_length(text_, &length);
+    torch_string_c_str(text_, &data);
+    const std::string text(data, length);
+    size_t begin = 0;
+    for (; f > 0 && begin != std::string::npos; --f) {
+      begin = text.find('\n', begin);
+      if (begin != std::string::npos) ++begin;
+    }
+    return begin == std::string::npos ? "" : text.substr(begin, text.find('\n', begin) - begin);
   }
 
  private:
-  StringHandle handle(size_t i) const {
-    StableIValue value = 0;
-    torch_list_get_item(list_, i, &value);
-    return torch::stable::detail::to<StringHandle>(value);
-  }
-
-  StableListHandle list_;
+  StringHandle text_;
 };
 
 // What the op and its backward share; the backward has no names.
@@ -61,7 +53,10 @@ struct FeatureArgs {
   const Names* names;
 
   size_t size() const { return indices.size(); }
-  std::string name(size_t f) const { return names ? (*names)[f] : "indices[" + std::to_string(f) + "]"; }
+  std::string name(size_t f) const {
+    const std::string given = names ? (*names)[f] : "";
+    return given.empty() ? "indices[" + std::to_string(f) + "]" : given;
+  }
   bool has_factors(size_t f) const {
     return !per_sample_weights.empty() &&
            !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
@@ -92,7 +87,6 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   one_each("tables", args.tables.size(), false);
   one_each("modes", args.modes.size(), false);
   one_each("padding_idx", args.padding_idx.size(), false);
-  if (args.names) one_each("names", args.names->size(), false);
   RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
                ", got ", args.frozen_rows.size());
   for (size_t f = 0; f < n; ++f) {
@@ -146,6 +140,6 @@ inline void check_table(const char* op, const Tensor& w, size_t t) {
 HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
 template <>
 struct ToImpl<rk::Names> {
-  static rk::Names call(StableIValue value, uint64_t, bool) { return rk::Names(to<StableListHandle>(value)); }
+  static rk::Names call(StableIValue value, uint64_t, bool) { return rk::Names(to<StringHandle>(value)); }
 };
 HIDDEN_NAMESPACE_END(torch, stable, detail)

@@ -62,7 +62,7 @@ def deepfm():
     width = 2 * D + 1
     return dict(
         weights=[randn(9, D), randn(7, D)], indices=[torch.arange(B), torch.arange(B)], tables=[0, 1],
-        names=["item", "shop"], linear_weight=randn(2 * D), dense=randn(B, 1),
+        names="item\nshop", linear_weight=randn(2 * D), dense=randn(B, 1),
         mlp=[randn(4, width), randn(4), randn(1, 4), randn(1)],
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ def arguments(B: int, F: int = 5, D: int = 6, dense: int = 3, widths=(50, 17), i
     for width in (*widths, 1):
         mlp += [torch.randn(width, n) * n**-0.5, torch.randn(width)]
         n = width
-    names = [f"feature_{f}" for f in range(F)]
+    names = "\n".join(f"feature_{f}" for f in range(F))
     columns = torch.randn(dense, B).t() if dense else None
     return weights, indices, tables, names, torch.randn(1, F * D), columns, mlp
 

@@ -16,7 +16,7 @@ def raw(**changes):
     arguments = {
         "weights": weights, "rows": [5, 6], "indices": [torch.tensor([1, 2]), torch.tensor([[3], [4]])], "offsets": [],
         "per_sample_weights": [], "tables": [0, 1], "modes": [0, 1], "padding_idx": [-1, -1], "frozen_rows": [-1, -1],
-        "names": ["a", "b"], "grad_outs": [torch.ones(2, 4), torch.ones(2, 4)], "states": [], "optimizer": 0,
+        "names": "a\nb", "grad_outs": [torch.ones(2, 4), torch.ones(2, 4)], "states": [], "optimizer": 0,
         "hyper": [0.1, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0, 0.0] * 2, "embeddings": torch.ones(2, 8), "dim": 4,
         "grad_embeddings": torch.ones(2, 8), "grad_fm": None, "grad_linear": None, "linear_weight": None,
         "dense": None, "unchanged": False,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from rankkernels.ops._library import is_exporting_to_onnx
+
 _GLOBAL_HOOKS = (
     torch_module._global_forward_pre_hooks,
     torch_module._global_forward_hooks,
@@ -22,8 +24,8 @@ _GLOBAL_HOOKS = (
 
 
 def nobody_follows() -> bool:
-    """Whether no global hook sees the calls of all modules."""
-    return not any(_GLOBAL_HOOKS)
+    """Whether no global hook sees the calls of all modules, and no export to ONNX, which knows torch's alone."""
+    return not any(_GLOBAL_HOOKS) and not is_exporting_to_onnx()
 
 
 def is_untouched(module: nn.Module, cls: type) -> bool:

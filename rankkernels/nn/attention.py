@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import is_plain, is_tensor
 from rankkernels.nn.layers import MLP, activation_of, is_served, update_running_stats
+from rankkernels.ops._library import is_exporting_to_onnx
 from rankkernels.ops.din_attention import jagged
 
 
@@ -105,6 +106,21 @@ class ActivationUnit(nn.Module):
         self.use_softmax = use_softmax
         self.attention = MLP(4 * emb_dim, dims=[36] if dims is None else dims, dropout=dropout, activation=activation)
 
+    def _padded(self, history: Tensor, target: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The inference of ``forward`` with no shape that depends on values, on padded rows too."""
+        B, L, D = history.shape
+        t = target[:, None].expand(B, L, D)
+        score = self.attention(torch.cat([t, history, t - history, t * history], -1).reshape(B * L, 4 * D))
+        score = score.reshape(B, L, 1)
+        if lengths is not None:
+            mask = torch.arange(L, device=history.device) < lengths[:, None]
+        valid = None if mask is None else mask[..., None]
+        if self.use_softmax:
+            score = (score if valid is None else score.masked_fill(~valid, -torch.inf)).softmax(1)
+        if valid is not None:
+            score = torch.where(valid, score, 0.0)
+        return (score * history).sum(1)
+
     def forward(
         self,
         history: Tensor,
@@ -122,6 +138,8 @@ class ActivationUnit(nn.Module):
             raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
         history, offsets = jagged(history, offsets)
         fused = _fused(self.attention)
+        if fused is None and offsets is None and is_exporting_to_onnx():
+            return self._padded(history, target, lengths, mask)
         if fused is None:
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = _score(self.attention, rows, target, sample).squeeze(1)

@@ -14,7 +14,7 @@ from rankkernels.nn._transparency import is_plain, is_tensor, is_untouched, nobo
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.deepfm import call as call_deepfm
-from rankkernels.ops.embedding_bag import MODES, call
+from rankkernels.ops.embedding_bag import MODES, call, join_names
 from rankkernels.ops.embedding_fm import call as call_fm
 
 _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
@@ -69,6 +69,7 @@ class _Plan:
         self.modes = [MODES.index(k.mode) for k in self.lookups]
         self.padding_idx = [-1 if k.padding_idx is None else k.padding_idx for k in self.lookups]
         self.names = [k.name for k in self.lookups]
+        self.joined_names = join_names(self.names)
         self.has_sequence = any(k.is_sequence for k in self.lookups)
         #: Whether the lookups, side by side, are what ``EmbeddingLayer.forward`` returns but for dense values.
         self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
@@ -281,7 +282,7 @@ class EmbeddingLayer(nn.Module):
         if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
             return None
         frozen_rows = [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
-        return weights, ids, plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.names
+        return weights, ids, plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.joined_names
 
     def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""

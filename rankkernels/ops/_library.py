@@ -140,6 +140,16 @@ class raise_documented:
                     raise documented(message) from None
 
 
+def is_exporting() -> bool:
+    """Whether a model is exported or traced, for inference: no backward follows, nor an optimizer's step."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def is_exporting_to_onnx() -> bool:
+    """Whether only torch's own operators will do."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
 #: The mode of torch's older vmap, of ``torch.autograd.grad(is_grads_batched=True)``.
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 

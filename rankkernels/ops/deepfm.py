@@ -12,12 +12,12 @@ from torch import Tensor
 
 from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
 from rankkernels.ops.embedding_bag import MODES
-from rankkernels.ops.embedding_bag_checks import check_forward
+from rankkernels.ops.embedding_bag_checks import check_forward, names_of
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.
 lib.define(
-    "deepfm(Tensor[] weights, Tensor[] indices, int[] tables, str[] names, Tensor linear_weight, Tensor? dense, "
+    "deepfm(Tensor[] weights, Tensor[] indices, int[] tables, str names, Tensor linear_weight, Tensor? dense, "
     "Tensor[] mlp) -> Tensor"
 )
 
@@ -32,6 +32,7 @@ def _check(weights, indices, tables, names, linear_weight, dense, mlp):
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm.cpp."""
     check = torch._check
     check_forward(weights, indices, *_features(weights, indices, tables, names), False)
+    names = names_of(names, len(indices))
     device, D, B = weights[0].device, weights[tables[0]].size(1), indices[0].numel()
 
     def fits(t: Tensor) -> bool:

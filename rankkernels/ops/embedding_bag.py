@@ -12,6 +12,7 @@ from rankkernels import reference
 from rankkernels.ops._library import (
     check_first_derivative,
     differentiable,
+    is_exporting,
     lib,
     notice_reference,
     raise_documented,
@@ -25,6 +26,7 @@ from rankkernels.ops.embedding_bag_checks import (
     check_forward,
     check_range,
     check_starts,
+    names_of,
     offsets_of,
     weights_of,
 )
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature
 # without offsets or per-sample weights has an empty tensor there, and where none has any the list is empty
 # (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they, have offsets.
-# ``names`` are the features' names for error messages. ``concat`` gives one tensor [B, sum of the widths] instead,
+# ``names``, one a line, are the features' for error messages, or empty. ``concat`` gives one tensor [B, all widths],
 # ``sparse`` makes the tables' gradients sparse.
 # ``padding_idx`` leaves an id out of a feature's pooling; ``frozen_rows`` is the row of a table that gets no gradient,
 # as nn.Embedding's padding_idx does: a feature that shares a table may pad with another id than the table's owner.
@@ -45,7 +47,7 @@ FEATURES = (
     "int[] frozen_rows"
 )
 lib.define(
-    f"embedding_bag(Tensor[] weights, {FEATURES}, str[] names, *, bool concat=False, bool sparse=False) -> Tensor[]"
+    f"embedding_bag(Tensor[] weights, {FEATURES}, str names, *, bool concat=False, bool sparse=False) -> Tensor[]"
 )
 # ``weights`` are given to the backward only where it needs their values: for max pooling and per-sample weights.
 lib.define(
@@ -111,10 +113,11 @@ def _(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
       sparse=False):  # fmt: skip
     check_forward(weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat)
     notice_reference("embedding_bag", weights[0])
+    listed = names_of(names, len(indices))
     for f, ids in enumerate(indices):
-        check_starts(f, ids, offsets, modes, names[f])
+        check_starts(f, ids, offsets, modes, listed[f])
     for f, ids in enumerate(indices):
-        check_range(weights[tables[f]].size(0), ids, names[f])
+        check_range(weights[tables[f]].size(0), ids, listed[f])
     return _reference(
         weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat=concat
     )
@@ -311,7 +314,7 @@ def outside_graph(function, *arguments):
 
 def no_backward() -> bool:
     """Whether the forward alone is asked for: what its backward is to do is then nothing to break a graph for."""
-    return not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    return not torch.is_grad_enabled() or is_exporting()
 
 
 def call(
@@ -321,6 +324,9 @@ def call(
     """The op on arguments in the schema's own form."""
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
+    if torch.compiler.is_exporting():  # what AOTInductor compiles makes None of an empty list
+        offsets, per_sample_weights = (values or [weights[0].new_empty(0)] * len(indices)
+                                       for values in (offsets, per_sample_weights))  # fmt: skip
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, offsets, per_sample_weights, tables, modes, padding_idx,
                              frozen_rows, names, concat, sparse, optimizer)  # fmt: skip
@@ -335,6 +341,11 @@ def call(
             weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
             concat=concat, sparse=sparse,
         )  # fmt: skip
+
+
+def join_names(names: Sequence[str]) -> str:
+    """The features' names in the schema's form."""
+    return "\n".join([name.replace("\n", " ") for name in names])
 
 
 def in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names):
@@ -373,7 +384,7 @@ def in_schema(weights, indices, modes, tables, padding_idx, frozen_rows, names):
         [MODES.index(m) for m in modes],
         rows("padding_idx", padding_idx, tables),
         rows("frozen_rows", frozen_rows, range(len(weights))),
-        [f"indices[{f}]" for f in range(len(indices))] if names is None else names,
+        "" if names is None else join_names(names),
     )
 
 

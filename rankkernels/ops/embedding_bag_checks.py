@@ -15,6 +15,12 @@ from rankkernels.ops._library import FLOATING
 MODES = ("none", "sum", "mean", "max")
 
 
+def names_of(names: str, n: int) -> list[str]:
+    """The features' names from the schema's, one a line; of those without one, what it is in the schema."""
+    given = names.split("\n")
+    return [name or f"indices[{f}]" for f, name in enumerate((given + [""] * n)[:n])]
+
+
 def offsets_of(f, ids, offsets, modes):
     return offsets[f] if offsets and ids.dim() == 1 and MODES[modes[f]] != "none" else None
 
@@ -46,7 +52,7 @@ def check_features(num_tables, device, indices, offsets, per_sample_weights, tab
     check(num_tables > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
     for name, values, optional in (
         ("offsets", offsets, True), ("per_sample_weights", per_sample_weights, True), ("tables", tables, False),
-        ("modes", modes, False), ("padding_idx", padding_idx, False), ("names", names, False),
+        ("modes", modes, False), ("padding_idx", padding_idx, False),
     ):  # fmt: skip
         check(
             len(values) == len(indices) or (optional and not values),
@@ -122,6 +128,7 @@ def check_forward(
     weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat
 ):
     op, check, device = "embedding_bag", torch._check, weights[0].device if weights else None
+    names = names_of(names, len(indices))
     check_features(len(weights), device, indices, offsets, per_sample_weights, tables, modes, padding_idx,
                    frozen_rows, names)  # fmt: skip
     for t, w in enumerate(weights):

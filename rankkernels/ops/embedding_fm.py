@@ -34,14 +34,14 @@ from rankkernels.ops.embedding_bag import (
     sparse_gradients,
     table_gradients,
 )
-from rankkernels.ops.embedding_bag_checks import check_features
+from rankkernels.ops.embedding_bag_checks import check_features, names_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
 # ``dense`` [B, n], if any; ``fm`` is [B, 1], ``linear`` too, but [0, 1] where there is no ``linear_weight`` (any shape
 # of F * D values).
 lib.define(
-    f"embedding_fm(Tensor[] weights, {FEATURES}, str[] names, Tensor? linear_weight, Tensor? dense, *, "
+    f"embedding_fm(Tensor[] weights, {FEATURES}, str names, Tensor? linear_weight, Tensor? dense, *, "
     "bool sparse=False) -> (Tensor embeddings, Tensor fm, Tensor linear)"
 )
 # The gradient of the lookups, [B, F * D], and of the linear weights ([0] without any).
@@ -80,7 +80,7 @@ def _check_linear_weight(op, linear_weight, like, width) -> None:
 
 def _check(weights, tables, names, embeddings, linear_weight, dense) -> None:
     """The texts are those of csrc/embedding_fm_arguments.h."""
-    D = weights[tables[0]].size(1)
+    D, names = weights[tables[0]].size(1), names_of(names, len(tables))
     for f, t in enumerate(tables):
         torch._check(
             weights[t].size(1) == D,
@@ -353,7 +353,9 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(call, weights, indices, tables, modes, padding_idx, frozen_rows, names, linear_weight,
                              dense, sparse, optimizer)  # fmt: skip
-    lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
+    # What AOTInductor compiles makes None of an empty list.
+    absent = [weights[0].new_empty(0)] * len(indices) if torch.compiler.is_exporting() else []
+    lists, features = [weights, indices, absent, absent], (tables, modes, padding_idx, frozen_rows)
     with raise_documented():
         if optimizer is not None:
             gate = optimizer.gate(weights)

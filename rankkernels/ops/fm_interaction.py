@@ -12,6 +12,7 @@ from rankkernels.ops._library import (
     check_strided,
     differentiable,
     has_triton,
+    is_exporting_to_onnx,
     lib,
     notice_reference,
     register_autograd,
@@ -111,4 +112,6 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype.
     """
+    if is_exporting_to_onnx():
+        return reference.fm_interaction(x, reduce_sum)
     return torch.ops.rankkernels.fm_interaction.default(x, reduce_sum)

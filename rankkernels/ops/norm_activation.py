@@ -14,6 +14,7 @@ from rankkernels.ops._library import (
     check_strided,
     differentiable,
     has_triton,
+    is_exporting_to_onnx,
     lib,
     notice_reference,
     register_autograd,
@@ -109,12 +110,16 @@ def _norm_activation(x, weight, bias, alpha, running_mean, running_var, activati
     return reference.norm_activation(x, norm, _NAMES[activation], alpha, training, dice_eps)
 
 
-def _reference(*arguments):
+def _unchecked(*arguments):
     x, *_, batch_norm, training, _norm_eps, _dice_eps = arguments
-    check_strided("norm_activation", arguments[:6])
-    _check("norm_activation", *arguments)
     out, stats = _norm_activation(*arguments)
     return out.contiguous(), _new_stats(x, batch_norm, training) if stats is None else torch.cat(stats)
+
+
+def _reference(*arguments):
+    check_strided("norm_activation", arguments[:6])
+    _check("norm_activation", *arguments)
+    return _unchecked(*arguments)
 
 
 @torch.library.impl(lib, "norm_activation", "CompositeExplicitAutograd")
@@ -229,7 +234,9 @@ def norm_activation(
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"norm_activation: unknown activation {activation!r}, expected one of {known}")
-    return torch.ops.rankkernels.norm_activation.default(
+    # Sizes are tensors while torch.jit traces for the older exporter: nothing to check.
+    op = _unchecked if is_exporting_to_onnx() else torch.ops.rankkernels.norm_activation.default
+    return op(
         x, weight, bias, alpha, running_mean, running_var, _NAMES.index(activation), batch_norm, training, norm_eps,
         dice_eps,
     )  # fmt: skip

@@ -269,7 +269,7 @@ def embedding_bag_case(
             [MODES.index(m) for m in modes],
             [missing] * n,
             [missing] * len(rows),
-            [f"feature {f}" for f in range(n)],
+            "\n".join(f"feature {f}" for f in range(n)),
         )
 
     lookups = sum(B * (1 if m == "none" else L) * dims[t] for t, m in zip(tables, modes))
