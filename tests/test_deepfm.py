@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError, match="deepfm: mlp"):
             OP(weights, indices, tables, names, linear, dense, wrong)
-    with pytest.raises(RuntimeError, match=r"deepfm: weights\[1\] must be \[R, 6\] float32 on the CPU"):
+    with pytest.raises(RuntimeError, match=r"deepfm: weights\[1\] must be \[R, 6\] torch.float32, got"):
         OP([weights[0], weights[1].double(), weights[2]], indices, tables, names, linear, dense, mlp)
     with pytest.raises(RuntimeError, match=r"feature_0 must be \[9\], got shape \[9, 1\]|\[9\]"):
         OP(weights, [*indices[:-1], indices[0][1:]], tables, names, linear, dense, mlp)
