@@ -14,11 +14,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test bench results gpu-check gpu-report lint format wheel smoke clean
+.PHONY: help demo test fuzz sanitize bench results gpu-check gpu-report lint format wheel smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
 	@echo "make test    the test suite (TESTS='tests/test_ops.py -k fm' for a part)"
+	@echo "make fuzz    random calls, right ones and wrong ones (FUZZ='--count 1000 --seed 7 --only embedding')"
+	@echo "make sanitize   the fuzzer and the op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
 	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there (on a processor without"
 	@echo "             AVX-512: RESULTS=bench/results/avx2, for bench/RESULTS-AVX2.md)"
@@ -49,6 +51,22 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(TESTS)
+
+fuzz: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz --count 50000 $(FUZZ)
+
+# A build of its own, found before the ordinary one by its folder; -P keeps the sources' folder out.
+SANITIZED := OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	PYTHONPATH=build/sanitize LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so)
+SANITIZED_TESTS ?= tests/test_ops.py tests/test_embedding_bag.py tests/test_embedding_fm.py tests/test_raw_schemas.py
+
+sanitize: $(VENV)/test.stamp
+	RANKKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize/temp
+	set -e; for isa in default avx2 $$(grep -qw avx512bw /proc/cpuinfo && echo avx512); do \
+		export ATEN_CPU_CAPABILITY=$$isa; \
+		$(SANITIZED) $(BIN)/python -P tests/fuzz --count 3000 $(FUZZ); \
+		$(SANITIZED) $(BIN)/python -P -m pytest -q -k "not compile and not inductor" $(SANITIZED_TESTS); \
+	done
 
 # A process and a record for each file of bench/, so that none finds what another left behind. The tunable has a tensor
 # of a size lie where the one before it lay (bench/conftest.py).

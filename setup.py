@@ -4,6 +4,7 @@ Environment:
   RANKKERNELS_SKIP_EXT=1  no extension at all: the package runs its pure-PyTorch reference and says so once.
   RANKKERNELS_CUDA=1      also compiles csrc/cuda, with the nvcc of CUDA_HOME, for the architectures of
                           TORCH_CUDA_ARCH_LIST ("8.0;9.0;10.0+PTX"). Any build of torch will do, a CPU one too.
+  RANKKERNELS_SANITIZE=1  compiles with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
   MAX_JOBS                parallel compilations.
 """
 
@@ -52,11 +53,16 @@ def extension() -> dict:
         "-Wno-psabi",
         *defines,
     ]
+    link = []
+    if enabled("RANKKERNELS_SANITIZE"):
+        link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+        cxx += ["-O1", "-g1", *link]  # the last -O counts
     module = CppExtension(
         "rankkernels._C",
         sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         extra_compile_args={"cxx": cxx},
+        extra_link_args=link,
         py_limited_api=True,
     )
     if enabled("RANKKERNELS_CUDA"):

@@ -246,6 +246,7 @@ def update_apart(*arguments):
 
 @torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
 def _(*arguments):
+    _check_features_of_backward(len(arguments[6]), arguments[:5], arguments[5], arguments[9:16])
     linear_weight, per_sample_weights = arguments[4], arguments[11]
     grad = arguments[3].new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
     return [w.new_empty(w.shape) for w in per_sample_weights], grad

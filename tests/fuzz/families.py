@@ -1,0 +1,47 @@
+"""The families of cases: a case's number is its seed and chooses its family."""
+
+from __future__ import annotations
+
+import embedding
+import embedding_fm
+import embedding_wrong
+import kernels
+import torch
+from draw import Draw
+
+FAMILIES = {
+    "embedding_bag": embedding.valid,
+    "embedding_bag_wrong": embedding_wrong.invalid,
+    "embedding_fm": embedding_fm.valid,
+    "embedding_fm_wrong": embedding_fm.invalid,
+    "sparse_update": embedding.sparse_update,
+    "sparse_update_wrong": embedding_wrong.invalid_sparse_update,
+    "fm_interaction": kernels.valid("fm_interaction"),
+    "fm_interaction_wrong": kernels.wrong("fm_interaction"),
+    "norm_activation": kernels.valid("norm_activation"),
+    "norm_activation_wrong": kernels.wrong("norm_activation"),
+    "din_attention": kernels.valid("din_attention"),
+    "din_attention_wrong": kernels.wrong("din_attention"),
+    "linear_weight_grad": kernels.linear_weight_grad,
+    "linear_weight_grad_wrong": kernels.linear_weight_grad_wrong,
+    "deepfm": kernels.deepfm,
+    "deepfm_wrong": kernels.deepfm_wrong,
+}
+
+
+def chosen(only: str) -> list[str]:
+    names = [name for name in FAMILIES if only in name]
+    if not names:
+        raise SystemExit(f"no family's name contains {only!r}: {', '.join(FAMILIES)}")
+    return names
+
+
+def name(case: int, only: str = "") -> str:
+    names = chosen(only)
+    return names[case % len(names)]
+
+
+def run(case: int, only: str = "") -> None:
+    torch.manual_seed(case)
+    torch.set_num_threads(1 + case // 7 % 2)
+    FAMILIES[name(case, only)](Draw(case))
