@@ -230,7 +230,8 @@ def invalid(draw: Draw) -> str:
     more = {**ways_for("grad_embeddings", "grad_fm", "embeddings", "linear_weight"), "dim": wrong_dim}
     more["shape of linear_weight"] = flat(more["shape of linear_weight"])
     if op == "embedding_fm_backward":
-        more.pop("shape of embeddings")  # with nothing beside it any shape is one
+        more.pop("shape of embeddings")  # with nothing beside it any shape is one, and any device
+        more.pop("place of embeddings")
         return refuse(draw, op, grads, more)
     a |= grads | {"unchanged": draw.chance(0.5)}
     if op == "embedding_fm_backward_sparse":
