@@ -27,6 +27,7 @@ TITLES = {
     "ops": "FM interaction and hidden layers",
     "din_attention": "DIN attention",
     "embedding_bag": "Embedding tables",
+    "lookup": "Lookups by width",
     "linear": "Linear layers",
     "serving": "Serving one user",
     "import": "Import",
@@ -39,6 +40,7 @@ HEADLINES = {
     "ops": (1, None),
     "din_attention": (2, None),
     "embedding_bag": (2, "fused step"),
+    "lookup": (0, None),
     "linear": (0, None),
     "serving": (0, None),
 }

@@ -1,0 +1,79 @@
+"""Lookups of one table, forward, at widths that are pieces of a vector, whole vectors and neither.
+
+In the cache: 2,000 rows. Beyond it: 300,000. 100,000 ids, each on its own ("none") or in bags, against what torch and
+FBGEMM have for it. Where a table stays in the second-level cache, time is instructions: an id's check, its row's place
+and a load, an addition or a store for each vector. Copied rows are bound by where they are written to.
+
+``pytest bench/bench_lookup.py --benchmark-json bench/results/lookup.json`` takes about 3 minutes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import missing
+
+import rankkernels as rk
+
+N = 100_000
+ROWS = pytest.mark.parametrize("rows", [2_000, 300_000], ids=["cached", "large"])
+
+
+def fbgemm(weight: torch.Tensor, ids: torch.Tensor, mode: str):
+    """FBGEMM's operator on a copy of the table, or None where it is not installed or has no such width."""
+    if missing("fbgemm-gpu-cpu") or weight.size(1) % 4:
+        return None
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    module = SplitTableBatchedEmbeddingBagsCodegen(
+        [(*weight.shape, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+        pooling_mode={"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN}[mode],
+    )
+    module.split_embedding_weights()[0].copy_(weight)
+    values, offsets = ids.flatten(), torch.arange(0, ids.numel() + 1, ids.size(1))
+    return lambda: module(values, offsets)
+
+
+@ROWS
+@pytest.mark.parametrize("D", [4, 10, 16, 24, 40, 64, 128])
+@pytest.mark.parametrize("mode, L", [("none", 1), ("sum", 1), ("sum", 5)], ids=["each", "bags_of_1", "bags_of_5"])
+def test_lookup(mode, L, D, rows, race):
+    torch.set_num_threads(1)
+    weight, ids = torch.randn(rows, D), torch.randint(0, rows, (N // L, L))
+    if mode == "none":
+        ids = ids.flatten()
+        contenders = {"EmbeddingBag": lambda: F.embedding(ids, weight)}
+    else:
+        contenders = {"EmbeddingBag": lambda: F.embedding_bag(ids, weight, mode=mode)}
+        theirs = fbgemm(weight, ids, mode)
+        if theirs is not None:
+            contenders["FBGEMM"] = theirs
+    with torch.no_grad():
+        race(
+            lambda: rk.table_batched_embedding_bag([weight], [ids], modes=[mode])[0], contenders,
+            case=f"lookup {rows:,} x {D}, " + ("each id" if mode == "none" else f"bags of {L}"), kind="forward",
+            size=4 * (N + N // L) * D + 8 * N, missing=missing("fbgemm-gpu-cpu"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("B", [1, 16])
+@pytest.mark.parametrize("mode", ["none", "sum"])
+def test_call(mode, B, race):
+    """What a call costs beside its rows."""
+    torch.set_num_threads(1)
+    weight, ids = torch.randn(2_000, 16), torch.randint(0, 2_000, (B,) if mode == "none" else (B, 5))
+
+    def torchs():
+        return F.embedding(ids, weight) if mode == "none" else F.embedding_bag(ids, weight, mode="sum")
+
+    case = f"lookup 2,000 x 16 B{B}, " + ("each id" if mode == "none" else "bags of 5")
+    with torch.inference_mode():
+        race(
+            lambda: rk.table_batched_embedding_bag([weight], [ids], modes=[mode])[0], {"EmbeddingBag": torchs},
+            case=case, kind="call",
+        )  # fmt: skip
