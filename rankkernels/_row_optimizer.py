@@ -175,7 +175,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _check_state(self, p: Tensor) -> None:
         """Raises a RuntimeError if ``p`` has another shape than when its state was made."""
-        for name in self._states if p in self.state else ():
+        for name in self._states if self.state.get(p) else ():
             shape = self.state[p][name].shape
             if shape != (p.shape[:1] if self._one_a_row else p.shape):
                 raise RuntimeError(

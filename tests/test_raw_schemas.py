@@ -161,7 +161,7 @@ def test_a_table_replaced_by_a_smaller_one_before_its_backward():
     weight = torch.nn.Parameter(torch.randn(20000, 4))
     fm = rk.embedding_fm([weight], [torch.randint(20000, (30,))], sparse=True)[1]
     weight.data = torch.randn(3, 4)
-    with pytest.raises(RuntimeError, match=r"weights\[0\] must have 20000 rows .* got shape \[3, 4\]"):
+    with pytest.raises(RuntimeError, match=r"weights\[0\] must be the table that was looked up, with 20000 rows, got"):
         fm.sum().backward()
 
 
