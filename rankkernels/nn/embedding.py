@@ -216,7 +216,10 @@ class EmbeddingLayer(nn.Module):
             if weights[t] is not None and (masked or not lookup.is_sequence)
         ]
         found = {}
-        if fused:
+        if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
+            features = plan.table_of, plan.modes, plan.padding_idx, _frozen_rows(tables, weights), plan.joined_names
+            found = dict(enumerate(call(weights, ids, [], [], *features, optimizer=self.fused_optimizer)))
+        elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
                 [weights[t] for t in place],
@@ -273,16 +276,23 @@ class EmbeddingLayer(nn.Module):
         """The op's arguments for all of the plan's lookups side by side in one tensor; None if that is not possible."""
         if not plan.in_order:
             return None
+        ids = self._ids(x, plan)
+        if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
+            return None
         tables, weights = self._tables(plan)
         if any(w is None for w in weights) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
             return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None
-        ids = self._ids(x, plan)
-        if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
-            return None
-        frozen_rows = [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
-        return weights, ids, plan.table_of, plan.modes, plan.padding_idx, frozen_rows, plan.joined_names
+        return (
+            weights,
+            ids,
+            plan.table_of,
+            plan.modes,
+            plan.padding_idx,
+            _frozen_rows(tables, weights),
+            plan.joined_names,
+        )
 
     def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
@@ -368,6 +378,11 @@ class EmbeddingLayer(nn.Module):
         if out is None:
             out = arrange(features, self._look_up(x, plan, self._ids(x, plan)), squeeze_dim)
         return out
+
+
+def _frozen_rows(tables: Sequence[nn.Embedding], weights: Sequence[Tensor]) -> list[int]:
+    """Of each table the row that gets no gradient, as the op takes it."""
+    return [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
 
 
 def _row(padding_idx: int, weight: Tensor) -> int:

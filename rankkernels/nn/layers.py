@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
-from rankkernels.nn.linear import folded, linear, normalized_linear
+from rankkernels.nn.linear import folded, is_large, linear, normalized_linear
+from rankkernels.ops.norm_activation import is_faster
 
 
 class FM(nn.Module):
@@ -107,19 +108,27 @@ def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -
             running.lerp_(batch.to(running.dtype), momentum)
 
 
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
 def is_served(norm: nn.Module) -> bool:
     """Whether ``norm`` is a plain ``nn.BatchNorm1d`` with settings the ops know: running statistics, all of them, and
     both of weight and bias or neither."""
     if not is_plain(norm, nn.BatchNorm1d) or not norm.track_running_stats:
         return False
-    affine = () if norm.weight is None and norm.bias is None else (norm.weight, norm.bias)
-    return all(map(is_tensor, (*affine, norm.running_mean, norm.running_var, norm.num_batches_tracked)))
+    parameters, buffers = norm._parameters, norm._buffers  # themselves: an attribute takes ten times the time
+    if not {"weight", "bias"} <= parameters.keys() or not _STATISTICS <= buffers.keys():
+        return False
+    affine = parameters["weight"], parameters["bias"]
+    if affine[0] is None and affine[1] is None:
+        affine = ()
+    return all(map(is_tensor, (*affine, *map(buffers.get, _STATISTICS))))
 
 
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(norm(x))``, fused where the op has both and nobody could tell."""
+    """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell."""
     name, learnt, dice_eps = activation_of(activation)
-    if not name or x.dim() != 2 or not is_served(norm):
+    if not name or x.dim() != 2 or not is_faster(x, name) or not is_served(norm):
         return activation(norm(x))
     out, batch_stats = ops.norm_activation(
         x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
@@ -179,8 +188,9 @@ class MLP(nn.Module):
                 activation, *modules = modules
                 x = normalize_and_activate(module, activation, x)
             elif is_plain(module, nn.Linear):
-                norm = modules[0] if modules and is_served(modules[0]) else None
-                normalized = None if norm is None else normalized_linear(module, norm, x)
+                normalized = None
+                if modules and is_large(module, x) and is_served(modules[0]):
+                    normalized = normalized_linear(module, modules[0], x)
                 if normalized is None:
                     x = linear(module, x)
                 else:

@@ -97,14 +97,23 @@ def multiplications(module: nn.Linear, x: Tensor) -> int:
 
 def linear(module: nn.Linear, x: Tensor) -> Tensor:
     """``module(x)`` for a plain ``nn.Linear`` without hooks; the same numbers up to the order of summation."""
-    count = multiplications(module, x)
+    if is_watched():
+        return module(x)
     if torch.is_grad_enabled():
-        if count >= SMALLEST and (onednn_is_faster() or (x.requires_grad and x.shape[1] % LINE)):
-            return _Linear.apply(x, module.weight, module.bias)
-    # A product with one unit takes the time of reading x, which is about that with four.
-    elif count and max(count, 4 * x.numel()) >= SMALLEST_FORWARD and onednn_is_faster():
-        return _product(x, module.weight, module.bias)
+        if onednn_is_faster() or (x.requires_grad and x.shape[-1] % LINE):
+            if multiplications(module, x) >= SMALLEST:
+                return _Linear.apply(x, module.weight, module.bias)
+    elif onednn_is_faster():
+        count = multiplications(module, x)
+        # A product with one unit takes the time of reading x, which is about that with four.
+        if count and max(count, 4 * x.numel()) >= SMALLEST_FORWARD:
+            return _product(x, module.weight, module.bias)
     return module(x)
+
+
+def is_large(module: nn.Linear, x: Tensor) -> bool:
+    """Whether there will be no backward, and so much is to multiply that arranging the weights pays."""
+    return not torch.is_grad_enabled() and multiplications(module, x) >= SMALLEST
 
 
 def folded(module: nn.Linear, norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
@@ -122,15 +131,13 @@ def normalized_linear(module: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> Ten
 
     With r = 1 / sqrt(var + eps) it is x (gamma r W)^T + gamma r (b - mean) + beta. Weights may change in place between
     any two calls, and are folded in each: K M multiplications, where an own pass of the normalization reads and writes
-    the N M products.
+    the N M products: for an x that ``is_large``.
     """
     vectors = (module.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if (
-        torch.is_grad_enabled()
-        or norm.training
+        norm.training
         or norm.running_mean is None
         or any(t is not None and (t.dtype != torch.float32 or t.device.type != "cpu") for t in vectors)
-        or multiplications(module, x) < SMALLEST
         or norm.num_features != module.weight.shape[0]
     ):
         return None
