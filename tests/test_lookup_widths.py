@@ -1,4 +1,4 @@
-"""Lookups at every width from 1 to 130, where rows are pieces of a vector, whole vectors or neither.
+"""Lookups at every width from 1 to 130 and some beyond, where rows are pieces of a vector, whole vectors or neither.
 
 Values are compared with float64 on the same ids; rows that are only copied, and peaks, must be the same bits.
 """
@@ -17,7 +17,7 @@ from rankkernels import table_batched_embedding_bag
 from rankkernels.testing import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
-WIDTHS = range(1, 131)
+WIDTHS = [*range(1, 131), 137, 260, 605, 1203]  # 1203: ten covers of AVX2 that overlap
 ROWS, BAGS, LONGEST, PADDING = 40, 19, 6, 7
 
 

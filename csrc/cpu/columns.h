@@ -65,11 +65,12 @@ struct VectorCover {
   RK_MEMBER V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
   RK_MEMBER void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
   RK_MEMBER void stream(T* p, int v, V x) const { Traits<T>::stream(p + at(v), x); }
-  RK_MEMBER void prefetch(const T* p) const {
+  // With `ends` the line of the last byte too.
+  RK_MEMBER void prefetch(const T* p, bool ends) const {
     constexpr int kBytes = Traits<T>::lanes * sizeof(T), kStep = kBytes < 64 ? 64 / kBytes : 1;
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; v += kStep) __builtin_prefetch(p + v * Traits<T>::lanes);
-    __builtin_prefetch(p + last + Traits<T>::lanes - 1);
+    if (ends) __builtin_prefetch(p + last + Traits<T>::lanes - 1);
   }
 };
 
@@ -148,9 +149,9 @@ struct PieceCover {
     Pieces<kPiece * sizeof(T)>::store(p, p + last, narrow(x, T()));
   }
   RK_MEMBER void stream(T* p, int, V x) const { store(p, 0, x); }
-  RK_MEMBER void prefetch(const T* p) const {
+  RK_MEMBER void prefetch(const T* p, bool ends) const {
     __builtin_prefetch(p);
-    __builtin_prefetch(p + last + kPiece - 1);
+    if (ends) __builtin_prefetch(p + last + kPiece - 1);
   }
 };
 
@@ -162,14 +163,14 @@ struct NoCover {
   RK_MEMBER V load(const T*, int) const { return V{}; }
   RK_MEMBER void store(T*, int, V) const {}
   RK_MEMBER void stream(T*, int, V) const {}
-  RK_MEMBER void prefetch(const T*) const {}
+  RK_MEMBER void prefetch(const T*, bool) const {}
 };
 
-// Calls body(cover) of columns [0, width), which are no more than kVecs vectors. Those of width 0 have none.
-template <class T, int kVecs, class Body>
+// Calls body(cover) of columns [0, width): kLeast to kVecs vectors.
+template <class T, int kLeast, int kVecs, class Body>
 RK_INLINE auto with_vector_cover(int64_t width, const Body& body) {
-  if constexpr (kVecs > 1)
-    if (width <= (kVecs - 1) * Traits<T>::lanes) return with_vector_cover<T, kVecs - 1>(width, body);
+  if constexpr (kVecs > kLeast)
+    if (width <= (kVecs - 1) * Traits<T>::lanes) return with_vector_cover<T, kLeast, kVecs - 1>(width, body);
   return body(VectorCover<T, kVecs>(width));
 }
 template <class T, int kPiece, class Body>
