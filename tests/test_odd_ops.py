@@ -84,7 +84,7 @@ def test_deepfm_without_units_or_columns(B, D, dense, widths):
         n = width
     tables, ids = [randn(9, D), randn(7, D)], [torch.randint(7, (B,)) for _ in range(2)]
     linear, columns = randn(2 * D), randn(B, dense) if dense else None
-    out = torch.ops.rankkernels.deepfm(tables, ids, [0, 1], ["item", "shop"], linear, columns, mlp)
+    out = torch.ops.rankkernels.deepfm(tables, ids, [0, 1], "item\nshop", linear, columns, mlp)
     e = torch.cat([t[i] for t, i in zip(tables, ids)], 1)
     x = e if columns is None else torch.cat([e, columns], 1)
     for i in range(0, len(mlp), 2):
