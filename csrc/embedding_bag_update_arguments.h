@@ -27,10 +27,11 @@ inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, si
 inline bool overlap(const Tensor& a, const Tensor& b) {
   const char *first = static_cast<const char*>(a.const_data_ptr()),
              *second = static_cast<const char*>(b.const_data_ptr());
-  const int64_t size = a.element_size(), apart = (second - first) / size;  // a comes first
+  const int64_t size = a.element_size(), size_b = b.element_size();
+  const int64_t apart = (second - first) / size;  // a comes first
   if (second >= first + ((a.size(0) - 1) * a.stride(0) + a.size(1)) * size) return false;
-  const bool one_matrix = a.stride(0) > 0 && a.stride(0) == b.stride(0) && b.element_size() == size &&
-                          (second - first) % size == 0;
+  const bool one_matrix =
+      a.stride(0) > 0 && a.stride(0) == b.stride(0) && size_b == size && (second - first) % size == 0;
   return !one_matrix || apart % a.stride(0) < a.size(1) || apart % a.stride(0) + b.size(1) > a.stride(0);
 }
 

@@ -40,7 +40,10 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
              " is ", bags[f].D, " and that of ", forward.args.name(0), " ", D);
   const Tensor& embeddings = forward.outs[0];
   Tensor fm = torch::stable::new_empty(embeddings, {B, 1});
-  Tensor linear = torch::stable::new_empty(embeddings, {linear_weight ? B : 0, 1});
+  // Without columns there is no pointer to the linear weights, which the kernels take for no linear term.
+  const std::vector<int64_t> linear_shape{linear_weight ? B : 0, 1};
+  Tensor linear = width == 0 ? torch::stable::new_zeros(embeddings, linear_shape)
+                             : torch::stable::new_empty(embeddings, linear_shape);
   const Tensor a =
       linear_weight ? linear_weight_of("embedding_fm", *linear_weight, embeddings, width) : linear;
   if (dense) check_dense("embedding_fm", *dense, embeddings, B);

@@ -262,12 +262,12 @@ def _stats_size(params, flags):
     return 2 * widths * norms_per_layer(flags.name, flags.batch_norm)
 
 
-def saved_size(history, target, params, flags):
+def saved_size(history, target, params, flags, on_gpu: bool | None = None):
     """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
     normalized layers, of the first where all widths together are at most 4 D (csrc/cpu/din_attention.cpp). On a GPU the
     score of each row, and with a softmax the sum in float32, the scores' peak and their total of each sample."""
     rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
-    if history.device.type == "cuda":
+    if history.device.type == "cuda" if on_gpu is None else on_gpu:
         return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
     per_layer = params_per_layer(flags.name, flags.batch_norm)
     width, layers = 1, (len(params) - 2) // per_layer
@@ -280,13 +280,13 @@ def saved_size(history, target, params, flags):
 
 
 def _check_backward(
-    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, flags
+    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, flags, on_gpu=None
 ):
     _check("din_attention", history, target, lengths, mask, offsets, params, running_stats, flags)
     op, kept, device = "din_attention_backward", wide(history.dtype), history.device
     check_form(op, "grad_out", grad_out, target.shape, history.dtype, device)
     check_form(op, "batch_stats", batch_stats, (_stats_size(params, flags),), kept, device)
-    check_form(op, "saved", saved, (saved_size(history, target, params, flags),), kept, device)
+    check_form(op, "saved", saved, (saved_size(history, target, params, flags, on_gpu),), kept, device)
 
 
 @torch.library.register_fake("rankkernels::din_attention", lib=lib)
@@ -379,7 +379,7 @@ if has_triton:
         kernels = _kernels(history, params, flags)
         if kernels is None:
             return _default_backward(grad_out, batch_stats, saved, *tensors, *flags)
-        _check_backward(grad_out, batch_stats, saved, *tensors, flags)
+        _check_backward(grad_out, batch_stats, saved, *tensors, flags, on_gpu=True)
         return kernels.din_attention_backward(grad_out, batch_stats, saved, *tensors, flags)
 
 

@@ -60,8 +60,8 @@ def features(draw: Draw, concat: bool, overlap: bool = True, fm: bool = False) -
     return {"weights": weights, **a}
 
 
-def names_of(a: dict) -> list[str]:
-    return [f"feature_{f}" for f in range(len(a["indices"]))]
+def names_of(a: dict) -> str:
+    return "\n".join(f"feature_{f}" for f in range(len(a["indices"])))
 
 
 def call(op: str, arguments: dict):

@@ -25,7 +25,6 @@ from embedding_wrong import (
     WRONG_FLOATS,
     NotHere,
     elsewhere,
-    longer_or_shorter,
     mixed_concat,
     refuse,
     reshaped,
@@ -216,10 +215,7 @@ def invalid(draw: Draw) -> str:
     op = draw.choice(("embedding_fm", "embedding_fm_backward", "embedding_fm_backward_sparse", "embedding_fm_update"))
     if op == "embedding_fm":
         a |= {"names": names_of(a)}
-        more = {
-            **ways_for("dense", "linear_weight"), "width": wrong_width,
-            "names": lambda d, a: longer_or_shorter(d, a, "names"),
-        }  # fmt: skip
+        more = {**ways_for("dense", "linear_weight"), "width": wrong_width}
         more["shape of linear_weight"] = flat(more["shape of linear_weight"])
         a["concat"] = True
         way = {**FORWARD, **OF_TABLES, **TABLE_RANK, **more, "concat": mixed_concat}

@@ -147,7 +147,8 @@ def deepfm_arguments(draw: Draw) -> dict:
         mlp += [draw.normal((w, width), torch.float32) * width**-0.5, draw.normal((w,), torch.float32)]
         width = w
     return {
-        "weights": weights, "indices": ids, "tables": list(range(F)), "names": [f"feature_{f}" for f in range(F)],
+        "weights": weights, "indices": ids, "tables": list(range(F)),
+        "names": "\n".join(f"feature_{f}" for f in range(F)),
         "linear_weight": draw.normal((1, F * D), torch.float32),
         "dense": draw.normal((B, n), torch.float32) if n else None,
         "mlp": mlp,
@@ -169,11 +170,9 @@ def deepfm(draw: Draw) -> None:
 
 def deepfm_wrong(draw: Draw) -> None:
     a = deepfm_arguments(draw)
-    key = draw.choice(("weights", "indices", "tables", "linear_weight", "dense", "mlp", "names"))
+    key = draw.choice(("weights", "indices", "tables", "linear_weight", "dense", "mlp"))
     if key == "tables":
         a[key] = draw.choice((a[key][:-1], [*a[key], 0], [-1, *a[key][1:]], [len(a["weights"]), *a[key][1:]]))
-    elif key == "names":
-        a[key] = [*a[key], "more"]
     elif isinstance(a[key], list):
         i = draw.randrange(len(a[key]))
         t = a[key][i]
