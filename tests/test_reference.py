@@ -274,7 +274,7 @@ DIN = dict(
         (dict(history=torch.randn(4, D)), r"history must be \[B, L, D\]"),
         (dict(target=torch.randn(3, D + 1)), f"history and target must have one width D, got {D} and {D + 1}"),
         (dict(target=torch.randn(2, D)), "one batch size B, got 3 and 2"),
-        (dict(target=torch.randn(3, D).double()), "one floating-point dtype, got torch.float32 and torch.float64"),
+        (dict(target=torch.randn(3, D).double()), "must have one dtype, got torch.float32 and torch.float64"),
         (dict(lengths=torch.ones(3).int(), mask=torch.ones(3, 4) > 0), "give one of lengths, mask and offsets"),
         (dict(lengths=torch.ones(2, dtype=torch.int64)), r"lengths must be \[B\] = \[3\], got shape \[2\]"),
         (dict(lengths=torch.ones(3)), "lengths must be int32 or int64"),
@@ -319,7 +319,10 @@ def test_din_attention_training_without_enough_rows(rows):
         (dict(indices=torch.tensor([[1, 2]]), per_sample_weights=torch.rand(2, 2)), "per_sample_weights of indices"),
         (dict(indices=torch.tensor([[1, 2]]), mode="max", per_sample_weights=torch.rand(1, 2)), "mode sum or mean"),
         (dict(indices=torch.tensor([[1, 2]]), weight=torch.rand(9)), r"weights\[0\] must be \[R, D\]"),
-        (dict(indices=torch.tensor([[1, 2]]), weight=torch.ones(9, 2).long()), "must be floating-point"),
+        (
+            dict(indices=torch.tensor([[1, 2]]), weight=torch.ones(9, 2).long()),
+            "must be float32, float64, float16 or bfloat16",
+        ),
     ],
 )
 def test_embedding_bag_bad_input(arguments, message):

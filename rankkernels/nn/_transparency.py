@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from rankkernels.ops._library import is_exporting_to_onnx
@@ -59,4 +60,6 @@ def are_plain(modules: Iterable[nn.Module], classes: Iterable[type]) -> bool:
 def is_tensor(value: object) -> bool:
     """Whether ``value`` is a tensor as torch makes them, which the ops read as it lies: a subclass (a quantized weight,
     a shard) has a meaning of its own. Compilers trace with subclasses in the place of what will run."""
-    return type(value) in (nn.Parameter, Tensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
+    if type(value) in (nn.Parameter, Tensor):
+        return True
+    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
