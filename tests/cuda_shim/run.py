@@ -351,7 +351,7 @@ def bad_arguments() -> None:
     for weights, indices, linear_weight, expected in (
         ([shop[0], torch.randn(7, 3)], [ids[0], ids[1]], a, "features must have one width, but that of shop is 3 and"),
         (shop, [ids[0], ids[1]], a[1:], "linear_weight must have one value a column of the embeddings, 8, and their"),
-        (shop, [ids[0], ids[1]], a.double(), "torch.float32, got shape [8] and torch.float64"),
+        (shop, [ids[0], ids[1]], a.double(), "torch.float32 on cpu, got shape [8] and torch.float64 on cpu"),
         (shop, [ids[0], ids[1]], torch.empty(8, **elsewhere), "linear_weight must have one value a column"),
         (shop, [ids[0], ids[1][:1]], a, "features must give [B, D] of one B and one dtype, but shop of shape [1]"),
         (shop, [ids[0], ids[1].to("meta")], a, "embedding_bag: shop must be on the device of its table"),
@@ -366,7 +366,7 @@ def bad_arguments() -> None:
         ((torch.ones(3, 7), None, None), None, 4, "grad_embeddings must be [3, 8] like the embeddings, torch.float32"),
         ((None, torch.ones(2, 1), None), None, 4, "grad_fm must be [3, 1] like the embeddings, torch.float32"),
         ((None, None, torch.ones(3, 1).half()), a, 4, "grad_linear must be [3, 1] like the embeddings, torch.float32"),
-        ((None, torch.ones(3, 1), None), None, 3, "embeddings have 8 columns, no multiple of 3"),
+        ((None, torch.ones(3, 1), None), None, 3, "embeddings must have a multiple of dim = 3 columns, got 8"),
     ):
         assert_refused(f"embedding_fm_backward: {expected}", backward, *grads, e, linear_weight, D)
     update = torch.ops.rankkernels.embedding_bag_update.default
