@@ -333,7 +333,7 @@ def embedding_fm_case(
     def arguments(*inputs):
         weights, ids, a, columns = split(inputs)
         numbers = list(tables), [MODES.index(m) for m in modes], [missing] * F, [missing] * len(rows)
-        return weights, ids, [], [], *numbers, [f"feature {f}" for f in range(F)], a, columns
+        return weights, ids, [], [], *numbers, "\n".join(f"feature {f}" for f in range(F)), a, columns
 
     return OpCase(
         op="embedding_fm",
