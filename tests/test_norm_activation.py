@@ -169,6 +169,7 @@ def test_mlp_calls_hooks_and_takes_more_dimensions():
     with pytest.raises(ValueError, match="more than 1 value per channel"):  # torch's own, which a small batch runs
         rk.MLP(7, dims=[9])(torch.randn(1, 7))
     assert rk.MLP(7, dims=[9]).eval()(torch.randn(0, 7)).shape == (0, 1)
+    assert rk.MLP(7, dims=[9, 0, 3]).eval()(torch.randn(5, 7)).shape == (5, 1)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -193,8 +193,9 @@ register_autograd("norm_activation", _reference, _backward, _setup_context)
 
 def is_faster(x: Tensor, activation: str) -> bool:
     """Whether the op is faster than torch's normalization and activation of [N, H] one after the other. Below so many
-    values a call's own cost counts, but Dice is eight of torch's ops. Compilers are not asked to look at a size."""
-    return "dice" in activation or torch.compiler.is_compiling() or not x.is_cpu or x.numel() >= 1 << 17
+    values a call's own cost counts, but Dice is eight of torch's ops, which take no layer of width 0. Compilers are not
+    asked to look at a size."""
+    return "dice" in activation or torch.compiler.is_compiling() or not x.is_cpu or not 0 < x.numel() < 1 << 17
 
 
 def norm_activation(
