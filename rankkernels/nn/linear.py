@@ -136,7 +136,6 @@ def normalized_linear(module: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> Ten
     vectors = (module.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     if (
         norm.training
-        or norm.running_mean is None
         or any(t is not None and (t.dtype != torch.float32 or t.device.type != "cpu") for t in vectors)
         or norm.num_features != module.weight.shape[0]
     ):
