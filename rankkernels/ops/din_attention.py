@@ -409,7 +409,7 @@ def _backward(ctx, grad_out, *_):
     return grad_history, grad_target, None, None, None, grad_params, *nothing
 
 
-register_autograd("din_attention", _reference, _backward, _setup_context)
+_forward = register_autograd("din_attention", _reference, _backward, _setup_context)
 
 
 def _without_autocast(op: torch._ops.OpOverload, key: str):
@@ -506,7 +506,7 @@ def din_attention(
         raise ValueError(f"din_attention: unknown activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     history, offsets = jagged(history, offsets)
     with raise_documented():
-        out, batch_stats, _ = torch.ops.rankkernels.din_attention.default(
+        out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, list(params), list(running_stats), _NAMES.index(activation),
             batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed,
         )  # fmt: skip

@@ -226,7 +226,7 @@ def _backward(ctx, grad_outs):
     return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5
 
 
-register_autograd("embedding_bag", _reference, _backward, _setup_context)
+_forward = register_autograd("embedding_bag", _reference, _backward, _setup_context)
 
 
 class Optimizer(Protocol):
@@ -337,7 +337,7 @@ def call(
             lists, features = (weights, indices, offsets), (tables, modes, padding_idx, frozen_rows)
             out = _Updating.apply(optimizer, gate, lists, features, names, concat, gate.anchor, *per_sample_weights)
             return list(out)
-        return torch.ops.rankkernels.embedding_bag.default(
+        return _forward(
             weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names,
             concat=concat, sparse=sparse,
         )  # fmt: skip

@@ -307,7 +307,7 @@ def _backward(ctx, *grads):
     )  # fmt: skip
 
 
-register_autograd("embedding_fm", _reference, _backward, _setup_context)
+_forward = register_autograd("embedding_fm", _reference, _backward, _setup_context)
 
 
 class _Updating(torch.autograd.Function):
@@ -363,7 +363,7 @@ def call(weights, indices, tables, modes, padding_idx, frozen_rows, names, linea
             weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
             lists, features = [weights, indices, [], []], (tables, modes, padding_idx, frozen_rows)
             return _Updating.apply(optimizer, gate, lists, features, names, linear_weight, dense, gate.anchor)
-        return torch.ops.rankkernels.embedding_fm.default(*lists, *features, names, linear_weight, dense, sparse=sparse)
+        return _forward(*lists, *features, names, linear_weight, dense, sparse=sparse)
 
 
 def embedding_fm(

@@ -91,7 +91,7 @@ def _backward(ctx, grad_out):
     return fm_interaction_backward(grad_out, x, ctx.reduce_sum), None
 
 
-register_autograd("fm_interaction", _reference, _backward, _setup_context)
+_forward = register_autograd("fm_interaction", _reference, _backward, _setup_context)
 # Under autocast on CUDA torch's own sum and pow compute and return float32; on the CPU they keep the input's dtype.
 torch.library.register_autocast("rankkernels::fm_interaction", "cuda", torch.float32, lib=lib)
 
@@ -114,4 +114,4 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     """
     if is_exporting_to_onnx():
         return reference.fm_interaction(x, reduce_sum)
-    return torch.ops.rankkernels.fm_interaction.default(x, reduce_sum)
+    return _forward(x, reduce_sum)

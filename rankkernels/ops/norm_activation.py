@@ -188,7 +188,7 @@ def _backward(ctx, grad_out, _):
     return grad_x, *(None if p is None else next(grads) for p in vectors[:3]), *[None] * 7
 
 
-register_autograd("norm_activation", _reference, _backward, _setup_context)
+_forward = register_autograd("norm_activation", _reference, _backward, _setup_context)
 
 
 def is_faster(x: Tensor, activation: str) -> bool:
@@ -242,7 +242,7 @@ def norm_activation(
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"norm_activation: unknown activation {activation!r}, expected one of {known}")
     # Sizes are tensors while torch.jit traces for the older exporter: nothing to check.
-    op = _unchecked if is_exporting_to_onnx() else torch.ops.rankkernels.norm_activation.default
+    op = _unchecked if is_exporting_to_onnx() else _forward
     return op(
         x, weight, bias, alpha, running_mean, running_var, _NAMES.index(activation), batch_norm, training, norm_eps,
         dice_eps,
