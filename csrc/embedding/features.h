@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "stable/check.h"
 
 #define RK_CHECK_BAG(condition, ...) RK_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
 

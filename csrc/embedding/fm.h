@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "embedding_bag_arguments.h"
+#include "embedding/features.h"
 
 namespace rk {
 

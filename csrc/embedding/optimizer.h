@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "embedding_bag_arguments.h"
-#include "embedding_bag_optimizer.h"
+#include "embedding/features.h"
+#include "embedding/params.h"
 
 #define RK_CHECK_UPDATE(condition, ...) RK_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
 

@@ -1,23 +1,24 @@
 // DeepFM without its last sigmoid, in eval: checks, threads and registration. The mathematics are in
-// embedding_fm.h and deepfm.h.
+// fm_kernel.h and hidden_layers_kernel.h.
 #include <algorithm>
 #include <cstring>
 #include <functional>
 
-#include "../embedding_fm_arguments.h"
-#include "arena.h"
-#include "deepfm_args.h"
-#include "dispatch.h"
-#include "embedding_bag_features.h"
-#include "parallel.h"
+#include "cpu/deepfm/params.h"
+#include "cpu/dense/params.h"
+#include "cpu/embedding/features.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/simd/operand.h"
+#include "embedding/fm.h"
 
 namespace rk {
 
 RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
 RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T>
-               void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&))
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
@@ -157,10 +158,10 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
         for (int64_t b = 0; b < n; ++b)
           x[b * stride_x + width + c] = beside[(b0 + b) * stride_db + c * stride_dn];
       RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
-      RK_DISPATCH_ISA(embedding_linear<float>, x, stride_x, a_weight, width, linear, 0, n);
+      RK_DISPATCH_ISA(linear<float>, x, stride_x, a_weight, width, linear, 0, n);
       const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
                                        {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n});
-      RK_DISPATCH_ISA(embedding_linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
+      RK_DISPATCH_ISA(linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
       for (int64_t b = 0; b < n; ++b) y[b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
     }
   });

@@ -1,4 +1,4 @@
-// Activations of DIN's attention MLP on a block of rows, forward and backward, for one instruction set. Rows
+// Activations of a hidden layer on a block of rows, forward and backward, for one instruction set. Rows
 // have padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The
 // structures of pointers come by value: as the stores may alias anything, through a reference each pointer
 // would be read again after each.
@@ -18,8 +18,9 @@
 //   dL/dy = da (alpha + (1 - alpha) p) + (w - mean(w) - u sum_j w_j u_j) / s.
 #pragma once
 
-#include "din_attention_args.h"
-#include "vec.h"
+#include "cpu/dense/params.h"
+#include "cpu/simd/operand.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -1,11 +1,11 @@
 // Checks, threads and registration of the FM interaction; the kernel and its mathematics are in
-// fm_interaction.h.
+// fm_interaction_kernel.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../check.h"
-#include "dispatch.h"
-#include "memory.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "stable/check.h"
 
 namespace rk {
 

@@ -15,8 +15,8 @@
 // grad_x is stored past the caches: an ordinary store would load its lines too.
 #pragma once
 
-#include "columns.h"
-#include "vec.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

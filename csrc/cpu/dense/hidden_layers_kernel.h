@@ -1,21 +1,17 @@
-// The hidden layers of DeepFM's deep part on a block of samples, in eval, for one instruction set.
+// The hidden layers of an MLP on a block of samples, in eval, for one instruction set.
 //
-//   h_0 = [embeddings | dense],    h_i = relu(W_i h_{i-1} + b_i),    float32
+//   h_0 = x,    h_i = relu(W_i h_{i-1} + b_i),    float32
 //
 // 2 in out flops a layer and sample. The block's activations and the weights stay in the second-level cache
-// (26 x 16 + 13 -> 256 -> 128 and 64 samples: 0.2 and 0.6 MB), so memory has only the tables' rows to give,
-// in lines all over them. All rows of a feature are asked for at once, while those of the feature before are
-// copied: that has as many on their way as the processor can (5 ns a row). Asked for little by little between
-// the tiles of the product before, they would hold up the product's own loads for longer than that: 5.7 ms
-// instead of 5.4 for 4096 samples on one thread.
+// (26 x 16 + 13 -> 256 -> 128 and 64 samples: 0.2 and 0.6 MB).
 #pragma once
 
-#include "deepfm_args.h"
-#include "din_attention_gemm.h"
+#include "cpu/dense/params.h"
+#include "cpu/simd/gemm.h"
 
 namespace rk {
 namespace RK_ISA {
-namespace deep {
+namespace hidden {
 
 constexpr int64_t kTileRows = RK_VECTOR_BYTES == 64 ? 8 : 4;  // as gemm_panel has them
 constexpr int64_t kDepth = 144;  // rows of a panel, at most, that stay in the first-level cache
@@ -63,49 +59,22 @@ RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int
     }
 }
 
-}  // namespace deep
-
-// Feature by feature, the rows of the next one on their way.
-template <class T>
-void look_up_block(const Lookups& a) {
-  const auto row = [&](const Bags& bag, int64_t b) __attribute__((always_inline)) {
-    const int64_t id =
-        bag.wide_ids ? static_cast<const int64_t*>(bag.ids)[b] : static_cast<const int32_t*>(bag.ids)[b];
-    return static_cast<const T*>(bag.weight) + id * bag.stride_wr;
-  };
-  const auto ask = [&](const Bags& bag) __attribute__((always_inline)) {
-    for (int64_t b = a.b0; b < a.b1; ++b)
-      for (int64_t d = 0; d < a.D; d += 64 / sizeof(T)) __builtin_prefetch(row(bag, b) + d);
-  };
-  ask(a.bags[0]);
-  for (int64_t f = 0; f < a.F; ++f) {
-    if (f + 1 < a.F) ask(a.bags[f + 1]);
-    for (int64_t b = a.b0; b < a.b1; ++b) {
-      const T* from = row(a.bags[f], b);
-      T* to = a.x + (b - a.b0) * a.stride_x + f * a.D;
-      int64_t d = 0;
-      for (; d + Traits<T>::lanes <= a.D; d += Traits<T>::lanes)
-        Traits<T>::store(to + d, Traits<T>::load(from + d));
-      for (; d < a.D; ++d) to[d] = from[d];
-    }
-  }
-}
+}  // namespace hidden
 
 // The last hidden layer's results for the block at x, in one of `hidden`.
 template <class T>
 const T* hidden_layers(const HiddenLayer* layers, int64_t n, const DeepBlock& block) {
-  const int64_t rows = (block.rows + deep::kTileRows - 1) / deep::kTileRows * deep::kTileRows;
+  const int64_t rows = (block.rows + hidden::kTileRows - 1) / hidden::kTileRows * hidden::kTileRows;
   const T* x = block.x;
   int64_t stride = block.stride_x;
   for (int64_t i = 0; i < n; ++i) {
-    deep::layer(layers[i], x, stride, rows, block.hidden[i % 2], block.stride_hidden);
+    hidden::layer(layers[i], x, stride, rows, block.hidden[i % 2], block.stride_hidden);
     x = block.hidden[i % 2];
     stride = block.stride_hidden;
   }
   return x;
 }
 
-template void look_up_block<float>(const Lookups&);
 template const float* hidden_layers<float>(const HiddenLayer*, int64_t, const DeepBlock&);
 
 }  // namespace RK_ISA

@@ -1,15 +1,15 @@
 // Checks, threads and registration of the weight's gradient; the kernel and its mathematics are in
-// linear_weight_grad.h.
+// linear_weight_grad_kernel.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "../check.h"
-#include "arena.h"
-#include "isa.h"
-#include "memory.h"
-#include "parallel.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "stable/check.h"
 
 namespace rk {
 

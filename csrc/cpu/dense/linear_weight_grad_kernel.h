@@ -9,7 +9,7 @@
 // N M ceil(K / panel)) out of the second-level cache. The sum over n runs in order, whatever the threads.
 #pragma once
 
-#include "vec.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -1,5 +1,5 @@
 // Checks, statistics, threads and registration of normalization and activation; the kernels and their
-// mathematics are in norm_activation.h.
+// mathematics are in norm_activation_kernel.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,10 +8,16 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
-#include "din_attention_plan.h"
-#include "dispatch.h"
-#include "memory.h"
+#include "cpu/dense/layer_params.h"
+#include "cpu/dense/statistics.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/values.h"
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/operand.h"
+#include "stable/check.h"
 
 namespace rk {
 

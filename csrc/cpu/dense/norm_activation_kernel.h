@@ -8,7 +8,7 @@
 //                     out = alpha x + sigmoid(gamma n + beta) (x - alpha x)     dice_batch_norm
 //
 // and without a normalization out = activation(x). Dice, whose statistics run along a row, goes through the
-// blocks of rows of din_attention_activation.h; the units of the others do not know of each other and go from
+// blocks of rows of dense/activation_kernel.h; the units of the others do not know of each other and go from
 // memory to memory, a few vectors of columns at a time (21 to 40 % faster forward and backward than through
 // the blocks, AMD Zen 5). Backward, with e = dL/dn and, for dice_batch_norm, d what of dL/dx goes past
 // the normalization (0 else), in training
@@ -27,8 +27,12 @@
 // from it.
 #pragma once
 
-#include "columns.h"
-#include "din_attention_activation.h"
+#include "cpu/dense/activation_kernel.h"
+#include "cpu/dense/params.h"
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/operand.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

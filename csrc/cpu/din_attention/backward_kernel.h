@@ -1,7 +1,8 @@
-// DIN attention's backward, for one instruction set: see din_attention.h.
+// DIN attention's backward, for one instruction set: see forward_kernel.h.
 #pragma once
 
-#include "din_attention.h"
+#include "cpu/din_attention/forward_kernel.h"
+#include "cpu/simd/operand.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "din_attention_plan.h"
+#include "cpu/din_attention/folded_network.h"
 
 namespace rk {
 

@@ -1,5 +1,5 @@
 // Passes, threads and registration of DIN attention; the kernels and their mathematics are in
-// din_attention.h, the preparation of the parameters in din_attention_plan.h.
+// forward_kernel.h, the preparation of the parameters in folded_network.h.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -7,11 +7,18 @@
 #include <optional>
 #include <tuple>
 
-#include "../check.h"
-#include "din_attention_arguments.h"
-#include "din_attention_plan.h"
-#include "dispatch.h"
-#include "memory.h"
+#include "cpu/dense/layer_params.h"
+#include "cpu/dense/statistics.h"
+#include "cpu/din_attention/checks.h"
+#include "cpu/din_attention/folded_network.h"
+#include "cpu/din_attention/params.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/values.h"
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/operand.h"
+#include "stable/check.h"
 
 namespace rk {
 

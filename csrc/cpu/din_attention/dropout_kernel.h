@@ -7,8 +7,10 @@
 // gives the words of four rows in forty products of 32 bits a lane.
 #pragma once
 
-#include "din_attention_args.h"
-#include "vec.h"
+#include "cpu/dense/params.h"
+#include "cpu/din_attention/params.h"
+#include "cpu/simd/operand.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

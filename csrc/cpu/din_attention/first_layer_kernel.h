@@ -10,13 +10,14 @@
 //   z_l = c + (M - M~) h_mean + M~ h_l,   an error of (M - M~) (h_l - h_mean),
 //
 // so that rows alike are as exact as in float32. A pair is 4 bytes, so this is the product of
-// din_attention_gemm.h over D / 2 words, in half the instructions; rows are neither converted nor copied.
+// simd/gemm.h over D / 2 words, in half the instructions; rows are neither converted nor copied.
 #pragma once
 
-#include "columns.h"
-#include "din_attention_activation.h"
-#include "din_attention_gemm.h"
-#include "din_attention_rows.h"
+#include "cpu/dense/activation_kernel.h"
+#include "cpu/din_attention/rows_kernel.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/gemm.h"
+#include "cpu/simd/operand.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -8,83 +8,17 @@
 // from those of z: m' = beta, var' = gamma^2 var / (var + eps).
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
-#include <memory>
 #include <vector>
 
-#include "../check.h"
-#include "arena.h"
-#include "din_attention_args.h"
+#include "cpu/dense/layer_params.h"
+#include "cpu/din_attention/params.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/values.h"
+#include "cpu/simd/operand.h"
 
 namespace rk {
-
-// Of all rows: each unit's mean and sum of squared deviations from it, joined in the parts' order.
-struct DinMoments {
-  DinMoments(const std::vector<DinStats>& parts, int64_t H) : mean(H), deviation(H) {
-    for (const DinStats& part : parts) {
-      if (part.count == 0) continue;
-      const double total = count + part.count, share = part.count / total;
-      for (int64_t h = 0; h < H; ++h) {
-        const double delta = part.mean[h] - mean[h];
-        mean[h] += delta * share;
-        deviation[h] += part.deviation[h] + delta * delta * count * share;
-      }
-      count = total;
-    }
-  }
-  double count = 0;
-  std::vector<double> mean, deviation;
-};
-
-// Calls body with a null pointer to the C++ type of a floating-point dtype.
-template <class Body>
-void with_values(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return body(static_cast<torch::headeronly::Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return body(static_cast<torch::headeronly::BFloat16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
-}
-
-template <class A>
-std::vector<A> values_of(const Tensor& t) {
-  const Tensor u = torch::stable::contiguous(t);
-  std::vector<A> values(u.numel());
-  with_values(u.scalar_type(), [&](auto* type) {
-    const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(u.const_data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<A>(p[i]);
-  });
-  return values;
-}
-
-// The dtype of what is kept beside tensors of a dtype, the one they are computed in.
-inline ScalarType wide(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// torch's rule: an epsilon may be 0 but where it stands beside a variance that may be.
-inline void check_epsilon(const char* op, const char* name, double eps, bool positive) {
-  RK_CHECK(positive ? eps > 0 : eps >= 0, op, ": ", name,
-           positive ? " must be positive in training" : " must not be negative", ", got ", eps);
-}
-
-enum class ActivationName : int64_t { linear, sigmoid, relu, leakyrelu, prelu, dice, dice_batch_norm };
-
-inline void check_activation(const char* op, ActivationName activation) {
-  const int64_t number = static_cast<int64_t>(activation),
-                last = static_cast<int64_t>(ActivationName::dice_batch_norm);
-  RK_CHECK(number >= 0 && number <= last, op, ": activation must be 0 .. ", last, ", got ", number);
-}
 
 // The flags of the schema.
 struct DinConfig {

@@ -6,7 +6,7 @@
 //   z_l = c + M h_l,   M = (Wh - Wd) + Wp diag(t)  [H, D],   c = (Wt + Wd) t + b
 //
 // then come the other layers, z' = W' a + b', each with its normalization and activation
-// (din_attention_activation.h), and
+// (dense/activation_kernel.h), and
 //
 //   score_l = w_out a_l + b_out,   w = score or softmax(score) over the sample's rows,   out = sum_l w_l h_l.
 //
@@ -32,11 +32,12 @@
 // Bound by the multipliers.
 #pragma once
 
-#include "din_attention_activation.h"
-#include "din_attention_dropout.h"
-#include "din_attention_first_layer.h"
-#include "din_attention_gemm.h"
-#include "din_attention_rows.h"
+#include "cpu/dense/activation_kernel.h"
+#include "cpu/din_attention/dropout_kernel.h"
+#include "cpu/din_attention/first_layer_kernel.h"
+#include "cpu/din_attention/rows_kernel.h"
+#include "cpu/simd/gemm.h"
+#include "cpu/simd/operand.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -2,8 +2,9 @@
 // instruction set.
 #pragma once
 
-#include "din_attention_args.h"
-#include "vec.h"
+#include "cpu/din_attention/params.h"
+#include "cpu/simd/operand.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -1,12 +1,12 @@
 // The embedding op's backwards: dense gradients, coalesced sparse ones, or an optimizer's step on the rows.
-// How rows are summed is in embedding_bag_runs.h, the mathematics in embedding_bag_backward.h and
-// embedding_bag_update.h.
+// How rows are summed is in sorted_lookups.h, the mathematics in segment_sum_kernel.h and
+// optimizer_kernel.h.
 #include <tuple>
 
-#include "../embedding_bag_update_arguments.h"
-#include "dispatch.h"
-#include "embedding_bag_runs.h"
-#include "memory.h"
+#include "cpu/embedding/sorted_lookups.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "embedding/optimizer.h"
 
 namespace rk {
 

@@ -1,10 +1,10 @@
-#include "embedding_bag_features.h"
+#include "cpu/embedding/features.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 
-#include "isa.h"
+#include "cpu/runtime/isa.h"
 
 namespace rk {
 

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "../embedding_bag_arguments.h"
-#include "embedding_bag_args.h"
+#include "cpu/embedding/params.h"
+#include "embedding/features.h"
 
 namespace rk {
 

@@ -1,22 +1,22 @@
-// Lookup + FM + linear term in one pass: threads and registration. The mathematics are in embedding_fm.h and,
-// of the lookups, embedding_bag.h.
+// Lookup + FM + linear term in one pass: threads and registration. The mathematics are in fm_kernel.h and,
+// of the lookups, lookup_kernel.h.
+#include "embedding/fm.h"
+
 #include <algorithm>
 #include <cstring>
 #include <tuple>
 
-#include "../embedding_fm_arguments.h"
-#include "dispatch.h"
-#include "embedding_bag_forward.h"
-#include "embedding_bag_runs.h"
-#include "embedding_fm_args.h"
-#include "memory.h"
+#include "cpu/embedding/lookup.h"
+#include "cpu/embedding/params.h"
+#include "cpu/embedding/sorted_lookups.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
 
 namespace rk {
 
 RK_DECLARE_ISA(template <class T>
                void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T>
-               void embedding_linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class I, class T>
                void embedding_fm_rows(const Bags*, int64_t, const T*, T*, T*, int64_t, int64_t))
 RK_DECLARE_ISA(template <class T, class A> void embedding_fm_backward(const FmGrads&, int64_t, int64_t, A*))
@@ -77,7 +77,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
         });
       } else {
         RK_DISPATCH_ISA(fm_interaction<T>, x, stride_xb, D, y, b0, b1, F, D, true);
-        if (a_) RK_DISPATCH_ISA(embedding_linear<T>, x, stride_xb, a_, width, linear_out, b0, b1);
+        if (a_) RK_DISPATCH_ISA(linear<T>, x, stride_xb, a_, width, linear_out, b0, b1);
       }
       if (more == 0) return;
       const T* beside = static_cast<const T*>(dense->const_data_ptr());

@@ -2,7 +2,7 @@
 //
 // x [B, F, D], the embeddings of a sample's features side by side, and a [F, D], the linear term's weights:
 //
-//   fm[b]     = sum_{f<g} <x_f, x_g>                                          (fm_interaction.h)
+//   fm[b]     = sum_{f<g} <x_f, x_g>                                          (fm_interaction_kernel.h)
 //   linear[b] = sum_f <a_f, x_f>
 //
 //   grad_x[b, f] = grad_embeddings[b, f] + grad_fm[b] (s - x_f) + grad_linear[b] a_f,     s = sum_f x_f
@@ -10,43 +10,22 @@
 //
 // Per sample, forward: 5 F D flops on rows that their lookup has just left in the cache; backward: F D loads
 // of x and of grad_embeddings, F D stores, 8 F D flops, bound by memory. Where x_f are the tables' rows as
-// they are, grad_x is not stored: the sums over a row's lookups (embedding_bag_backward.h, FmPart) need of x
+// they are, grad_x is not stored: the sums over a row's lookups (segment_sum_kernel.h, FmPart) need of x
 // only s and grad_a, F D loads.
 #pragma once
 
-#include "columns.h"
-#include "embedding_bag.h"
-#include "embedding_fm_args.h"
-#include "fm_interaction.h"
-#include "vec.h"
+#include "cpu/dense/fm_interaction_kernel.h"
+#include "cpu/embedding/lookup_kernel.h"
+#include "cpu/embedding/params.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {
 
-// out[b] = <a, x_b> for samples [b0, b1), of n values each, stride_xb apart.
-template <class T>
-void embedding_linear(const T* x, int64_t stride_xb, const T* a, int64_t n, T* out, int64_t b0, int64_t b1) {
-  using V = typename Traits<T>::vec;
-  constexpr int64_t kLanes = Traits<T>::lanes;
-  constexpr int kChains = 4;  // hide the add's latency
-  const Tail<T> tail(static_cast<int>(n % kLanes));
-  for (int64_t b = b0; b < b1; ++b) {
-    const T* row = x + b * stride_xb;
-    V sum[kChains] = {};
-    int64_t d = 0;
-    for (; d + kChains * kLanes <= n; d += kChains * kLanes)
-#pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c)
-        sum[c] += Traits<T>::load(row + d + c * kLanes) * Traits<T>::load(a + d + c * kLanes);
-    for (; d + kLanes <= n; d += kLanes) sum[0] += Traits<T>::load(row + d) * Traits<T>::load(a + d);
-    if (d < n) sum[1] += tail.load(row + d) * tail.load(a + d);
-    assign(out[b], sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3])));
-  }
-}
-
 // Samples [b0, b1) of features of one id a sample, without factors or padding, sample by sample: every row is
-// stored and combined while it is in a register. The order of fm's sum is that of fm_interaction.h with one
-// chain: a sample's rows come no faster. `linear` and a may be null.
+// stored and combined while it is in a register. The order of fm's sum is that of fm_interaction_kernel.h
+// with one chain: a sample's rows come no faster. `linear` and a may be null.
 template <class I, class T>
 void embedding_fm_rows(const Bags* features, int64_t F, const T* a, T* fm, T* linear, int64_t b0,
                        int64_t b1) {
@@ -80,7 +59,7 @@ void embedding_fm_rows(const Bags* features, int64_t F, const T* a, T* fm, T* li
         }
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) total += y[v] + (s[v] - s[v]);  // as fm_interaction.h
+      for (int v = 0; v < kVecs; ++v) total += y[v] + (s[v] - s[v]);  // as fm_interaction_kernel.h
     });
     assign(fm[b], sum_lanes<T>(total));
     if (a) assign(linear[b], sum_lanes<T>(dot));
@@ -190,7 +169,6 @@ void embedding_fm_sum(const A* sums, int64_t parts, int64_t n, T* total) {
 #define RK_INSTANTIATE(T)                                                                        \
   RK_INSTANTIATE_ROWS(T, int32_t)                                                                \
   RK_INSTANTIATE_ROWS(T, int64_t)                                                                \
-  template void embedding_linear<T>(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t); \
   template void embedding_fm_backward<T, Traits<T>::scalar>(const FmGrads&, int64_t, int64_t,    \
                                                             Traits<T>::scalar*);                 \
   template void embedding_fm_sums<T, Traits<T>::scalar>(const FmGrads&, int64_t, int64_t,        \

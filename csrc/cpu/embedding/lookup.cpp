@@ -1,9 +1,10 @@
 // The embedding op's forward: threads and registration. The kernels and their mathematics are in
-// embedding_bag.h.
-#include "dispatch.h"
-#include "embedding_bag_forward.h"
-#include "memory.h"
-#include "parallel.h"
+// lookup_kernel.h.
+#include "cpu/embedding/lookup.h"
+
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
 
 namespace rk {
 

@@ -8,7 +8,7 @@
 //   max   out[b, d] = max_p e_{i_p, d}
 //   none  out[p] = e_{i_p}
 //
-// and an empty bag is zeros. Gradients (those of the rows are summed in embedding_bag_backward.h):
+// and an empty bag is zeros. Gradients (those of the rows are summed in segment_sum_kernel.h):
 //
 //   sum   grad e_{i_p} += w_p grad_out[b]      grad w_p = <grad_out[b], e_{i_p}>
 //   mean  the same over n
@@ -18,9 +18,9 @@
 // is all there is.
 #pragma once
 
-#include "columns.h"
-#include "embedding_bag_args.h"
-#include "vec.h"
+#include "cpu/embedding/params.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

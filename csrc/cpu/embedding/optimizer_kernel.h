@@ -20,8 +20,8 @@
 // not two.
 #pragma once
 
-#include "embedding_bag_args.h"
-#include "vec.h"
+#include "cpu/embedding/params.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

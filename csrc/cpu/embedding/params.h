@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../embedding_bag_optimizer.h"
+#include "embedding/params.h"
 
 namespace rk {
 
@@ -74,7 +74,7 @@ struct Carries {
   }
 };
 
-// An optimizer's step on a table; embedding_bag_update.h has the formulas.
+// An optimizer's step on a table; optimizer_kernel.h has the formulas.
 struct Update {
   Optimizer optimizer;
   void* weight;  // [R, D], unit stride along D
@@ -96,7 +96,7 @@ __attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
 }
 
 // What the FM and the linear term add to the gradient of the table's row w that a feature looked up for
-// sample b, where the feature is the table's only one and has one id a sample (embedding_fm.h):
+// sample b, where the feature is the table's only one and has one id a sample (fm_kernel.h):
 //
 //   grad_fm[b] (s_b - w) + grad_linear[b] a
 struct FmPart {
@@ -117,6 +117,17 @@ struct TableGrad {
   int64_t* rows;
   const Update* update;
   const FmPart* fm;
+};
+
+// The backward of the FM and the linear term, in one dtype; matrices have unit stride along their columns.
+struct FmGrads {
+  const void* embeddings;       // [B, F D], rows stride_xb apart
+  const void* grad_embeddings;  // the same, rows stride_gb apart; or null: zero
+  const void* grad_fm;          // [B], or null: zero
+  const void* grad_linear;      // [B]
+  const void* linear_weight;    // [F, D]; null with grad_linear
+  void* grad_lookups;           // [B, F D], contiguous
+  int64_t stride_xb, stride_gb, F, D;
 };
 
 }  // namespace rk

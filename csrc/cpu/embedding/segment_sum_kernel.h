@@ -16,12 +16,10 @@
 // the row itself is read too, once a run, and grad_fm_s, which a near cache holds: 8 D flops a lookup.
 #pragma once
 
-#include <type_traits>
-
-#include "columns.h"
-#include "embedding_bag_args.h"
-#include "embedding_bag_update.h"
-#include "vec.h"
+#include "cpu/embedding/optimizer_kernel.h"
+#include "cpu/embedding/params.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -1,10 +1,10 @@
-// The kernels and the mathematics are in embedding_bag_backward.h and embedding_bag.h.
-#include "embedding_bag_runs.h"
+// The kernels and the mathematics are in segment_sum_kernel.h and lookup_kernel.h.
+#include "cpu/embedding/sorted_lookups.h"
 
 #include <cstring>
 
-#include "dispatch.h"
-#include "stream.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/simd/stream.h"
 
 namespace rk {
 

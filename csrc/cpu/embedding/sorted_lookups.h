@@ -4,8 +4,8 @@
 #include <optional>
 #include <tuple>
 
-#include "embedding_bag_features.h"
-#include "embedding_bag_sort.h"
+#include "cpu/embedding/features.h"
+#include "cpu/runtime/radix_sort.h"
 
 namespace rk {
 

@@ -7,7 +7,7 @@
 #include <new>
 #include <vector>
 
-#include "din_attention_args.h"
+#include "cpu/simd/operand.h"
 
 namespace rk {
 

@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "../check.h"
-#include "isa.h"
-#include "storage.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/simd/storage.h"
+#include "stable/check.h"
 
 namespace rk {
 

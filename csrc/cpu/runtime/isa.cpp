@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/runtime/isa.h"
 
 #include <torch/csrc/stable/library.h>
 

@@ -2,9 +2,9 @@
 // ("default", "avx2", "avx512") asks for, read once.
 //
 // Each kernel is one header of templates in the namespace `rk::RK_ISA`, compiled three times
-// (isa_baseline.cpp, isa_avx2.cpp, isa_avx512.cpp) with other vector lengths. RK_DISPATCH_ISA calls the right
-// copy. AVX512-BF16 multiplies pairs of bfloat16, which DIN attention alone has a use for:
-// isa_avx512_bf16.cpp is a copy of its kernels, and everything else runs as with AVX-512.
+// (targets/baseline.cpp, targets/avx2.cpp, targets/avx512.cpp) with other vector lengths. RK_DISPATCH_ISA
+// calls the right copy. AVX512-BF16 multiplies pairs of bfloat16, which DIN attention alone has a use for:
+// targets/avx512_bf16.cpp is a copy of its kernels, and everything else runs as with AVX-512.
 #pragma once
 
 #include <cstdint>

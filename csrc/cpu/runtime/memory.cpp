@@ -1,12 +1,12 @@
 // Huge pages for tables: registration, see memory.h.
-#include "memory.h"
+#include "cpu/runtime/memory.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <cstdio>
 #include <cstring>
 
-#include "../check.h"
+#include "stable/check.h"
 
 namespace rk {
 

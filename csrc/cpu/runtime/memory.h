@@ -10,7 +10,7 @@
 #  include <sys/mman.h>
 #endif
 
-#include "stream.h"
+#include "cpu/simd/stream.h"
 
 namespace rk {
 

@@ -4,7 +4,7 @@
 #include <memory>
 #include <utility>
 
-#include "parallel.h"
+#include "cpu/runtime/parallel.h"
 
 namespace rk {
 

@@ -1,7 +1,7 @@
 // The columns of a row in blocks whose size the compiler knows, for one instruction set.
 #pragma once
 
-#include "vec.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

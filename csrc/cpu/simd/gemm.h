@@ -1,5 +1,4 @@
-// The matrix product of the DIN attention kernels, for one instruction set: small operands that stay in the
-// caches.
+// Matrix product, for one instruction set: small operands that stay in the caches.
 //
 //   C[m, n] = init[m, n] + sum_k A[m, k] B[k, n],   m < M, k < K, n < vecs * lanes
 //
@@ -15,8 +14,8 @@
 // multiple of four.
 #pragma once
 
-#include "din_attention_args.h"
-#include "vec.h"
+#include "cpu/simd/operand.h"
+#include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {

@@ -13,8 +13,8 @@
 #  include <immintrin.h>
 #endif
 
-#include "storage.h"
-#include "stream.h"
+#include "cpu/simd/storage.h"
+#include "cpu/simd/stream.h"
 
 namespace rk {
 namespace RK_ISA {

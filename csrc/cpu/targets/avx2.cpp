@@ -8,7 +8,7 @@
 #  endif
 #  define RK_ISA avx2
 #  define RK_VECTOR_BYTES 32
-#  include "kernels.h"
+#  include "cpu/targets/all_kernels.h"
 #  if defined(__clang__)
 #    pragma clang attribute pop
 #  endif

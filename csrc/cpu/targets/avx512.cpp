@@ -11,7 +11,7 @@
 #  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #  define RK_ISA avx512
 #  define RK_VECTOR_BYTES 64
-#  include "kernels.h"
+#  include "cpu/targets/all_kernels.h"
 #  if defined(__clang__)
 #    pragma clang attribute pop
 #  endif

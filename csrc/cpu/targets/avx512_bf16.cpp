@@ -1,6 +1,6 @@
-#include "isa.h"
+#include "cpu/runtime/isa.h"
 #if defined(RK_HAS_AVX512_BF16)
-// Before any other include, as in isa_avx512.cpp.
+// Before any other include, as in targets/avx512.cpp.
 #  if defined(__clang__)
 #    pragma clang attribute push(                                                               \
         __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
@@ -12,7 +12,7 @@
 #  define RK_ISA avx512_bf16
 #  define RK_VECTOR_BYTES 64
 #  define RK_BF16_PAIRS
-#  include "din_attention.h"
+#  include "cpu/din_attention/forward_kernel.h"
 #  if defined(__clang__)
 #    pragma clang attribute pop
 #  endif

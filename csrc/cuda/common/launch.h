@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "device.cuh"
+#include "cuda/common/device.cuh"
 
 namespace rk {
 namespace cuda {

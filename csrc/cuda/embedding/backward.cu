@@ -1,10 +1,10 @@
 // The embedding op's backwards on a GPU: checks, launches, registration. The kernels and their mathematics
-// are in embedding_bag_backward.cuh.
+// are in backward.cuh.
 #include <array>
 #include <tuple>
 
-#include "embedding_bag_backward.cuh"
-#include "embedding_bag_backward.h"
+#include "cuda/embedding/backward.cuh"
+#include "cuda/embedding/backward.h"
 
 namespace rk {
 namespace cuda {

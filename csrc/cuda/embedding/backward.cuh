@@ -20,7 +20,7 @@
 // a warp.
 #pragma once
 
-#include "embedding_bag.cuh"
+#include "cuda/embedding/lookup.cuh"
 
 namespace rk {
 namespace cuda {

@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "embedding_bag_features.h"
+#include "cuda/embedding/features.h"
 
 namespace rk {
 namespace cuda {

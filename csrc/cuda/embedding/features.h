@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "../embedding_bag_arguments.h"
-#include "embedding_bag.cuh"
-#include "launch.h"
+#include "cuda/common/launch.h"
+#include "cuda/embedding/lookup.cuh"
+#include "embedding/features.h"
 
 namespace rk {
 namespace cuda {

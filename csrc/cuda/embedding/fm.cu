@@ -1,10 +1,10 @@
 // Lookup + FM + linear term on a GPU: checks, launches, registration. The kernels and their mathematics are
-// in embedding_fm.cuh.
+// in fm.cuh.
 #include <tuple>
 
-#include "../embedding_fm_arguments.h"
-#include "embedding_bag_forward.h"
-#include "embedding_fm.cuh"
+#include "cuda/embedding/fm.cuh"
+#include "cuda/embedding/lookup.h"
+#include "embedding/fm.h"
 
 namespace rk {
 namespace cuda {

@@ -1,6 +1,6 @@
 // Lookups, their FM interaction and their linear term in one pass over the tables.
 //
-// x_f [D], the looked-up or pooled row of feature f of a sample (embedding_bag.cuh), goes out side by side
+// x_f [D], the looked-up or pooled row of feature f of a sample (lookup.cuh), goes out side by side
 // with the others; a [F, D] are the linear term's weights:
 //
 //   fm[b]     = sum_{f<g} <x_f, x_g>          linear[b] = sum_f <a_f, x_f>
@@ -19,7 +19,7 @@
 // forward, 8 F D backward: bound by memory.
 #pragma once
 
-#include "embedding_bag.cuh"
+#include "cuda/embedding/lookup.cuh"
 
 namespace rk {
 namespace cuda {

@@ -1,5 +1,5 @@
 // The embedding op's forward on a GPU: checks, launches, registration. The kernel and its mathematics are in
-// embedding_bag.cuh.
+// lookup.cuh.
 //
 // Ids are never followed out of their table. Whether such an id is also said is RANKKERNELS_CHECK_IDS, read
 // once: "ignore" (the default) says nothing and never waits for the device, so that a CUDA graph captures the
@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "embedding_bag_forward.h"
+#include "cuda/embedding/lookup.h"
 
 namespace rk {
 namespace cuda {

@@ -15,7 +15,7 @@
 // features.
 #pragma once
 
-#include "device.cuh"
+#include "cuda/common/device.cuh"
 
 namespace rk {
 namespace cuda {

@@ -2,7 +2,7 @@
 // range.
 #pragma once
 
-#include "embedding_bag_features.h"
+#include "cuda/embedding/features.h"
 
 namespace rk {
 namespace cuda {

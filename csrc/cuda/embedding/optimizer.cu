@@ -1,8 +1,8 @@
 // An optimizer's step on the rows that a batch looked up, on a GPU: checks, launches, registration. The
-// kernel and its mathematics are in embedding_bag_update.cuh.
-#include "../embedding_bag_update_arguments.h"
-#include "embedding_bag_backward.h"
-#include "embedding_bag_update.cuh"
+// kernel and its mathematics are in optimizer.cuh.
+#include "cuda/embedding/backward.h"
+#include "cuda/embedding/optimizer.cuh"
+#include "embedding/optimizer.h"
 
 namespace rk {
 namespace cuda {

@@ -17,8 +17,8 @@
 // written. A group of lanes takes a row.
 #pragma once
 
-#include "../embedding_bag_optimizer.h"
-#include "device.cuh"
+#include "cuda/common/device.cuh"
+#include "embedding/params.h"
 
 namespace rk {
 namespace cuda {

@@ -1,7 +1,7 @@
 // The embedding op's forward: its arguments, checked, and the lookups of any part of a batch.
 #pragma once
 
-#include "embedding_bag_features.h"
+#include "cpu/embedding/features.h"
 
 namespace rk {
 
