@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "cuda/common/device.cuh"
+#include "stable/check.h"
 
 namespace rk {
 namespace cuda {
