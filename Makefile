@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH_PYTHON ?= $(BIN)/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+SOURCES := $(shell find csrc -type f)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: help demo test fuzz sanitize bench results gpu-check gpu-report lint format wheel smoke clean

@@ -30,7 +30,7 @@ def add_cuda(module: Extension, defines: list[str]) -> None:
         sys.exit(f"RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit with bin/nvcc, got CUDA_HOME={home!r}")
     cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
-    module.sources += sorted(glob("csrc/cuda/*.cu"))
+    module.sources += sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     module.extra_compile_args["nvcc"] = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", *defines]
     module.include_dirs.append(os.path.join(home, "include"))
     module.library_dirs += [os.path.join(home, lib) for lib in ("lib64", "lib")]
@@ -59,8 +59,9 @@ def extension() -> dict:
         cxx += ["-O1", "-g1", *link]  # the last -O counts
     module = CppExtension(
         "rankkernels._C",
-        sources=sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")),
+        sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
+        include_dirs=[os.path.abspath("csrc")],  # absolute: ninja runs elsewhere
         extra_compile_args={"cxx": cxx},
         extra_link_args=link,
         py_limited_api=True,

@@ -2,7 +2,7 @@
 
 Two families, because the libraries agree on no form of it: torch-rechub's unit, whose attention MLP has batch
 normalization and which masks nothing, and the masked attention without normalization of DeepCTR-Torch and FuxiCTR. The
-flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
+flops are those that the identity of csrc/cpu/din_attention/forward_kernel.h needs, which spares the others the
 four-fold concatenation.
 
 Where the time goes, in per cent of the user cycles that ``perf`` saw in the kernels, torch and libc (Zen 5, float32,

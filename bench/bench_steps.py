@@ -1,7 +1,7 @@
 """Whole training steps and evaluation passes, drop-in: ours and torch-rechub's, eager and under torch.compile, with the
 same optimizer. The losses of the first steps are compared before anything is timed. See ``steps.py``.
 
-Where the time of training steps goes says ``profile_step.py``. DeepFM's evaluation is one op (csrc/cpu/deepfm.h): of
+Where the time of training steps goes says ``profile_step.py``. DeepFM's evaluation is one op (csrc/cpu/deepfm): of
 5.8 ms on one thread 0.1 are Python's for 39 features and the folding of the normalizations, 4.7 the op's 1.17 GFLOP of
 products, at the rate of the machine's best, 0.5 its lookups, 0.1 FM and the linear term, 0.1 the arranging of the
 weights, which may change between any two calls. Tried without a gain: the next block's rows asked for between the tiles

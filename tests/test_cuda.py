@@ -1,7 +1,7 @@
 """The CUDA C++ part without a GPU: nvcc builds it, and the kernels run on the CPU under the shim in cuda_shim/.
 
-The shim tests compile csrc/cuda with g++ and sanitizers, csrc/cuda/launch.h replaced by the shim's, and run the ops in
-a process of their own; see cuda_shim/shim.h for what they find. Planted faults show that they do.
+The shim tests compile csrc/cuda with g++ and sanitizers, common/launch.h replaced by the shim's, and run the ops in a
+process of their own; see cuda_shim/shim.h for what they find. Planted faults show that they do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = ("float", "double", "__half", "__nv_bfloat16")
 #: Every kernel of csrc/cuda, and whether it is a template over the dtypes.
 KERNELS = {
     name: bool(template)
-    for header in sorted((ROOT / "csrc/cuda").glob("*.cuh"))
+    for header in sorted((ROOT / "csrc/cuda").rglob("*.cuh"))
     for template, name in re.findall(
         r"(template <class T>\n)?__global__ void __launch_bounds__\(.+\)\s+(\w+)\(", header.read_text()
     )
@@ -127,7 +127,7 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
     """The kernels' headers alone, as PTX: rows are loaded and stored by 128 bits."""
     source = tmp_path / "kernels.cu"
     source.write_text(
-        "".join(f'#include "embedding_{part}.cuh"\n' for part in ("bag_backward", "bag_update", "fm"))
+        "".join(f'#include "cuda/embedding/{part}.cuh"\n' for part in ("backward", "optimizer", "fm"))
         + "namespace rk::cuda {\n"
         + "".join(
             f"template __global__ void embedding_bag<{t}>(const Batch<Bags>, Report*);\n"
@@ -140,7 +140,7 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
         )
         + "}\n"
     )
-    ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc/cuda", source, "-o", "-")
+    ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc", source, "-o", "-")
     entries = [text for text in ptx.split(".visible .entry ")[1:] if text.startswith("_ZN2rk4cuda")]
     names = r"_ZN2rk4cuda\d+embedding_(?:bag|reduce|update|fm|fm_backward)I"
     wide = [re.match(names, text) is not None for text in entries]
@@ -154,8 +154,8 @@ def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
 def test_one_header_spells_cudas_own_names():
     """HIP compiles the rest as it stands: what the two spell differently is in device.cuh."""
     own = re.compile(r"\bcuda[A-Z]\w*|\bcuda_\w+\.h|\b__nv_\w+|\b__half\w*|\b__\w+_sync\b|\bcu(?:b|blas|sparse)\b")
-    sources = [path for path in (ROOT / "csrc/cuda").iterdir() if path.name != "device.cuh"]
-    assert own.search((ROOT / "csrc/cuda/device.cuh").read_text()) and len(sources) > 10
+    sources = [path for path in (ROOT / "csrc/cuda").rglob("*.*") if path.name != "device.cuh"]
+    assert own.search((ROOT / "csrc/cuda/common/device.cuh").read_text()) and len(sources) > 10
     assert {path.name: found for path in sources if (found := own.findall(path.read_text()))} == {}
 
 
@@ -183,7 +183,8 @@ SANITIZE = ("-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-san
 def compile_shim(source: Path, optimize: str) -> Path:
     """One .cu of a copy of csrc, for the CPU."""
     target = source.with_suffix(".o")
-    run("g++", *FLAGS, optimize, *SANITIZE, "-I", SHIM, "-isystem", TORCH / "include", "-c", source, "-o", target)
+    run("g++", *FLAGS, optimize, *SANITIZE, "-I", SHIM, "-I", source.parents[2], "-isystem", TORCH / "include",
+        "-c", source, "-o", target)  # fmt: skip
     return target
 
 
@@ -194,7 +195,7 @@ def link_shim(objects: Sequence[Path], target: Path) -> Path:
 
 def copy_sources(target: Path) -> Path:
     shutil.copytree(ROOT / "csrc", target)
-    shutil.copy(SHIM / "launch.h", target / "cuda/launch.h")
+    shutil.copy(SHIM / "launch.h", target / "cuda/common/launch.h")
     return target / "cuda"
 
 
@@ -206,39 +207,39 @@ def run_shim(library: Path, what: str, check: bool = True, **environment: str) -
                **{"PYTHONPATH": str(ROOT), **options, **environment})  # fmt: skip
 
 
-UNITS = tuple(sorted(source.stem for source in (ROOT / "csrc/cuda").glob("*.cu")))
+UNITS = tuple(sorted(path.relative_to(ROOT / "csrc/cuda").as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu")))
 # What is wrong: in which file, of which unit, the text and what it becomes, what to run, and what must be said.
 FAULTS = {
     "no barrier": (
-        "embedding_bag_backward.cuh", "embedding_bag_backward", "__syncthreads();", "",
+        "embedding/backward.cuh", "embedding/backward.cu", "__syncthreads();", "",
         "accuracy", "(table or state|output or gradient) . is off by",
     ),
     "shared memory too small": (
-        "embedding_bag_backward.cu", "embedding_bag_backward", "* sizeof(Staged<A>);", "* sizeof(Staged<A>) - 1;",
+        "embedding/backward.cu", "embedding/backward.cu", "* sizeof(Staged<A>);", "* sizeof(Staged<A>) - 1;",
         "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_reduce<",
     ),
     "shuffle among too many lanes": (
-        "device.cuh", "embedding_bag_backward", "return ones << (threadIdx.x & (kLanes - 1) & ~(lanes() - 1));",
+        "common/device.cuh", "embedding/backward.cu", "return ones << (threadIdx.x & (kLanes - 1) & ~(lanes() - 1));",
         "return ones ? ~0u : 0;", "accuracy", "shim: deadlock",
     ),
     "misaligned vector load": (
-        "embedding_bag.cu", "embedding_bag", "&& rows_aligned(w) && out_aligned", "&& out_aligned",
+        "embedding/lookup.cu", "embedding/lookup.cu", "&& rows_aligned(w) && out_aligned", "&& out_aligned",
         "accuracy", "runtime error: .* misaligned address",
     ),
     "tail not masked": (
-        "embedding_bag.cuh", "embedding_bag", "if (b >= bags.B) return;", "",
+        "embedding/lookup.cuh", "embedding/lookup.cu", "if (b >= bags.B) return;", "",
         "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
     ),
     "id not checked": (
-        "embedding_bag.cuh", "embedding_bag", "return id >= 0 && id < R;", "return id >= 0 || id < R;",
+        "embedding/lookup.cuh", "embedding/lookup.cu", "return id >= 0 && id < R;", "return id >= 0 || id < R;",
         "bad_ids", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
     ),
     "samples not masked": (
-        "embedding_fm.cuh", "embedding_fm", "if (group.sample() >= batch.items[0].B) return;", "",
+        "embedding/fm.cuh", "embedding/fm.cu", "if (group.sample() >= batch.items[0].B) return;", "",
         "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_fm<",
     ),
     "groups joined twice": (
-        "embedding_fm.cuh", "embedding_fm", "if (counts) fm +=", "if (counts || offset) fm +=",
+        "embedding/fm.cuh", "embedding/fm.cu", "if (counts) fm +=", "if (counts || offset) fm +=",
         "accuracy", "not close|is off by",
     ),
 }  # fmt: skip
@@ -255,10 +256,10 @@ def shim(tmp_path_factory) -> dict[str, Path]:
         assert original.count(text) == 1, f"{fault}: {text!r} must be in {file} once"
         (sources[fault] / file).write_text(original.replace(text, replacement))
     with ThreadPoolExecutor(2) as pool:
-        sound = [pool.submit(compile_shim, sources["sound"] / f"{unit}.cu", "-O1") for unit in UNITS]
+        sound = [pool.submit(compile_shim, sources["sound"] / unit, "-O1") for unit in UNITS]
         # Only the unit with the fault is compiled again, and fast rather than to be fast.
         faulty = {
-            fault: (unit, pool.submit(compile_shim, sources[fault] / f"{unit}.cu", "-O0"))
+            fault: (unit, pool.submit(compile_shim, sources[fault] / unit, "-O0"))
             for fault, (_, unit, *_) in FAULTS.items()
         }
     libraries = {"sound": link_shim([job.result() for job in sound], folder / "sound/shim.so")}
@@ -276,7 +277,7 @@ def test_kernels_under_the_shim(shim):
         run_in = lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
         outs = list(pool.map(run_in, orders))
     assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
-    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").iterdir())
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.*"))
     assert len(KERNELS) == len(re.findall("^__global__", sources, re.M)) == sources.count("__global__") > 10
     for order, out in zip(orders, outs):
         assert set(re.findall(r"launch of rk::cuda::(\w+)", out)) == set(KERNELS), order

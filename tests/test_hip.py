@@ -55,7 +55,8 @@ def compile_unit(unit: str, *options: str) -> str:
     """What clang makes of one .cu."""
     return run(
         hip_clang(), *DEVICE, "-Wall", "-Wextra", "-Werror", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-isystem", STUB, "-isystem", Path(torch.__file__).parent / "include", *options, ROOT / f"csrc/cuda/{unit}.cu",
+        "-I", ROOT / "csrc", "-isystem", STUB, "-isystem", Path(torch.__file__).parent / "include", *options,
+        ROOT / "csrc/cuda" / unit,
     )  # fmt: skip
 
 

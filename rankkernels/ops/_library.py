@@ -96,7 +96,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_form(op: str, name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises unless ``t`` is a tensor of this form; the text is that of csrc/check.h."""
+    """Raises unless ``t`` is a tensor of this form; the text is that of csrc/stable/check.h."""
     torch._check(
         t.dim() == len(shape)
         and all(n == size for n, size in zip(t.shape, shape))

@@ -1,4 +1,4 @@
-"""The whole of DeepFM but its sigmoid, in eval: kernels in csrc/cpu/deepfm.h.
+"""The whole of DeepFM but its sigmoid, in eval: csrc/cpu/deepfm.
 
 Each block of samples is looked up, interacts and goes through the MLP while it is in the second-level cache. There is
 no backward, and no kernel but the CPU's.
@@ -29,7 +29,7 @@ def _features(weights, indices, tables, names):
 
 
 def _check(weights, indices, tables, names, linear_weight, dense, mlp):
-    """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm.cpp."""
+    """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm/deepfm.cpp."""
     check = torch._check
     check_forward(weights, indices, *_features(weights, indices, tables, names), False)
     names = names_of(names, len(indices))

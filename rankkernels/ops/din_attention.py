@@ -1,6 +1,6 @@
 """DIN's target attention over a history: four-way concat, attention MLP, optional softmax, weighted sum-pooling.
 
-Kernels: csrc/cpu/din_attention.h and _triton/din_attention.py.
+Kernels: csrc/cpu/din_attention/forward_kernel.h and _triton/din_attention.py.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def unflatten(
 
 def _check(op, history, target, lengths, mask, offsets, params, running_stats, flags):
     """Ranks, sizes, dtypes and devices, everything that needs no value; the texts are those of
-    csrc/cpu/din_attention_arguments.h."""
+    csrc/cpu/din_attention/checks.h."""
     check = torch._check
     check_activation(op, flags.activation)
     given = [n for n, t in (("lengths", lengths), ("mask", mask), ("offsets", offsets)) if t is not None]
@@ -264,7 +264,7 @@ def _stats_size(params, flags):
 
 def saved_size(history, target, params, flags, on_gpu: bool | None = None):
     """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
-    normalized layers, of the first where all widths together are at most 4 D (csrc/cpu/din_attention.cpp). On a GPU the
+    normalized layers, of the first where all widths together are at most 4 D. On a GPU the
     score of each row, and with a softmax the sum in float32, the scores' peak and their total of each sample."""
     rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
     if history.device.type == "cuda" if on_gpu is None else on_gpu:

@@ -1,4 +1,4 @@
-"""What the embedding ops' defaults and fakes check, in the words of the C++ (csrc/embedding_*arguments.h).
+"""What the embedding ops' defaults and fakes check, in the words of the C++ (csrc/embedding).
 
 Nothing is read or written before it. In a fake implementation the sizes are symbols; values, of ids and of offsets, are
 looked at on the CPU alone, where nobody waits for them.
@@ -47,7 +47,7 @@ def check_like(op, what, t, device, dtypes, kind):
 
 def check_features(num_tables, device, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
                    names):  # fmt: skip
-    """What needs neither tables nor values; the texts are those of csrc/embedding_bag_arguments.h."""
+    """What needs neither tables nor values; the texts are those of csrc/embedding/features.h."""
     op, check, integers = "embedding_bag", torch._check, (torch.int32, torch.int64)
     check(num_tables > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
     for name, values, optional in (
@@ -152,7 +152,7 @@ def check_forward(
 
 def check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx,
                    frozen_rows):  # fmt: skip
-    """The texts are those of csrc/cpu/embedding_bag_runs.cpp."""
+    """The texts are those of csrc/cpu/embedding/sorted_lookups.cpp."""
     op, check, names = "embedding_bag_backward", torch._check, [f"indices[{f}]" for f in range(len(indices))]
     given = [g for g in grad_outs if g is not None]
     check(len(given) > 0, lambda: f"{op}: grad_outs has no gradient")
@@ -223,7 +223,7 @@ def check_range(rows: int, indices: Tensor, name: str) -> None:
 
 
 def check_starts(f, ids, offsets, modes, name) -> None:
-    """The texts are those of csrc/cpu/embedding_bag_features.cpp."""
+    """The texts are those of csrc/cpu/embedding/features.cpp."""
     starts = offsets_of(f, ids, offsets, modes)
     if starts is None or starts.device.type != "cpu" or starts.numel() == 0:
         return

@@ -1,4 +1,7 @@
-"""An optimizer's step on the rows that a batch looked up. Kernels and formulas: csrc/cpu/embedding_bag_update.h."""
+"""An optimizer's step on the rows that a batch looked up.
+
+Kernels and formulas: csrc/cpu/embedding/optimizer_kernel.h.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ lib.define(
 
 
 def _check_tables(op, weights, states, optimizer, hyper) -> None:
-    """The texts are those of csrc/embedding_bag_update_arguments.h."""
+    """The texts are those of csrc/embedding/optimizer.h."""
     check, n = torch._check, len(weights)
     check(0 <= optimizer < len(OPTIMIZERS), lambda: f"{op}: unknown optimizer {optimizer}")
     kind = OPTIMIZERS[optimizer]

@@ -1,4 +1,6 @@
-"""Lookup, FM and linear term in one pass over the tables. Kernels: csrc/cpu/embedding_fm.h, csrc/cuda/embedding_fm.cuh.
+"""Lookup, FM and linear term in one pass over the tables.
+
+Kernels: csrc/cpu/embedding/fm_kernel.h, csrc/cuda/embedding/fm.cuh.
 
 The forward looks the features of a few samples up and combines them while they are in the cache. The backward turns the
 gradients of the embeddings, of the FM and of the linear term into that of the lookups, in one pass, and from there goes
@@ -79,7 +81,7 @@ def _check_linear_weight(op, linear_weight, like, width) -> None:
 
 
 def _check(weights, tables, names, embeddings, linear_weight, dense) -> None:
-    """The texts are those of csrc/embedding_fm_arguments.h."""
+    """The texts are those of csrc/embedding/fm.h."""
     D, names = weights[tables[0]].size(1), names_of(names, len(tables))
     for f, t in enumerate(tables):
         torch._check(
@@ -115,7 +117,7 @@ def _lookups(weights, rest) -> Tensor:
 
 
 def _check_backward(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, dim, features=None) -> None:
-    """The texts are those of csrc/embedding_fm_arguments.h; ``features``: how many, where that is known."""
+    """The texts are those of csrc/embedding/fm.h; ``features``: how many, where that is known."""
     op, check = "embedding_fm_backward", torch._check
     check(
         embeddings.dim() == 2,

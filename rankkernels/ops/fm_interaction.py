@@ -1,4 +1,4 @@
-"""FM second-order interaction. Kernels: csrc/cpu/fm_interaction.h and _triton/fm_interaction.py."""
+"""FM second-order interaction. Kernels: csrc/cpu/dense/fm_interaction_kernel.h and _triton/fm_interaction.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gradient of a linear layer's weight, dW = dy^T x. Kernel: csrc/cpu/linear_weight_grad.h."""
+"""The gradient of a linear layer's weight, dW = dy^T x. Kernel: csrc/cpu/dense/linear_weight_grad_kernel.h."""
 
 from __future__ import annotations
 

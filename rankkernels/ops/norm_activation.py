@@ -1,4 +1,4 @@
-"""Batch normalization and activation of a hidden layer. Kernels: csrc/cpu/norm_activation.h and
+"""Batch normalization and activation of a hidden layer. Kernels: csrc/cpu/dense/norm_activation_kernel.h and
 _triton/norm_activation.py."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NAMES = list(ACTIVATIONS)
 
 
 def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
-    """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/norm_activation.cpp."""
+    """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/dense/norm_activation.cpp."""
     check = torch._check
     check_activation(op, activation)
     name = _NAMES[activation]

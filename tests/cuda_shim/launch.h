@@ -1,11 +1,11 @@
-// Takes the place of csrc/cuda/launch.h: the device is the CPU, a launch runs the kernel under the shim at
-// once.
+// Takes the place of csrc/cuda/common/launch.h: the device is the CPU, a launch runs the kernel under the
+// shim at once.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "device.cuh"
+#include "cuda/common/device.cuh"
 #include "shim.h"
 
 namespace rk {

@@ -247,7 +247,7 @@ def hyper_for(draw: Draw) -> list[float]:
 
 
 def step(kind: str, w: Tensor, states: list[Tensor], g: Tensor, hyper: list[float]) -> tuple[Tensor, list[Tensor]]:
-    """The formulas of csrc/cpu/embedding_bag_update.h in float64 on rows w [n, D] of gradients g."""
+    """The formulas of csrc/cpu/embedding/optimizer_kernel.h in float64 on rows w [n, D] of gradients g."""
     lr, beta1, beta2, eps, decay, t, factor, max_norm = hyper
     g = g * factor
     if max_norm:

@@ -1,0 +1,175 @@
+// DeepFM without its last sigmoid, in eval: checks, threads and registration. The mathematics are in
+// fm_kernel.h and hidden_layers_kernel.h.
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+#include "cpu/deepfm/params.h"
+#include "cpu/dense/params.h"
+#include "cpu/embedding/features.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/simd/operand.h"
+#include "embedding/fm.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
+RK_DECLARE_ISA(template <class T>
+               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
+RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
+RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&))
+
+#define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
+
+// The texts are those of ops/deepfm.py.
+static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
+  RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
+                  "mlp must be the weight and the bias of each of two layers or more, got ", mlp.size(),
+                  " tensors");
+  for (size_t i = 0; i < mlp.size(); i += 2) {
+    const Tensor &w = mlp[i], &b = mlp[i + 1];
+    RK_DEEPFM_CHECK(w.dim() == 2 && w.size(1) == in && b.dim() == 1 && b.size(0) == w.size(0) &&
+                        (i + 2 < mlp.size() || w.size(0) == 1),
+                    "mlp's layer ", i / 2, " must have a weight [", i + 2 < mlp.size() ? "H" : "1", ", ", in,
+                    "] and its bias, got shapes ", shape_of(w), " and ", shape_of(b));
+    for (const Tensor* t : {&w, &b})
+      RK_DEEPFM_CHECK(dtype_of(*t) == ScalarType::Float && same_device(*t, like), "mlp's layer ", i / 2,
+                      " must be torch.float32, got ", name_of(dtype_of(*t)), " on cpu");
+    in = w.size(0);
+  }
+}
+
+// The layers' weights and biases in the kernel's order.
+struct PackedLayers {
+  Tensor memory;
+  std::vector<HiddenLayer> layers;
+  int64_t widest = 0;
+
+  // mlp: W_1, b_1, W_2, b_2 ... of the hidden layers and then of the output layer; `in` is what the first
+  // takes.
+  PackedLayers(const Tensors& mlp, int64_t in) {
+    const size_t n = mlp.size() / 2 - 1;
+    int64_t size = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const int64_t out = HiddenLayer::whole(mlp[2 * i].size(0));
+      layers.push_back({nullptr, nullptr, mlp[2 * i].size(1), out});
+      widest = std::max(widest, out);
+      size += out * (layers[i].in + 1);
+    }
+    memory = torch::stable::new_empty(mlp[0], {size});
+    float* p = static_cast<float*>(memory.mutable_data_ptr());
+    std::vector<std::function<void()>> panels;
+    Tensors given;
+    for (size_t i = 0; i < n; ++i) {
+      HiddenLayer& l = layers[i];
+      const Tensor w = torch::stable::contiguous(mlp[2 * i]), b = torch::stable::contiguous(mlp[2 * i + 1]);
+      given.push_back(w);
+      const int64_t out = w.size(0), K = l.in;
+      const float* from = static_cast<const float*>(w.const_data_ptr());
+      for (int64_t n0 = 0, width; n0 < l.out; n0 += width) {
+        width = HiddenLayer::panel(l.out - n0);
+        panels.push_back([=] { pack(from + n0 * K, K, std::min(width, out - n0), width, p + n0 * K); });
+      }
+      l.weight = p;
+      p += l.out * K;
+      std::memcpy(p, b.const_data_ptr(), out * sizeof(float));
+      std::fill(p + out, p + l.out, 0.f);
+      l.bias = p;
+      p += l.out;
+    }
+    run_tasks(panels.size(), size, [&](int64_t i) { panels[i](); });
+  }
+
+  // `real` rows of a weight -> columns of a panel `width` wide, the others zeros.
+  static void pack(const float* rows, int64_t K, int64_t real, int64_t width, float* panel) {
+    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
+      for (int64_t n = 0; n < width; ++n)
+        for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
+          panel[k * width + n] = n < real ? rows[n * K + k] : 0.f;
+  }
+};
+
+static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables,
+                         const Names& names, const Tensor& linear_weight, const OptionalTensor& dense,
+                         const Tensors& mlp) {
+  const Tensors none;
+  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
+  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
+  Features features(args, weights.size());
+  std::vector<Bags>& bags = features.bags;
+  const int64_t F = bags.size(), B = bags[0].B,
+                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
+  const int64_t width = F * D, more = dense && dense->dim() == 2 ? dense->size(1) : 0, in = width + more;
+  Tensors rows;
+  for (size_t t = 0; t < weights.size(); ++t) {
+    RK_CHECK_BAG(weights[t].dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(weights[t]));
+    RK_DEEPFM_CHECK(
+        weights[t].size(1) == D && weights[t].is_cpu() && dtype_of(weights[t]) == ScalarType::Float,
+        "weights[", t, "] must be [R, ", D, "] torch.float32, got shape ", shape_of(weights[t]), " and ",
+        name_of(dtype_of(weights[t])));
+    rows.push_back(unit_stride_rows(weights[t]));
+  }
+  for (int64_t f = 0; f < F; ++f) {
+    RK_DEEPFM_CHECK(indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B, "], got shape ",
+                    shape_of(indices[f]));
+    const Tensor& w = rows[tables[f]];
+    bags[f].weight = w.const_data_ptr();
+    bags[f].R = w.size(0);
+    bags[f].D = D;
+    bags[f].stride_wr = w.stride(0);
+  }
+  const Tensor a = linear_weight_of("deepfm", linear_weight, rows[0], width);
+  if (dense) check_dense("deepfm", *dense, rows[0], B);
+  check_layers(mlp, in, rows[0]);
+  const PackedLayers packed(mlp, in);
+  const Tensor head = torch::stable::contiguous(mlp[mlp.size() - 2]);
+  const float* head_weight = static_cast<const float*>(head.const_data_ptr());
+  const float head_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
+  const float* a_weight = static_cast<const float*>(a.const_data_ptr());
+  const float* beside = more ? static_cast<const float*>(dense->const_data_ptr()) : nullptr;
+  const int64_t stride_db = more ? dense->stride(0) : 0, stride_dn = more ? dense->stride(1) : 0;
+
+  Tensor out = torch::stable::new_empty(rows[0], {B, 1});
+  float* y = static_cast<float*>(out.mutable_data_ptr());
+  constexpr int64_t kRows = Lookups::kRows;
+  const int64_t blocks = (B + kRows - 1) / kRows;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> fit{true};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const int64_t stride_x = padded<float>(in), stride_hidden = padded<float>(packed.widest);
+    // Zeroed, which suits rows that only fill a tile: they are multiplied too, and denormal numbers would be
+    // slow.
+    Arena<float> arena;
+    float* x = arena.take(kRows * stride_x);
+    float* hidden[] = {arena.take(kRows * stride_hidden), arena.take(kRows * stride_hidden)};
+    float *fm = arena.take(kRows), *linear = arena.take(kRows), *deep = arena.take(kRows);
+    for (int64_t b0; fit && (b0 = next++ * kRows) < B;) {
+      const int64_t b1 = std::min(B, b0 + kRows), n = b1 - b0;
+      for (const Bags& bag : bags)
+        if (!ids_fit(bag, b0, b1)) {
+          fit = false;
+          return;
+        }
+      RK_DISPATCH_ISA(look_up_block<float>, {bags.data(), F, D, b0, b1, x, stride_x});
+      for (int64_t c = 0; c < more; ++c)  // in the outer loop: as a batch has them, each column is contiguous
+        for (int64_t b = 0; b < n; ++b)
+          x[b * stride_x + width + c] = beside[(b0 + b) * stride_db + c * stride_dn];
+      RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
+      RK_DISPATCH_ISA(linear<float>, x, stride_x, a_weight, width, linear, 0, n);
+      const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
+                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n});
+      RK_DISPATCH_ISA(linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
+      for (int64_t b = 0; b < n; ++b) y[b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
+    }
+  });
+  if (!fit)
+    for (int64_t f = 0; f < F; ++f) features.check_range(args, f);
+  return out;
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) { m.impl("deepfm", TORCH_BOX(&rk::deepfm_cpu)); }

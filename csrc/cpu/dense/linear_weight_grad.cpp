@@ -1,0 +1,61 @@
+// Checks, threads and registration of the weight's gradient; the kernel and its mathematics are in
+// linear_weight_grad_kernel.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "stable/check.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(int64_t linear_weight_grad_panel())
+RK_DECLARE_ISA(int64_t linear_weight_grad_memory(int64_t))
+RK_DECLARE_ISA(void linear_weight_grad(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t,
+                                       int64_t, int64_t, int64_t, int64_t, bool, float*))
+
+// Rows of dW a task takes with one panel of columns: many, because each copies the panel, and few enough for
+// two tasks a panel where there are 256 units. A multiple of the tile's rows.
+constexpr int64_t kTaskRows = 132;
+// Samples between two sums: what all tasks read of them stays in the third-level cache.
+constexpr int64_t kSamples = 4096;
+
+// The texts are those of ops/linear_weight_grad.py.
+static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
+  RK_CHECK_DIM("linear_weight_grad", dy, 2);
+  RK_CHECK_DIM("linear_weight_grad", x, 2);
+  for (const auto& [name, t] : {std::pair("dy", &dy), std::pair("x", &x)})
+    RK_CHECK(dtype_of(*t) == ScalarType::Float, "linear_weight_grad: ", name, " must be torch.float32, got ",
+             name_of(dtype_of(*t)));
+  const int64_t N = dy.size(0), M = dy.size(1), K = x.size(1);
+  RK_CHECK(x.size(0) == N, "linear_weight_grad: x must have the rows of dy, ", N, ", got ", x.size(0));
+  const Tensor dyu = unit_stride_last(dy), xu = unit_stride_last(x);
+  Tensor grad = torch::stable::new_empty(x, {M, K});
+  const float *dyp = static_cast<const float*>(dyu.const_data_ptr()),
+              *xp = static_cast<const float*>(xu.const_data_ptr());
+  float* gradp = static_cast<float*>(grad.mutable_data_ptr());
+  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
+                blocks = (M + kTaskRows - 1) / kTaskRows, stride_dyn = dyu.stride(0),
+                stride_xn = xu.stride(0);
+  for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kSamples) {
+    const int64_t n1 = std::min(N, n0 + kSamples);
+    run_tasks(panels * blocks, (n1 - n0) * M * K / 16, [&](int64_t task) {
+      const int64_t m0 = task / panels * kTaskRows, m1 = std::min(M, m0 + kTaskRows);
+      Arena<float> arena;
+      float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
+      RK_DISPATCH_ISA(linear_weight_grad, dyp, stride_dyn, xp, stride_xn, gradp, K, n0, n1, m0, m1,
+                      task % panels * panel, n0 > 0, memory);
+    });
+  }
+  return grad;
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {
+  m.impl("linear_weight_grad", TORCH_BOX(&rk::linear_weight_grad_cpu));
+}

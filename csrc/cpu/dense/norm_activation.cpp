@@ -1,0 +1,365 @@
+// Checks, statistics, threads and registration of normalization and activation; the kernels and their
+// mathematics are in norm_activation_kernel.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dense/layer_params.h"
+#include "cpu/dense/statistics.h"
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/values.h"
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/operand.h"
+#include "stable/check.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class T> void norm_statistics(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                                       Accumulator<T>*, DinStats&))
+RK_DECLARE_ISA(template <class T> void norm_activation(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*,
+                                                       bool, int64_t, int64_t, int64_t,
+                                                       const DinLayerScratch<Accumulator<T>>&))
+RK_DECLARE_ISA(template <class T>
+               void norm_activation_backward(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,
+                                             int64_t, T*, int64_t, int64_t, int64_t,
+                                             const DinLayerScratch<Accumulator<T>>&, Accumulator<T>*,
+                                             Accumulator<T>*, const DinLayerGrad<Accumulator<T>>&))
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct NormArguments {
+  const Tensor& x;
+  const OptionalTensor &weight, &bias, &alpha, &running_mean, &running_var;
+  ActivationName activation;
+  bool batch_norm, training;
+  double norm_eps, dice_eps;
+
+  int64_t N() const { return x.size(0); }
+  int64_t H() const { return x.size(1); }
+  bool has_alpha() const { return activation >= ActivationName::prelu; }
+  bool batch_statistics() const { return batch_norm && training; }
+};
+
+#define RK_NORM_CHECK(condition, ...) RK_CHECK(condition, "norm_activation: ", __VA_ARGS__)
+
+// The texts are those of ops/norm_activation.py.
+static void check(const NormArguments& a) {
+  const Tensor& x = a.x;
+  check_activation("norm_activation", a.activation);
+  RK_CHECK_DIM("norm_activation", x, 2);
+  RK_CHECK_FLOATING("norm_activation", x);
+  RK_NORM_CHECK(a.batch_norm || a.activation != ActivationName::dice_batch_norm,
+                "dice_batch_norm needs batch_norm");
+  RK_NORM_CHECK(a.weight.has_value() == a.bias.has_value(), "give both weight and bias, or neither");
+  RK_NORM_CHECK(a.batch_norm || !a.weight, "weight and bias belong to batch_norm");
+  RK_NORM_CHECK(a.alpha.has_value() == a.has_alpha(), "activation ", static_cast<int64_t>(a.activation),
+                a.has_alpha() ? " needs an alpha" : " has no alpha");
+  RK_NORM_CHECK(!a.batch_norm || a.training || (a.running_mean && a.running_var),
+                "give running_mean and running_var, or training");
+  RK_NORM_CHECK(!a.batch_statistics() || a.N() > 1, "training needs more than one row, got ", a.N());
+  if (a.batch_norm) check_epsilon("norm_activation", "norm_eps", a.norm_eps, a.training);
+  if (a.activation == ActivationName::dice) check_epsilon("norm_activation", "dice_eps", a.dice_eps, false);
+  const auto check_vector = [&](const OptionalTensor& t, const char* name, bool may_be_one) {
+    if (!t) return;
+    RK_NORM_CHECK(t->dim() == 1 && (t->size(0) == a.H() || (may_be_one && t->size(0) == 1)), name,
+                  " must be [H] = [", a.H(), may_be_one ? "] or [1], got " : "], got ", shape_of(*t));
+    RK_NORM_CHECK(is_floating(dtype_of(*t)), name, " must be float32, float64, float16 or bfloat16, got ",
+                  name_of(dtype_of(*t)));
+    RK_NORM_CHECK(t->is_cpu(), name, " must be on the device of x, cpu");
+  };
+  check_vector(a.weight, "weight", false);
+  check_vector(a.bias, "bias", false);
+  check_vector(a.running_mean, "running_mean", false);
+  check_vector(a.running_var, "running_var", false);
+  check_vector(a.alpha, "alpha", true);
+}
+
+// Rows whose statistics are taken at once: enough to make little of merging them, few enough for float32
+// sums.
+constexpr int64_t kStatisticsRows = 64;
+
+// Rows in chunks of about equal work. The bounds depend on the shape alone, and sums are taken by chunk: the
+// same bits for any number of threads.
+struct NormChunks {
+  explicit NormChunks(const NormArguments& a, int64_t bytes) : N(a.N()) {
+    constexpr int64_t kGrain = 16384;  // values worth waking a thread for: about 20 us
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kGrain, 128));
+    rows = std::max<int64_t>(1, (N + most - 1) / most);
+    // Blocks of rows: three arrays of accumulators stay in the first-level cache, rows read in groups of
+    // vectors.
+    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kDinRows);
+  }
+  int64_t size() const { return (N + rows - 1) / rows; }
+  int64_t begin(int64_t chunk) const { return chunk * rows; }
+  int64_t end(int64_t chunk) const { return std::min(N, (chunk + 1) * rows); }
+
+  template <class Body>
+  void parallel_for(const Body& body) const {
+    torch::stable::parallel_for(0, size(), 1, [&](int64_t c0, int64_t c1) { body(c0, c1); });
+  }
+  int64_t N, rows, block;
+};
+
+// The layer as the kernels take it: g = n, or x without a normalization.
+template <class A>
+class NormLayer {
+ public:
+  explicit NormLayer(const NormArguments& a) : args_(a) {
+    const int64_t H = a.H();
+    f.out = H;
+    f.unit = arena_.row(std::vector<A>(H, A(1)));
+    f.epsilon = static_cast<A>(H * a.dice_eps);
+    f.activation = a.activation == ActivationName::relu              ? DinActivation::relu
+                   : a.activation == ActivationName::sigmoid         ? DinActivation::sigmoid
+                   : a.activation == ActivationName::dice            ? DinActivation::dice
+                   : a.activation == ActivationName::dice_batch_norm ? DinActivation::dice_batch_norm
+                                                                     : DinActivation::leaky;
+    std::vector<A> alpha{static_cast<A>(a.activation == ActivationName::linear      ? 1
+                                        : a.activation == ActivationName::leakyrelu ? 0.01
+                                                                                    : 0)};
+    if (a.alpha) alpha = values_of<A>(*a.alpha);
+    if (alpha.size() == 1) alpha.resize(H, alpha[0]);
+    f.alpha = arena_.row(alpha);
+    if (a.batch_norm && !a.training)
+      set_statistics(values_of<double>(*a.running_mean), values_of<double>(*a.running_var));
+  }
+
+  // Mean and biased variance of each column.
+  void set_statistics(const std::vector<double>& mean, const std::vector<double>& var) {
+    const int64_t H = args_.H();
+    std::vector<double> r(H), shift(H), weight(H, 1), bias(H, 0);
+    for (int64_t h = 0; h < H; ++h) {
+      r[h] = 1 / std::sqrt(var[h] + args_.norm_eps);
+      shift[h] = -mean[h] * r[h];
+    }
+    if (args_.weight) {
+      weight = values_of<double>(*args_.weight);
+      bias = values_of<double>(*args_.bias);
+    }
+    f.g_scale = f.r = arena_.row(r);
+    f.g_shift = arena_.row(shift);
+    f.y_scale = arena_.row(weight);
+    f.y_shift = arena_.row(bias);
+  }
+
+  // The means of e and of e n over the batch.
+  void set_backward_means(const DinLayerGrad<A>& sums) {
+    const int64_t H = args_.H();
+    A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
+    for (int64_t h = 0; h < H; ++h) {
+      c1[h] = f.y_scale[h] * sums.sums[0][h] / args_.N();
+      c2[h] = f.y_scale[h] * sums.sums[1][h] / args_.N();
+    }
+    f.c1 = c1;
+    f.c2 = c2;
+  }
+
+  DinLayer<A> f{};
+
+ private:
+  const NormArguments& args_;
+  Arena<A> arena_;
+};
+
+// One thread's memory for blocks of rows: dice's alone, the others go without.
+template <class A>
+struct NormWorkspace {
+  NormWorkspace(const DinLayer<A>& f, int64_t block) {
+    if (f.activation != DinActivation::dice) return;
+    const int64_t ld = padded<A>(f.out);
+    s.g = arena.take(block * ld);
+    s.a = arena.take(block * ld);
+    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_u}) *of_rows = arena.take(block);
+    d = arena.take(block * ld);
+    vector = arena.take(ld);
+  }
+  Arena<A> arena;
+  DinLayerScratch<A> s{};
+  A *d = nullptr, *vector = nullptr;
+};
+
+// Sums of a range of rows.
+template <class A>
+struct NormSums {
+  explicit NormSums(int64_t H) : ld(padded<A>(H)) {
+    grad.alpha = arena.take(5 * ld);
+    for (int64_t i = 0; i < 4; ++i) grad.sums[i] = grad.alpha + (1 + i) * ld;
+  }
+  void operator+=(const NormSums& other) {
+    for (int64_t i = 0; i < 5 * ld; ++i) grad.alpha[i] += other.grad.alpha[i];
+  }
+  int64_t ld;
+  Arena<A> arena;
+  DinLayerGrad<A> grad{};
+};
+
+template <class T, class A = Accumulator<T>>
+void take_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x, NormLayer<A>& layer,
+                     A* batch_stats) {
+  const int64_t H = a.H(), stride_xn = x.stride(0);
+  const T* xp = static_cast<const T*>(x.const_data_ptr());
+  std::vector<double> memory(2 * H * chunks.size());
+  std::vector<DinStats> stats(chunks.size());
+  for (size_t c = 0; c < stats.size(); ++c)
+    stats[c] = {0, memory.data() + 2 * c * H, memory.data() + (2 * c + 1) * H};
+  chunks.parallel_for([&](int64_t c0, int64_t c1) {
+    Arena<A> arena;
+    A* vectors = arena.take(2 * padded<A>(H));
+    for (int64_t c = c0; c < c1; ++c)
+      RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
+                      vectors, stats[c]);
+  });
+  const DinMoments all(stats, H);
+  std::vector<double> var(H);
+  for (int64_t h = 0; h < H; ++h) {
+    batch_stats[h] = static_cast<A>(all.mean[h]);
+    batch_stats[H + h] = static_cast<A>(all.deviation[h] / (all.count - 1));
+    var[h] = all.deviation[h] / all.count;
+  }
+  layer.set_statistics(all.mean, var);
+}
+
+static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, const OptionalTensor& alpha,
+                                                      const OptionalTensor& running_mean,
+                                                      const OptionalTensor& running_var, int64_t activation,
+                                                      bool batch_norm, bool training, double norm_eps,
+                                                      double dice_eps) {
+  const NormArguments a{x,
+                        weight,
+                        bias,
+                        alpha,
+                        running_mean,
+                        running_var,
+                        static_cast<ActivationName>(activation),
+                        batch_norm,
+                        training,
+                        norm_eps,
+                        dice_eps};
+  check(a);
+  const Tensor xu = unit_stride_last(x);
+  Tensor out = new_empty_paged(x, {a.N(), a.H()});
+  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide(dtype_of(x)));
+  dispatch_floating(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
+    const NormChunks chunks(a, sizeof(A));
+    NormLayer<A> layer(a);
+    if (a.batch_statistics())
+      take_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
+    const T* xp = static_cast<const T*>(xu.const_data_ptr());
+    T* outp = static_cast<T*>(out.mutable_data_ptr());
+    const int64_t stride_xn = xu.stride(0);
+    const bool streamed = is_streamed(out);
+    chunks.parallel_for([&](int64_t c0, int64_t c1) {
+      const NormWorkspace<A> w(layer.f, chunks.block);
+      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, streamed, chunks.begin(c0),
+                      chunks.end(c1 - 1), chunks.block, w.s);
+    });
+  });
+  return {out, batch_stats};
+}
+
+template <class A, class Value>
+Tensor vector_gradient(const Tensor& param, const Value& value) {
+  Tensor grad = torch::stable::new_empty(param, param.sizes());
+  with_values(grad.scalar_type(), [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    P* p = static_cast<P*>(grad.mutable_data_ptr());
+    for (int64_t h = 0; h < grad.numel(); ++h) p[h] = static_cast<P>(value(h));
+  });
+  return grad;
+}
+
+static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
+    const Tensor& grad_out, const Tensor& batch_stats, const Tensor& x, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& alpha, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, int64_t activation, bool batch_norm, bool training, double norm_eps,
+    double dice_eps) {
+  const NormArguments a{x,
+                        weight,
+                        bias,
+                        alpha,
+                        running_mean,
+                        running_var,
+                        static_cast<ActivationName>(activation),
+                        batch_norm,
+                        training,
+                        norm_eps,
+                        dice_eps};
+  check(a);
+  const int64_t N = a.N(), H = a.H();
+  check_form("norm_activation_backward", "grad_out", grad_out, {N, H}, dtype_of(x));
+  check_form("norm_activation_backward", "batch_stats", batch_stats, {a.batch_statistics() ? 2 * H : 0},
+             wide(dtype_of(x)));
+  const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
+  Tensor grad_x = new_empty_paged(x, {N, H});
+  std::vector<Tensor> grad_params;
+  dispatch_floating(x.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulator<T>;
+    const NormChunks chunks(a, sizeof(A));
+    NormLayer<A> layer(a);
+    if (a.batch_statistics()) {
+      const std::vector<double> stats = values_of<double>(batch_stats);
+      std::vector<double> mean(stats.begin(), stats.begin() + H), var(stats.begin() + H, stats.end());
+      for (double& v : var) v *= (N - 1.) / N;
+      layer.set_statistics(mean, var);
+    }
+    const T *xp = static_cast<const T*>(xu.const_data_ptr()),
+            *gp = static_cast<const T*>(gu.const_data_ptr());
+    const int64_t stride_xn = xu.stride(0), stride_gn = gu.stride(0);
+    std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
+    const auto pass = [&](T* grad_xp) {
+      chunks.parallel_for([&](int64_t c0, int64_t c1) {
+        const NormWorkspace<A> w(layer.f, chunks.block);
+        for (int64_t c = c0; c < c1; ++c) {
+          partial[c] = std::make_unique<NormSums<A>>(H);
+          RK_DISPATCH_ISA(norm_activation_backward<T>, layer.f, gp, stride_gn, xp, stride_xn, grad_xp,
+                          chunks.begin(c), chunks.end(c), chunks.block, w.s, w.d, w.vector, partial[c]->grad);
+        }
+      });
+    };
+    NormSums<A> sums(H);
+    const auto add = [&] {
+      for (const auto& p : partial) sums += *p;
+    };
+    T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
+    if (a.batch_statistics()) {
+      pass(nullptr);
+      add();
+      layer.set_backward_means(sums.grad);
+      pass(grad_xp);
+    } else {
+      pass(grad_xp);
+      add();
+    }
+    if (a.weight) {
+      const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
+      grad_params.push_back(vector_gradient<A>(*a.weight, [&](int64_t h) { return en[h]; }));
+      grad_params.push_back(vector_gradient<A>(*a.bias, [&](int64_t h) { return e[h]; }));
+    }
+    if (a.alpha) {
+      A all = 0;
+      for (int64_t h = 0; h < H; ++h) all += sums.grad.alpha[h];
+      const bool one = a.alpha->numel() == 1;
+      grad_params.push_back(
+          vector_gradient<A>(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
+    }
+  });
+  return {grad_x, grad_params};
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {
+  m.impl("norm_activation", TORCH_BOX(&rk::norm_activation_cpu));
+  m.impl("norm_activation_backward", TORCH_BOX(&rk::norm_activation_backward_cpu));
+}

@@ -1,0 +1,177 @@
+// The arguments of DIN attention: their checks, before anything is written, and where each sample's rows are.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/din_attention/folded_network.h"
+
+namespace rk {
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct DinArguments {
+  const Tensor &history, &target;
+  const OptionalTensor &lengths, &mask, &offsets;
+  const std::vector<Tensor>&params, &running_stats;
+  DinConfig config;
+
+  int64_t B() const { return target.size(0); }
+  int64_t D() const { return target.size(1); }
+  int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
+  int64_t width(int64_t layer) const { return params[layer * config.params_per_layer()].size(0); }
+};
+
+#define RK_DIN_CHECK(condition, ...) RK_CHECK(condition, "din_attention: ", __VA_ARGS__)
+
+// Ranks, sizes and dtypes; the texts are those of ops/din_attention.py.
+inline void check_history(const DinArguments& a) {
+  const Tensor &history = a.history, &target = a.target;
+  std::string given;
+  for (const auto& [name, t] :
+       {std::pair("lengths", &a.lengths), std::pair("mask", &a.mask), std::pair("offsets", &a.offsets)})
+    if (*t) given += (given.empty() ? "" : " and ") + std::string(name);
+  RK_DIN_CHECK(given.find(' ') == std::string::npos, "give one of lengths, mask and offsets, got ", given);
+  RK_DIN_CHECK(target.dim() == 2, "target must be [B, D], got shape ", shape_of(target));
+  const bool jagged = a.offsets.has_value();
+  RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ",
+               jagged ? "[N, D] beside offsets" : "[B, L, D]", ", got shape ", shape_of(history));
+  RK_DIN_CHECK(history.size(history.dim() - 1) == a.D(), "history and target must have one width D, got ",
+               history.size(history.dim() - 1), " and ", a.D());
+  RK_CHECK_FLOATING("din_attention", history);
+  RK_DIN_CHECK(dtype_of(history) == dtype_of(target), "history and target must have one dtype, got ",
+               name_of(dtype_of(history)), " and ", name_of(dtype_of(target)));
+  RK_DIN_CHECK(target.is_cpu() && history.is_cpu(), "all arguments must be on one device");
+  const auto check_integers = [](const Tensor& t, const char* name) {
+    RK_DIN_CHECK(dtype_of(t) == ScalarType::Int || dtype_of(t) == ScalarType::Long, name,
+                 " must be int32 or int64, got ", name_of(dtype_of(t)));
+    RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
+  };
+  if (jagged) {
+    RK_DIN_CHECK(a.offsets->dim() == 1 && a.offsets->size(0) == a.B() + 1, "offsets must be [B + 1] = [",
+                 a.B() + 1, "], got shape ", shape_of(*a.offsets));
+    check_integers(*a.offsets, "offsets");
+    return;
+  }
+  RK_DIN_CHECK(history.size(0) == a.B(), "history and target must have one batch size B, got ",
+               history.size(0), " and ", a.B());
+  if (a.lengths) {
+    RK_DIN_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == a.B(), "lengths must be [B] = [", a.B(),
+                 "], got shape ", shape_of(*a.lengths));
+    check_integers(*a.lengths, "lengths");
+  }
+  if (a.mask) {
+    RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == a.B() && a.mask->size(1) == history.size(1),
+                 "mask must be [B, L] = [", a.B(), ", ", history.size(1), "], got shape ", shape_of(*a.mask));
+    RK_DIN_CHECK(dtype_of(*a.mask) == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
+                 name_of(dtype_of(*a.mask)));
+    RK_DIN_CHECK(a.mask->is_cpu(), "all arguments must be on one device");
+  }
+}
+
+inline void check_params(const DinArguments& a) {
+  const DinConfig& config = a.config;
+  const int64_t per_layer = config.params_per_layer(), n = static_cast<int64_t>(a.params.size());
+  RK_DIN_CHECK(n >= 2 && (n - 2) % per_layer == 0, "params must be ", per_layer,
+               " tensors a hidden layer and 2 of the output layer, got ", n);
+  const auto check_list = [](const std::vector<Tensor>& list, const char* name) {
+    for (size_t i = 0; i < list.size(); ++i) {
+      RK_DIN_CHECK(is_floating(dtype_of(list[i])), name, "[", i,
+                   "] must be float32, float64, float16 or bfloat16, got ", name_of(dtype_of(list[i])));
+      RK_DIN_CHECK(list[i].is_cpu(), "all arguments must be on one device");
+    }
+  };
+  check_list(a.params, "params");
+  check_list(a.running_stats, "running_stats");
+  const int64_t stats = 2 * config.norms();
+  RK_DIN_CHECK(config.training || static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
+               "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(), " norms, got ",
+               a.running_stats.size());
+  const bool has_slope =
+      config.activation == ActivationName::prelu || config.activation == ActivationName::dice;
+  int64_t width = 4 * a.D();
+  for (int64_t i = 0; i < a.layers(); ++i) {
+    const Tensor* layer = &a.params[i * per_layer];
+    RK_DIN_CHECK(layer->dim() == 2 && layer->size(1) == width, "the weight of hidden layer ", i,
+                 " must be [H, ", width, "], got shape ", shape_of(*layer));
+    width = layer->size(0);
+    for (int64_t j = 1; j < per_layer; ++j) {
+      const bool slope = has_slope && j == per_layer - 1;
+      RK_DIN_CHECK(layer[j].dim() == 1 && (layer[j].size(0) == width || (slope && layer[j].size(0) == 1)),
+                   "hidden layer ", i, " needs vectors of ", width, " values",
+                   slope ? ", its slope may have one" : "", ", got ", shape_of(layer[j]));
+    }
+    if (config.training) continue;
+    for (int64_t j = i * stats; j < (i + 1) * stats; ++j)
+      RK_DIN_CHECK(a.running_stats[j].dim() == 1 && a.running_stats[j].size(0) == width, "running_stats[", j,
+                   "] must be [", width, "], got ", shape_of(a.running_stats[j]));
+  }
+  const Tensor &weight = a.params[n - 2], &bias = a.params[n - 1];
+  RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
+               "the output layer must be [1, ", width, "] with a bias [1], got ", shape_of(weight), " and ",
+               shape_of(bias));
+}
+
+// Where the rows of each sample are (see DinRows), with lengths and offsets checked against the history.
+struct DinGeometry {
+  std::vector<int64_t> first, count;
+  int64_t valid = 0, longest = 0;
+  Tensor mask;
+};
+
+inline std::vector<int64_t> integers_of(const Tensor& t) {
+  const Tensor u = torch::stable::contiguous(t);
+  std::vector<int64_t> values(u.numel());
+  if (dtype_of(u) == ScalarType::Int)
+    std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
+  else
+    std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
+  return values;
+}
+
+inline DinGeometry geometry_of(const DinArguments& a) {
+  DinGeometry g;
+  const int64_t B = a.B();
+  g.count.resize(B);
+  if (a.offsets) {
+    g.first = integers_of(*a.offsets);
+    const int64_t N = a.history.size(0);
+    RK_DIN_CHECK(g.first[0] == 0 && g.first[B] == N, "offsets must run from 0 to N = ", N, ", got ",
+                 g.first[0], " .. ", g.first[B]);
+    for (int64_t b = 0; b < B; ++b) {
+      g.count[b] = g.first[b + 1] - g.first[b];
+      RK_DIN_CHECK(g.first[b] <= g.first[b + 1], "offsets decrease from ", g.first[b], " to ", g.first[b + 1],
+                   " at ", b + 1);
+    }
+  } else {
+    const int64_t L = a.history.size(1);
+    g.first.resize(B + 1);
+    for (int64_t b = 0; b <= B; ++b) g.first[b] = b * L;
+    if (a.lengths) {
+      g.count = integers_of(*a.lengths);
+      for (int64_t b = 0; b < B; ++b)
+        RK_DIN_CHECK(g.count[b] >= 0 && g.count[b] <= L, "lengths[", b, "] = ", g.count[b],
+                     " is outside 0 .. ", L, ", the history's positions");
+    } else if (a.mask) {
+      g.mask = torch::stable::contiguous(*a.mask);
+      const uint8_t* mask = static_cast<const uint8_t*>(g.mask.const_data_ptr());
+      for (int64_t b = 0; b < B; ++b) g.count[b] = L - std::count(mask + b * L, mask + (b + 1) * L, 0);
+    } else {
+      std::fill(g.count.begin(), g.count.end(), L);
+    }
+  }
+  for (const int64_t n : g.count) {
+    g.valid += n;
+    g.longest = std::max(g.longest, n);
+  }
+  RK_DIN_CHECK(!a.config.training || a.config.norms() * a.layers() == 0 || g.valid > 1,
+               "training needs more than one valid row to take statistics of, got ", g.valid);
+  return g;
+}
+
+}  // namespace rk

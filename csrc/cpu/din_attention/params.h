@@ -1,0 +1,76 @@
+// What the DIN attention kernels are called with: plain data, prepared by din_attention.cpp and read by the
+// copies of forward_kernel.h for each instruction set. Neither STL nor a function with external linkage (see
+// vec.h).
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/dense/params.h"
+#include "cpu/simd/accumulator.h"
+
+namespace rk {
+
+// See dropout_kernel.h.
+template <class A>
+struct DinDropout {
+  uint64_t seed;
+  int32_t threshold;
+  A scale;
+};
+
+template <class A>
+struct Din {
+  int64_t D, layers;
+  const DinLayer<A>* layer;
+  // The first layer's weight in the parts of its identity, as forward operands [D, padded(H)] and as rows
+  // [H, padded(D)]: Wt + Wd, Wh - Wd and Wp. The former have tails.
+  const A *target_weight, *history_weight, *product_weight;
+  const A *target_rows, *history_rows, *product_rows;
+  const A* out_weight;  // [padded(H)] of the last layer
+  A out_bias;
+  bool use_softmax, drops;
+  DinDropout<A> dropout;
+  A* row_weight;  // [rows]: the weight of each valid row in the sum
+  A* grad_score;  // [rows]: and in the backward its gradient before any softmax
+};
+
+// Where the samples' rows are. Sample b has count[b] valid rows; the storage of what belongs to its rows
+// begins at first[b] and has positions[b] = first[b + 1] - first[b] places.
+template <class T>
+struct DinRows {
+  const T *history, *target;
+  int64_t stride_hb, stride_hl, stride_tb;
+  bool jagged;  // the history's rows of sample b begin at first[b], else at stride_hb * b
+  const int64_t *first, *count;
+  const uint8_t* mask;  // [B, L], bytes of which any but 0 is true; or null: the first count[b] rows
+  const T* grad_out;
+  int64_t stride_gb;
+  T *out, *grad_history, *grad_target;  // contiguous
+};
+
+template <class A>
+struct DinGrad {
+  DinLayerGrad<A>* layer;
+  A *out_weight, *out_bias;  // [padded(H)], [1]
+};
+
+// Targets that become operands together.
+constexpr int64_t kDinTargets = 8;
+
+// Memory of one thread.
+template <class A>
+struct DinScratch {
+  DinLayerScratch<A>* layer;
+  A* target;                        // [kDinTargets, padded(D)]
+  A *grad_out, *out, *grad_target;  // [padded(D)]
+  A* history;                       // [kDinRows, padded(D)]
+  A* operand;                       // M [D, padded(H)] of a sample, with its tail
+  A* bias;                          // [kDinTargets, padded(H)]: c
+  A* operand_rows;                  // M [H, padded(D)]
+  A *grad_operand, *grad_bias;      // and their gradients, [H, padded(D)] and [padded(H)]
+  A *grad, *grad_below;             // [kDinRows, the widest layer]
+  A* grad_history;                  // [kDinRows, padded(D)]
+  int32_t* positions;               // [L]
+};
+
+}  // namespace rk

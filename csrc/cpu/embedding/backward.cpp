@@ -1,0 +1,144 @@
+// The embedding op's backwards: dense gradients, coalesced sparse ones, or an optimizer's step on the rows.
+// How rows are summed is in sorted_lookups.h, the mathematics in segment_sum_kernel.h and
+// optimizer_kernel.h.
+#include <tuple>
+
+#include "cpu/embedding/sorted_lookups.h"
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/memory.h"
+#include "embedding/optimizer.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class T, class A>
+               void embedding_update(const Update&, const int64_t*, const T*, int64_t, int64_t, int64_t, A*))
+
+static std::vector<ScalarType> dtypes_of(const BackwardArgs& backward) {
+  std::vector<ScalarType> dtypes;
+  for (const Tensor* t : backward.like) dtypes.push_back((t ? *t : backward.any).scalar_type());
+  return dtypes;
+}
+
+static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
+    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
+    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+    const Ints& padding_idx, const Ints& frozen_rows) {
+  const BackwardArgs backward(
+      grad_outs, weights, rows,
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+  const SortedLookups lookups(backward);
+  Tensors grad_weights;
+  std::vector<TableGrad> sums(rows.size(), TableGrad{});
+  for (size_t t = 0; t < rows.size(); ++t) {
+    grad_weights.push_back(backward.like[t]
+                               ? new_empty_paged(*backward.like[t], {rows[t], backward.widths[t]})
+                               : torch::stable::new_empty(backward.any, {0}));
+    sums[t].grad_weight = grad_weights[t].data_ptr();
+  }
+  zero(grad_weights);
+  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  return {grad_weights, backward.factor_grads()};
+}
+
+std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backward,
+                                                       const std::vector<FmPart>& fm) {
+  SortedLookups lookups(backward);
+  const Ints counts = lookups.count_rows();
+  Tensors grad_rows, values;
+  std::vector<TableGrad> sums(counts.size(), TableGrad{});
+  for (size_t t = 0; t < counts.size(); ++t) {
+    grad_rows.push_back(torch::stable::new_empty(backward.any, {counts[t]}, ScalarType::Long));
+    values.push_back(new_empty_paged(backward.like[t] ? *backward.like[t] : backward.any,
+                                     {counts[t], backward.widths[t]}));
+    sums[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
+    sums[t].grad_weight = values[t].mutable_data_ptr();
+    sums[t].fm = fm.empty() ? nullptr : &fm[t];
+  }
+  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  return {grad_rows, values, backward.factor_grads()};
+}
+
+static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
+    const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
+    const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
+    const Ints& padding_idx, const Ints& frozen_rows) {
+  return sparse_gradients(
+      BackwardArgs(grad_outs, weights, rows,
+                   {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
+}
+
+static Update make_cpu_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
+                              const Tensor* states) {
+  auto u = make_update<Update>(op, optimizer, hyper, weight, states);
+  u.optimizer = static_cast<Optimizer>(optimizer);
+  return u;
+}
+
+Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
+                      int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm) {
+  check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
+  std::vector<Update> updates;
+  std::vector<TableGrad> sums(weights.size(), TableGrad{});
+  for (size_t t = 0; t < weights.size(); ++t) {
+    updates.push_back(make_cpu_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
+                                      weights[t], states.data() + t * states_of(optimizer)));
+  }
+  check_apart(weights);
+  for (size_t t = 0; t < weights.size(); ++t) {
+    sums[t].update = &updates[t];
+    sums[t].fm = fm.empty() ? nullptr : &fm[t];
+  }
+  const SortedLookups lookups(backward);
+  Tensors grad_factors = backward.factor_grads();
+  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  return grad_factors;
+}
+
+static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const Tensors& weights,
+                                        const Tensors& states, const Tensors& indices, const Tensors& offsets,
+                                        const Tensors& per_sample_weights, const Ints& tables,
+                                        const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
+                                        int64_t optimizer, const std::vector<double>& hyper) {
+  const Ints rows = rows_of(weights);
+  const BackwardArgs backward(
+      grad_outs, weights, rows,
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+  return update_tables(backward, weights, states, optimizer, hyper);
+}
+
+// A step on the rows of a coalesced sparse gradient.
+static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const Tensor& rows,
+                              const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
+  check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
+  const Update u = make_cpu_update("sparse_update", optimizer, hyper.data(), weight, states.data());
+  const int64_t n = rows.numel(), D = weight.size(1);
+  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
+               values.size(0) == n && values.size(1) == D && values.scalar_type() == weight.scalar_type(),
+           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
+           shape_of(weight), " and ", name_of(weight.scalar_type()), ", got shapes ", shape_of(rows), " and ",
+           shape_of(values), ", ", name_of(rows.scalar_type()), " and ", name_of(values.scalar_type()));
+  const Tensor row = torch::stable::contiguous(rows), value = torch::stable::contiguous(values);
+  const int64_t* rp = static_cast<const int64_t*>(row.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i)
+    RK_CHECK(rp[i] >= 0 && rp[i] < weight.size(0) && (i == 0 || rp[i - 1] < rp[i]), "sparse_update: rows[", i,
+             "] = ", rp[i], " must ascend in a table with ", weight.size(0), " rows");
+  constexpr int64_t kRows = 256;
+  dispatch_floating(weight.scalar_type(), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    run_tasks((n + kRows - 1) / kRows, n * (D + 16), [&](int64_t task) {
+      auto scratch = uninitialized<A>(chunk_of(D) * D);
+      RK_DISPATCH_ISA(embedding_update, u, rp, static_cast<const T*>(value.const_data_ptr()), D, task * kRows,
+                      std::min(n, (task + 1) * kRows), scratch.get());
+    });
+  });
+}
+
+}  // namespace rk
+
+STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {
+  m.impl("embedding_bag_backward", TORCH_BOX(&rk::embedding_bag_backward_cpu));
+  m.impl("embedding_bag_backward_sparse", TORCH_BOX(&rk::embedding_bag_backward_sparse_cpu));
+  m.impl("embedding_bag_update", TORCH_BOX(&rk::embedding_bag_update_cpu));
+  m.impl("sparse_update", TORCH_BOX(&rk::sparse_update_cpu));
+}

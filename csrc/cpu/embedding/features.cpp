@@ -1,0 +1,123 @@
+#include "cpu/embedding/features.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+
+#include "cpu/runtime/isa.h"
+
+namespace rk {
+
+RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
+
+bool ids_fit(const Bags& bags, int64_t b0, int64_t b1) {
+  return dispatch_ids(bags, [&](const auto* ids) {
+    return RK_DISPATCH_ISA(embedding_ids_fit, bags, ids, bags.begin(b0), bags.begin(b1));
+  });
+}
+
+static bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto as = a.sizes(), bs = b.sizes();
+  return std::equal(as.begin(), as.end(), bs.begin(), bs.end());
+}
+
+// Where the bags start and the last one ends.
+static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t N) {
+  const auto type = args.offsets[f].scalar_type();
+  RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, "offsets of ", args.name(f),
+               " must be int32 or int64, got ", name_of(type));
+  const Tensor offsets = torch::stable::contiguous(args.offsets[f]);
+  const int64_t B = offsets.size(0);
+  std::vector<int64_t> starts(B + 1, N);
+  if (type == ScalarType::Long)
+    std::copy_n(static_cast<const int64_t*>(offsets.const_data_ptr()), B, starts.begin());
+  else
+    std::copy_n(static_cast<const int32_t*>(offsets.const_data_ptr()), B, starts.begin());
+  RK_CHECK_BAG(starts[0] == 0 || B == 0, "offsets of ", args.name(f), " must start at 0, got ", starts[0]);
+  for (int64_t b = 0; b < B; ++b)
+    RK_CHECK_BAG(starts[b] <= starts[b + 1], "offsets of ", args.name(f),
+                 " must not decrease and not exceed ", N, ", the number of ids: offsets[", b,
+                 "] = ", starts[b], " is before ", starts[b + 1]);
+  return starts;
+}
+
+Features::Features(const FeatureArgs& args, size_t num_tables) {
+  const size_t n = args.indices.size();
+  check_lengths(args, num_tables);
+  bags.resize(n);
+  starts.resize(n);
+  kept.reserve(4 * n);
+  for (size_t f = 0; f < n; ++f) {
+    const Tensor& ids = args.indices[f];
+    const auto type = ids.scalar_type();
+    Bags& bag = bags[f];
+    RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),
+                 " must be int32 or int64, got ", name_of(type));
+    RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
+    const bool pooled = args.modes[f] != kNone, jagged = check_bags(args, f);
+    // torch's contiguous looks its operator up by name at each call, 0.2 us.
+    kept.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
+    bag.ids = kept.back().const_data_ptr();
+    bag.wide_ids = type == ScalarType::Long;
+    bag.N = ids.numel();
+    bag.mode = args.modes[f];
+    bag.padding_idx = pooled ? args.padding_idx[f] : -1;
+    if (jagged) {
+      starts[f] = starts_of(args, f, bag.N);
+      bag.starts = starts[f].data();
+      bag.B = starts[f].size() - 1;
+    } else {
+      bag.B = pooled ? ids.size(0) : bag.N;
+      bag.L = pooled ? ids.size(1) : 1;
+    }
+    if (args.has_factors(f)) {
+      const Tensor& factors = args.per_sample_weights[f];
+      RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
+                   "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
+                   " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bag.mode]);
+      kept.push_back(torch::stable::contiguous(factors));
+      bag.per_sample_weights = kept.back().const_data_ptr();
+    }
+  }
+}
+
+void Features::check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const {
+  if (!bags[f].per_sample_weights) return;
+  const auto got = args.per_sample_weights[f].scalar_type();
+  RK_CHECK_BAG(got == dtype, "per_sample_weights of ", args.name(f), " must have the dtype of its table, ",
+               name_of(dtype), ", got ", name_of(got));
+}
+
+void Features::check_range(const FeatureArgs& args, size_t f) const {
+  const Bags& bag = bags[f];
+  for (int64_t p = 0; p < bag.N; ++p) {
+    const int64_t id =
+        bag.wide_ids ? static_cast<const int64_t*>(bag.ids)[p] : static_cast<const int32_t*>(bag.ids)[p];
+    if (id >= 0 && id < bag.R) continue;
+    std::string position;
+    int64_t rest = p;
+    for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
+      const int64_t size = args.indices[f].size(d);
+      position = std::to_string(rest % size) + (position.empty() ? "" : ", ") + position;
+      rest /= size;
+    }
+    RK_CHECK_BAG(false, args.name(f), "[", position, "] = ", id, " is out of range for a table with ", bag.R,
+                 " rows");
+  }
+}
+
+BagTasks::BagTasks(const Features& features) {
+  // What a task asks for beyond its end comes to a core that does not read it, and its own first rows nobody
+  // has asked for: tasks are no shorter than the threads' balance needs.
+  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8;
+  for (const Bags& bag : features.bags) work += lookup_work(bag);
+  const int64_t task_work = std::max(kTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
+  for (size_t f = 0; f < features.bags.size(); ++f) {
+    const Bags& bag = features.bags[f];
+    if (bag.B == 0) continue;
+    const int64_t pieces = std::min(bag.B, lookup_work(bag) / task_work + 1);
+    for (int64_t i = 0; i < pieces; ++i) tasks.push_back({f, bag.B * i / pieces, bag.B * (i + 1) / pieces});
+  }
+}
+
+}  // namespace rk

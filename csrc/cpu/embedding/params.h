@@ -1,0 +1,133 @@
+// What the embedding kernels are given: plain structs, whose functions are always inlined, because the
+// kernels' headers are compiled for several instruction sets.
+#pragma once
+
+#include <stdint.h>
+
+#include "embedding/params.h"
+
+namespace rk {
+
+enum EmbeddingMode : int64_t { kNone = 0, kSum = 1, kMean = 2, kMax = 3 };  // ops/embedding_bag.py: MODES
+
+// One feature: B bags of the rows of one table. Without offsets bag b has the ids [b L, (b + 1) L), with them
+// [starts[b], starts[b + 1]). In mode kNone a bag is one id.
+struct Bags {
+  const void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr, R, D;
+  const void* ids;  // [N], int64 or int32
+  bool wide_ids;
+  int64_t N, B, L;
+  const int64_t* starts;           // [B + 1] or null
+  const void* per_sample_weights;  // [N] or null
+  int64_t padding_idx;             // -1: none
+  int64_t mode;
+  void* out;  // [B, D], in the backward its gradient
+  int64_t stride_ob;
+
+  __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
+  // Whether every bag is one row as it is.
+  __attribute__((always_inline)) bool are_rows() const {
+    return L == 1 && !per_sample_weights && padding_idx < 0;
+  }
+};
+
+// How a feature's lookups become keys: one of row r has the key first_key + r, those of the feature's
+// padding_idx or the table's frozen row have skipped_key. The gradient that lookup p of bag b is to get is
+// number place + b, or with `one_each` place + p.
+struct LookupKeys {
+  uint64_t first_key, skipped_key;
+  int64_t frozen_row;  // -1: none
+  int64_t place;
+  int shift;
+  bool one_each;
+};
+
+// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A run is a stretch of
+// equal keys.
+struct Runs {
+  const uint64_t* sorted;
+  int64_t n;
+  int shift;
+  const void* const* grad_rows;  // of each number: a gradient, [D]
+  const double* factors;         // of each number, or null: all 1
+
+  __attribute__((always_inline)) uint64_t key(int64_t p) const { return sorted[p] >> shift; }
+  __attribute__((always_inline)) uint64_t grad(int64_t p) const {
+    return sorted[p] & ((uint64_t(1) << shift) - 1);
+  }
+};
+
+// A run over several tiles leaves one partial sum in each of them: `left` of the run that came in, `right` of
+// the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two tables.
+struct Carries {
+  char* sums;
+  int64_t bytes;
+
+  template <class A>
+  __attribute__((always_inline)) A* left(int64_t tile) const {
+    return reinterpret_cast<A*>(sums + 2 * tile * bytes);
+  }
+  template <class A>
+  __attribute__((always_inline)) A* right(int64_t tile) const {
+    return reinterpret_cast<A*>(sums + (2 * tile + 1) * bytes);
+  }
+};
+
+// An optimizer's step on a table; optimizer_kernel.h has the formulas.
+struct Update {
+  Optimizer optimizer;
+  void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr;
+  void* state[2];  // [R, D], rows stride_sr apart, or [R] for row-wise Adagrad; null where there is none
+  int64_t stride_sr;
+  double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
+};
+
+// Lookups whose rows are summed, and then stepped on, together: what both touch stays in a first-level cache.
+constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
+// Of those with an FmPart, which ask for three lines where others ask for one or two: with 128 lookups a step
+// of fused Adam on 39 x 100k x 16 B8192 takes 13.0 ms with one thread, with 64 12.3, with 32 11.3.
+constexpr int64_t kMostFmLookups = 32;
+__attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
+  int64_t n = kMostLookups;
+  while (n > kFewestLookups && n * D > kChunkValues) n /= 2;
+  return n;
+}
+
+// What the FM and the linear term add to the gradient of the table's row w that a feature looked up for
+// sample b, where the feature is the table's only one and has one id a sample (fm_kernel.h):
+//
+//   grad_fm[b] (s_b - w) + grad_linear[b] a
+struct FmPart {
+  const void* grad_fm_s;               // [B, D] of accumulators: grad_fm[b] s_b
+  const void *grad_fm, *grad_linear;   // [B]
+  const void *weight, *linear_weight;  // [R, D] with rows stride_wr apart; [D]
+  int64_t stride_wr;
+};
+
+// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. The
+// sum of a row goes to grad_weight [R, D], dense; or, with `rows`, to the next free row of grad_weight
+// [number of distinct rows, D], r itself into `rows`; or, with `update`, into the table. `fm` is null or adds
+// to it.
+struct TableGrad {
+  uint64_t first_key;
+  int64_t first_grad, D;
+  void* grad_weight;
+  int64_t* rows;
+  const Update* update;
+  const FmPart* fm;
+};
+
+// The backward of the FM and the linear term, in one dtype; matrices have unit stride along their columns.
+struct FmGrads {
+  const void* embeddings;       // [B, F D], rows stride_xb apart
+  const void* grad_embeddings;  // the same, rows stride_gb apart; or null: zero
+  const void* grad_fm;          // [B], or null: zero
+  const void* grad_linear;      // [B]
+  const void* linear_weight;    // [F, D]; null with grad_linear
+  void* grad_lookups;           // [B, F D], contiguous
+  int64_t stride_xb, stride_gb, F, D;
+};
+
+}  // namespace rk

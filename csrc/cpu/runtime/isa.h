@@ -1,0 +1,51 @@
+// Which instruction set the kernels run with: the best of the CPU, no better than ATEN_CPU_CAPABILITY
+// ("default", "avx2", "avx512") asks for, read once.
+//
+// Each kernel is one header of templates in the namespace `rk::RK_ISA`, compiled three times
+// (targets/baseline.cpp, targets/avx2.cpp, targets/avx512.cpp) with other vector lengths. RK_DISPATCH_ISA
+// calls the right copy. AVX512-BF16 multiplies pairs of bfloat16, which DIN attention alone has a use for:
+// targets/avx512_bf16.cpp is a copy of its kernels, and everything else runs as with AVX-512.
+#pragma once
+
+#include <cstdint>
+
+namespace rk {
+
+enum class Isa : int64_t { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+Isa isa();
+
+}  // namespace rk
+
+// Whether the compiler knows AVX512-BF16.
+#if defined(__x86_64__) && \
+    ((defined(__clang__) && __clang_major__ >= 9) || (!defined(__clang__) && __GNUC__ >= 10))
+#  define RK_HAS_AVX512_BF16
+#endif
+
+#if defined(__x86_64__)
+#  define RK_DISPATCH_ISA(fn, ...)                              \
+    (rk::isa() >= rk::Isa::avx512 ? rk::avx512::fn(__VA_ARGS__) \
+     : rk::isa() == rk::Isa::avx2 ? rk::avx2::fn(__VA_ARGS__)   \
+                                  : rk::baseline::fn(__VA_ARGS__))
+// Declares a kernel's function once for each instruction set.
+#  define RK_DECLARE_ISA(...) \
+    namespace baseline {      \
+    __VA_ARGS__;              \
+    }                         \
+    namespace avx2 {          \
+    __VA_ARGS__;              \
+    }                         \
+    namespace avx512 {        \
+    __VA_ARGS__;              \
+    }                         \
+    namespace avx512_bf16 {   \
+    __VA_ARGS__;              \
+    }
+#else
+#  define RK_DISPATCH_ISA(fn, ...) (rk::baseline::fn(__VA_ARGS__))
+#  define RK_DECLARE_ISA(...) \
+    namespace baseline {      \
+    __VA_ARGS__;              \
+    }
+#endif

@@ -1,0 +1,11 @@
+// Every kernel of the library, for the instruction set RK_ISA.
+#include "cpu/deepfm/look_up_block_kernel.h"
+#include "cpu/dense/fm_interaction_kernel.h"
+#include "cpu/dense/hidden_layers_kernel.h"
+#include "cpu/dense/linear_kernel.h"
+#include "cpu/dense/linear_weight_grad_kernel.h"
+#include "cpu/dense/norm_activation_kernel.h"
+#include "cpu/din_attention/backward_kernel.h"
+#include "cpu/embedding/fm_kernel.h"
+#include "cpu/embedding/lookup_kernel.h"
+#include "cpu/embedding/segment_sum_kernel.h"

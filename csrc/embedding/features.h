@@ -1,0 +1,145 @@
+// The arguments of the embedding op and its backward, as the CPU and the CUDA implementation take them.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "stable/check.h"
+
+#define RK_CHECK_BAG(condition, ...) RK_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
+
+namespace rk {
+
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// A str argument: the features' names, one a line, or nothing. It stays torch's until a message needs a name.
+class Names {
+ public:
+  explicit Names(StringHandle text) : text_(text) {}
+  Names(Names&& other) noexcept : text_(std::exchange(other.text_, nullptr)) {}
+  ~Names() {
+    if (text_) torch_delete_string(text_);
+  }
+
+  // The name of feature f, empty if it has none.
+  std::string operator[](size_t f) const {
+    size_t length = 0;
+    const char* data = nullptr;
+    torch_string_length(text_, &length);
+    torch_string_c_str(text_, &data);
+    const std::string text(data, length);
+    size_t begin = 0;
+    for (; f > 0 && begin != std::string::npos; --f) {
+      begin = text.find('\n', begin);
+      if (begin != std::string::npos) ++begin;
+    }
+    return begin == std::string::npos ? "" : text.substr(begin, text.find('\n', begin) - begin);
+  }
+
+ private:
+  StringHandle text_;
+};
+
+// What the op and its backward share; the backward has no names.
+struct FeatureArgs {
+  const Tensors &indices, &offsets, &per_sample_weights;
+  const Ints &tables, &modes, &padding_idx, &frozen_rows;
+  const Names* names;
+
+  size_t size() const { return indices.size(); }
+  std::string name(size_t f) const {
+    const std::string given = names ? (*names)[f] : "";
+    return given.empty() ? "indices[" + std::to_string(f) + "]" : given;
+  }
+  bool has_factors(size_t f) const {
+    return !per_sample_weights.empty() &&
+           !(per_sample_weights[f].dim() == 1 && per_sample_weights[f].size(0) == 0);
+  }
+};
+
+// The modes by their number: ops/embedding_bag.py, MODES.
+constexpr const char* kModeNames[] = {"none", "sum", "mean", "max"};
+constexpr int64_t kModes = 4;
+
+// Of all tables of a backward together.
+constexpr int64_t kMostRows = int64_t(1) << 60;
+
+// t, or a contiguous copy of it if it is not a matrix with elements side by side.
+inline Tensor unit_stride_rows(const Tensor& t) {
+  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
+}
+
+inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
+  const size_t n = args.size();
+  RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
+  const auto one_each = [&](const char* what, size_t size, bool optional) {
+    RK_CHECK_BAG(size == n || (optional && size == 0), what, " must have one entry a feature, ", n, ", got ",
+                 size);
+  };
+  one_each("offsets", args.offsets.size(), true);
+  one_each("per_sample_weights", args.per_sample_weights.size(), true);
+  one_each("tables", args.tables.size(), false);
+  one_each("modes", args.modes.size(), false);
+  one_each("padding_idx", args.padding_idx.size(), false);
+  RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
+               ", got ", args.frozen_rows.size());
+  for (size_t f = 0; f < n; ++f) {
+    RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
+                 " has table ", args.tables[f], " of ", num_tables);
+    RK_CHECK_BAG(args.modes[f] >= 0 && args.modes[f] < kModes, args.name(f), " has unknown mode ",
+                 args.modes[f]);
+  }
+}
+
+// Whether feature f has bags of its own, told by offsets; raises for ids that are neither that nor [B, L],
+// and for offsets that nothing would read.
+inline bool check_bags(const FeatureArgs& args, size_t f) {
+  const Tensor& ids = args.indices[f];
+  const bool pooled = args.modes[f] != 0, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
+  const auto is_vector = [](const Tensor& t) { return t.dim() == 1; };
+  // Ids without a bag would be dropped unseen.
+  RK_CHECK_BAG(!pooled || ids.dim() == 2 ||
+                   (jagged && is_vector(args.offsets[f]) && (args.offsets[f].size(0) || ids.numel() == 0)),
+               args.name(f), " must be [B, L], or [N] beside offsets [B], got shape ", shape_of(ids),
+               jagged ? " beside offsets " + shape_of(args.offsets[f]) : "");
+  RK_CHECK_BAG(jagged || args.offsets.empty() || (is_vector(args.offsets[f]) && args.offsets[f].size(0) == 0),
+               args.name(f), " of shape ", shape_of(ids), " and mode ", kModeNames[args.modes[f]],
+               " takes no offsets, got shape ", shape_of(args.offsets[f]));
+  return jagged;
+}
+
+// Raises unless padding indices and frozen rows are -1 or rows of their tables, of which rows(t) says how
+// many table t has.
+template <class Rows>
+void check_padding(const FeatureArgs& args, const Rows& rows) {
+  const auto is_row = [&](int64_t i, size_t t) { return i >= -1 && i < static_cast<int64_t>(rows(t)); };
+  for (size_t f = 0; f < args.size(); ++f)
+    RK_CHECK_BAG(is_row(args.padding_idx[f], args.tables[f]), "padding_idx of ", args.name(f),
+                 " must be -1 or a row of its table with ", rows(args.tables[f]), " rows, got ",
+                 args.padding_idx[f]);
+  for (size_t t = 0; t < args.frozen_rows.size(); ++t)
+    RK_CHECK_BAG(is_row(args.frozen_rows[t], t), "frozen_rows[", t,
+                 "] must be -1 or a row of its table with ", rows(t), " rows, got ", args.frozen_rows[t]);
+}
+
+// Raises unless a table is a matrix of a floating-point dtype that there are kernels for.
+inline void check_table(const char* op, const Tensor& w, size_t t) {
+  RK_CHECK(w.dim() == 2, op, ": weights[", t, "] must be [R, D], got shape ", shape_of(w));
+  RK_CHECK(is_floating(w.scalar_type()), op, ": weights[", t,
+           "] must be float32, float64, float16 or bfloat16, got ", name_of(w.scalar_type()));
+}
+
+}  // namespace rk
+
+HIDDEN_NAMESPACE_BEGIN(torch, stable, detail)
+template <>
+struct ToImpl<rk::Names> {
+  static rk::Names call(StableIValue value, uint64_t, bool) { return rk::Names(to<StringHandle>(value)); }
+};
+HIDDEN_NAMESPACE_END(torch, stable, detail)

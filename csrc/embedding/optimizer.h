@@ -1,0 +1,98 @@
+// The arguments of an optimizer's step on tables, as the CPU and the CUDA implementation take them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "embedding/features.h"
+#include "embedding/params.h"
+
+#define RK_CHECK_UPDATE(condition, ...) RK_CHECK(condition, "embedding_bag_update: ", __VA_ARGS__)
+
+namespace rk {
+
+// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm.
+constexpr size_t kHyper = 8;
+
+inline size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
+
+inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, size_t states, size_t hyper) {
+  RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, op, ": unknown optimizer ", optimizer);
+  RK_CHECK(states == tables * states_of(optimizer), op, ": states must hold ", states_of(optimizer),
+           " tensors a table, got ", states, " for ", tables);
+  RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
+}
+
+// Whether two tables have an element in common; the columns of one matrix may be several tables.
+inline bool overlap(const Tensor& a, const Tensor& b) {
+  const char *first = static_cast<const char*>(a.const_data_ptr()),
+             *second = static_cast<const char*>(b.const_data_ptr());
+  const int64_t size = a.element_size(), size_b = b.element_size();
+  const int64_t apart = (second - first) / size;  // a comes first
+  if (second >= first + ((a.size(0) - 1) * a.stride(0) + a.size(1)) * size) return false;
+  const bool one_matrix =
+      a.stride(0) > 0 && a.stride(0) == b.stride(0) && size_b == size && (second - first) % size == 0;
+  return !one_matrix || apart % a.stride(0) < a.size(1) || apart % a.stride(0) + b.size(1) > a.stride(0);
+}
+
+// Raises if two tables share memory: their steps would be taken at once.
+inline void check_apart(const Tensors& weights) {
+  std::vector<size_t> order;
+  for (size_t t = 0; t < weights.size(); ++t)
+    if (weights[t].numel() > 0) order.push_back(t);
+  const auto start = [&](size_t t) { return static_cast<const char*>(weights[t].const_data_ptr()); };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return start(a) < start(b); });
+  for (size_t i = 0; i < order.size(); ++i) {
+    const Tensor& w = weights[order[i]];
+    const char* end = start(order[i]) + ((w.size(0) - 1) * w.stride(0) + w.size(1)) * w.element_size();
+    for (size_t k = i + 1; k < order.size() && start(order[k]) < end; ++k)
+      RK_CHECK_UPDATE(!overlap(w, weights[order[k]]), "weights[", std::min(order[i], order[k]),
+                      "] and weights[", std::max(order[i], order[k]),
+                      "] share memory: give a table once, and its features its number");
+  }
+}
+
+// The step of `op` on a table. `Update` is either implementation's; what it has of its own is left to the
+// caller.
+template <class Update>
+Update make_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
+                   const Tensor* states) {
+  RK_CHECK(is_floating(weight.scalar_type()), op,
+           ": a table must be float32, float64, float16 or bfloat16, got ", name_of(weight.scalar_type()));
+  const bool is_matrix = weight.dim() == 2;
+  RK_CHECK(is_matrix && (weight.stride(1) == 1 || weight.size(1) <= 1) &&
+               (weight.stride(0) >= weight.size(1) || weight.size(0) <= 1),
+           op, ": a table must be [R, D] with elements side by side in rows that do not overlap, got shape ",
+           shape_of(weight),
+           is_matrix ? " and strides [" + std::to_string(weight.stride(0)) + ", " +
+                           std::to_string(weight.stride(1)) + "]"
+                     : "");
+  Update u{};
+  u.weight = weight.data_ptr();
+  u.stride_wr = weight.stride(0);
+  u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
+  u.grad_factor = hyper[6], u.max_norm = hyper[7];
+  const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
+  u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
+  u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
+  const ScalarType dtype =
+      weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool one_a_row = optimizer == kRowWiseAdagrad;
+  const int64_t R = weight.size(0), D = one_a_row ? 1 : weight.size(1);
+  for (size_t i = 0; i < states_of(optimizer); ++i) {
+    const Tensor& state = states[i];
+    const bool fits = state.scalar_type() == dtype && state.dim() == (one_a_row ? 1 : 2) &&
+                      state.size(0) == R && (one_a_row || state.size(1) == D);
+    const bool rows_fit = fits && (R <= 1 || (state.stride(0) == states[0].stride(0) &&
+                                              (one_a_row ? state.stride(0) == 1 : state.stride(0) >= D)));
+    RK_CHECK(rows_fit && (D <= 1 || state.stride(1) == 1), op, ": state ", i, " of a table of shape ",
+             shape_of(weight), " must be ", name_of(dtype), " of one value ",
+             one_a_row ? "a row, contiguous" : "an element, in rows as far apart as state 0's",
+             ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
+    u.state[i] = state.data_ptr();
+    u.stride_sr = state.stride(0);
+  }
+  return u;
+}
+
+}  // namespace rk

@@ -1,0 +1,154 @@
+"""csrc's rules: what kind of header a file is shows in its name, and includes go down.
+
+A kernel's header is compiled once for each instruction set. An inline function of the STL or of torch that came in with
+it would be compiled for AVX-512, and the linker could pick that copy for the whole library. test_package.py finds it in
+the machine code; these tests say which include brought it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+#: What a folder may include beside itself: folders, and single headers of another family.
+BELOW = {
+    "": {},
+    "stable": {},
+    "embedding": {"stable"},
+    "cpu/simd": {},
+    "cpu/runtime": {"cpu/simd", "stable"},
+    "cpu/dense": {"cpu/runtime", "cpu/simd", "stable"},
+    "cpu/embedding": {"cpu/dense", "cpu/runtime", "cpu/simd", "stable", "embedding"},
+    "cpu/din_attention": {"cpu/dense", "cpu/runtime", "cpu/simd", "stable"},
+    "cpu/deepfm": {
+        "cpu/dense", "cpu/runtime", "cpu/simd", "stable", "embedding",
+        "cpu/embedding/params.h", "cpu/embedding/features.h",
+    },
+    "cpu/targets": {"cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd"},
+    "cuda/common": {"stable"},
+    "cuda/embedding": {"cuda/common", "stable", "embedding"},
+}  # fmt: skip
+#: The headers of compilers that declare types, or functions which are always inlined.
+COMPILERS = {"stdint.h", "cstdint", "immintrin.h"}
+DEVICES = {"cuda_bf16.h", "cuda_fp16.h", "hip/hip_bf16.h", "hip/hip_fp16.h", "hip/hip_runtime.h"}
+
+
+def kind(path: str) -> str:
+    """Of a file of csrc, by its name alone."""
+    name = path.rsplit("/", 1)[-1]
+    if path.endswith((".cpp", ".cu")):
+        return "target" if path.startswith("cpu/targets/") else "source"
+    if name.endswith("_kernel.h") or path == "cpu/targets/all_kernels.h":
+        return "kernel"
+    if name == "params.h" or path.startswith("cpu/simd/"):
+        return "plain"
+    return "device" if name.endswith(".cuh") else "host"
+
+
+#: What each kind may include: kinds, and headers that are not csrc's (None: any).
+INCLUDES = {
+    "plain": ({"plain"}, COMPILERS),
+    "kernel": ({"plain", "kernel"}, COMPILERS),
+    "target": ({"kernel"}, COMPILERS),
+    "device": ({"plain", "device"}, COMPILERS | DEVICES),
+    "host": ({"plain", "host", "device"}, None),
+    "source": ({"plain", "host", "device"}, None),
+}
+
+
+def violations(csrc: Path) -> list[str]:
+    files = {path.relative_to(csrc).as_posix(): path.read_text() for path in sorted(csrc.rglob("*.*"))}
+    included = {path: re.findall(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', text, re.M) for path, text in files.items()}
+    compiled_per_isa = {path for path, text in files.items() if re.search(r"^namespace RK_ISA {", text, re.M)}
+    found = []
+    for path, includes in included.items():
+        folder = path.rpartition("/")[0]
+        own, others = INCLUDES[kind(path)]
+        if folder not in BELOW:
+            found.append(f"{path}: no such folder in BELOW")
+            continue
+        per_isa = path in compiled_per_isa or kind(path) in ("kernel", "target")
+        if per_isa and kind(path) not in ("kernel", "target") and folder != "cpu/simd":
+            found.append(f"{path}: is compiled for each instruction set, but not named so")
+        for quote, header in includes:
+            if quote == "<":
+                if others is not None and header not in others:
+                    found.append(f"{path}: a {kind(path)} header includes <{header}>")
+            elif header not in files:
+                found.append(f"{path}: {header} is no path from csrc")
+            else:
+                if kind(header) not in own and not (kind(path) == "target" and header == "cpu/runtime/isa.h"):
+                    found.append(f"{path}: a {kind(path)} file includes {header}, a {kind(header)} one")
+                if header in compiled_per_isa and not per_isa:
+                    found.append(f"{path}: {header} is compiled for each instruction set")
+                if header.rpartition("/")[0] not in {folder, *BELOW[folder]} and header not in BELOW[folder]:
+                    found.append(f"{path}: includes go down, {header} does not lie below")
+        if path == "cpu/runtime/isa.h" and any(header not in COMPILERS for _, header in includes):
+            found.append(f"{path}: targets include it before their kernels")
+    return found + [f"{' -> '.join(circle)}: a circle" for circle in circles(included)]
+
+
+def circles(included: dict[str, list[tuple[str, str]]]) -> list[list[str]]:
+    done: set[str] = set()
+    found = []
+
+    def visit(path: str, trail: list[str]) -> None:
+        if path in trail:
+            found.append([*trail[trail.index(path) :], path])
+        elif path not in done and path in included:
+            for _, header in included[path]:
+                visit(header, [*trail, path])
+            done.add(path)
+
+    for path in included:
+        visit(path, [])
+    return found
+
+
+def test_kinds_and_includes():
+    assert violations(CSRC) == []
+
+
+def test_folders_form_layers():
+    """BELOW has no circle: a family in it twice would let two include each other."""
+    assert (
+        circles({folder: [("", name.removesuffix("/params.h")) for name in below] for folder, below in BELOW.items()})
+        == []
+    )
+
+
+@pytest.mark.parametrize(
+    "file, line, expected",
+    [
+        ("cpu/dense/linear_kernel.h", "#include <vector>", "a kernel header includes <vector>"),
+        ("cpu/embedding/params.h", "#include <torch/csrc/stable/tensor.h>", "a plain header includes"),
+        ("cpu/simd/operand.h", "#include <algorithm>", "a plain header includes <algorithm>"),
+        ("cpu/simd/vec.h", '#include "cpu/runtime/arena.h"', "includes cpu/runtime/arena.h, a host one"),
+        ("cpu/dense/linear_kernel.h", '#include "cpu/runtime/isa.h"', "includes cpu/runtime/isa.h, a host one"),
+        ("cpu/embedding/lookup.cpp", '#include "cpu/embedding/fm_kernel.h"', "fm_kernel.h, a kernel one"),
+        ("cpu/embedding/lookup.cpp", '#include "cpu/simd/vec.h"', "vec.h is compiled for each instruction set"),
+        ("cpu/runtime/arena.h", "namespace RK_ISA {}", "is compiled for each instruction set, but not named so"),
+        ("cpu/runtime/isa.h", "#include <string>", "targets include it before their kernels"),
+        ("cpu/targets/avx2.cpp", "#include <cmath>", "a target header includes <cmath>"),
+        ("cuda/embedding/lookup.cuh", "#include <vector>", "a device header includes <vector>"),
+        ("cpu/simd/operand.h", '#include "cpu/dense/params.h"', "cpu/dense/params.h does not lie below"),
+        ("cpu/dense/params.h", '#include "cpu/embedding/params.h"', "cpu/embedding/params.h does not lie below"),
+        ("cpu/din_attention/params.h", '#include "embedding/params.h"', "embedding/params.h does not lie below"),
+        ("cpu/deepfm/deepfm.cpp", '#include "cpu/embedding/lookup.h"', "cpu/embedding/lookup.h does not lie below"),
+        ("cuda/common/launch.h", '#include "cuda/embedding/features.h"', "embedding/features.h does not lie below"),
+        ("stable/check.h", '#include "embedding/features.h"', "embedding/features.h does not lie below"),
+        ("cpu/simd/storage.h", '#include "cpu/simd/vec.h"', "a circle"),
+        ("cpu/dense/params.h", '#include "params.h"', "params.h is no path from csrc"),
+    ],
+)  # fmt: skip
+def test_a_planted_violation_is_found(tmp_path, file, line, expected):
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    planted = tmp_path / "csrc" / file
+    planted.write_text(f"{line}\n{planted.read_text()}")
+    found = violations(tmp_path / "csrc")
+    assert any(expected in text for text in found), found
