@@ -1,0 +1,237 @@
+"""Triton kernels compiled for GPUs that need not be here, by the calls that a user makes.
+
+Inside ``compiling`` an op on meta tensors runs its CUDA implementation up to the launch: Triton's own front door
+specializes the arguments and compiles, for the GPU that the driver below claims to be, and nothing is launched. A meta
+tensor has no values, so an implementation that reads one, which would make a GPU wait, raises.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+
+from bench.gpu.cases import CUDA_LAUNCHES
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx90a": GPUTarget("hip", "gfx90a", 64),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass
+class Kernel:
+    """What the compiler made of one launch."""
+
+    name: str
+    grid: tuple[int, ...]
+    warps: int
+    registers: int  # a thread
+    local: int  # bytes a thread keeps in memory, spilled registers among them
+    shared: int  # bytes a block
+    instructions: Counter[str]
+    has_dot: bool
+
+    def count(self, pattern: str) -> int:
+        """How many of its instructions match."""
+        return sum(n for instruction, n in self.instructions.items() if re.match(pattern, instruction))
+
+    @property
+    def spills(self) -> int:
+        """Instructions that access local memory."""
+        return self.count("LDL|STL|scratch")
+
+    @property
+    def wide_loads(self) -> int:
+        """Global loads of 512 bytes an instruction: 16 a thread, or 8 where a warp has 64 threads."""
+        return self.count(r"LDG\S*\.128|(global|buffer)_load_dwordx[24]")
+
+    @property
+    def matrix_instructions(self) -> int:
+        return self.count(r"H\w*MMA|UTC\w*MMA|v_mfma")
+
+
+@dataclass
+class Call:
+    """One call of an op: the bytes of its tensors, each once, and what it launches, PyTorch's kernels among them.
+
+    The call of the op "" is all that is launched outside of rankkernels' ops.
+    """
+
+    op: str
+    bytes: int = 0
+    kernels: list[Kernel] = field(default_factory=list)
+    launches: list[str] = field(default_factory=list)
+
+
+class AbsentGPU(DriverBase):
+    """A driver that knows which GPU it is for and has none."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return TARGETS[self.target]
+
+    def get_current_device(self):
+        return self.target  # a launcher's kernels are kept by device
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def get_current_stream(self, device):
+        return 0
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing can be timed without a GPU")
+
+
+def tensor_bytes(values) -> int:
+    """Bytes of the tensors among ``values``, an expanded dimension once."""
+    total = 0
+    for t in tree_leaves(values):
+        if isinstance(t, torch.Tensor):
+            items = 1
+            for size, stride in zip(t.shape, t.stride()):
+                items *= size if stride or not size else 1
+            total += items * t.element_size()
+    return total
+
+
+def launches_kernel(func: torch._ops.OpOverload) -> bool:
+    """Whether a PyTorch op runs a kernel: not those that return views, nor those that only allocate."""
+    is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not (is_view or "empty" in func._schema.name)
+
+
+class _CUDAImplementations(TorchDispatchMode):
+    """Runs rankkernels' ops as on a GPU, and lists their calls."""
+
+    def __init__(self, calls: list[Call]):
+        super().__init__()
+        self.calls, self.current = calls, None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "rankkernels" and self.current is None:
+            self.current = call = Call(name)
+            self.calls.append(call)
+            try:
+                if name in CUDA_LAUNCHES:
+                    call.launches += CUDA_LAUNCHES[name]
+                    result = func(*args, **kwargs)
+                else:
+                    with self:
+                        result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+            finally:
+                self.current = None
+            call.bytes = tensor_bytes((args, kwargs, result))
+            return result
+        if launches_kernel(func):
+            if self.current is None and (not self.calls or self.calls[-1].op):
+                self.calls.append(Call(""))
+            (self.current or self.calls[-1]).launches.append(name)
+        return func(*args, **kwargs)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
+    """From the machine code, its registers, local memory and instructions."""
+    if TARGETS[target].backend == "cuda":
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            usage, code = (
+                _run(triton.knobs.nvidia.cuobjdump.path, f"-{what}", str(cubin)) for what in ("res-usage", "sass")
+            )
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        local += stack
+        pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
+    else:
+        code = compiled.asm["amdgcn"]
+        registers, local = (
+            int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
+        )
+        pattern = r"(?m)^\s+((?:global_load|global_store|buffer_load|buffer_store|scratch|v_mfma)_?\w*)"
+    return Kernel(
+        compiled.metadata.name, grid, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
+        Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"],
+    )  # fmt: skip
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Call]]:
+    """Lists the calls of rankkernels' ops on meta tensors, their kernels compiled for ``target``, one of TARGETS."""
+    calls: list[Call] = []
+    mode = _CUDAImplementations(calls)
+
+    def launch(kernel, grid):
+        def compile_only(*args, **kwargs):
+            found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), grid, target)
+            mode.current.kernels.append(found)
+            mode.current.launches.append(found.name)
+
+        return compile_only
+
+    hip = "6" if TARGETS[target].backend == "hip" else None
+    triton.runtime.driver.set_active(AbsentGPU(target))
+    try:
+        with mock.patch.object(JITFunction, "__getitem__", launch), mock.patch.object(torch.version, "hip", hip), mode:
+            yield calls
+    finally:
+        triton.runtime.driver.set_active(None)
+
+
+def meta_inputs(case, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The inputs of an ``OpCase``, without values."""
+    with torch.device("meta"):
+        return [t.to("meta") for t in case.inputs(dtype)]
+
+
+def serves(case) -> bool:
+    """Whether the kernels serve an ``OpCase`` with the Triton that is installed, or the reference does."""
+    if case.op != "din_attention":
+        return True
+    from rankkernels._triton.din_attention import supports
+    from rankkernels.ops.din_attention import Flags
+
+    history, _, _, _, _, params, _, *flags = case.arguments(*meta_inputs(case, case.dtypes[0]))
+    return supports(history, params, Flags(*flags))
+
+
+def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:
+    """The calls of an ``OpCase`` of ``rankkernels.testing``, forward and backward, compiled for ``target``."""
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in meta_inputs(case, dtype)]
+    with compiling(target) as calls:
+        out = case.function(*inputs)
+        torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))
+    return [call for call in calls if call.op]

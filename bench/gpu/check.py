@@ -1,0 +1,315 @@
+"""Everything that only a GPU can show, in under eight minutes and without a network: ``python -m bench.gpu.check``.
+
+Correctness of every op and model against float64 on the CPU, in all dtypes and with the same bits twice; capture of
+every op's forward and backward, and of models' training steps, in a CUDA graph; compute-sanitizer where it is
+installed; then, on shapes of practice, timings beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, as
+shares of the copy bandwidth and the matrix rate measured here. ``--out DIR`` keeps gpu_check.json and gpu_check.md.
+Exits with 1 where anything is wrong, with 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.gpu import check_report, report
+from bench.gpu.steps import name_of, on, same_bits, step, worst_error
+from bench.gpu.timing import EventClock, ceilings, timings
+from rankkernels import _version
+from rankkernels.ops import _library
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase
+
+ROOT = Path(__file__).parents[2]
+#: Seconds a part may take; what is left then is reported as not done.
+BUDGET = {"correctness": 160, "models": 40, "capture": 40, "sanitizer": 60, "timings": 150}
+HARD_LIMIT = sum(BUDGET.values()) + 25  # a check that is under way when its part's time is over goes on
+#: A model's layers round one after the other: its results and gradients may be off by so many times TOLERANCE, or by
+#: twice what they are off by on the CPU in the same dtype.
+MODEL_ROUNDINGS = 8
+
+
+@dataclass
+class Finding:
+    """What one check says: ``ok`` is None where it could not be done."""
+
+    part: str
+    what: str
+    ok: bool | None
+    detail: str = ""
+
+
+Check = tuple[str, Callable[[], tuple[bool | None, str]]]
+
+
+# Correctness.
+
+
+def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Forward and backward on the device against the reference in float64 on the CPU; twice, with the same bits."""
+    inputs = case.inputs(dtype)
+    exact = on(torch.device("cpu"), [t.double() if t.is_floating_point() else t for t in inputs])
+    shape = case.reference(*exact).shape
+    grad_out = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = step(case.reference, exact, grad_out.double())
+    actual, again = (step(case.function, on(device, inputs), grad_out.to(device)) for _ in range(2))
+    error = worst_error(actual, expected)
+    same = same_bits(actual, again)
+    detail = f"error {error:.1e} of {TOLERANCE[dtype]:.0e}" + ("" if same else ", other bits the second time")
+    return error <= TOLERANCE[dtype] and same, detail
+
+
+def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Probabilities and gradients of a training step on the device, in 16 bits under autocast, against the same model
+    in float64 on the CPU."""
+    torch.manual_seed(0)
+    model, x, y = make(B=64, rows=200).ours()
+
+    def trained(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
+        ours = copy.deepcopy(model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        batch = {k: v.to(device) for k, v in x.items()}
+        sixteen = dtype in (torch.float16, torch.bfloat16)
+        with torch.autocast(torch.device(device).type, dtype if sixteen else torch.bfloat16, enabled=sixteen):
+            p = ours(batch)
+        loss = F.binary_cross_entropy(p.double(), y.to(device).double())
+        return [p.detach(), *torch.autograd.grad(loss, list(ours.parameters()))]
+
+    expected = trained("cpu", torch.float64)
+    error, on_cpu = (worst_error(trained(place, dtype), expected) for place in (device, "cpu"))
+    allowed = max(MODEL_ROUNDINGS * TOLERANCE[dtype], 2 * on_cpu)
+    return error <= allowed, f"error {error:.1e} of {allowed:.0e}"
+
+
+def in_graph(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+    """A CUDA graph's replay of ``run``, and the results that it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph.replay, captured
+
+
+def check_replay(
+    run: Callable[[], list[Tensor]], static: Sequence[Tensor], other: Sequence[Tensor]
+) -> tuple[bool, str]:
+    """``run`` on ``static`` in a CUDA graph, replayed on the values of ``other``, against the same without a graph."""
+    replay, captured = in_graph(run)
+    with torch.no_grad():
+        for t, o in zip(static, other, strict=True):
+            t.copy_(o)
+    replay()
+    same = same_bits(captured, run())
+    return same, "" if same else "a replay differs from a run"
+
+
+def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """A forward and a backward."""
+    static, other = (on(device, case.inputs(dtype, seed=seed)) for seed in (0, 1))
+    grad_out = torch.ones_like(case.function(*static))
+    return check_replay(lambda: step(case.function, static, grad_out), static, other)
+
+
+def capture_model(make: Callable, device: torch.device) -> tuple[bool, str]:
+    """A model's training step without the optimizer's: probabilities, loss and gradients."""
+    torch.manual_seed(0)
+    workload = make(B=64, rows=200)
+    (model, x, y), (other_x, other_y) = workload.ours(), workload.batch(seed=2)
+    model, y, x = model.to(device), y.to(device), {k: t.to(device) for k, t in x.items()}
+    parameters = list(model.parameters())
+
+    def train() -> list[Tensor]:
+        p = model(x)
+        loss = F.binary_cross_entropy(p, y)
+        return [p.detach(), loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    return check_replay(train, [*x.values(), y], [*other_x.values(), other_y])
+
+
+def has_kernels(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", "CUDA")
+
+
+def correctness(device: torch.device) -> Iterator[Check]:
+    """All cases in float32 first: should time run out, every op has had its turn."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for case in TEST_CASES:
+            if dtype in case.dtypes:
+                yield f"{case.id} {name_of(dtype)}", lambda case=case, dtype=dtype: check_case(case, dtype, device)
+
+
+#: Each with the embedding op that it calls.
+MODELS = {"DeepFM": (report.deepfm, "embedding_fm"), "DIN": (report.din, "embedding_bag")}
+
+
+def models(device: torch.device) -> Iterator[Check]:
+    for name, (make, _) in MODELS.items():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
+
+
+def capture(device: torch.device) -> Iterator[Check]:
+    """Every op's first test case that is not empty, in the dtypes of training, and training steps of the models."""
+    no_kernel = None, "no kernel in this build: the reference is not made for capture"
+    for op in sorted({case.op for case in TEST_CASES}):
+        case = next(c for c in TEST_CASES if c.op == op and c.elements)
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def captured(case=case, dtype=dtype):
+                return capture_case(case, dtype, device) if has_kernels(case.op) else no_kernel
+
+            yield f"{case.id} {name_of(dtype)}", captured
+    for name, (make, op) in MODELS.items():
+
+        def captured_step(make=make, op=op):
+            return capture_model(make, device) if has_kernels(op) else no_kernel
+
+        yield f"{name} training step", captured_step
+
+
+def sanitizer(device: torch.device) -> Iterator[Check]:
+    """compute-sanitizer on a run of this file's correctness part, a case an op."""
+    yield "compute-sanitizer memcheck", lambda: sanitize(shutil.which("compute-sanitizer"), BUDGET["sanitizer"])
+
+
+def sanitize(program: str | None, seconds: float) -> tuple[bool | None, str]:
+    if program is None:
+        return None, "compute-sanitizer is not on PATH"
+    command = [
+        program,
+        "--error-exitcode=9",
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--part=correctness",
+        "--first-cases",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=0.9 * seconds, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return None, f"not done in {0.9 * seconds:.0f} s"
+    return done.returncode == 0, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
+
+
+PARTS = {"correctness": correctness, "models": models, "capture": capture, "sanitizer": sanitizer}
+
+
+def run_checks(part: str, checks: Iterator[Check], seconds: float, now=time.monotonic) -> Iterator[Finding]:
+    """The findings of a part; after ``seconds`` the checks that are left are said to be left."""
+    end = now() + seconds
+    for what, check in checks:
+        if now() >= end:
+            yield Finding(part, what, None, f"not done: the part's {seconds:.0f} s are over")
+            continue
+        try:
+            yield Finding(part, what, *check())
+        except Exception as error:  # whatever it is, the check failed, and the others are still of interest
+            yield Finding(part, what, False, f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+# The whole.
+
+
+def describe(device: torch.device) -> dict:
+    """The device, plainly."""
+    p = torch.cuda.get_device_properties(device)
+    hip = torch.version.hip
+    return {
+        "name": p.name,
+        "kind": f"AMD, ROCm {hip}, {getattr(p, 'gcnArchName', '')}" if hip else
+                f"NVIDIA, CUDA {torch.version.cuda}, sm_{p.major}{p.minor}",
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "multiprocessors": p.multi_processor_count,
+        "torch": torch.__version__,
+        "rankkernels": _version.__version__,
+        "kernels": {op: has_kernels(op) for op in sorted({case.op for case in TEST_CASES})},
+    }  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write gpu_check.json and gpu_check.md here")
+    parser.add_argument("--part", choices=BUDGET, action="append", help="only this part; may be repeated")
+    parser.add_argument("--first-cases", action="store_true", help="of correctness, one case an op, float32")
+    return parser.parse_args(argv)
+
+
+def first_of_each_op(checks: Iterator[Check]) -> Iterator[Check]:
+    seen = set()
+    for what, check in checks:
+        op = what.split("-")[0]
+        if what.endswith("float32") and op not in seen:
+            seen.add(op)
+            yield what, check
+
+
+class OutOfTime(BaseException):
+    """Not an Exception: a check that fails does not stop the others, this does."""
+
+
+def out_of_time(*_) -> None:
+    raise OutOfTime
+
+
+def run(record: dict, device: torch.device, parts: Sequence[str], first_cases: bool) -> None:
+    for part in (p for p in PARTS if p in parts):
+        checks = PARTS[part](device)
+        for finding in run_checks(part, first_of_each_op(checks) if first_cases else checks, BUDGET[part]):
+            record["findings"].append(vars(finding))
+            if finding.ok is False:
+                print(f"{part}: {finding.what}: {check_report.verdict(False)}: {finding.detail}", flush=True)
+    if "timings" in parts:
+        clock = EventClock()
+        record["ceilings"] = ceilings(device, clock)
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
+        free, _ = torch.cuda.mem_get_info(device)
+        for entry in timings(device, clock, cache, free, BUDGET["timings"]):
+            record["timings"].append(entry)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if not torch.cuda.is_available():
+        print("gpu_check: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
+    warnings.simplefilter("ignore", _library.ReferenceWarning)  # the report lists them
+    device, start = torch.device("cuda"), time.monotonic()
+    record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
+    print(check_report.device_line(record["device"]), flush=True)
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(HARD_LIMIT)
+    try:
+        run(record, device, arguments.part or list(BUDGET), arguments.first_cases)
+    except OutOfTime:
+        record["findings"].append(vars(Finding("all", "the time", False, f"stopped after {HARD_LIMIT} s")))
+    signal.alarm(0)
+    record["reference"] = [f"{op}: {why}" for (op, kind), why in _library.reference_notices.items() if kind == "cuda"]
+    record["seconds"] = round(time.monotonic() - start, 1)
+    page = check_report.markdown(record)
+    print(page)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
+        (arguments.out / "gpu_check.md").write_text(page)
+    return 1 if check_report.failures(record) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

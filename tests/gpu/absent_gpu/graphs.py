@@ -1,0 +1,191 @@
+"""DeepFM and DIN traced on CUDA tensors that have no memory. test_cuda_tracing.py runs this file in a process of its
+own, by run.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from bench.gpu import report
+from rankkernels import DIN
+from rankkernels.nn import SequenceFeature, SparseFeature
+
+#: PyTorch's ops that make the host wait for the device.
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero"}
+
+
+def din_masked(B: int, rows: int):
+    items = SparseFeature("item", rows, 8)
+    history = SequenceFeature("history", rows, 8, pooling="concat", shared_with="item", padding_idx=0)
+    attention = {"dims": [16], "activation": "sigmoid", "use_softmax": True}
+    model = DIN([], [history], [items], {"dims": [16]}, attention, mask_padding=True)
+    x = {"item": torch.randint(rows, (B,)), "history": torch.randint(rows, (B, 7))}
+    return model, x, torch.randint(2, (B,)).float()
+
+
+def deepfm(B: int, rows: int):
+    return report.deepfm(B, rows).ours()
+
+
+def din(B: int, rows: int):
+    return report.din(B, rows).ours()
+
+
+MODELS = {"DeepFM": deepfm, "DIN": din, "DIN, padding masked": din_masked}
+FORWARD = {"DeepFM": {"embedding_fm", "norm_activation"}}
+BACKWARD = {"DeepFM": {"embedding_fm_backward", "embedding_bag_backward", "norm_activation_backward"}}
+
+
+class Waits(nn.Module):
+    """A model with one thing in it that it should not have."""
+
+    def __init__(self, model: nn.Module, what):
+        super().__init__()
+        self.model, self.what = model, what
+
+    def forward(self, x):
+        return self.what(self.model(x))
+
+
+def on_cuda(make, what=None):
+    """The tracing mode and, on its CUDA device, the model, a batch and labels."""
+    torch._dynamo.reset()
+    model, x, y = make(B=48, rows=30)
+    model = model if what is None else Waits(model, what)
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with mode:
+        return mode, model.to("cuda:0"), {name: t.to("cuda:0") for name, t in x.items()}, y.to("cuda:0")
+
+
+def loss(model, x, y):
+    return F.binary_cross_entropy(model(x), y)
+
+
+def calls(graph: torch.fx.Graph) -> list[tuple[str, torch.fx.Node]]:
+    """Names of the ops, ours with their namespace."""
+    found = []
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            name = node.target._schema.name
+            found.append((name.removeprefix("aten::"), node))
+    return found
+
+
+def ours(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    prefix = "rankkernels::"
+    return [name[len(prefix) :] for g in graphs for name, _ in calls(g.graph) if name.startswith(prefix)]
+
+
+def waits(graphs: list[torch.fx.GraphModule]) -> list[str]:
+    """What makes the host wait: reads of values, and tensors that are not on the GPU."""
+    found = []
+    for g in graphs:
+        for name, node in calls(g.graph):
+            values = [v for v in torch.utils._pytree.tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+            if name in WAITING or any(v.device.type != "cuda" for v in values):
+                found.append(name)
+    return found
+
+
+def compiled(make, what=None) -> list[torch.fx.GraphModule]:
+    """Forward's and backward's graph of a training step, without a graph break."""
+    mode, model, x, y = on_cuda(make, what)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    with mode:
+        torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(model, x, y).backward()
+    return graphs
+
+
+def traced(make, what=None) -> list[torch.fx.GraphModule]:
+    """The same with make_fx: one graph."""
+    mode, model, x, y = on_cuda(make, what)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with mode:
+        return [make_fx(lambda x, y: torch.autograd.grad(loss(model, x, y), parameters))(x, y)]
+
+
+class Loss(nn.Module):
+    """Of a model, as a module with one result: what torch.export takes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, y):
+        return (loss(self.model, x, y),)
+
+
+def exported(make, what=None) -> list[torch.fx.GraphModule]:
+    """torch.export of the loss in training, and the backward of what it exported: one graph."""
+    mode, model, x, y = on_cuda(make, what)
+    with mode:
+        step = torch.export.export(Loss(model), (x, y)).module()
+        parameters = [p for p in step.parameters() if p.requires_grad]
+        return [make_fx(lambda x, y: torch.autograd.grad(step(x, y)[0], parameters))(x, y)]
+
+
+def exported_in_eval(make, what=None) -> list[torch.fx.GraphModule]:
+    """torch.export of what serves: the forward in eval."""
+    mode, model, x, _ = on_cuda(make, what)
+    with mode:
+        return [torch.export.export(model.eval(), (x,)).graph_module]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("trace", [compiled, traced, exported, exported_in_eval])
+def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
+    graphs = trace(MODELS[name])
+    forward = FORWARD.get(name, {"embedding_bag", "din_attention", "norm_activation"})
+    backward = set() if trace is exported_in_eval else BACKWARD.get(name, {f"{op}_backward" for op in forward})
+    assert set(ours(graphs)) == forward | backward
+    assert not waits(graphs)
+    assert len(graphs) == (2 if trace is compiled else 1)
+
+
+#: Of a training step without the optimizer: at most so many of Triton's launches, of CUDA C++'s, of PyTorch's inside
+#: our ops and of PyTorch's in the rest of the model.
+LAUNCHES = {"DeepFM": (10, 9, 2, 30), "DIN": (20, 6, 130, 35)}
+
+
+def test_a_step_launches_no_more_than_it_did():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    launched = report.model_launches()
+    for name, most in LAUNCHES.items():
+        counts = report.launch_counts(launched[name])
+        assert all(n <= m for n, m in zip(counts, most, strict=True)), (name, counts)
+        assert sorted(c.op for c in launched[name] if c.op) == sorted(ours(compiled(MODELS[name])))
+
+
+@pytest.mark.parametrize("trace", [compiled, traced])
+@pytest.mark.parametrize(
+    "what, op",
+    [
+        (lambda y: y * y.new_ones(y.sum().long().item()).sum(), "_local_scalar_dense"),
+        (lambda y: y * y.cpu().sum().to(y.device), "_to_copy"),
+        (lambda y: y * y.nonzero().size(0), "nonzero"),
+    ],
+    ids=["item", "cpu", "nonzero"],
+)
+def test_a_model_that_waits_is_noticed(trace, what, op):
+    try:
+        assert op in waits(trace(deepfm, what))
+    except torch._dynamo.exc.Unsupported as error:
+        assert op in str(error)
+
+
+def test_a_graph_break_is_noticed():
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Data-dependent branching"):
+        compiled(deepfm, lambda y: y if y.sum() > 0 else -y)

@@ -1,0 +1,327 @@
+"""The CUDA C++ part without a GPU: nvcc builds it, and the kernels run on the CPU under the shim in cuda_shim/.
+
+The shim tests compile csrc/cuda with g++ and sanitizers, common/launch.h replaced by the shim's, and run the ops in a
+process of their own; see cuda_shim/shim.h for what they find. Planted faults show that they do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu.cases import CUDA_LAUNCHES
+from bench.gpu.report import ptxas_resources
+
+ROOT = Path(__file__).parents[2]
+SHIM = Path(__file__).parent / "cuda_shim"
+TORCH = Path(torch.__file__).parent
+ARCHITECTURES = ("80", "90", "100")
+DTYPES = ("float", "double", "__half", "__nv_bfloat16")
+#: Every kernel of csrc/cuda, and whether it is a template over the dtypes.
+KERNELS = {
+    name: bool(template)
+    for header in sorted((ROOT / "csrc/cuda").rglob("*.cuh"))
+    for template, name in re.findall(
+        r"(template <class T>\n)?__global__ void __launch_bounds__\(.+\)\s+(\w+)\(", header.read_text()
+    )
+}
+MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
+
+
+def cuda_home() -> Path | None:
+    """The toolkit of CUDA_HOME, or of the nvcc on PATH, which may be a wrapper: it says where it is at home."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) if Path(home, "bin/nvcc").exists() else None
+    if not shutil.which("nvcc"):
+        return None
+    dry = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+    home = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
+    return Path(home[1]).resolve() if home else None
+
+
+CUDA_HOME = cuda_home()
+needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
+
+
+def run(*command: str | Path, check: bool = True, cwd: Path = ROOT, **environment: str) -> str:
+    """What a command prints, both streams."""
+    result = subprocess.run(
+        list(map(str, command)), cwd=cwd, env={**os.environ, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert result.returncode == 0 if check else result.returncode != 0, result.stdout[-8000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> tuple[Path, str]:
+    """The package with its CUDA part, built for every architecture, and what the build printed."""
+    target = tmp_path_factory.mktemp("cuda")
+    log = run(
+        sys.executable, "setup.py", "build_ext", "--build-lib", target / "lib", "--build-temp", target / "temp",
+        RANKKERNELS_CUDA="1", CUDA_HOME=str(CUDA_HOME), NVCC_APPEND_FLAGS="-Xptxas=-v", MAX_JOBS="2",
+        TORCH_CUDA_ARCH_LIST=";".join(f"{a[:-1]}.{a[-1]}" for a in ARCHITECTURES),
+    )  # fmt: skip
+    shutil.copytree(
+        ROOT / "rankkernels", target / "lib/rankkernels", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
+    )
+    return target / "lib", log
+
+
+@needs_nvcc
+def test_imports_beside_any_torch(build):
+    """The implementations are registered, and answer; none of the libraries of a CUDA build of torch is needed."""
+    library, _ = build
+    out = run(
+        sys.executable, "-c",
+        "import torch, rankkernels.ops._library as library\n"
+        "assert library.no_extension is None, library.no_extension\n"
+        "import rankkernels; print(rankkernels.__file__)\n"
+        "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_backward_sparse',\n"
+        "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward'):\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'), op\n"
+        "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
+        "op = torch.ops.rankkernels.embedding_bag.default\n"
+        "w, ids = torch.ones(2, 3), torch.tensor([[0]])\n"
+        "try: op.redispatch(keys, [w], [ids], [], [], [0], [1], [-1], [-1], 'item_id', concat=True)\n"
+        "except RuntimeError as error: print(error)\n",
+        cwd=library, PYTHONPATH=str(library),
+    )  # fmt: skip
+    assert str(library) in out
+    assert "weights[0] must be on a GPU" in out
+    if shutil.which("readelf"):
+        dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/_C.abi3.so")
+        assert "libtorch_cuda" not in dynamic and "libcudart" not in dynamic
+        assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
+
+
+@needs_nvcc
+def test_no_kernel_spills(build):
+    found = ptxas_resources(build[1])
+    for sm in ARCHITECTURES:
+        for kernel, template in KERNELS.items():
+            mangled = f"{len(kernel)}{kernel}{'I' if template else ''}"
+            compiled = sum(mangled in name and f"sm_{sm}" == s for name, s in found)
+            assert compiled == (len(DTYPES) if template else 1), (kernel, sm)
+    assert len(found) == len(ARCHITECTURES) * sum(len(DTYPES) if template else 1 for template in KERNELS.values())
+    print("\nkernel, architecture: registers")
+    for (name, sm), text in sorted(found.items()):
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, sm, text)
+        assert "lmem" not in text, (name, sm, text)
+        registers = int(re.search(r"Used (\d+) registers", text)[1])
+        assert registers <= MAX_REGISTERS, (name, sm, registers)
+        print(f"{name[:60]} {sm}: {registers}")
+
+
+@needs_nvcc
+def test_kernels_need_no_torch_and_load_16_bytes(tmp_path):
+    """The kernels' headers alone, as PTX: rows are loaded and stored by 128 bits."""
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        "".join(f'#include "cuda/embedding/{part}.cuh"\n' for part in ("backward", "optimizer", "fm"))
+        + "namespace rk::cuda {\n"
+        + "".join(
+            f"template __global__ void embedding_bag<{t}>(const Batch<Bags>, Report*);\n"
+            f"template __global__ void embedding_reduce<{t}>(const Batch<TableGrad>, const Lookups,"
+            f" Carries<accumulate_t<{t}>>, int);\n"
+            f"template __global__ void embedding_update<{t}>(const Batch<Update>, const Gradients, Optimizer, int);\n"
+            f"template __global__ void embedding_fm<{t}>(const Batch<Bags>, const FmTerms, Report*);\n"
+            f"template __global__ void embedding_fm_backward<{t}>(const FmGrads);\n"
+            for t in DTYPES
+        )
+        + "}\n"
+    )
+    ptx = run(CUDA_HOME / "bin/nvcc", "-std=c++17", "-arch=sm_80", "-ptx", "-I", ROOT / "csrc", source, "-o", "-")
+    entries = [text for text in ptx.split(".visible .entry ")[1:] if text.startswith("_ZN2rk4cuda")]
+    names = r"_ZN2rk4cuda\d+embedding_(?:bag|reduce|update|fm|fm_backward)I"
+    wide = [re.match(names, text) is not None for text in entries]
+    assert sum(wide) == 5 * len(DTYPES)
+    for text in (text for text, w in zip(entries, wide) if w):
+        name = text[:60]
+        assert re.search(r"ld(\.global)?(\.nc)?\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
+        assert re.search(r"st\.global\.(v4\.[bfu]32|v2\.[bfu]64)", text), name
+
+
+def test_one_header_spells_cudas_own_names():
+    """HIP compiles the rest as it stands: what the two spell differently is in device.cuh."""
+    own = re.compile(r"\bcuda[A-Z]\w*|\bcuda_\w+\.h|\b__nv_\w+|\b__half\w*|\b__\w+_sync\b|\bcu(?:b|blas|sparse)\b")
+    sources = [path for path in (ROOT / "csrc/cuda").rglob("*.*") if path.name != "device.cuh"]
+    assert own.search((ROOT / "csrc/cuda/common/device.cuh").read_text()) and len(sources) > 10
+    assert {path.name: found for path in sources if (found := own.findall(path.read_text()))} == {}
+
+
+def test_cuda_without_a_toolkit(tmp_path):
+    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path,
+              check=False, RANKKERNELS_CUDA="1", CUDA_HOME="")  # fmt: skip
+    assert out.splitlines()[-1].startswith("RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit")
+    assert "Traceback" not in out
+
+
+def sanitizer(name: str) -> str | None:
+    """The path of g++'s run-time library, or None where g++ does not have it."""
+    if shutil.which("g++") is None:
+        return None
+    path = run("g++", f"-print-file-name={name}").strip()
+    return path if os.path.isabs(path) else None
+
+
+needs_sanitizers = pytest.mark.skipif(sanitizer("libasan.so") is None, reason="no g++ with the address sanitizer")
+FLAGS = ("-x", "c++", "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000")  # fmt: skip
+SANITIZE = ("-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def compile_shim(source: Path, optimize: str) -> Path:
+    """One .cu of a copy of csrc, for the CPU."""
+    target = source.with_suffix(".o")
+    run("g++", *FLAGS, optimize, *SANITIZE, "-I", SHIM, "-I", source.parents[2], "-isystem", TORCH / "include",
+        "-c", source, "-o", target)  # fmt: skip
+    return target
+
+
+def link_shim(objects: Sequence[Path], target: Path) -> Path:
+    run("g++", "-shared", *SANITIZE, *objects, "-o", target, "-L", TORCH / "lib", "-ltorch", "-ltorch_cpu", "-lc10")
+    return target
+
+
+def copy_sources(target: Path) -> Path:
+    shutil.copytree(ROOT / "csrc", target)
+    shutil.copy(SHIM / "launch.h", target / "cuda/common/launch.h")
+    return target / "cuda"
+
+
+def run_shim(library: Path, what: str, check: bool = True, **environment: str) -> str:
+    """cuda_shim/run.py; RANKKERNELS_REFERENCE leaves the CPU's own kernels out."""
+    preload = f"{sanitizer('libasan.so')} {sanitizer('libstdc++.so')}"
+    options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "RANKKERNELS_REFERENCE": "1"}
+    return run(sys.executable, SHIM / "run.py", library, what, check=check,
+               **{"PYTHONPATH": str(ROOT), **options, **environment})  # fmt: skip
+
+
+UNITS = tuple(sorted(path.relative_to(ROOT / "csrc/cuda").as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu")))
+# What is wrong: in which file, of which unit, the text and what it becomes, what to run, and what must be said.
+FAULTS = {
+    "no barrier": (
+        "embedding/backward.cuh", "embedding/backward.cu", "__syncthreads();", "",
+        "accuracy", "(table or state|output or gradient) . is off by",
+    ),
+    "shared memory too small": (
+        "embedding/backward.cu", "embedding/backward.cu", "* sizeof(Staged<A>);", "* sizeof(Staged<A>) - 1;",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_reduce<",
+    ),
+    "shuffle among too many lanes": (
+        "common/device.cuh", "embedding/backward.cu", "return ones << (threadIdx.x & (kLanes - 1) & ~(lanes() - 1));",
+        "return ones ? ~0u : 0;", "accuracy", "shim: deadlock",
+    ),
+    "misaligned vector load": (
+        "embedding/lookup.cu", "embedding/lookup.cu", "&& rows_aligned(w) && out_aligned", "&& out_aligned",
+        "accuracy", "runtime error: .* misaligned address",
+    ),
+    "tail not masked": (
+        "embedding/lookup.cuh", "embedding/lookup.cu", "if (b >= bags.B) return;", "",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
+    ),
+    "id not checked": (
+        "embedding/lookup.cuh", "embedding/lookup.cu", "return id >= 0 && id < R;", "return id >= 0 || id < R;",
+        "bad_ids", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_bag<",
+    ),
+    "samples not masked": (
+        "embedding/fm.cuh", "embedding/fm.cu", "if (group.sample() >= batch.items[0].B) return;", "",
+        "accuracy", r"ERROR: AddressSanitizer[\s\S]*rk::cuda::embedding_fm<",
+    ),
+    "groups joined twice": (
+        "embedding/fm.cuh", "embedding/fm.cu", "if (counts) fm +=", "if (counts || offset) fm +=",
+        "accuracy", "not close|is off by",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory) -> dict[str, Path]:
+    """The library for the shim, without a fault and with each."""
+    folder = tmp_path_factory.mktemp("shim")
+    sources = {"sound": copy_sources(folder / "sound")}
+    for fault, (file, _, text, replacement, *_) in FAULTS.items():
+        sources[fault] = copy_sources(folder / fault.replace(" ", "_"))
+        original = (sources[fault] / file).read_text()
+        assert original.count(text) == 1, f"{fault}: {text!r} must be in {file} once"
+        (sources[fault] / file).write_text(original.replace(text, replacement))
+    with ThreadPoolExecutor(2) as pool:
+        sound = [pool.submit(compile_shim, sources["sound"] / unit, "-O1") for unit in UNITS]
+        # Only the unit with the fault is compiled again, and fast rather than to be fast.
+        faulty = {
+            fault: (unit, pool.submit(compile_shim, sources[fault] / unit, "-O0"))
+            for fault, (_, unit, *_) in FAULTS.items()
+        }
+    libraries = {"sound": link_shim([job.result() for job in sound], folder / "sound/shim.so")}
+    for fault, (unit, job) in faulty.items():
+        others = [job.result() for other, job in zip(UNITS, sound) if other != unit]
+        libraries[fault] = link_shim([job.result(), *others], sources[fault] / "shim.so")
+    return libraries
+
+
+@needs_sanitizers
+def test_kernels_under_the_shim(shim):
+    """Every kernel in every order: right in all dtypes, without a word of the sanitizers, and with the same bits."""
+    orders = ("forward", "reverse", "1")
+    with ThreadPoolExecutor(2) as pool:
+        run_in = lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
+        outs = list(pool.map(run_in, orders))
+    assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
+    sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.*"))
+    assert len(KERNELS) == len(re.findall("^__global__", sources, re.M)) == sources.count("__global__") > 10
+    for order, out in zip(orders, outs):
+        assert set(re.findall(r"launch of rk::cuda::(\w+)", out)) == set(KERNELS), order
+
+
+@needs_sanitizers
+def test_launches_under_the_shim(shim):
+    """All tables go with one launch of each kernel: what ``bench.gpu.report`` counts."""
+    out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
+    launched = [re.findall(r"launch of rk::cuda::(\w+)", part) for part in out.split("done\n")[:-1]]
+    ways = ["embedding_bag"], ["embedding_bag_backward"]
+    ways = *ways, ["embedding_fm"], ["embedding_fm_backward", "embedding_bag_backward"]
+    counted = [[name for op in ops for name in CUDA_LAUNCHES[op] if name != "sort"] for ops in ways]
+    assert [sorted(names) for names in launched] == [sorted(names) for names in counted]
+
+
+@needs_sanitizers
+def test_bad_arguments_under_the_shim(shim):
+    assert "arguments refused" in run_shim(shim["sound"], "bad_arguments")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal", "never"])
+def test_bad_ids_under_the_shim(shim, mode):
+    """Never followed; said as RANKKERNELS_CHECK_IDS asks."""
+    message = "embedding_bag: indices[0, 1] = 5 is out of range for a table with 5 rows"
+    out = run_shim(shim["sound"], "bad_ids", check=mode in ("ignore", "warn"), RANKKERNELS_CHECK_IDS=mode)
+    assert ("ids not followed" in out) == (mode in ("ignore", "warn"))
+    assert (message in out) == (mode in ("warn", "fatal"))
+    assert ("offsets[0] = 3 is before 1" in out) == (mode == "warn")
+    assert ("RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got never" in out) == (mode == "never")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal"])
+def test_bad_ids_of_the_fm_under_the_shim(shim, mode):
+    message = "embedding_bag: item[1] = 5 is out of range for a table with 5 rows"
+    out = run_shim(shim["sound"], "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)
+    assert ("ids not followed" in out) == (mode != "fatal")
+    assert (message in out) == (mode != "ignore")
+
+
+@needs_sanitizers
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught(shim, fault):
+    *_, what, expected = FAULTS[fault]
+    assert re.search(expected, run_shim(shim[fault], what, check=False))

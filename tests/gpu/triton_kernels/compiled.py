@@ -1,0 +1,149 @@
+"""Every Triton kernel compiled for GPUs that this machine need not have: what ``bench.gpu.report`` reports is
+asserted here. test_triton_compile.py runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+import torch
+import triton
+from gpu.cases import INTERPRETED
+from triton.runtime.jit import JITFunction
+
+from bench.gpu import report
+from bench.gpu.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
+from bench.gpu.cases import COMPILED, GPU_OPS
+from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
+from rankkernels import _triton
+from rankkernels._triton.din_attention import WIDE_TRAINING
+
+SERVED = [case for case in COMPILED if serves(case)]
+
+
+@pytest.fixture(scope="module")
+def records():
+    return {(r.case.id, r.dtype, r.target): r for r in report.triton_records()}
+
+
+@pytest.fixture(scope="module")
+def widths():
+    return {case.id: case.inputs(case.dtypes[0])[0].size(-1) for case in SERVED}
+
+
+def of_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+#: 16 bytes, of one Triton alone.
+SPILLS = {("3.7", "din_attention-B512-L50-D32-64x16-prelu-bn-softmax-padded", "float16", "sm_100")}
+
+
+@pytest.mark.parametrize(
+    "case, dtype, target",
+    [pytest.param(c, d, t, id=f"{c.id}-{of_dtype(d)}-{t}") for c in SERVED for d in c.dtypes for t in TARGETS],
+)
+def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, target):
+    calls = records[case.id, dtype, target].calls
+    assert [c.op for c in calls] == [case.op, f"{case.op}_backward"]
+    for call in calls:
+        assert call.kernels, f"{call.op} launches no kernel"
+        for kernel in call.kernels:
+            known = (triton.__version__[:3], case.id, of_dtype(dtype), target) in SPILLS
+            assert (kernel.local == 0 and not kernel.spills) or known
+            assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16
+            assert kernel.matrix_instructions or not kernel.has_dot
+            assert kernel.shared <= MULTIPROCESSORS[target].shared_of_block
+            assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
+            assert all(n <= 65535 for n in kernel.grid[1:])
+
+
+def test_the_reference_serves_only_what_would_spill():
+    """Two wide layers in training before Triton 3.9: see WIDE_TRAINING in rankkernels/_triton/din_attention.py."""
+    left = [case.id for case in COMPILED if case not in SERVED]
+    wide = ["din_attention-B512-L50-D128-128x128-dice-bn-softmax-train-dropout-mask"]
+    assert left == ([] if WIDE_TRAINING else wide)
+
+
+def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
+    """CUDA's limits of the dimensions are 2^31 - 1, 65535 and 65535."""
+    launched = set()
+    for case in [case for op in INTERPRETED for case in op.huge]:
+        assert max(t.numel() for t in meta_inputs(case, torch.float32)) > 2**31
+        for kernel in (k for call in compile_case(case, torch.float32, "sm_90") for k in call.kernels):
+            x, *yz = kernel.grid
+            assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
+            launched.add(kernel.name)
+    assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels} == kernels_defined()
+
+
+def kernels_defined() -> set[str]:
+    modules = [import_module(f"{_triton.__name__}.{m.name}") for m in pkgutil.iter_modules(_triton.__path__)]
+    return {name for m in modules for name, f in vars(m).items() if isinstance(f, JITFunction) and "_kernel" in name}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS if not op.launches], ids=lambda case: case.op)
+def test_wide_loads_are_those_of_the_main_operand(records, case, target):
+    """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
+    dtype = case.dtypes[0]
+
+    def unaligned(dtype, generator):
+        first, *others = case.make(dtype, generator)
+        return torch.cat([first, first[..., :1]], -1)[..., :-1], *others
+
+    wide = [k.wide_loads for call in records[case.id, dtype, target].calls for k in call.kernels]
+    calls = compile_case(replace(case, make=unaligned), dtype, target)
+    narrow = [k.wide_loads for call in calls for k in call.kernels]
+    assert all(n < w for n, w in zip(narrow, wide, strict=True) if w), (narrow, wide)
+
+
+def test_prints_the_table(records):
+    table = report.triton_table(list(records.values()))
+    assert len(table) == 2 + 2 * sum(len(case.dtypes) for case in SERVED)
+    assert len({line.count("|") for line in table}) == 1
+    print("\n".join(table))
+
+
+def test_the_committed_page_is_of_this_code(records):
+    """bench/gpu/gpu_kernels.md: what every Triton makes of the kernels alike, and with its own Triton all of it."""
+    page = (report.ROOT / "bench/gpu/gpu_kernels.md").read_text()
+    alike = None if f"Triton {triton.__version__}," in page else -len(MULTIPROCESSORS)
+    of = lambda lines: [line.strip("| ").split(" | ")[:alike] for line in lines if line.startswith("|")]  # noqa: E731
+    committed = of(page.splitlines())
+    for row in of(report.triton_table(list(records.values()))):
+        assert row in committed, f"make gpu-report gives {row}"
+
+
+def test_occupancy_is_what_the_vendors_calculators_say():
+    for target, warps, registers, shared, expected in (
+        ("sm_80", 4, 32, 0, 1.0),
+        ("sm_80", 8, 128, 0, 0.25),
+        ("sm_80", 8, 255, 0, 0.125),
+        ("sm_90", 4, 40, 0, 0.75),
+        ("sm_90", 4, 32, 100 << 10, 0.125),
+        ("gfx942", 4, 64, 0, 1.0),
+        ("gfx942", 4, 256, 0, 0.25),
+        ("gfx942", 4, 64, 20 << 10, 0.375),
+    ):
+        assert occupancy(target, warps, registers, shared) == expected, (target, warps, registers, shared)
+
+
+def test_the_report_refuses_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+         "from bench.gpu.report import main; main()"],
+        cwd=report.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
+
+
+def test_the_page_says_what_was_not_compiled(records):
+    page = report.report(list(records.values()), None, {}, {}, "these versions")
+    assert "these versions. Nothing here ran on a GPU" in page
+    assert "Not compiled: no nvcc" in page

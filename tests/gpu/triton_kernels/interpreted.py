@@ -1,0 +1,305 @@
+"""Every Triton kernel under Triton's interpreter, on the CPU. test_triton_interpreter.py runs this file in a process of
+its own: the interpreter has to be chosen before a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import interpreter
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from gpu.cases import INTERPRETED
+from gpu.cases.base import DOUBLE, SINGLE, Interpreted, described, error, strided
+from triton.runtime.errors import InterpreterError
+
+from bench.gpu.ahead_of_time import tensor_bytes
+from rankkernels import reference
+from rankkernels.ops.din_attention import ACTIVATIONS
+
+assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
+interpreter.install()
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_is_nan():
+    """torch.empty gives NaN: an element that no program stores is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype) -> list[float]:
+    """Errors of the launchers' results, in units of what the op tolerates."""
+    torch.manual_seed(0)
+    arguments = op.make(config, dtype)
+    in_float64 = {
+        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    expected = op.expected(**in_float64)
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    actual = op.launch(module, **arguments)
+    for name, value in before.items():
+        assert torch.equal(value, arguments[name]), f"{name} was written to"
+    assert [a.shape for a in actual] == [e.shape for e in expected]
+    assert actual[0].dtype == dtype
+    return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
+
+
+@pytest.mark.parametrize(
+    "op, config, dtype",
+    [(op, config, dtype) for op in INTERPRETED for config in op.configs for dtype in config.get("dtypes", op.dtypes)],
+    ids=lambda v: getattr(v, "module", None) or described(v),
+)
+def test_kernel_equals_reference(op, config, dtype):
+    module = importlib.import_module(f"rankkernels._triton.{op.module}")
+    assert max(errors(op, module, config, dtype)) <= 1
+
+
+@pytest.mark.parametrize(
+    "op, config",
+    [
+        pytest.param(op, c, id=f"{op.module}-{described(c)}")
+        for op in INTERPRETED
+        if op.streamed
+        for c in op.streamed_configs
+    ],
+)
+def test_forward_reads_its_input_once(op, config):
+    """By the loads of the first launch."""
+    interpreter.launched.clear()
+    arguments = op.make(config, SINGLE)
+    op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+    loads = interpreter.launched[0].loads_of(arguments[op.streamed])
+    assert (loads == 1).all()
+
+
+@pytest.mark.parametrize(
+    "op, config, dtype",
+    [pytest.param(op, c, d, id=f"{op.module}-{described(c)}-{described(d)}")
+     for op in INTERPRETED for c in op.counted_configs for d in c.get("dtypes", op.dtypes)],
+)  # fmt: skip
+def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
+    """No more than 1.05 times the bytes of what it is given and returns, weights included, by the loads and stores of
+    all its launches and by what PyTorch's kernels around them take and return.
+
+    For as many samples as are trained on at once, from what few of them and 4 more move. Where a layer normalizes with
+    the statistics of its batch, no row's activation is known before all rows were read: a pass over the rows for each
+    such layer, and one that goes on. So often is each of their elements loaded, exactly, and all but the first count
+    beside inputs and outputs.
+    """
+    B, *shape = config["shape"]
+    passes = config.get("passes", 1)
+    moved, given_and_returned = [], []
+    for samples in (B, B + 4):
+        arguments = op.make(config | {"shape": (samples, *shape)}, dtype)
+        interpreter.launched.clear()
+        with interpreter.BytesAround() as around:
+            outs = op.forward(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+        launches = sum(memory.bytes_moved(arguments[op.streamed]) for memory in interpreter.launched)
+        streamed = arguments[op.streamed]
+        assert (sum(memory.loads_of(streamed) for memory in interpreter.launched) == passes).all()
+        moved.append(launches + around.bytes)
+        inputs = {**arguments, "grad_out": None}
+        given_and_returned.append(tensor_bytes((inputs, outs)) + (passes - 1) * tensor_bytes(streamed))
+    moved, given_and_returned = (few + (4096 - B) * (more - few) / 4 for few, more in (moved, given_and_returned))
+    ratio = moved / given_and_returned
+    print(f"| {op.module} {described(config)} {described(dtype)} | {ratio:.3f} of the inputs' and outputs' bytes |")
+    assert 0.99 <= ratio <= 1.05
+
+
+EXTREMES = [torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 100.0, -100.0, 1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "activation, batch_norm", [(a, n) for a in ACTIVATIONS for n in (True, False) if n or a != "dice_batch_norm"]
+)
+def test_extremes_have_torchs_value(activation, batch_norm):
+    module = importlib.import_module("rankkernels._triton.norm_activation")
+    x = torch.tensor(EXTREMES)[:, None].repeat(1, 5).requires_grad_()
+    alpha = torch.full((5,), 0.25, requires_grad=True) if ACTIVATIONS[activation] else None
+    stats = (torch.zeros(5), torch.ones(5)) if batch_norm else (None, None)
+    flags = activation, batch_norm, False, 1e-5, 1e-3
+    arguments = x.detach(), None, None, None if alpha is None else alpha.detach(), *stats
+    norm = reference.BatchNorm(None, None, *stats, 1e-5) if batch_norm else None
+    expected, _ = reference.norm_activation(x, norm, activation, alpha)
+    out, batch_stats = module.norm_activation(*arguments, *flags)
+    torch.testing.assert_close(out, expected.detach(), equal_nan=True)
+    grad_x, grads = module.norm_activation_backward(torch.ones_like(out), batch_stats, *arguments, *flags)
+    wanted = torch.autograd.grad(expected, [x] if alpha is None else [x, alpha], torch.ones_like(out))
+    torch.testing.assert_close([grad_x, *grads], list(wanted), equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+def test_fm_of_infinities_is_the_references():
+    module = importlib.import_module("rankkernels._triton.fm_interaction")
+    x = torch.randn(5, 4, 6)
+    x[1, 0, 2], x[2, 3, 2], x[3, 1, 5] = torch.inf, -torch.inf, torch.nan
+    for reduce_sum in (True, False):
+        torch.testing.assert_close(
+            module.fm_interaction(x, reduce_sum), reference.fm_interaction(x, reduce_sum), equal_nan=True
+        )
+
+
+def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleType:
+    """A copy of a kernels' module, and of those it is split into, with ``new`` for ``old`` in the source of one."""
+    original = Path(importlib.util.find_spec(f"rankkernels._triton.{module}").origin)
+    sources = {p.stem: p.read_text() for p in original.parent.glob(f"{module}*.py")}
+    matches = sum(source.count(old) for source in sources.values())
+    assert not old or matches == 1, f"the edit has to match once, and {old!r} matches {matches} times"
+    for stem, source in sources.items():
+        source = source.replace(old, new) if old else source
+        (folder / f"edited_{stem}.py").write_text(source.replace("rankkernels._triton." + module, "edited_" + module))
+    for name in [name for name in sys.modules if name.startswith("edited_")]:
+        del sys.modules[name]
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        return importlib.import_module(f"edited_{module}")
+
+
+def test_every_kernel_is_one_of_an_op():
+    folder = Path(importlib.util.find_spec("rankkernels._triton").origin).parent
+    with_kernels = {
+        p.stem for p in folder.glob("*.py") if re.search(r"^@triton\.jit.*\ndef \w+_kernel\(", p.read_text(), re.M)
+    }
+    assert with_kernels and all(any(stem.startswith(op.module) for op in INTERPRETED) for stem in with_kernels), (
+        with_kernels
+    )
+
+
+@pytest.mark.parametrize("op", INTERPRETED, ids=lambda op: op.module)
+def test_unbroken_copy_passes(op, tmp_path):
+    copy = edited(op.module, tmp_path)
+    assert max(errors(op, copy, op.configs[0], SINGLE)) <= 1
+
+
+@pytest.mark.parametrize(
+    "op, what, old, new",
+    [
+        pytest.param(op, what, old, new, id=f"{op.module}-{what.replace(' ', '_')}")
+        for op in INTERPRETED
+        for what, old, new in op.mutations
+    ],
+)
+def test_broken_copy_is_noticed(op, what, old, new, tmp_path):
+    broken = edited(op.module, tmp_path, old, new)
+    for config in sorted(op.configs, key=lambda config: not config.get(what.split(":")[0])):
+        try:
+            if max(errors(op, broken, config, SINGLE)) > 1:
+                return
+        except InterpreterError:
+            return
+    pytest.fail("no config of the op notices the edit")
+
+
+# The bench itself.
+
+
+def test_bfloat16_conversions_are_torchs():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    wide = torch.from_numpy(interpreter.bf16_to_float32(every.numpy().view(np.uint16)))
+    assert torch.equal(wide.view(torch.int32), every.view(torch.bfloat16).float().view(torch.int32))
+    bits = torch.randint(-(2**31), 2**31, (1 << 20,)).to(torch.int32)
+    ties = (bits & ~0xFFFF) | 0x8000
+    for x in (bits.view(torch.float32), ties.view(torch.float32), wide):
+        actual = torch.from_numpy(interpreter.float32_to_bf16(x.numpy()).view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(actual.isnan(), x.isnan())
+        assert torch.equal(actual[~x.isnan()], x[~x.isnan()].to(torch.bfloat16))
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o, mask=o < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + o, x * 1.5, mask=o < N)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, SINGLE])
+def test_casts_in_a_kernel_are_torchs(dtype):
+    x, out = torch.randn(1000).to(dtype), torch.empty(1000, dtype=dtype)
+    cast_kernel[(1,)](x, out, 1000, BLOCK=1024)
+    assert torch.equal(out, (x.float() * 1.5).to(dtype))
+
+
+@triton.jit
+def dot_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    o = tl.arange(0, 16)
+    tile = o[:, None] * 16 + o[None, :]
+    a, b = tl.load(a_ptr + tile), tl.load(b_ptr + tile)
+    tl.store(out_ptr + tile, tl.dot(a, b, input_precision=PRECISION))
+
+
+def test_dots_have_the_precision_of_tensor_cores():
+    a, b, out = torch.randn(16, 16), torch.randn(16, 16), torch.empty(16, 16)
+    for dtype in (torch.bfloat16, torch.float16):
+        dot_kernel[(1,)](a.to(dtype), b.to(dtype), out, PRECISION="ieee")
+        assert error(out, a.to(dtype).double() @ b.to(dtype).double()) < 1e-6
+    dot_kernel[(1,)](a, b, out, PRECISION="ieee")
+    assert error(out, a.double() @ b.double()) < 1e-6
+    dot_kernel[(1,)](a, b, out, PRECISION="tf32")
+    assert 1e-4 < error(out, a.double() @ b.double()) < 1e-3
+
+
+@triton.jit
+def misbehaving_kernel(x_ptr, out_ptr, N, stride, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    o = pid * BLOCK + tl.arange(0, BLOCK)
+    if WHAT == "past the end":
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N + 1, other=0.0), mask=o < N)
+    elif WHAT == "in a gap":
+        tl.store(out_ptr + o, tl.load(x_ptr + o, mask=o < N, other=0.0), mask=o < N)
+    elif WHAT == "store past the end":
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0))
+    elif WHAT == "stored twice":
+        tl.store(out_ptr + o % BLOCK, o * 1.0)
+    elif WHAT == "read what is stored":
+        tl.store(out_ptr + o, o * 1.0, mask=o < N)
+        tl.store(out_ptr + o, tl.load(out_ptr + o, mask=o < N), mask=o < N)
+    elif WHAT == "store what another reads":
+        tl.store(out_ptr + o, tl.load(out_ptr + (N - 1 - o), mask=o < N, other=0.0), mask=o < N)
+    elif WHAT == "atomic":
+        tl.atomic_add(out_ptr + o, 1.0, mask=o < N)
+    elif WHAT == "arithmetic in bfloat16":
+        x = tl.load(x_ptr + o * stride, mask=o < N, other=0.0).to(tl.bfloat16)
+        tl.store(out_ptr + o, x * x, mask=o < N)
+    else:
+        tl.store(out_ptr + o, tl.load(x_ptr + o * stride, mask=o < N, other=0.0), mask=o < N)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("past the end", "load outside"),
+        ("in a gap", "load outside"),
+        ("store past the end", "store outside"),
+        ("stored twice", "stores what another one stores"),
+        ("read what is stored", "loads what was stored"),
+        ("store what another reads", "stores what another one loads|loads what was stored"),
+        ("atomic", "atomic"),
+        ("arithmetic in bfloat16", "convert to float32"),
+        ("nothing", None),
+    ],
+)
+def test_the_interpreter_objects(what, message):
+    x, out = strided([30], SINGLE, "stepped"), torch.empty(30)
+    launch = lambda: misbehaving_kernel[(4,)](x, out, 30, 2, WHAT=what, BLOCK=8)  # noqa: E731
+    if message is None:
+        launch()
+        assert torch.equal(out, x)
+    else:
+        with pytest.raises(InterpreterError, match=message):
+            launch()
+
+
+def test_error_is_infinite_for_nan():
+    assert error(torch.tensor([torch.nan, 1.0]), torch.ones(2)) == float("inf")
+    assert error(torch.full((3,), 1.5), torch.ones(3, dtype=DOUBLE)) == 0.5

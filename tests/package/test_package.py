@@ -1,0 +1,169 @@
+"""The package as it is built, installed and imported. Each test that needs a fresh process starts its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rankkernels.ops import _library
+
+ROOT = Path(__file__).parents[2]
+EXTENSION = next(iter(ROOT.glob("rankkernels/_C*.so")), None)
+needs_extension = pytest.mark.skipif(EXTENSION is None, reason="built without the C++ extension")
+
+
+def run(code: str, cwd: Path = ROOT, **environment: str) -> str:
+    """What a fresh interpreter prints, both streams."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+@needs_extension
+def test_the_extension_is_what_the_tests_test():
+    assert _library.no_extension is None
+
+
+def functions_by_instruction(library: Path, registers: str) -> set[str]:
+    """Mangled names of the functions of ``library`` with an operand among ``registers``."""
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
+    found, function = set(), ""
+    for line in listing.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.+)>:$", line):
+            function = header[1]
+        elif re.search(registers, line):
+            found.add(function)
+    return found
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils' objdump is not installed")
+def test_wide_instructions_stay_in_their_variant():
+    """An inline function of a header compiled for AVX-512 and merged by the linker would crash on other processors."""
+    avx512 = functions_by_instruction(EXTENSION, r"%zmm|\{%k[1-7]\}|%[xy]mm(1[6-9]|2\d|3[01])\b")
+    avx2 = functions_by_instruction(EXTENSION, r"%ymm")
+    if not (avx512 or avx2):
+        pytest.skip("not an x86-64 build")
+    bf16 = functions_by_instruction(EXTENSION, r"vdpbf16ps|vcvtne2?ps2bf16")
+    assert all("2rk11avx512_bf16" in name for name in bf16), bf16
+    assert avx512 and all(re.search("2rk(6avx512|11avx512_bf16)", name) for name in avx512), avx512
+    assert avx2 and all(re.search("2rk(4avx2|6avx512|11avx512_bf16)", name) for name in avx2), avx2
+
+
+@needs_extension
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_every_instruction_set(capability):
+    """The op tests again with lesser kernels. Inductor is left out: it is torch's own code that would be tested."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_ops.py",
+         "-k", "(equals_reference or non_contiguous or fm_) and not inductor"],
+        cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-5000:]
+    isa = run("import torch, rankkernels; print(torch.ops.rankkernels.cpu_isa())", ATEN_CPU_CAPABILITY=capability)
+    assert int(isa) <= {"default": 0, "avx2": 1}[capability]
+
+
+@needs_extension
+def test_avx512_is_without_bfloat16():
+    isa = run("import torch, rankkernels; print(torch.ops.rankkernels.cpu_isa())", ATEN_CPU_CAPABILITY="avx512")
+    assert int(isa) <= _library.CPU_ISAS.index("avx512")
+
+
+def test_import_is_light():
+    """Importing the package imports torch and little else: Triton comes with the first GPU kernel."""
+    code = "import sys, torch; before = set(sys.modules); import rankkernels; print(*set(sys.modules) - before)"
+    modules = {name.split(".")[0] for name in run(code).split()}
+    assert not modules & {"triton", "sklearn", "pandas", "scipy", "matplotlib", "torch_rechub", "tqdm"}
+
+
+def test_import_without_triton():
+    out = run(
+        "import sys; sys.modules['triton'] = None; import torch, rankkernels, rankkernels.info as info;"
+        "print(rankkernels.fm_interaction(torch.ones(1, 2, 3))); print(info.backend('fm_interaction', 'cuda'))"
+    )
+    assert "3." in out and "PyTorch reference" in out
+
+
+def test_reference_instead_of_kernels():
+    """RANKKERNELS_REFERENCE=1: says so once, with the reason, and gives the same numbers."""
+    out = run(
+        "import torch, rankkernels as rk\n"
+        "x = torch.arange(24.).view(2, 3, 4).requires_grad_()\n"
+        "for _ in range(2): rk.fm_interaction(x).sum().backward()\n"
+        "print(x.grad.sum().item())\n"
+        "from rankkernels.info import main; main()",
+        RANKKERNELS_REFERENCE="1",
+    )
+    assert out.count("ReferenceWarning") == 1 and "RANKKERNELS_REFERENCE is set" in out
+    assert "1104.0" in out and "PyTorch reference" in out
+
+
+def test_info():
+    out = run("from rankkernels.info import main; main()")
+    assert "fm_interaction" in out and ("C++" in out or EXTENSION is None) and "torch" in out
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of what git tracks, so that building leaves nothing in the working tree."""
+    target = tmp_path_factory.mktemp("source")
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    if not files:
+        pytest.skip("not a git checkout")
+    for name in files:
+        if (ROOT / name).exists():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def pip(*arguments, **environment):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True, env={**os.environ, **environment}
+    )
+
+
+@needs_extension
+def test_wheel(source, tmp_path):
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, source)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp310-abi3-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("rankkernels/**/*.py")}
+    assert packages == {str(Path(n).parent) for n in names if n.endswith(".py")}
+    assert "rankkernels/_C.abi3.so" in names and any(n.endswith("LICENSE") for n in names)
+    assert all(n.startswith(("rankkernels/", "rankkernels-")) for n in names)
+    # What serves tests, benchmarks and reports stays in their folders; public test support is one file.
+    tools = re.compile(r"tests?/|testing/|bench|report|ahead_of_time|occupancy|mutation")
+    assert "rankkernels/testing.py" in names and not [n for n in names if tools.search(n)]
+    pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
+    smoke = run(f"import runpy; runpy.run_path({str(ROOT / 'tests/package/smoke.py')!r}, run_name='__main__')",
+                cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))  # fmt: skip
+    assert "works beside torch" in smoke
+
+
+def test_install_without_a_compiler(source, tmp_path):
+    pip("install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", source,
+        RANKKERNELS_SKIP_EXT="1", CC="/bin/false", CXX="/bin/false")  # fmt: skip
+    out = run(
+        "import torch, rankkernels as rk; print(rk.__file__)\n"
+        "for _ in range(2): print(rk.fm_interaction(torch.ones(1, 2, 3)).item())",
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+    )
+    assert str(tmp_path) in out and out.count("3.0") == 2
+    assert out.count("ReferenceWarning") == 1 and "installed without its C++ extension" in out
