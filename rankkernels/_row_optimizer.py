@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankkernels.ops._library import is_transformed, use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
-from rankkernels.ops.fused_step import Gate, check_not_distributed
+from rankkernels.ops._fused_step import Gate, check_not_distributed
 
 
 def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 )
 
     def gate(self, weights: Sequence[Tensor]) -> Gate:
-        """What decides when a fused step of ``weights`` is taken: see ``rankkernels.ops.fused_step``.
+        """What decides when a fused step of ``weights`` is taken: see ``rankkernels.ops._fused_step``.
 
         Raises:
             ValueError: a table is frozen, has hooks on its gradient or is not among the params.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
 from rankkernels.ops.embedding_bag import MODES
-from rankkernels.ops.embedding_bag_checks import check_forward, names_of
+from rankkernels.ops._embedding_checks import check_forward, names_of
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.

@@ -19,7 +19,7 @@ from rankkernels.ops._library import (
     register_autograd,
     vjp,
 )
-from rankkernels.ops.embedding_bag_checks import (
+from rankkernels.ops._embedding_checks import (
     MODES,
     bags_of,
     check_backward,
@@ -32,7 +32,7 @@ from rankkernels.ops.embedding_bag_checks import (
 )
 
 if TYPE_CHECKING:
-    from rankkernels.ops.fused_step import Gate
+    from rankkernels.ops._fused_step import Gate
 
 # One entry a feature in ``indices``, ``offsets``, ``per_sample_weights``, ``tables``, ``modes`` and ``padding_idx``;
 # one entry a table in ``weights`` and ``frozen_rows``. -1 stands for no padding index and no frozen row. A feature

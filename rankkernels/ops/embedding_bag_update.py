@@ -6,7 +6,7 @@ import torch
 
 from rankkernels.ops._library import FLOATING, lib, notice_reference
 from rankkernels.ops.embedding_bag import FEATURES
-from rankkernels.ops.embedding_bag_checks import check_backward, check_table
+from rankkernels.ops._embedding_checks import check_backward, check_table
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")

@@ -34,7 +34,7 @@ from rankkernels.ops.embedding_bag import (
     sparse_gradients,
     table_gradients,
 )
-from rankkernels.ops.embedding_bag_checks import check_features, names_of
+from rankkernels.ops._embedding_checks import check_features, names_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
