@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_tensor, is_untouched, nobody_follows
 from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.ops._features import MODES, Features, join_names
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.deepfm import call as call_deepfm
-from rankkernels.ops.embedding_bag import MODES, call, join_names
-from rankkernels.ops.embedding_fm import call as call_fm
+from rankkernels.ops.embedding_bag import run_op
+from rankkernels.ops.embedding_fm import run_op as run_fm
 
 _POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
@@ -75,6 +76,9 @@ class _Plan:
         self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
         self.in_order &= [i for i in self.order if i < len(self.lookups)] == list(range(len(self.lookups)))
         self.in_order &= all(k.mode != "none" or not k.is_sequence for k in self.lookups)
+
+    def with_ids(self, ids: list[Tensor], frozen_rows: list[int]) -> Features:
+        return Features(ids, [], [], self.table_of, self.modes, self.padding_idx, frozen_rows)
 
 
 class InputMask(nn.Module):
@@ -217,8 +221,8 @@ class EmbeddingLayer(nn.Module):
         ]
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
-            features = plan.table_of, plan.modes, plan.padding_idx, _frozen_rows(tables, weights), plan.joined_names
-            found = dict(enumerate(call(weights, ids, [], [], *features, optimizer=self.fused_optimizer)))
+            features = plan.with_ids(ids, _frozen_rows(tables, weights))
+            found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
@@ -284,26 +288,18 @@ class EmbeddingLayer(nn.Module):
             return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None
-        return (
-            weights,
-            ids,
-            plan.table_of,
-            plan.modes,
-            plan.padding_idx,
-            _frozen_rows(tables, weights),
-            plan.joined_names,
-        )
+        return weights, plan.with_ids(ids, _frozen_rows(tables, weights)), plan.joined_names
 
     def _concat(self, x: Mapping[str, Tensor], plan: _Plan, squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
         arguments = self._together(x, plan, not squeeze_dim)
         if arguments is None:
             return None
-        weights, ids, *features = arguments
-        (out,) = call(weights, ids, [], [], *features, concat=True, optimizer=self.fused_optimizer)
+        weights, features, names = arguments
+        (out,) = run_op(weights, features, names, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
-            return torch.cat([out, *self._dense(x, plan, out.dtype, ids)], 1) if plan.dense else out
-        return out.view(-1, len(ids), weights[0].size(1))
+            return torch.cat([out, *self._dense(x, plan, out.dtype, features.indices)], 1) if plan.dense else out
+        return out.view(-1, len(features.indices), weights[0].size(1))
 
     def lookup_fm(
         self, x: Mapping[str, Tensor], deep_features: Sequence, fm_features: Sequence, linear_weight: Tensor
@@ -321,7 +317,7 @@ class EmbeddingLayer(nn.Module):
         # On a GPU the op would copy the embeddings beside them: joining all at once is a launch less.
         together = dense and all(v.device.type == "cpu" for v in dense)
         joined = _side_by_side(dense) if together else None
-        out, interaction, linear = call_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
+        out, interaction, linear = run_fm(*arguments, linear_weight, joined, optimizer=self.fused_optimizer)
         return torch.cat([out, *dense], 1) if dense and not together else out, interaction, linear
 
     def _fm_arguments(self, x, deep_features, fm_features, linear_weight) -> tuple | None:
@@ -330,9 +326,12 @@ class EmbeddingLayer(nn.Module):
         if deep.lookups != fm.lookups or len(fm.order) != len(fm.lookups):
             return None
         arguments = self._together(x, deep, True)
-        if arguments is None or arguments[0][0].dtype != linear_weight.dtype:
+        if arguments is None:
             return None
-        return *arguments, self._dense(x, deep, linear_weight.dtype, arguments[1])
+        weights, features, names = arguments
+        if weights[0].dtype != linear_weight.dtype:
+            return None
+        return weights, features, names, self._dense(x, deep, linear_weight.dtype, features.indices)
 
     def deepfm(
         self,
@@ -349,14 +348,17 @@ class EmbeddingLayer(nn.Module):
         found = self._fm_arguments(x, deep_features, fm_features, linear_weight)
         if found is None:
             return None
-        weights, ids, tables, modes, _padding_idx, _frozen_rows, names, dense = found
-        if any(modes):
+        weights, features, names, dense = found
+        if any(features.modes):
             return None
         layers = list(layers)
         everything = [*weights, *dense, linear_weight, *layers]
         if any(t.dtype is not torch.float32 or t.device.type != "cpu" for t in everything):
             return None
-        return call_deepfm(weights, ids, tables, names, linear_weight, _side_by_side(dense) if dense else None, layers)
+        return call_deepfm(
+            weights, features.indices, features.tables, names, linear_weight, _side_by_side(dense) if dense else None,
+            layers,
+        )  # fmt: skip
 
     def forward(self, x: Mapping[str, Tensor], features: Sequence, squeeze_dim: bool = False) -> Tensor:
         """Embeddings of ``features`` from the batch ``x``, {name: ids or values}.

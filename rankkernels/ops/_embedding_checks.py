@@ -9,32 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankkernels.ops._features import MODES, Features, names_of
 from rankkernels.ops._library import FLOATING
 
-#: Pooling modes, by their number in the schema; "none" looks every id up on its own.
-MODES = ("none", "sum", "mean", "max")
-
-
-def names_of(names: str, n: int) -> list[str]:
-    """The features' names from the schema's, one a line; of those without one, what it is in the schema."""
-    given = names.split("\n")
-    return [name or f"indices[{f}]" for f, name in enumerate((given + [""] * n)[:n])]
-
-
-def offsets_of(f, ids, offsets, modes):
-    return offsets[f] if offsets and ids.dim() == 1 and MODES[modes[f]] != "none" else None
-
-
-def bags_of(f, ids, offsets, modes):
-    bags = offsets_of(f, ids, offsets, modes)
-    return (ids if bags is None else bags).size(0)
-
-
-def weights_of(f, ids, per_sample_weights):
-    absent = not per_sample_weights or per_sample_weights[f].shape == (0,)
-    return None if absent else per_sample_weights[f]
-
-
+_FLOATING = "float32, float64, float16 or bfloat16"
 _MOST_ROWS = 2**60  # of all tables of a backward together
 
 
@@ -45,171 +23,175 @@ def check_like(op, what, t, device, dtypes, kind):
     torch._check(t.device == device, lambda: f"{op}: {what} must be on {device} like its table, got {t.device}")
 
 
-def check_features(num_tables, device, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
-                   names):  # fmt: skip
+def check_features(num_tables: int, device: torch.device | None, features: Features, names: list[str]) -> None:
     """What needs neither tables nor values; the texts are those of csrc/embedding_bag_arguments.h."""
-    op, check, integers = "embedding_bag", torch._check, (torch.int32, torch.int64)
-    check(num_tables > 0 and len(indices) > 0, lambda: f"{op}: weights and indices must not be empty lists")
-    for name, values, optional in (
-        ("offsets", offsets, True), ("per_sample_weights", per_sample_weights, True), ("tables", tables, False),
-        ("modes", modes, False), ("padding_idx", padding_idx, False),
+    op, check, F = "embedding_bag", torch._check, len(features.indices)
+    check(num_tables > 0 and F > 0, lambda: f"{op}: weights and indices must not be empty lists")
+    for name, optional in (
+        ("offsets", True), ("per_sample_weights", True), ("tables", False), ("modes", False), ("padding_idx", False)
     ):  # fmt: skip
+        n = len(getattr(features, name))
+        check(n == F or (optional and not n), lambda: f"{op}: {name} must have one entry a feature, {F}, got {n}")
+    n = len(features.frozen_rows)
+    check(n == num_tables, lambda: f"{op}: frozen_rows must have one entry a table, {num_tables}, got {n}")
+    for name, table, mode in zip(names, features.tables, features.modes):
+        check(0 <= table < num_tables, lambda: f"{op}: {name} has table {table} of {num_tables}")
+        check(0 <= mode < len(MODES), lambda: f"{op}: {name} has unknown mode {mode}")
+    for f, name in enumerate(names):
+        _check_feature(device, features, f, name)
+
+
+def _check_feature(device: torch.device | None, features: Features, f: int, name: str) -> None:
+    """The indices of one feature, its offsets and its per-sample weights."""
+    op, check, integers = "embedding_bag", torch._check, (torch.int32, torch.int64)
+    ids, mode, offsets = features.indices[f], features.mode(f), features.offsets_of(f)
+    check_like(op, name, ids, device, integers, "int32 or int64")
+    if mode != "none":
+        starts = offsets is not None and offsets.dim() == 1 and (offsets.size(0) > 0 or ids.numel() == 0)
         check(
-            len(values) == len(indices) or (optional and not values),
-            lambda: f"{op}: {name} must have one entry a feature, {len(indices)}, got {len(values)}",
+            ids.dim() == 2 or starts,
+            lambda: (
+                f"{op}: {name} must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
+                + ("" if offsets is None else f" beside offsets {list(offsets.shape)}")
+            ),
         )
+    if offsets is not None:
+        check_like(op, f"offsets of {name}", offsets, device, integers, "int32 or int64")
+    elif features.offsets:
+        given = features.offsets[f].shape
+        check(
+            given == (0,),
+            lambda: (
+                f"{op}: {name} of shape {list(ids.shape)} and mode {mode} takes no offsets, got shape {list(given)}"
+            ),
+        )
+    factors = features.per_sample_weights_of(f)
     check(
-        len(frozen_rows) == num_tables,
-        lambda: f"{op}: frozen_rows must have one entry a table, {num_tables}, got {len(frozen_rows)}",
-    )
-    for f in range(len(indices)):
-        check(0 <= tables[f] < num_tables, lambda: f"{op}: {names[f]} has table {tables[f]} of {num_tables}")
-        check(0 <= modes[f] < len(MODES), lambda: f"{op}: {names[f]} has unknown mode {modes[f]}")
-    for f, ids in enumerate(indices):
-        mode, off = MODES[modes[f]], offsets_of(f, ids, offsets, modes)
-        check_like(op, names[f], ids, device, integers, "int32 or int64")
-        if mode != "none":
-            check(
-                ids.dim() == 2 or (off is not None and off.dim() == 1 and (off.size(0) > 0 or ids.numel() == 0)),
-                lambda: (
-                    f"{op}: {names[f]} must be [B, L], or [N] beside offsets [B], got shape {list(ids.shape)}"
-                    + ("" if off is None else f" beside offsets {list(off.shape)}")
-                ),
-            )
-        if off is not None:
-            check_like(op, f"offsets of {names[f]}", off, device, integers, "int32 or int64")
-        elif offsets:
-            check(
-                offsets[f].shape == (0,),
-                lambda: (
-                    f"{op}: {names[f]} of shape {list(ids.shape)} and mode {mode} takes no offsets, got shape "
-                    f"{list(offsets[f].shape)}"
-                ),
-            )
-        psw = weights_of(f, ids, per_sample_weights)
-        if psw is not None:
-            check(
-                mode in ("sum", "mean") and psw.shape == ids.shape,
-                lambda: (
-                    f"{op}: per_sample_weights of {names[f]} must have its shape {list(ids.shape)} and mode "
-                    f"sum or mean, got {list(psw.shape)} and {mode}"
-                ),
-            )
-
-
-def check_factors(f, like, per_sample_weights, ids, name):
-    psw = weights_of(f, ids, per_sample_weights)
-    torch._check(
-        psw is None or (psw.dtype == like.dtype and psw.device == like.device and psw.layout == torch.strided),
+        factors is None or (mode in ("sum", "mean") and factors.shape == ids.shape),
         lambda: (
-            f"embedding_bag: per_sample_weights of {name} must have the dtype and device of its table, {like.dtype} "
-            f"on {like.device}, got {psw.dtype} on {psw.device}"
+            f"{op}: per_sample_weights of {name} must have its shape {list(ids.shape)} and mode sum or mean, got "
+            f"{list(factors.shape)} and {mode}"
         ),
     )
 
 
-def check_padding(rows, tables, padding_idx, frozen_rows, names):
+def _check_factors(features: Features, f: int, like: Tensor, name: str) -> None:
+    factors = features.per_sample_weights_of(f)
+    torch._check(
+        factors is None
+        or (factors.dtype == like.dtype and factors.device == like.device and factors.layout == torch.strided),
+        lambda: (
+            f"embedding_bag: per_sample_weights of {name} must have the dtype and device of its table, {like.dtype} "
+            f"on {like.device}, got {factors.dtype} on {factors.device}"
+        ),
+    )
+
+
+def _check_padding(rows: list[int], features: Features, names: list[str]) -> None:
     def check(what, i, n):
         text = f"embedding_bag: {what} must be -1 or a row of its table with {n} rows, got {i}"
         torch._check(i == -1 or 0 <= i < n, lambda: text)
 
-    for f, i in enumerate(padding_idx):
-        check(f"padding_idx of {names[f]}", i, rows[tables[f]])
-    for t, i in enumerate(frozen_rows):
+    for name, t, i in zip(names, features.tables, features.padding_idx):
+        check(f"padding_idx of {name}", i, rows[t])
+    for t, i in enumerate(features.frozen_rows):
         check(f"frozen_rows[{t}]", i, rows[t])
 
 
 def check_table(op, t, w, device):
     torch._check(w.dim() == 2, lambda: f"{op}: weights[{t}] must be [R, D], got shape {list(w.shape)}")
-    check_like(op, f"weights[{t}]", w, device, FLOATING, "float32, float64, float16 or bfloat16")
+    check_like(op, f"weights[{t}]", w, device, FLOATING, _FLOATING)
 
 
-def check_forward(
-    weights, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, names, concat
-):
-    op, check, device = "embedding_bag", torch._check, weights[0].device if weights else None
-    names = names_of(names, len(indices))
-    check_features(len(weights), device, indices, offsets, per_sample_weights, tables, modes, padding_idx,
-                   frozen_rows, names)  # fmt: skip
+def check_forward(weights: list[Tensor], features: Features, names: str, concat: bool) -> None:
+    op, device, names = "embedding_bag", weights[0].device if weights else None, names_of(names, len(features.indices))
+    check_features(len(weights), device, features, names)
     for t, w in enumerate(weights):
         check_table(op, t, w, device)
-    check_padding([w.size(0) for w in weights], tables, padding_idx, frozen_rows, names)
-    for f, ids in enumerate(indices):
-        check_factors(f, weights[tables[f]], per_sample_weights, ids, names[f])
-    if concat:
-        dtype, B = weights[tables[0]].dtype, bags_of(0, indices[0], offsets, modes)
-        for f, ids in enumerate(indices):
-            check(
-                (MODES[modes[f]] != "none" or ids.dim() == 1)
-                and weights[tables[f]].dtype == dtype
-                and bags_of(f, ids, offsets, modes) == B,
-                lambda: (
-                    f"{op}: with concat, features must give [B, D] of one B and one dtype, but {names[f]} of shape "
-                    f"{list(ids.shape)} differs from {names[0]}"
-                ),
-            )
+    _check_padding([w.size(0) for w in weights], features, names)
+    of_feature = [weights[t] for t in features.tables]
+    for f, (weight, name) in enumerate(zip(of_feature, names)):
+        _check_factors(features, f, weight, name)
+    for f, (weight, name, ids) in enumerate(zip(of_feature, names, features.indices)) if concat else ():
+        torch._check(
+            (features.mode(f) != "none" or ids.dim() == 1)
+            and weight.dtype == of_feature[0].dtype
+            and features.bags_of(f) == features.bags_of(0),
+            lambda: (
+                f"{op}: with concat, features must give [B, D] of one B and one dtype, but {name} of shape "
+                f"{list(ids.shape)} differs from {names[0]}"
+            ),
+        )
 
 
-def check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, tables, modes, padding_idx,
-                   frozen_rows):  # fmt: skip
+def check_backward(grad_outs: list[Tensor | None], weights: list[Tensor], rows: list[int], features: Features) -> None:
     """The texts are those of csrc/cpu/embedding_bag_runs.cpp."""
-    op, check, names = "embedding_bag_backward", torch._check, [f"indices[{f}]" for f in range(len(indices))]
+    op, check, F = "embedding_bag_backward", torch._check, len(features.indices)
+    names = [f"indices[{f}]" for f in range(F)]
     given = [g for g in grad_outs if g is not None]
     check(len(given) > 0, lambda: f"{op}: grad_outs has no gradient")
-    device = given[0].device
-    check_features(len(rows), device, indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
-                   names)  # fmt: skip
-    check(
-        len(grad_outs) == len(indices),
-        lambda: f"{op}: grad_outs must have one entry a feature, {len(indices)}, got {len(grad_outs)}",
-    )
+    check_features(len(rows), given[0].device, features, names)
+    check(len(grad_outs) == F, lambda: f"{op}: grad_outs must have one entry a feature, {F}, got {len(grad_outs)}")
     for t, n in enumerate(rows):
         check(0 <= n < _MOST_ROWS - sum(rows[:t]), lambda: f"{op}: rows[{t}] must be a table's number of rows, got {n}")
-    check_padding(rows, tables, padding_idx, frozen_rows, names)
-    like = {}
-    for f, (ids, grad) in enumerate(zip(indices, grad_outs)):
-        if grad is None:
-            continue
-        check_like(op, f"grad_outs[{f}]", grad, device, FLOATING, "float32, float64, float16 or bfloat16")
-        shape = ids.shape if MODES[modes[f]] == "none" else (bags_of(f, ids, offsets, modes),)
-        check(
-            grad.dim() == len(shape) + 1 and grad.shape[:-1] == tuple(shape),
-            lambda: (
-                f"{op}: grad_outs[{f}] must be [{', '.join([*map(str, shape), 'D'])}] like the result, got shape "
-                f"{list(grad.shape)}"
-            ),
-        )
-        first = like.setdefault(tables[f], grad)
-        check(
-            grad.size(-1) == first.size(-1) and grad.dtype == first.dtype,
-            lambda: (
-                f"{op}: grad_outs[{f}] must have the width and the dtype of the others of its table, {first.size(-1)} "
-                f"and {first.dtype}, got shape {list(grad.shape)} and {grad.dtype}"
-            ),
-        )
-        check_factors(f, grad, per_sample_weights, ids, names[f])
+    _check_padding(rows, features, names)
+    first = {}  # of each table's gradients
+    for f, (table, grad) in enumerate(zip(features.tables, grad_outs)):
+        if grad is not None:
+            check_like(op, f"grad_outs[{f}]", grad, given[0].device, FLOATING, _FLOATING)
+            _check_grad_out(features, f, grad, first.setdefault(table, grad))
+            _check_factors(features, f, grad, names[f])
     needed = any(
-        g is not None and (MODES[modes[f]] == "max" or weights_of(f, indices[f], per_sample_weights) is not None)
+        g is not None and (features.mode(f) == "max" or features.per_sample_weights_of(f) is not None)
         for f, g in enumerate(grad_outs)
     )
     check(
         len(weights) == len(rows) or not (weights or needed),
         lambda: f"{op}: weights must have one entry a table, {len(rows)}, got {len(weights)}",
     )
-    for t, w in enumerate(weights):
-        check_table(op, t, w, device)
-        g = like.get(t)
+    for t, (w, n) in enumerate(zip(weights, rows)):
+        check_table(op, t, w, given[0].device)
+        g = first.get(t)
         check(
-            w.size(0) == rows[t] and (g is None or (w.size(1) == g.size(-1) and w.dtype == g.dtype)),
+            w.size(0) == n and (g is None or (w.size(1) == g.size(-1) and w.dtype == g.dtype)),
             lambda: (
-                f"{op}: weights[{t}] must have {rows[t]} rows"
+                f"{op}: weights[{t}] must have {n} rows"
                 + ("" if g is None else f" of the gradient's width and dtype, {g.size(-1)} and {g.dtype}")
                 + f", got shape {list(w.shape)} and {w.dtype}"
             ),
         )
 
 
-def check_range(rows: int, indices: Tensor, name: str) -> None:
+def _check_grad_out(features: Features, f: int, grad: Tensor, first: Tensor) -> None:
+    """The gradient of one feature's result; ``first`` is that of the first feature of its table."""
+    op, check, ids = "embedding_bag_backward", torch._check, features.indices[f]
+    shape = ids.shape if features.mode(f) == "none" else (features.bags_of(f),)
+    check(
+        grad.dim() == len(shape) + 1 and grad.shape[:-1] == tuple(shape),
+        lambda: (
+            f"{op}: grad_outs[{f}] must be [{', '.join([*map(str, shape), 'D'])}] like the result, got shape "
+            f"{list(grad.shape)}"
+        ),
+    )
+    check(
+        grad.size(-1) == first.size(-1) and grad.dtype == first.dtype,
+        lambda: (
+            f"{op}: grad_outs[{f}] must have the width and the dtype of the others of its table, {first.size(-1)} "
+            f"and {first.dtype}, got shape {list(grad.shape)} and {grad.dtype}"
+        ),
+    )
+
+
+def check_values(features: Features, rows: list[int], names: list[str], used: list[bool]) -> None:
+    """Offsets, and the ids of the features ``used``: reads values, so on the CPU alone, where nobody waits for them."""
+    for f, name in enumerate(names):
+        _check_starts(features, f, name)
+    for ids, table, name, is_used in zip(features.indices, features.tables, names, used):
+        if is_used:
+            _check_range(rows[table], ids, name)
+
+
+def _check_range(rows: int, indices: Tensor, name: str) -> None:
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     low, high = indices.aminmax()
@@ -222,12 +204,12 @@ def check_range(rows: int, indices: Tensor, name: str) -> None:
         )
 
 
-def check_starts(f, ids, offsets, modes, name) -> None:
+def _check_starts(features: Features, f: int, name: str) -> None:
     """The texts are those of csrc/cpu/embedding_bag_features.cpp."""
-    starts = offsets_of(f, ids, offsets, modes)
+    starts, N = features.offsets_of(f), features.indices[f].numel()
     if starts is None or starts.device.type != "cpu" or starts.numel() == 0:
         return
-    ends, N = torch.cat([starts, starts.new_full((1,), ids.numel())]).tolist(), ids.numel()
+    ends = torch.cat([starts, starts.new_full((1,), N)]).tolist()
     torch._check(ends[0] == 0, lambda: f"embedding_bag: offsets of {name} must start at 0, got {ends[0]}")
     for b, (start, end) in enumerate(zip(ends, ends[1:])):
         torch._check(

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankkernels.ops._embedding_checks import check_forward
+from rankkernels.ops._features import MODES, Features, names_of
 from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
-from rankkernels.ops.embedding_bag import MODES
-from rankkernels.ops._embedding_checks import check_forward, names_of
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.
@@ -22,16 +22,15 @@ lib.define(
 )
 
 
-def _features(weights, indices, tables, names):
-    """The arguments of the embedding ops between ``indices`` and ``names``, and these."""
+def _features(weights: list[Tensor], indices: list[Tensor], tables: list[int]) -> Features:
     n = len(indices)
-    return [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights), names
+    return Features(indices, [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights))
 
 
 def _check(weights, indices, tables, names, linear_weight, dense, mlp):
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm.cpp."""
     check = torch._check
-    check_forward(weights, indices, *_features(weights, indices, tables, names), False)
+    check_forward(weights, _features(weights, indices, tables), names, False)
     names = names_of(names, len(indices))
     device, D, B = weights[0].device, weights[tables[0]].size(1), indices[0].numel()
 
@@ -96,8 +95,8 @@ def _(weights, indices, tables, names, linear_weight, dense, mlp):
 def in_parts(weights, indices, tables, names, linear_weight, dense, mlp):
     check_strided("deepfm", (*weights, *indices, linear_weight, dense, *mlp))
     _check(weights, indices, tables, names, linear_weight, dense, mlp)
-    features = _features(weights, indices, tables, names)
-    x, fm, linear = torch.ops.rankkernels.embedding_fm.default(weights, indices, *features, linear_weight, dense)
+    features = _features(weights, indices, tables)
+    x, fm, linear = torch.ops.rankkernels.embedding_fm.default(weights, *features, names, linear_weight, dense)
     for i in range(0, len(mlp), 2):
         x = F.linear(x.relu() if i else x, mlp[i], mlp[i + 1])
     return fm + linear + x

@@ -2,28 +2,68 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from rankkernels.ops._library import FLOATING, lib, notice_reference
-from rankkernels.ops.embedding_bag import FEATURES
+import torch
+from torch import Tensor
+
 from rankkernels.ops._embedding_checks import check_backward, check_table
+from rankkernels.ops._features import Features, schema_of
+from rankkernels.ops._library import FLOATING, lib, notice_reference
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 
-# ``hyper`` holds lr, beta1, beta2, eps, weight_decay, the number of the step, the factor of the gradients (1 over the
-# loss scale) and the norm that a row's gradient is clipped to (0: none), of each table; ``states`` the state
-# of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw), in float32, float64 for
-# a float64 table. Returned are the gradients of the per-sample weights.
+
+class Hyper(NamedTuple):
+    """What a table's step takes beside its gradient: the schemas' ``hyper`` has this of each table, in this order."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: float  # from 1
+    grad_factor: float  # of the gradients: 1 over the loss scale
+    max_norm: float  # that a row's gradient is clipped to; 0: none
+
+
+def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
+    """The entries of table ``t`` in a list that has equally many of each."""
+    each = len(values) // tables
+    return values[each * t : each * t + each]
+
+
+# ``states`` hold the state of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw),
+# in float32, float64 for a float64 table. Returned are the gradients of the per-sample weights.
 lib.define(
-    f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {FEATURES}, int optimizer, "
-    "float[] hyper) -> Tensor[] grad_per_sample_weights"
+    f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {schema_of(Features)}, "
+    "int optimizer, float[] hyper) -> Tensor[] grad_per_sample_weights"
 )
 # The same for one table, given its coalesced gradient.
 lib.define(
     "sparse_update(Tensor(a!) weight, Tensor(b!)[] states, Tensor rows, Tensor values, int optimizer, float[] hyper) "
     "-> ()"
 )
+
+
+class BagGradients(NamedTuple):
+    """The gradients of ``embedding_bag``'s results, one a feature or None: see ``_fused_step.Gradients``."""
+
+    outs: list[Tensor | None]
+
+    def tables(self, features: Features) -> set[int]:
+        return features.tables_of(self.outs)
+
+    def update(self, weights: Sequence[Tensor]) -> tuple[torch._ops.OpOverload, tuple]:
+        return torch.ops.rankkernels.embedding_bag_update.default, (self.outs, weights)
+
+    def of_inputs(self, returned: list[Tensor]) -> tuple:
+        return (returned,)
+
+    def of_lookups(self, features: Features) -> tuple:
+        return (self.outs,)
 
 
 def _check_tables(op, weights, states, optimizer, hyper) -> None:
@@ -36,7 +76,10 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
         len(states) == n * each,
         lambda: f"{op}: states must hold {each} tensors a table, got {len(states)} for {n}",
     )
-    check(len(hyper) == 8 * n, lambda: f"{op}: hyper must hold 8 numbers a table, got {len(hyper)} for {n}")
+    numbers = len(Hyper._fields)
+    check(
+        len(hyper) == numbers * n, lambda: f"{op}: hyper must hold {numbers} numbers a table, got {len(hyper)} for {n}"
+    )
     for t, w in enumerate(weights):
         strides = list(w.stride()) if w.layout == torch.strided else None
         check(
@@ -149,16 +192,16 @@ def _(weight, states, rows, values, optimizer, hyper):
 @torch.library.impl(lib, "embedding_bag_update", "CompositeExplicitAutograd")
 def _(grad_outs, weights, states, *rest):
     *features, optimizer, hyper = rest
+    T = len(weights)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
     _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
     rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
         grad_outs, weights, [w.size(0) for w in weights], *features
     )
-    n, tables = len(states) // len(weights), features[3]
-    for t in {tables[f] for f, g in enumerate(grad_outs) if g is not None}:
+    for t in Features(*features).tables_of(grad_outs):
         torch.ops.rankkernels.sparse_update.default(
-            weights[t], states[n * t : n * t + n], rows[t], values[t], optimizer, hyper[8 * t : 8 * t + 8]
+            weights[t], _of_table(states, t, T), rows[t], values[t], optimizer, _of_table(hyper, t, T)
         )
     return grad_psw
 
@@ -169,10 +212,11 @@ def _(weight, states, rows, values, optimizer, hyper):
 
 
 @torch.library.register_fake("rankkernels::embedding_bag_update", lib=lib)
-def _(grad_outs, weights, states, indices, offsets, per_sample_weights, *rest):
+def _(grad_outs, weights, states, *rest):
+    *features, optimizer, hyper = rest
+    features = Features(*features)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
-    _check_tables("embedding_bag_update", weights, states, *rest[-2:])
-    rows = [w.size(0) for w in weights]
-    check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, *rest[:-2])
-    return [w.new_empty(w.shape) for w in per_sample_weights]
+    _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
+    check_backward(grad_outs, weights, [w.size(0) for w in weights], features)
+    return [w.new_empty(w.shape) for w in features.per_sample_weights]
