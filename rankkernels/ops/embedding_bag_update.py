@@ -1,4 +1,4 @@
-"""An optimizer's step on the rows that a batch looked up. Kernels and formulas: csrc/cpu/embedding_bag_update.h."""
+"""An optimizer's step on the rows that a batch looked up. Kernels: csrc/cpu/embedding_bag_update.h."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankkernels import reference
 from rankkernels.ops._embedding_checks import check_backward, check_table
 from rankkernels.ops._features import Features, schema_of
 from rankkernels.ops._library import FLOATING, lib, notice_reference
@@ -17,16 +18,16 @@ OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 
 
 class Hyper(NamedTuple):
-    """What a table's step takes beside its gradient: the schemas' ``hyper`` has this of each table, in this order."""
+    """The settings of ``reference.optimizer_step``: the schemas' ``hyper`` has them of each table, in this order."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
-    step: float  # from 1
-    grad_factor: float  # of the gradients: 1 over the loss scale
-    max_norm: float  # that a row's gradient is clipped to; 0: none
+    step: float
+    grad_factor: float
+    max_norm: float
 
 
 def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
@@ -154,39 +155,14 @@ def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
     _check_rows(weight, rows)
     notice_reference("sparse_update", weight)
-    lr, beta1, beta2, eps, weight_decay, step, grad_factor, max_norm = hyper
-    kind = OPTIMIZERS[optimizer]
-    old = [s[rows] for s in states]
-    dtype = states[0].dtype if states else torch.promote_types(weight.dtype, torch.float32)
-    w, g = weight[rows].to(dtype), values.to(dtype) * grad_factor
-    if max_norm and g.numel():
-        most = g.abs().amax(1, keepdim=True)  # squares have half of the range
-        scaled = most * (g / most.clamp(min=torch.finfo(dtype).tiny)).norm(dim=1, keepdim=True)
-        norm = torch.where(most.isinf(), most, scaled)
-        g = torch.where(norm <= max_norm, g, g * (max_norm / norm))
-    if kind == "adamw":
-        w = w - lr * weight_decay * w
-    else:
-        g = g + weight_decay * w
-    if kind == "sgd":
-        w = w - lr * g
-    elif kind == "adagrad":
-        old[0] = old[0] + g * g
-        w = w - lr * g / (old[0].sqrt() + eps)
-    elif kind == "rowwise_adagrad":
-        old[0] = old[0] + (g * g).mean(1)
-        w = w - (lr / (old[0].sqrt() + eps))[:, None] * g
-    else:
-        old[0] = old[0] + (1 - beta1) * (g - old[0])
-        old[1] = old[1] + (1 - beta2) * (g * g - old[1])
-        correction1, root2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
-        if kind == "adam":
-            w = w - lr * root2 / correction1 * old[0] / (old[1].sqrt() + eps)
-        else:
-            w = w - lr / correction1 * old[0] / (old[1].sqrt() / root2 + eps)
-    weight.index_copy_(0, rows, w.to(weight.dtype))
-    for state, new in zip(states, old):
-        state.index_copy_(0, rows, new)
+    state = [s[rows] for s in states]
+    dtype = state[0].dtype if state else torch.promote_types(weight.dtype, torch.float32)
+    stepped, state = reference.optimizer_step(
+        OPTIMIZERS[optimizer], weight[rows].to(dtype), values.to(dtype), state, **Hyper(*hyper)._asdict()
+    )
+    weight.index_copy_(0, rows, stepped.to(weight.dtype))
+    for old, new in zip(states, state):
+        old.index_copy_(0, rows, new)
 
 
 @torch.library.impl(lib, "embedding_bag_update", "CompositeExplicitAutograd")
