@@ -10,7 +10,7 @@ import peers
 import pytest
 import torch
 
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error
 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)

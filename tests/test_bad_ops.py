@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rankkernels as rk
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:.*sparse:UserWarning")
 OPS = torch.ops.rankkernels

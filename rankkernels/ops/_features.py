@@ -1,29 +1,16 @@
-"""The features of a lookup, as every embedding op's schema has them, and schemas from Python's types."""
+"""The features of a lookup, as every embedding op's schema has them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 from torch import Tensor
 
+from rankkernels.ops._schema import nothing
+
 #: Pooling modes, by their number in the schema; "none" looks every id up on its own.
 MODES = ("none", "sum", "mean", "max")
-
-_SCHEMA_TYPES = {
-    list[Tensor]: "Tensor[]", list[int]: "int[]", Tensor: "Tensor", Tensor | None: "Tensor?", int: "int",
-    float: "float", bool: "bool",
-}  # fmt: skip
-
-
-def schema_of(arguments: type) -> str:
-    """The part of a schema that a NamedTuple's fields are: ``Tensor x, int[] tables, ...``."""
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(arguments).items())
-
-
-def nothing(values: Sequence) -> list[None]:
-    """The gradients of a list of tensors that have none."""
-    return [None] * len(values)
 
 
 class Features(NamedTuple):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._embedding_checks import check_backward, check_table
-from rankkernels.ops._features import Features, schema_of
+from rankkernels.ops._features import Features
 from rankkernels.ops._library import FLOATING, lib, notice_reference
+from rankkernels.ops._schema import schema_of
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")

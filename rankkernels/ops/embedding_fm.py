@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._features import Features, names_of, schema_of
+from rankkernels.ops._features import Features, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
 from rankkernels.ops._library import check_first_derivative, lib, raise_documented, register_autograd
+from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
 from rankkernels.ops.embedding_fm_backward import (

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._embedding_checks import check_features
-from rankkernels.ops._features import Features, schema_of
+from rankkernels.ops._features import Features
 from rankkernels.ops._library import FLOATING, differentiable, lib
+from rankkernels.ops._schema import parsed, schema_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 
@@ -71,12 +72,6 @@ class _StepArguments(NamedTuple):
 
     optimizer: int
     hyper: list[float]
-
-
-def _parsed(arguments: Sequence, *kinds: type) -> list:
-    """The arguments of a schema that consists of these NamedTuples, one after the other."""
-    values = iter(arguments)
-    return [kind(*(next(values) for _ in kind._fields)) for kind in kinds]
 
 
 def check_linear_weight(op, linear_weight, like, width) -> None:
@@ -187,7 +182,7 @@ def _of_lookups(a: Arguments, features: Features) -> tuple[list[Tensor], Tensor]
 
 @torch.library.impl(lib, "embedding_fm_backward_sparse", "CompositeExplicitAutograd")
 def backward_sparse_apart(*arguments):
-    a, (weights, _unchanged, rows), features = _parsed(arguments, Arguments, _SparseArguments, Features)
+    a, (weights, _unchanged, rows), features = parsed(arguments, Arguments, _SparseArguments, Features)
     _check_with_features(a, len(rows), features)
     grad_outs, grad_linear_weight = _of_lookups(a, features)
     rest = torch.ops.rankkernels.embedding_bag_backward_sparse.default(grad_outs, weights, rows, *features)
@@ -196,7 +191,7 @@ def backward_sparse_apart(*arguments):
 
 @torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
 def update_apart(*arguments):
-    a, (weights, _unchanged, states), features, step = _parsed(
+    a, (weights, _unchanged, states), features, step = parsed(
         arguments, Arguments, _UpdateArguments, Features, _StepArguments
     )
     _check_with_features(a, len(weights), features)
@@ -207,7 +202,7 @@ def update_apart(*arguments):
 
 @torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
 def _(*arguments):
-    a, (weights, *_), features, _ = _parsed(arguments, Arguments, _UpdateArguments, Features, _StepArguments)
+    a, (weights, *_), features, _ = parsed(arguments, Arguments, _UpdateArguments, Features, _StepArguments)
     _check_with_features(a, len(weights), features)
     return [w.new_empty(w.shape) for w in features.per_sample_weights], _new_grad_linear_weight(a)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops.din_attention import ACTIVATIONS, Flags, unflatten
+from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops.attention_params import Flags, unflatten
 from rankkernels.testing import (
     OpCase,
     din_attention_case,

@@ -22,7 +22,7 @@ from triton.runtime.errors import InterpreterError
 
 from rankkernels import reference
 from rankkernels._triton.ahead_of_time import tensor_bytes
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing.gpu import DOUBLE, INTERPRETED, SINGLE, Interpreted, described, error, strided
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
