@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels import _version, gpu_report
+from rankkernels import ReferenceWarning, _version, gpu_report
 from rankkernels.ops import _library
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, relative_error
 from rankkernels.testing.gpu import GPU_OPS
@@ -457,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    warnings.simplefilter("ignore", _library.ReferenceWarning)  # the report lists them
+    warnings.simplefilter("ignore", ReferenceWarning)  # the report lists them
     device, start = torch.device("cuda"), time.monotonic()
     record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
     print(gpu_check_report.device_line(record["device"]), flush=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._activations import check_activation
-from rankkernels.ops._library import FLOATING, check_epsilon, check_form, wide
+from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, wide
 from rankkernels.ops.attention_params import Flags, Inputs, hidden_widths, norms_per_layer, params_per_layer
 
 _FLOATING = "float32, float64, float16 or bfloat16"

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import MODES, Features, names_of
-from rankkernels.ops._library import FLOATING
 
 _FLOATING = "float32, float64, float16 or bfloat16"
 _MOST_ROWS = 2**60  # of all tables of a backward together

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rankkernels.ops._schema import nothing
@@ -106,6 +107,20 @@ class Features(NamedTuple):
         place = {t: i for i, t in enumerate(kept)}
         tables = [place[first[id(weights[t])]] for t in self.tables]
         return [weights[t] for t in kept], self._replace(tables=tables, frozen_rows=[frozen_rows[t] for t in kept])
+
+
+class LookupBatch(NamedTuple):
+    """A batch whose lookups are one call of an op: what ``embedding_fm`` and ``deepfm`` take of it."""
+
+    weights: list[Tensor]
+    features: Features
+    names: str
+    dense: list[Tensor]  # more columns, [B, n] each, in the tables' dtype
+    optimizer: Any = None  # that steps in the backward, if any: see ``_fused_step.Optimizer``
+
+    def dense_columns(self) -> Tensor | None:
+        """The dense features side by side, [B, n]. Joined column by column, as a batch holds them."""
+        return torch.cat([v.t() for v in self.dense]).t() if self.dense else None
 
 
 def joined(lookups: Iterable[tuple[int, Features]]) -> Features:

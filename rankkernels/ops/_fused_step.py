@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rankkernels.ops._autograd import check_first_derivative
 from rankkernels.ops._features import Features, joined
-from rankkernels.ops._library import check_first_derivative, is_transformed
 from rankkernels.ops._schema import nothing
+from rankkernels.ops._tracing import is_transformed
 from rankkernels.ops.embedding_bag_backward import table_gradients
 from rankkernels.ops.embedding_bag_update import BagGradients
 

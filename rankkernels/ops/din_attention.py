@@ -13,19 +13,12 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._activations import number_of
 from rankkernels.ops._attention_checks import check, check_backward, check_values, saved_size, stats_size
+from rankkernels.ops._autograd import differentiable, register_autograd, vjp
+from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import (
-    check_strided,
-    differentiable,
-    has_triton,
-    lib,
-    notice_reference,
-    raise_documented,
-    register_autograd,
-    vjp,
-    wide,
-)
+from rankkernels.ops._library import has_triton, lib
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
+from rankkernels.ops._table import notice_reference
 from rankkernels.ops.attention_params import Flags, Inputs, unflatten
 
 # ``batch_stats``: in training, mean and unbiased variance of every normalization, in the order of the running ones, one

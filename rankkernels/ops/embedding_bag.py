@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops._autograd import register_autograd
+from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import is_exporting, lib, notice_reference, raise_documented, register_autograd
+from rankkernels.ops._library import lib
 from rankkernels.ops._schema import schema_of
+from rankkernels.ops._table import notice_reference
+from rankkernels.ops._tracing import is_exporting
 from rankkernels.ops.embedding_bag_backward import table_gradients
 from rankkernels.ops.embedding_bag_update import BagGradients
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops._autograd import check_first_derivative, differentiable, vjp
 from rankkernels.ops._embedding_checks import check_backward, check_values
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import check_first_derivative, differentiable, lib, vjp
+from rankkernels.ops._library import lib
 from rankkernels.ops._schema import nothing, schema_of
 
 # Tables and features without a gradient get an empty tensor. ``weights`` are given only where the gradients depend on

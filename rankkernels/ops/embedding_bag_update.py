@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_backward, check_table
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import FLOATING, lib, notice_reference
+from rankkernels.ops._library import lib
 from rankkernels.ops._schema import schema_of
+from rankkernels.ops._table import notice_reference
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")

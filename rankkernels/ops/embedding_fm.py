@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._features import Features, names_of
+from rankkernels.ops._autograd import check_first_derivative, register_autograd
+from rankkernels.ops._checks import raise_documented
+from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import check_first_derivative, lib, raise_documented, register_autograd
+from rankkernels.ops._library import lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
@@ -188,6 +190,20 @@ def run_op(
         if optimizer is not None:
             return _FusedFm(optimizer, weights, features, names)(linear_weight, dense)
         return _forward(weights, *features, names, linear_weight, dense, sparse=sparse)
+
+
+def run_batch(batch: LookupBatch, linear_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The embeddings with the dense columns behind them, the FM and the linear term, each of the latter [B, 1].
+
+    On the CPU the op writes the dense columns. Elsewhere it would copy the embeddings beside them; joining all of them
+    at once is a launch less.
+    """
+    by_op = all(v.device.type == "cpu" for v in batch.dense)
+    out, fm, linear = run_op(
+        batch.weights, batch.features, batch.names, linear_weight, batch.dense_columns() if by_op else None,
+        optimizer=batch.optimizer,
+    )  # fmt: skip
+    return out if by_op else torch.cat([out, *batch.dense], 1), fm, linear
 
 
 def embedding_fm(

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankkernels.ops._autograd import differentiable
+from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import FLOATING, differentiable, lib
+from rankkernels.ops._library import lib
 from rankkernels.ops._schema import parsed, schema_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 

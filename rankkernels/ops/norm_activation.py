@@ -11,21 +11,12 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
-from rankkernels.ops._library import (
-    FLOATING,
-    check_epsilon,
-    check_form,
-    check_strided,
-    differentiable,
-    has_triton,
-    is_exporting_to_onnx,
-    lib,
-    notice_reference,
-    register_autograd,
-    vjp,
-    wide,
-)
+from rankkernels.ops._autograd import differentiable, register_autograd, vjp
+from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
+from rankkernels.ops._library import has_triton, lib
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
+from rankkernels.ops._table import notice_reference
+from rankkernels.ops._tracing import is_exporting_to_onnx
 
 
 class Inputs(NamedTuple):
