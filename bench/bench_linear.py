@@ -1,4 +1,4 @@
-"""The linear layers of DeepFM's and DIN's MLPs: ``rankkernels.nn.linear`` and ``nn.Linear``, eager and under
+"""The linear layers of DeepFM's and DIN's MLPs: ``rankkernels.ops.linear`` and ``nn.Linear``, eager and under
 torch.compile. Where ours is torch's own call there is nothing to time: small products, and rows of whole cache lines on
 any CPU but AMD's with AVX-512."""
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.harness import peers
-from rankkernels.nn.linear import LINE, linear, onednn_is_faster
+from rankkernels.ops.linear import LINE, linear, onednn_is_faster
 
 SHAPES = pytest.mark.parametrize(
     "shape", [(4096, 429, 256), (4096, 256, 128), (1024, 80, 256), (1024, 256, 128)], ids=str
@@ -29,7 +29,7 @@ def test_forward_backward(shape, threads, race):
         return out.detach(), *torch.autograd.grad(out, wanted, dy)
 
     functions = peers.compiled({"eager": module}, {"eager": "compile"})
-    ours = lambda: step(lambda x: linear(module, x))  # noqa: E731
+    ours = lambda: step(lambda x: linear(x, module.weight, module.bias))  # noqa: E731
     for a, b in zip(ours(), step(module)):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
     race(

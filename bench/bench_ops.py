@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.harness import machine, memory, peers
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error, relative_errors
 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)

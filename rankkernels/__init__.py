@@ -30,7 +30,7 @@ from rankkernels.ops import (
     norm_activation,
     table_batched_embedding_bag,
 )
-from rankkernels.ops._library import ReferenceWarning
+from rankkernels.ops._table import ReferenceWarning
 
 __all__ = [
     "DIN",

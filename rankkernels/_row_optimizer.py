@@ -10,9 +10,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from rankkernels.ops._library import is_transformed, use_huge_pages
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS
-from rankkernels.ops.fused_step import Gate, check_not_distributed
+from rankkernels.ops._features import Features
+from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
+from rankkernels.ops._library import use_huge_pages
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, BagGradients, Hyper
 
 
 def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,14 +42,14 @@ class RowOptimizer(torch.optim.Optimizer):
     _one_a_row = False
 
     def __init__(self, params: Iterable, **defaults):
-        self._gates: dict[torch.device, Gate] = {}
+        self.gates: dict[torch.device, Gate] = {}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"grad_scaler": self.grad_scaler}
 
     def __setstate__(self, state: dict) -> None:
-        self._gates = {}
+        self.gates = {}
         super().__setstate__(state)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -60,7 +61,7 @@ class RowOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups[:] = groups
             raise
-        self._gates.clear()
+        self.gates.clear()
 
     def _check(self, group: dict) -> None:
         """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""
@@ -102,13 +103,13 @@ class RowOptimizer(torch.optim.Optimizer):
         use_huge_pages(whole)
         return dict(zip(self._states, whole.unbind(1)))
 
-    def _hyper(self, group: dict, step: int, scale: float) -> list[float]:
-        """The op's ``hyper`` of a step, for a gradient times ``scale``."""
+    def _hyper(self, group: dict, step: int, scale: float) -> Hyper:
+        """What a step takes, for a gradient times ``scale``."""
         beta1, beta2 = group["betas"]
-        return [
+        return Hyper(
             self._learning_rate(group, step), float(beta1), float(beta2), float(group["eps"]),
             float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
-        ]  # fmt: skip
+        )  # fmt: skip
 
     def _take(
         self, op, params: Sequence[Tensor], groups: Sequence[dict], scale: float, before: tuple, after: tuple = ()
@@ -135,7 +136,8 @@ class RowOptimizer(torch.optim.Optimizer):
             *(partial(self.state.__setitem__, params[t], state) for t, state in new.items()),
             partial(torch.autograd.graph.increment_version, list(params)),
         ]
-        return list(map(partial.__call__, calls))[0]
+        returned, *_ = map(partial.__call__, calls)
+        return returned
 
     def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
@@ -183,84 +185,35 @@ class RowOptimizer(torch.optim.Optimizer):
                     "was replaced after its state was made"
                 )
 
-    def gate(self, weights: Sequence[Tensor]) -> Gate:
-        """What decides when a fused step of ``weights`` is taken: see ``rankkernels.ops.fused_step``.
-
-        Raises:
-            ValueError: a table is frozen, has hooks on its gradient or is not among the params.
-            RuntimeError: DistributedDataParallel is to reduce their gradients; forward mode, ``torch.func``.
-        """
-        if is_transformed():
-            raise RuntimeError(
-                f"{type(self).__name__}: a fused optimizer steps in an ordinary backward, not in forward mode nor "
-                "under torch.func"
-            )
-        check_not_distributed(self, weights)
-        for t, weight in enumerate(weights):
-            if not weight.requires_grad:
-                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} is frozen")
-            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
-                raise ValueError(
-                    f"{type(self).__name__}: table {t} of shape {list(weight.shape)} has hooks on its gradient, and a "
-                    "fused step makes none"
-                )
-        device = weights[0].device
-        gate = self._gates.get(device)
-        if gate is None or not gate.holds(weights):
-            self._groups_of(weights)
-            tables = [p for group in self.param_groups for p in group["params"] if p.device == device]
-            gate = self._gates[device] = Gate(self, [p for p in tables if p.requires_grad])
-        return gate
-
-    def _groups_of(self, weights: Sequence[Tensor]) -> list[dict]:
-        """The group of each table. Raises a ValueError for one that is frozen or not among the params."""
-        group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        groups = [group_of.get(id(weight)) for weight in weights]
-        for t, (weight, group) in enumerate(zip(weights, groups)):
-            if group is None or not weight.requires_grad:
-                fault = "is not among its params" if group is None else "is frozen"
-                raise ValueError(f"{type(self).__name__}: table {t} of shape {list(weight.shape)} {fault}")
-        return groups
-
     @torch.no_grad()
-    def update(self, grad_outs: list, weights: Sequence[Tensor], lists: Sequence, features: Sequence) -> list[Tensor]:
-        """The step in the backward of a lookup, see ``rankkernels.table_batched_embedding_bag``."""
-        groups = self._groups_of(weights)
-        used = {features[0][f] for f, g in enumerate(grad_outs) if g is not None}
-        if len(used) < len(weights):  # a table without a gradient takes no step
-            place = {t: i for i, t in enumerate(sorted(used))}
-            kept = [f for f, g in enumerate(grad_outs) if g is not None]
-            tables, modes, padding_idx, frozen_rows = features
-            features = (
-                [place[tables[f]] for f in kept],
-                [modes[f] for f in kept],
-                [padding_idx[f] for f in kept],
-                [frozen_rows[t] for t in place],
-            )
-            everywhere, lists = lists, [[values[f] for f in kept] if values else [] for values in lists]
-            grads = self.update([grad_outs[f] for f in kept], [weights[t] for t in place], lists, features)
-            found = dict(zip(kept, grads))
-            return [found.get(f, torch.zeros_like(w)) for f, w in enumerate(everywhere[2])]
-        scale = 1.0
-        if self.grad_scaler is not None and self.grad_scaler.is_enabled():
-            scale = self.grad_scaler.get_scale()
-            if not all(bool(g.isfinite().all()) for g in grad_outs if g is not None):
-                return [torch.zeros_like(w) for w in lists[2]]
-        op = torch.ops.rankkernels.embedding_bag_update.default
-        return self._take(op, weights, groups, scale, (grad_outs, weights), (*lists, *features))
-
-    def whole_gradients(self, weights: Sequence[Tensor], tables: Sequence[int]) -> bool:
-        """Whether ``update`` must see the gradients of the lookups and ``update_fm`` does not do."""
+    def fused_step(self, grads: Gradients, weights: Sequence[Tensor], features: Features) -> tuple:
+        """The step in the backward of a lookup, see ``rankkernels.ops._fused_step.Optimizer``."""
+        groups = group_of_each(self, weights)
         scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
-        return scaled or len(set(tables)) < len(weights)
+        if scaled or len(grads.tables(features)) < len(weights):
+            grad_outs, *others = grads.of_lookups(features)
+            scale = self.grad_scaler.get_scale() if scaled else None
+            return self._partial_step(grad_outs, weights, groups, features, scale), *others
+        op, before = grads.update(weights)
+        return grads.of_inputs(self._take(op, weights, groups, 1.0, before, features))
 
-    @torch.no_grad()
-    def update_fm(self, grads: Sequence, weights: Sequence[Tensor], unchanged: bool, lists: Sequence,
-                  features: Sequence) -> Tensor:  # fmt: skip
-        """The step in the backward of ``rankkernels.embedding_fm`` -> the gradient of the linear weights."""
-        op = torch.ops.rankkernels.embedding_fm_update.default
-        before = *grads, weights, unchanged
-        return self._take(op, weights, self._groups_of(weights), 1.0, before, (*lists, *features))[1]
+    def _partial_step(
+        self, grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], groups: Sequence[dict], features: Features,
+        scale: float | None,
+    ) -> list[Tensor]:  # fmt: skip
+        """A step of the tables that have a gradient, none if the scaled ones are not finite. -> the gradients of the
+        per-sample weights."""
+        of_factors = [torch.zeros_like(w) for w in features.per_sample_weights]
+        kept = [f for f, g in enumerate(grad_outs) if g is not None]
+        grads = [grad_outs[f] for f in kept]
+        if scale is not None and not all(bool(g.isfinite().all()) for g in grads):
+            return of_factors
+        tables, of_kept = features.subset(kept)
+        op, before = BagGradients(grads).update([weights[t] for t in tables])
+        stepped = [weights[t] for t in tables], [groups[t] for t in tables]
+        for f, g in zip(kept, self._take(op, *stepped, 1.0 if scale is None else scale, before, of_kept)):
+            of_factors[f] = g
+        return of_factors
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -8,18 +8,31 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from rankkernels.ops import _library
-
-OPS = ("fm_interaction", "din_attention", "norm_activation", "embedding_bag", "embedding_fm", "deepfm")
+from rankkernels.ops._table import OPS, Op
 
 
 def backend(op: str, device: str) -> str:
-    """What runs ``op`` on tensors of a device type."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", key):
-        return "separate ops" if op in ("embedding_fm", "deepfm") else "PyTorch reference"
-    if device == "cuda":
-        return "CUDA C++" if op.startswith("embedding") else "Triton"
-    return f"C++ ({_library.cpu_isa})"
+    """What runs ``op`` on tensors of a device type, "cpu" or "cuda", in this process."""
+    kernel = OPS[op].kernel(device)
+    if kernel is None:
+        return _otherwise(OPS[op])
+    return f"{kernel} ({_library.cpu_isa})" if device == "cpu" else kernel
+
+
+def _otherwise(op: Op) -> str:
+    return "PyTorch reference" if op.otherwise == "reference" else op.otherwise
+
+
+def markdown() -> str:
+    """The README's table: what runs each op where there is everything."""
+    rows = [["op", "CPU", "GPU", "layers"], ["---"] * 4]
+    for op in OPS.values():
+        cpu = f"C++ ({op.cpu_needs}), else {op.otherwise}" if op.cpu_needs else "C++"
+        gpu = {"": op.otherwise, "CUDA C++": f"CUDA C++ if built in, else {op.otherwise}"}.get(op.cuda, op.cuda)
+        gpu += f"; {op.cuda_limits}" if op.cuda_limits else ""
+        name = f"`{op.name}`" + (f": {op.title}" if op.title else "")
+        rows.append([name, cpu, gpu, ", ".join(f"`{layer}`" for layer in op.layers)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main() -> None:
@@ -34,9 +47,9 @@ def main() -> None:
     print(f"C++ extension: {_library.no_extension or 'loaded'}")
     print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     print()
-    print(f"{'op':<16} {'cpu':<20} cuda")
-    for op in OPS:
-        print(f"{op:<16} {backend(op, 'cpu'):<20} {backend(op, 'cuda')}")
+    print(f"{'op':<20} {'cpu':<20} cuda")
+    for name in OPS:
+        print(f"{name:<20} {backend(name, 'cpu'):<20} {backend(name, 'cuda')}")
     if not torch.cuda.is_available():
         print("\nThe GPU column is what would run: no GPU is visible here.")
 

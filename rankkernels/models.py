@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
+from rankkernels.nn._transparency import are_plain, is_plain
 from rankkernels.nn.attention import ActivationUnit
-from rankkernels.nn.embedding import EmbeddingLayer, arrange
+from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP
-from rankkernels.nn.linear import SMALLEST, is_watched
-from rankkernels.ops._library import cpu_isa
+from rankkernels.nn.lookup_plan import arrange
+from rankkernels.ops import deepfm
+from rankkernels.ops._features import LookupBatch
+from rankkernels.ops._tracing import is_tensor
+from rankkernels.ops.embedding_fm import run_batch as lookup_fm
 
 
 def _not_empty(model: str, **lists: Sequence) -> None:
@@ -63,19 +66,22 @@ class DeepFM(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
-        once = is_plain(self.embedding, EmbeddingLayer)
-        if once and self._is_served():
-            features = self.deep_features, self.fm_features, self.linear.fc.weight
-            layers = self._layers(x)
-            y = None if layers is None else self.embedding.deepfm(x, *features, layers)
-            if y is not None:
-                return torch.sigmoid((y + self.linear.fc.bias).squeeze(1))
-            found = self.embedding.lookup_fm(x, *features)
-            if found is not None:
-                input_deep, fm, linear = found
-                y = linear + self.linear.fc.bias + fm + self.mlp(input_deep)
-                return torch.sigmoid(y.squeeze(1))
-        if once:
+        weight, batch = None, None
+        if is_plain(self.embedding, EmbeddingLayer) and self._is_served():
+            weight, bias = self.linear.fc.weight, self.linear.fc.bias
+            batch = self.embedding.gather(x, self.deep_features, self.fm_features, weight.dtype)
+        if batch is None:
+            y = self._by_layers(x)
+        elif (layers := self._inference_layers(batch, weight)) is not None:
+            y = deepfm.run_batch(batch, weight, layers) + bias
+        else:
+            input_deep, fm, linear = lookup_fm(batch, weight)
+            y = linear + bias + fm + self.mlp(input_deep)
+        return torch.sigmoid(y.squeeze(1))
+
+    def _by_layers(self, x: Mapping[str, Tensor]) -> Tensor:
+        """The logits [B, 1], layer by layer; the embedding layer is called where its call may be seen."""
+        if is_plain(self.embedding, EmbeddingLayer):
             embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
             n = len(self.deep_features)
             input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
@@ -83,11 +89,10 @@ class DeepFM(nn.Module):
         else:
             input_deep = self.embedding(x, self.deep_features, squeeze_dim=True)
             input_fm = self.embedding(x, self.fm_features, squeeze_dim=False)
-        y = self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
-        return torch.sigmoid(y.squeeze(1))
+        return self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
 
     def _is_served(self) -> bool:
-        """Whether the linear and the FM part are what ``lookup_fm`` does, and nobody could tell."""
+        """Whether the linear and the FM part are what ``embedding_fm`` does, and nobody could tell."""
         return (
             are_plain((self.fm, self.linear), (FM, LR))
             and self.fm.reduce_sum
@@ -97,18 +102,16 @@ class DeepFM(nn.Module):
             and is_tensor(self.linear.fc.bias)
         )
 
-    def _layers(self, x: Mapping[str, Tensor]) -> Iterable[Tensor] | None:
-        """The MLP's layers for one op with the lookups, where there is no backward, the kernels have AVX-512 (with less
-        their product does not reach the libraries') and so much is to multiply that arranging the weights pays."""
-        if is_watched() or cpu_isa not in ("avx512", "avx512_bf16"):
+    def _inference_layers(self, batch: LookupBatch, linear_weight: Tensor) -> list[Tensor] | None:
+        """The MLP's weights and biases, if the batch is evaluated faster in one pass than layer by layer."""
+        if self.training or not is_plain(self.mlp, MLP) or not self.mlp.mlp:
             return None
-        if self.training or torch.is_grad_enabled() or not is_plain(self.mlp, MLP) or not len(self.mlp.mlp):
-            return None
-        ids = x.get(self.fm_features[0].name)
         first = self.mlp.mlp[0]
-        if ids is None or type(first) is not nn.Linear or ids.numel() * first.weight.numel() < SMALLEST:
+        if type(first) is not nn.Linear or not deepfm.is_faster(batch, first.weight):
             return None
-        return self.mlp.relu_layers()
+        layers = self.mlp.relu_layers()
+        layers = None if layers is None else list(layers)
+        return layers if layers is not None and deepfm.is_served(batch, linear_weight, layers) else None
 
 
 class DIN(nn.Module):

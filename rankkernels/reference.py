@@ -351,3 +351,72 @@ def embedding_bag(
     elif mode != "sum":
         raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected 'sum', 'mean' or 'max'")
     return out.to(weight.dtype)
+
+
+def clip_rows(grad: Tensor, max_norm: float) -> Tensor:
+    """Each row of ``grad`` [n, D], scaled down to the norm ``max_norm`` where it has a larger one; 0 clips none.
+
+    The norm is taken of the row over its largest value: squares alone have half of the exponent's range.
+    """
+    if not max_norm or not grad.numel():
+        return grad
+    largest = grad.abs().amax(1, keepdim=True)
+    scaled = largest * (grad / largest.clamp(min=torch.finfo(grad.dtype).tiny)).norm(dim=1, keepdim=True)
+    norm = torch.where(largest.isinf(), largest, scaled)
+    return torch.where(norm <= max_norm, grad, grad * (max_norm / norm))
+
+
+def optimizer_step(
+    optimizer: str,
+    weight: Tensor,
+    grad: Tensor,
+    state: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float = 0.0,
+    beta2: float = 0.0,
+    eps: float = 0.0,
+    weight_decay: float = 0.0,
+    step: float = 1.0,
+    grad_factor: float = 1.0,
+    max_norm: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:
+    """One step on rows w [n, D] with the gradient g [n, D], in the dtype of the state -> the new rows and state.
+
+    First g is multiplied by ``grad_factor`` (1 over the loss scale) and clipped (``clip_rows``); then weight decay is
+    added to it, g += weight_decay w, but for adamw, which decays w by lr weight_decay w. With t = ``step``, from 1:
+
+        sgd               w -= lr g
+        adagrad           s += g^2                              w -= lr g / (sqrt(s) + eps)
+        rowwise_adagrad   s += mean over D of g^2, s is [n]     w -= lr g / (sqrt(s) + eps)
+        adam, adamw       m += (1 - beta1) (g - m),             v += (1 - beta2) (g^2 - v)
+        adam              w -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
+        adamw             w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+
+    adam is ``torch.optim.SparseAdam``, adamw ``torch.optim.AdamW``, the others those of their names, rowwise_adagrad
+    FBGEMM's EXACT_ROWWISE_ADAGRAD.
+    """
+    w, g = weight, clip_rows(grad * grad_factor, max_norm)
+    if optimizer == "adamw":
+        w = w - lr * weight_decay * w
+    else:
+        g = g + weight_decay * w
+    if optimizer == "sgd":
+        return w - lr * g, []
+    if optimizer == "adagrad":
+        (s,) = state
+        s = s + g * g
+        return w - lr * g / (s.sqrt() + eps), [s]
+    if optimizer == "rowwise_adagrad":
+        (s,) = state
+        s = s + (g * g).mean(1)
+        return w - (lr / (s.sqrt() + eps))[:, None] * g, [s]
+    m, v = state
+    m = m + (1 - beta1) * (g - m)
+    v = v + (1 - beta2) * (g * g - v)
+    correction1, root2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    if optimizer == "adam":
+        return w - lr * root2 / correction1 * m / (v.sqrt() + eps), [m, v]
+    if optimizer == "adamw":
+        return w - lr / correction1 * m / (v.sqrt() / root2 + eps), [m, v]
+    raise ValueError(f"unknown optimizer {optimizer!r}")

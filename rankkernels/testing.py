@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rankkernels import ops, reference
-from rankkernels.ops.din_attention import ACTIVATIONS, norms_per_layer, params_per_layer, unflatten
-from rankkernels.ops.embedding_bag import MODES
+from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops._features import MODES
+from rankkernels.ops.attention_params import norms_per_layer, params_per_layer, unflatten
 
 #: Largest relative error of a result or a gradient (norm of the difference over the norm), by the dtype of the inputs.
 #: The reference runs in float64 on the same values. 16-bit results are rounded once: half a unit in the last place is

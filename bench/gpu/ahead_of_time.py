@@ -222,7 +222,7 @@ def serves(case) -> bool:
     if case.op != "din_attention":
         return True
     from rankkernels._triton.din_attention import supports
-    from rankkernels.ops.din_attention import Flags
+    from rankkernels.ops.attention_params import Flags
 
     history, _, _, _, _, params, _, *flags = case.arguments(*meta_inputs(case, case.dtypes[0]))
     return supports(history, params, Flags(*flags))

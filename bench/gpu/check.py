@@ -29,7 +29,7 @@ from torch import Tensor
 from bench.gpu import check_report, report
 from bench.gpu.steps import name_of, on, same_bits, step, worst_error
 from bench.gpu.timing import EventClock, ceilings, timings
-from rankkernels import _version
+from rankkernels import ReferenceWarning, _version
 from rankkernels.ops import _library
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase
 
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_check: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    warnings.simplefilter("ignore", _library.ReferenceWarning)  # the report lists them
+    warnings.simplefilter("ignore", ReferenceWarning)  # the report lists them
     device, start = torch.device("cuda"), time.monotonic()
     record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
     print(check_report.device_line(record["device"]), flush=True)

@@ -39,7 +39,7 @@ from rankkernels._triton.din_attention_backward import din_attention_backward_ke
 from rankkernels._triton.din_attention_blocks import VECTORS
 from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
 from rankkernels._triton.din_attention_layers import Layer, folded, means, normalized, plain, unfolded
-from rankkernels.ops.din_attention import Flags, norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.attention_params import Flags, norms_per_layer, params_per_layer, unflatten
 from rankkernels.reference import Hidden
 
 PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+from torch import nn
 from torch.nn.modules import module as torch_module
 
-from rankkernels.ops._library import is_exporting_to_onnx
+from rankkernels.ops._tracing import is_exporting_to_onnx
 
 _GLOBAL_HOOKS = (
     torch_module._global_forward_pre_hooks,
@@ -55,11 +53,3 @@ def is_plain(module: nn.Module, cls: type) -> bool:
 def are_plain(modules: Iterable[nn.Module], classes: Iterable[type]) -> bool:
     """``is_plain`` of all of them."""
     return nobody_follows() and all(map(is_untouched, modules, classes))
-
-
-def is_tensor(value: object) -> bool:
-    """Whether ``value`` is a tensor as torch makes them, which the ops read as it lies: a subclass (a quantized weight,
-    a shard) has a meaning of its own. Compilers trace with subclasses in the place of what will run."""
-    if type(value) in (nn.Parameter, Tensor):
-        return True
-    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn._transparency import is_plain, is_tensor
+from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.layers import MLP, activation_of, is_served, update_running_stats
-from rankkernels.ops._library import is_exporting_to_onnx
-from rankkernels.ops.din_attention import jagged
+from rankkernels.ops._jagged import jagged
+from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
 
 
 class _FusedMLP(NamedTuple):

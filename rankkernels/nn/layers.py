@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
-from rankkernels.nn.linear import folded, is_large, linear, normalized_linear
+from rankkernels.nn._transparency import are_plain, is_plain
+from rankkernels.ops._tracing import is_tensor, is_traced
+from rankkernels.ops.linear import folded, folded_linear, is_faster_folded, linear
 from rankkernels.ops.norm_activation import is_faster
 
 
@@ -187,23 +188,23 @@ class MLP(nn.Module):
             if type(module) is nn.BatchNorm1d and modules:
                 activation, *modules = modules
                 x = normalize_and_activate(module, activation, x)
-            elif is_plain(module, nn.Linear):
-                normalized = None
-                if modules and is_large(module, x) and is_served(modules[0]):
-                    normalized = normalized_linear(module, modules[0], x)
+            elif is_traced() or not is_plain(module, nn.Linear):
+                x = module(x)
+            else:
+                normalized = _normalized_linear(module, modules, x)
                 if normalized is None:
-                    x = linear(module, x)
+                    x = linear(x, module.weight, module.bias)
                 else:
                     x, modules = normalized, modules[1:]
-            else:
-                x = module(x)
         return x
 
     def relu_layers(self) -> Iterator[Tensor] | None:
-        """Weight and bias of each layer in eval, relu between two, normalizations folded in as they are taken; None
-        where that is not all that ``forward`` does: another activation, no output layer, no hidden one, a module
-        replaced or whose call may be seen."""
-        if not is_plain(self.mlp, nn.Sequential):
+        """Weight and bias of each layer with batch norm folded in, for inference; relu between two layers.
+
+        None if ``forward`` does anything else: another activation, no hidden or no output layer, a module that was
+        replaced, is in training, or whose call may be seen.
+        """
+        if not is_plain(self.mlp, nn.Sequential) or not self.mlp:
             return None
         *hidden, last = self.mlp
         layers = [hidden[i : i + 4] for i in range(0, len(hidden), 4)]
@@ -216,5 +217,17 @@ class MLP(nn.Module):
                 return None
             if norm.training or dropout.training:
                 return None
-        hidden_layers = (t for module, norm, *_ in layers for t in folded(module, norm))
-        return chain(hidden_layers, (last.weight, last.bias))
+        folded_layers = (folded(module.weight, module.bias, _settings(norm)) for module, norm, *_ in layers)
+        return chain(chain.from_iterable(folded_layers), (last.weight, last.bias))
+
+
+def _settings(norm: nn.BatchNorm1d) -> reference.BatchNorm:
+    return reference.BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+def _normalized_linear(module: nn.Linear, behind: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """``module`` and the normalization behind it as one product, where that is faster and nobody could tell."""
+    weight, bias = module.weight, module.bias
+    if not behind or not is_faster_folded(x, weight, bias) or not is_served(behind[0]) or behind[0].training:
+        return None
+    return folded_linear(x, weight, bias, _settings(behind[0]))

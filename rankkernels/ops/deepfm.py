@@ -6,13 +6,22 @@ no backward, and no kernel but the CPU's.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops._library import check_strided, differentiable, lib, raise_documented
-from rankkernels.ops.embedding_bag import MODES
-from rankkernels.ops.embedding_bag_checks import check_forward, names_of
+from rankkernels.ops._autograd import differentiable
+from rankkernels.ops._checks import check_strided, raise_documented
+from rankkernels.ops._embedding_checks import check_forward
+from rankkernels.ops._features import MODES, Features, LookupBatch, names_of
+from rankkernels.ops._library import lib
+from rankkernels.ops._table import OPS
+from rankkernels.ops._tracing import must_stay_transparent
+from rankkernels.ops.linear import MIN_MULTIPLY_ADDS
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
 # bias of each layer, the last of one unit, with relu between two.
@@ -22,16 +31,15 @@ lib.define(
 )
 
 
-def _features(weights, indices, tables, names):
-    """The arguments of the embedding ops between ``indices`` and ``names``, and these."""
+def _features(weights: list[Tensor], indices: list[Tensor], tables: list[int]) -> Features:
     n = len(indices)
-    return [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights), names
+    return Features(indices, [], [], tables, [MODES.index("none")] * n, [-1] * n, [-1] * len(weights))
 
 
 def _check(weights, indices, tables, names, linear_weight, dense, mlp):
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/deepfm/deepfm.cpp."""
     check = torch._check
-    check_forward(weights, indices, *_features(weights, indices, tables, names), False)
+    check_forward(weights, _features(weights, indices, tables), names, False)
     names = names_of(names, len(indices))
     device, D, B = weights[0].device, weights[tables[0]].size(1), indices[0].numel()
 
@@ -93,20 +101,49 @@ def _(weights, indices, tables, names, linear_weight, dense, mlp):
 
 
 @torch.library.impl(lib, "deepfm", "CompositeExplicitAutograd")
-def in_parts(weights, indices, tables, names, linear_weight, dense, mlp):
+def _in_parts(weights, indices, tables, names, linear_weight, dense, mlp):
     check_strided("deepfm", (*weights, *indices, linear_weight, dense, *mlp))
     _check(weights, indices, tables, names, linear_weight, dense, mlp)
-    features = _features(weights, indices, tables, names)
-    x, fm, linear = torch.ops.rankkernels.embedding_fm.default(weights, indices, *features, linear_weight, dense)
+    features = _features(weights, indices, tables)
+    x, fm, linear = torch.ops.rankkernels.embedding_fm.default(weights, *features, names, linear_weight, dense)
     for i in range(0, len(mlp), 2):
         x = F.linear(x.relu() if i else x, mlp[i], mlp[i + 1])
     return fm + linear + x
 
 
-_deepfm = differentiable(torch.ops.rankkernels.deepfm.default, in_parts)
+_deepfm = differentiable(torch.ops.rankkernels.deepfm.default, _in_parts)
 
 
-def call(*arguments) -> Tensor:
+def run_op(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], tables: Sequence[int], names: str, linear_weight: Tensor,
+    dense: Tensor | None, mlp: Sequence[Tensor],
+) -> Tensor:  # fmt: skip
     """fm + linear + mlp, [B, 1]: what ``embedding_fm`` and an MLP of relu layers make of the schema's arguments."""
     with raise_documented():
-        return _deepfm(*arguments)
+        return _deepfm(weights, indices, tables, names, linear_weight, dense, mlp)
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    return OPS["deepfm"].kernel("cpu") is not None
+
+
+def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
+    """Whether one pass is the faster way to evaluate the batch, whose MLP begins with the weight [H, in]: with the
+    kernel, without a backward, and with so much to multiply that packing the weights pays."""
+    if must_stay_transparent() or torch.is_grad_enabled() or not _has_kernel():
+        return False
+    ids, *_ = batch.features.indices
+    return not any(batch.features.modes) and ids.numel() * first_weight.numel() >= MIN_MULTIPLY_ADDS
+
+
+def is_served(batch: LookupBatch, linear_weight: Tensor, mlp: Iterable[Tensor]) -> bool:
+    """Whether the op takes these tensors, where ``is_faster``."""
+    tensors = chain(batch.weights, batch.dense, (linear_weight,), mlp)
+    return all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def run_batch(batch: LookupBatch, linear_weight: Tensor, mlp: Sequence[Tensor]) -> Tensor:
+    """The op on a batch."""
+    features, columns = batch.features, batch.dense_columns()
+    return run_op(batch.weights, features.indices, features.tables, batch.names, linear_weight, columns, mlp)

@@ -1,32 +1,73 @@
-"""An optimizer's step on the rows that a batch looked up.
-
-Kernels and formulas: csrc/cpu/embedding/optimizer_kernel.h.
-"""
+"""An optimizer's step on the rows that a batch looked up. Kernels: csrc/cpu/embedding/optimizer_kernel.h."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from rankkernels.ops._library import FLOATING, lib, notice_reference
-from rankkernels.ops.embedding_bag import FEATURES
-from rankkernels.ops.embedding_bag_checks import check_backward, check_table
+import torch
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._checks import FLOATING
+from rankkernels.ops._embedding_checks import check_backward, check_table
+from rankkernels.ops._features import Features
+from rankkernels.ops._library import lib
+from rankkernels.ops._schema import schema_of
+from rankkernels.ops._table import notice_reference
 
 #: Optimizers, by their number in the schema.
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 
-# ``hyper`` holds lr, beta1, beta2, eps, weight_decay, the number of the step, the factor of the gradients (1 over the
-# loss scale) and the norm that a row's gradient is clipped to (0: none), of each table; ``states`` the state
-# of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw), in float32, float64 for
-# a float64 table. Returned are the gradients of the per-sample weights.
+
+class Hyper(NamedTuple):
+    """The settings of ``reference.optimizer_step``: the schemas' ``hyper`` has them of each table, in this order."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: float
+    grad_factor: float
+    max_norm: float
+
+
+def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
+    """The entries of table ``t`` in a list that has equally many of each."""
+    each = len(values) // tables
+    return values[each * t : each * t + each]
+
+
+# ``states`` hold the state of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw),
+# in float32, float64 for a float64 table. Returned are the gradients of the per-sample weights.
 lib.define(
-    f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {FEATURES}, int optimizer, "
-    "float[] hyper) -> Tensor[] grad_per_sample_weights"
+    f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {schema_of(Features)}, "
+    "int optimizer, float[] hyper) -> Tensor[] grad_per_sample_weights"
 )
 # The same for one table, given its coalesced gradient.
 lib.define(
     "sparse_update(Tensor(a!) weight, Tensor(b!)[] states, Tensor rows, Tensor values, int optimizer, float[] hyper) "
     "-> ()"
 )
+
+
+class BagGradients(NamedTuple):
+    """The gradients of ``embedding_bag``'s results, one a feature or None: see ``_fused_step.Gradients``."""
+
+    outs: list[Tensor | None]
+
+    def tables(self, features: Features) -> set[int]:
+        return features.tables_of(self.outs)
+
+    def update(self, weights: Sequence[Tensor]) -> tuple[torch._ops.OpOverload, tuple]:
+        return torch.ops.rankkernels.embedding_bag_update.default, (self.outs, weights)
+
+    def of_inputs(self, returned: list[Tensor]) -> tuple:
+        return (returned,)
+
+    def of_lookups(self, features: Features) -> tuple:
+        return (self.outs,)
 
 
 def _check_tables(op, weights, states, optimizer, hyper) -> None:
@@ -39,7 +80,10 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
         len(states) == n * each,
         lambda: f"{op}: states must hold {each} tensors a table, got {len(states)} for {n}",
     )
-    check(len(hyper) == 8 * n, lambda: f"{op}: hyper must hold 8 numbers a table, got {len(hyper)} for {n}")
+    numbers = len(Hyper._fields)
+    check(
+        len(hyper) == numbers * n, lambda: f"{op}: hyper must hold {numbers} numbers a table, got {len(hyper)} for {n}"
+    )
     for t, w in enumerate(weights):
         strides = list(w.stride()) if w.layout == torch.strided else None
         check(
@@ -114,54 +158,29 @@ def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
     _check_rows(weight, rows)
     notice_reference("sparse_update", weight)
-    lr, beta1, beta2, eps, weight_decay, step, grad_factor, max_norm = hyper
-    kind = OPTIMIZERS[optimizer]
-    old = [s[rows] for s in states]
-    dtype = states[0].dtype if states else torch.promote_types(weight.dtype, torch.float32)
-    w, g = weight[rows].to(dtype), values.to(dtype) * grad_factor
-    if max_norm and g.numel():
-        most = g.abs().amax(1, keepdim=True)  # squares have half of the range
-        scaled = most * (g / most.clamp(min=torch.finfo(dtype).tiny)).norm(dim=1, keepdim=True)
-        norm = torch.where(most.isinf(), most, scaled)
-        g = torch.where(norm <= max_norm, g, g * (max_norm / norm))
-    if kind == "adamw":
-        w = w - lr * weight_decay * w
-    else:
-        g = g + weight_decay * w
-    if kind == "sgd":
-        w = w - lr * g
-    elif kind == "adagrad":
-        old[0] = old[0] + g * g
-        w = w - lr * g / (old[0].sqrt() + eps)
-    elif kind == "rowwise_adagrad":
-        old[0] = old[0] + (g * g).mean(1)
-        w = w - (lr / (old[0].sqrt() + eps))[:, None] * g
-    else:
-        old[0] = old[0] + (1 - beta1) * (g - old[0])
-        old[1] = old[1] + (1 - beta2) * (g * g - old[1])
-        correction1, root2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
-        if kind == "adam":
-            w = w - lr * root2 / correction1 * old[0] / (old[1].sqrt() + eps)
-        else:
-            w = w - lr / correction1 * old[0] / (old[1].sqrt() / root2 + eps)
-    weight.index_copy_(0, rows, w.to(weight.dtype))
-    for state, new in zip(states, old):
-        state.index_copy_(0, rows, new)
+    state = [s[rows] for s in states]
+    dtype = state[0].dtype if state else torch.promote_types(weight.dtype, torch.float32)
+    stepped, state = reference.optimizer_step(
+        OPTIMIZERS[optimizer], weight[rows].to(dtype), values.to(dtype), state, **Hyper(*hyper)._asdict()
+    )
+    weight.index_copy_(0, rows, stepped.to(weight.dtype))
+    for old, new in zip(states, state):
+        old.index_copy_(0, rows, new)
 
 
 @torch.library.impl(lib, "embedding_bag_update", "CompositeExplicitAutograd")
 def _(grad_outs, weights, states, *rest):
     *features, optimizer, hyper = rest
+    T = len(weights)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
     _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
     rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
         grad_outs, weights, [w.size(0) for w in weights], *features
     )
-    n, tables = len(states) // len(weights), features[3]
-    for t in {tables[f] for f, g in enumerate(grad_outs) if g is not None}:
+    for t in Features(*features).tables_of(grad_outs):
         torch.ops.rankkernels.sparse_update.default(
-            weights[t], states[n * t : n * t + n], rows[t], values[t], optimizer, hyper[8 * t : 8 * t + 8]
+            weights[t], _of_table(states, t, T), rows[t], values[t], optimizer, _of_table(hyper, t, T)
         )
     return grad_psw
 
@@ -172,10 +191,11 @@ def _(weight, states, rows, values, optimizer, hyper):
 
 
 @torch.library.register_fake("rankkernels::embedding_bag_update", lib=lib)
-def _(grad_outs, weights, states, indices, offsets, per_sample_weights, *rest):
+def _(grad_outs, weights, states, *rest):
+    *features, optimizer, hyper = rest
+    features = Features(*features)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
-    _check_tables("embedding_bag_update", weights, states, *rest[-2:])
-    rows = [w.size(0) for w in weights]
-    check_backward(grad_outs, weights, rows, indices, offsets, per_sample_weights, *rest[:-2])
-    return [w.new_empty(w.shape) for w in per_sample_weights]
+    _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
+    check_backward(grad_outs, weights, [w.size(0) for w in weights], features)
+    return [w.new_empty(w.shape) for w in features.per_sample_weights]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankkernels.ops._library import check_strided, lib, register_autograd
+from rankkernels.ops._autograd import register_autograd
+from rankkernels.ops._checks import check_strided
+from rankkernels.ops._library import lib
 
 lib.define("linear_weight_grad(Tensor dy, Tensor x) -> Tensor")
 

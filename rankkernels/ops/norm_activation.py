@@ -3,68 +3,85 @@ _triton/norm_activation.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops._library import (
-    FLOATING,
-    check_epsilon,
-    check_form,
-    check_strided,
-    differentiable,
-    has_triton,
-    is_exporting_to_onnx,
-    lib,
-    notice_reference,
-    register_autograd,
-    vjp,
-    wide,
-)
-from rankkernels.ops.din_attention import ACTIVATIONS, check_activation
+from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
+from rankkernels.ops._autograd import differentiable, register_autograd, vjp
+from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
+from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._schema import no_gradients, parsed, schema_of
+from rankkernels.ops._table import notice_reference
+from rankkernels.ops._tracing import is_exporting_to_onnx
 
-# ``activation``: its place in ACTIVATIONS. ``batch_stats``: in training with a normalization the batch's mean and its
-# unbiased variance, [2 H] in float32 (or float64), else empty; the caller updates the running statistics.
-# ``grad_params``: gradients of those of weight, bias and alpha that were given.
-_SIGNATURE = (
-    "Tensor x, Tensor? weight, Tensor? bias, Tensor? alpha, Tensor? running_mean, Tensor? running_var, "
-    "int activation, bool batch_norm, bool training, float norm_eps, float dice_eps"
-)
+
+class Inputs(NamedTuple):
+    """The tensors of the schema."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    alpha: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+    def learnt(self) -> list[Tensor]:
+        """The parameters that were given, in the order of their gradients."""
+        return [p for p in (self.weight, self.bias, self.alpha) if p is not None]
+
+    def spread(self, values: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """One of ``values`` for each parameter that was given: of weight, bias and alpha."""
+        left = iter(values)
+        return tuple(None if p is None else next(left) for p in (self.weight, self.bias, self.alpha))
+
+
+class Flags(NamedTuple):
+    """The rest of the schema. ``activation``: its number in ``_activations``."""
+
+    activation: int
+    batch_norm: bool
+    training: bool
+    norm_eps: float
+    dice_eps: float
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.activation]
+
+    def stats_size(self, x: Tensor) -> int:
+        """The values of ``batch_stats``."""
+        return 2 * x.size(1) if self.batch_norm and self.training else 0
+
+
+# ``batch_stats``: in training with a normalization the batch's mean and its unbiased variance, [2 H] in float32 (or
+# float64), else empty; the caller updates the running statistics. ``grad_params``: of ``Inputs.learnt``.
+_SIGNATURE = f"{schema_of(Inputs)}, {schema_of(Flags)}"
 lib.define(f"norm_activation({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
 lib.define(
     f"norm_activation_backward(Tensor grad_out, Tensor batch_stats, {_SIGNATURE}) "
     "-> (Tensor grad_x, Tensor[] grad_params)"
 )
 
-_NAMES = list(ACTIVATIONS)
 
-
-def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
+def _check(op: str, inputs: Inputs, flags: Flags) -> None:
     """Ranks, sizes, dtypes and devices; the texts are those of csrc/cpu/dense/norm_activation.cpp."""
-    check = torch._check
-    check_activation(op, activation)
-    name = _NAMES[activation]
+    check, (x, *_), training = torch._check, inputs, flags.training
+    check_activation(op, flags.activation)
     check(x.dim() == 2, lambda: f"{op}: x must have 2 dimensions, got {x.dim()} (shape {list(x.shape)})")
     check(x.dtype in FLOATING, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    _check_given(op, inputs, flags)
     N, H = x.shape
-    check(batch_norm or name != "dice_batch_norm", lambda: f"{op}: dice_batch_norm needs batch_norm")
-    check((weight is None) == (bias is None), lambda: f"{op}: give both weight and bias, or neither")
-    check(batch_norm or weight is None, lambda: f"{op}: weight and bias belong to batch_norm")
-    check(
-        (alpha is not None) == bool(ACTIVATIONS[name]),
-        lambda: f"{op}: activation {activation} {'needs an' if ACTIVATIONS[name] else 'has no'} alpha",
-    )
-    check(
-        not batch_norm or training or (running_mean is not None and running_var is not None),
-        lambda: f"{op}: give running_mean and running_var, or training",
-    )
-    check(not (batch_norm and training) or N > 1, lambda: f"{op}: training needs more than one row, got {N}")
-    if batch_norm:
-        check_epsilon(op, "norm_eps", norm_eps, training)
-    if name == "dice":
-        check_epsilon(op, "dice_eps", dice_eps, False)
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var, "alpha": alpha}
-    for key, t in vectors.items():
+    check(not (flags.batch_norm and training) or N > 1, lambda: f"{op}: training needs more than one row, got {N}")
+    if flags.batch_norm:
+        check_epsilon(op, "norm_eps", flags.norm_eps, training)
+    if flags.name == "dice":
+        check_epsilon(op, "dice_eps", flags.dice_eps, False)
+    for key in ("weight", "bias", "running_mean", "running_var", "alpha"):
+        t = getattr(inputs, key)
         if t is None:
             continue
         check(
@@ -75,50 +92,65 @@ def _check(op, x, weight, bias, alpha, running_mean, running_var, activation, ba
         check(t.device == x.device, lambda: f"{op}: {key} must be on the device of x, {x.device}, got {t.device}")
 
 
-def _stats_size(x, batch_norm, training):
-    return 2 * x.size(1) if batch_norm and training else 0
+def _check_given(op: str, inputs: Inputs, flags: Flags) -> None:
+    """Which vectors there must be."""
+    check, batch_norm, learns = torch._check, flags.batch_norm, bool(ACTIVATIONS[flags.name])
+    _, weight, bias, alpha, running_mean, running_var = inputs
+    check(batch_norm or flags.name != "dice_batch_norm", lambda: f"{op}: dice_batch_norm needs batch_norm")
+    check((weight is None) == (bias is None), lambda: f"{op}: give both weight and bias, or neither")
+    check(batch_norm or weight is None, lambda: f"{op}: weight and bias belong to batch_norm")
+    check(
+        (alpha is not None) == learns,
+        lambda: f"{op}: activation {flags.activation} {'needs an' if learns else 'has no'} alpha",
+    )
+    check(
+        not batch_norm or flags.training or (running_mean is not None and running_var is not None),
+        lambda: f"{op}: give running_mean and running_var, or training",
+    )
 
 
-def _check_backward(grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var, *flags):
-    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, *flags)
-    op, size = "norm_activation_backward", _stats_size(x, *flags[1:3])
+def _check_backward(grad_out: Tensor, batch_stats: Tensor, inputs: Inputs, flags: Flags) -> None:
+    _check("norm_activation", inputs, flags)
+    op, x = "norm_activation_backward", inputs.x
     check_form(op, "grad_out", grad_out, x.shape, x.dtype, x.device)
-    check_form(op, "batch_stats", batch_stats, (size,), wide(x.dtype), x.device)
+    check_form(op, "batch_stats", batch_stats, (flags.stats_size(x),), wide(x.dtype), x.device)
 
 
-def _new_stats(x, batch_norm, training):
-    return x.new_empty(_stats_size(x, batch_norm, training), dtype=wide(x.dtype))
+def _new_stats(x: Tensor, flags: Flags) -> Tensor:
+    return x.new_empty(flags.stats_size(x), dtype=wide(x.dtype))
 
 
 @torch.library.register_fake("rankkernels::norm_activation", lib=lib)
-def _(x, weight, bias, alpha, running_mean, running_var, *flags):
-    _check("norm_activation", x, weight, bias, alpha, running_mean, running_var, *flags)
-    return x.new_empty(x.shape), _new_stats(x, *flags[1:3])
+def _(*arguments):
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    _check("norm_activation", inputs, flags)
+    return inputs.x.new_empty(inputs.x.shape), _new_stats(inputs.x, flags)
 
 
 @torch.library.register_fake("rankkernels::norm_activation_backward", lib=lib)
-def _(grad_out, batch_stats, x, weight, bias, alpha, *rest):
-    _check_backward(grad_out, batch_stats, x, weight, bias, alpha, *rest)
-    return x.new_empty(x.shape), [p.new_empty(p.shape) for p in (weight, bias, alpha) if p is not None]
+def _(grad_out, batch_stats, *arguments):
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    _check_backward(grad_out, batch_stats, inputs, flags)
+    return inputs.x.new_empty(inputs.x.shape), [p.new_empty(p.shape) for p in inputs.learnt()]
 
 
-def _norm_activation(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps,
-                     dice_eps):  # fmt: skip
-    vectors = weight, bias, alpha, running_mean, running_var
-    weight, bias, alpha, running_mean, running_var = (None if p is None else p.to(wide(x.dtype)) for p in vectors)
-    norm = reference.BatchNorm(weight, bias, running_mean, running_var, norm_eps) if batch_norm else None
-    return reference.norm_activation(x, norm, _NAMES[activation], alpha, training, dice_eps)
+def _normalize_and_activate(inputs: Inputs, flags: Flags) -> tuple[Tensor, reference.BatchStats | None]:
+    x, *vectors = inputs
+    weight, bias, alpha, mean, var = (None if p is None else p.to(wide(x.dtype)) for p in vectors)
+    norm = reference.BatchNorm(weight, bias, mean, var, flags.norm_eps) if flags.batch_norm else None
+    return reference.norm_activation(x, norm, flags.name, alpha, flags.training, flags.dice_eps)
 
 
 def _unchecked(*arguments):
-    x, *_, batch_norm, training, _norm_eps, _dice_eps = arguments
-    out, stats = _norm_activation(*arguments)
-    return out.contiguous(), _new_stats(x, batch_norm, training) if stats is None else torch.cat(stats)
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    out, stats = _normalize_and_activate(inputs, flags)
+    return out.contiguous(), _new_stats(inputs.x, flags) if stats is None else torch.cat(stats)
 
 
 def _reference(*arguments):
-    check_strided("norm_activation", arguments[:6])
-    _check("norm_activation", *arguments)
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    check_strided("norm_activation", inputs)
+    _check("norm_activation", inputs, flags)
     return _unchecked(*arguments)
 
 
@@ -129,63 +161,62 @@ def _default(x, *rest):
 
 
 @torch.library.impl(lib, "norm_activation_backward", "CompositeExplicitAutograd")
-def _default_backward(grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var, *flags):
-    arguments = grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var
-    check_strided("norm_activation_backward", arguments)
-    _check_backward(*arguments, *flags)
-    given = [p for p in (weight, bias, alpha) if p is not None]
+def _default_backward(grad_out, batch_stats, *arguments):
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    check_strided("norm_activation_backward", (grad_out, batch_stats, *inputs))
+    _check_backward(grad_out, batch_stats, inputs, flags)
 
-    def forward(x, *given):
-        params = iter(given)
-        weight_, bias_, alpha_ = (None if p is None else next(params) for p in (weight, bias, alpha))
-        return _norm_activation(x, weight_, bias_, alpha_, running_mean, running_var, *flags)[0]
+    def forward(x, *learnt):
+        changed = Inputs(x, *inputs.spread(learnt), inputs.running_mean, inputs.running_var)
+        out, _ = _normalize_and_activate(changed, flags)
+        return out
 
-    grads = [g.contiguous() for g in vjp(forward, grad_out, x, *given)]
-    return grads[0], grads[1:]
+    grad_x, *grad_params = vjp(forward, grad_out, inputs.x, *inputs.learnt())
+    return grad_x.contiguous(), [g.contiguous() for g in grad_params]
 
 
 if has_triton:
 
     @torch.library.impl(lib, "norm_activation", "CUDA")
-    def _(x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps):
+    def _(*arguments):
         from rankkernels._triton import norm_activation as kernels
 
-        arguments = x, weight, bias, alpha, running_mean, running_var
-        if not kernels.supports(x):
-            return _default(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
-        _check("norm_activation", *arguments, activation, batch_norm, training, norm_eps, dice_eps)
-        return kernels.norm_activation(*arguments, _NAMES[activation], batch_norm, training, norm_eps, dice_eps)
+        inputs, flags = parsed(arguments, Inputs, Flags)
+        if not kernels.supports(inputs.x):
+            return _default(*arguments)
+        _check("norm_activation", inputs, flags)
+        return kernels.norm_activation(*inputs, flags.name, flags.batch_norm, flags.training, flags.norm_eps,
+                                       flags.dice_eps)  # fmt: skip
 
     @torch.library.impl(lib, "norm_activation_backward", "CUDA")
-    def _(grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var, activation, batch_norm, training,
-          norm_eps, dice_eps):  # fmt: skip
+    def _(grad_out, batch_stats, *arguments):
         from rankkernels._triton import norm_activation as kernels
 
-        arguments = grad_out, batch_stats, x, weight, bias, alpha, running_mean, running_var
-        if not kernels.supports(x):
-            return _default_backward(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
-        _check_backward(*arguments, activation, batch_norm, training, norm_eps, dice_eps)
+        inputs, flags = parsed(arguments, Inputs, Flags)
+        if not kernels.supports(inputs.x):
+            return _default_backward(grad_out, batch_stats, *arguments)
+        _check_backward(grad_out, batch_stats, inputs, flags)
         return kernels.norm_activation_backward(
-            *arguments, _NAMES[activation], batch_norm, training, norm_eps, dice_eps
+            grad_out, batch_stats, *inputs, flags.name, flags.batch_norm, flags.training, flags.norm_eps, flags.dice_eps
         )
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, alpha, running_mean, running_var, *ctx.flags = inputs
-    if ctx.flags[2]:  # training: nothing reads the running statistics, and the caller updates them in place
-        running_mean = running_var = None
-    ctx.save_for_backward(output[1], x, weight, bias, alpha, running_mean, running_var)
-    ctx.mark_non_differentiable(output[1])
+    inputs, ctx.flags = parsed(inputs, Inputs, Flags)
+    if ctx.flags.training:  # nothing reads the running statistics, and the caller updates them in place
+        inputs = inputs._replace(running_mean=None, running_var=None)
+    _, batch_stats = output
+    ctx.save_for_backward(batch_stats, *inputs)
+    ctx.mark_non_differentiable(batch_stats)
 
 
 _norm_activation_backward = differentiable(torch.ops.rankkernels.norm_activation_backward.default, _default_backward)
 
 
 def _backward(ctx, grad_out, _):
-    batch_stats, x, *vectors = ctx.saved_tensors
-    grad_x, grad_params = _norm_activation_backward(grad_out, batch_stats, x, *vectors, *ctx.flags)
-    grads = iter(grad_params)
-    return grad_x, *(None if p is None else next(grads) for p in vectors[:3]), *[None] * 7
+    batch_stats, *inputs = ctx.saved_tensors
+    grad_x, grad_params = _norm_activation_backward(grad_out, batch_stats, *inputs, *ctx.flags)
+    return *Inputs(grad_x, *Inputs(*inputs).spread(grad_params), None, None), *no_gradients(Flags)
 
 
 _forward = register_autograd("norm_activation", _reference, _backward, _setup_context)
@@ -238,12 +269,9 @@ def norm_activation(
         RuntimeError: shapes, dtypes or devices that do not fit, a vector too many or too few, fewer than two rows in
             training with a normalization, an epsilon that is negative, or 0 in training with a normalization.
     """
-    if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"norm_activation: unknown activation {activation!r}, expected one of {known}")
+    number = number_of("norm_activation", activation)
     # Sizes are tensors while torch.jit traces for the older exporter: nothing to check.
     op = _unchecked if is_exporting_to_onnx() else _forward
     return op(
-        x, weight, bias, alpha, running_mean, running_var, _NAMES.index(activation), batch_norm, training, norm_eps,
-        dice_eps,
+        x, weight, bias, alpha, running_mean, running_var, number, batch_norm, training, norm_eps, dice_eps,
     )  # fmt: skip

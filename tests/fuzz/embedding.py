@@ -8,7 +8,7 @@ from torch import Tensor
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.ops.embedding_bag import MODES
+from rankkernels.ops._features import MODES
 
 ops = torch.ops.rankkernels
 NUMBERS = ("tables", "modes", "padding_idx", "frozen_rows")

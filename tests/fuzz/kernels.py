@@ -7,7 +7,7 @@ import torch
 from draw import FLOATS, Draw, Finding, check_close, check_unchanged, refused, snapshot
 from torch import Tensor
 
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import TOLERANCE, OpCase, din_attention_case, fm_interaction_case, norm_activation_case
 
 ops = torch.ops.rankkernels

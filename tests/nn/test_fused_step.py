@@ -125,7 +125,7 @@ def test_the_gradient_of_an_input_moves_no_table(twice):
     assert (grad != 0).any() and unchanged(model.embedding, optimizer, before)
     (model(x).sum() + (model(x).sum() if twice else 0)).backward(inputs=[x["age"], *model.mlp.parameters()])
     assert unchanged(model.embedding, optimizer, before)
-    assert all(not gate.backwards for gate in optimizer._gates.values())
+    assert all(not gate.backwards for gate in optimizer.gates.values())
 
 
 @MODES

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rankkernels as rk
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:.*sparse:UserWarning")
 OPS = torch.ops.rankkernels
@@ -366,7 +366,7 @@ def test_values_that_do_not_fit_have_the_documented_type(rows, message):
 def test_an_id_outside_its_table_has_the_documented_type():
     values = deepfm() | dict(indices=[torch.arange(B), torch.arange(B) + 5])
     with pytest.raises(IndexError, match=r"shop\[2\] = 7 is out of range for a table with 7 rows"):
-        rk.ops.deepfm.call(*values.values())
+        rk.ops.deepfm.run_op(*values.values())
 
 
 @pytest.mark.parametrize("layout", ["sparse_coo", "sparse_csr", "_mkldnn"])

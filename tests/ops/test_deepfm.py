@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 import rankkernels as rk
-from rankkernels import models
 from rankkernels.ops import _library, deepfm
 from rankkernels.testing import relative_error
 
@@ -46,11 +45,11 @@ def parts(weights, indices, tables, names, linear_weight, dense, mlp) -> Tensor:
 def test_is_its_parts(B, F, D, dense, widths):
     for ids in (torch.int32, torch.int64):
         a = arguments(B, F, D, dense, widths, ids)
-        out = deepfm.call(*a)
+        out = deepfm.run_op(*a)
         assert out.shape == (B, 1)
         assert relative_error(out, parts(*a)) < 1e-6
         if B:  # what runs where there is no kernel
-            torch.testing.assert_close(out, deepfm.in_parts(*a), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(out, deepfm._in_parts(*a), rtol=1e-4, atol=1e-4)
 
 
 def test_opcheck():
@@ -62,11 +61,11 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch():
     threads, found = torch.get_num_threads(), []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        found.append(deepfm.call(*a))
+        found.append(deepfm.run_op(*a))
     torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     weights, indices, tables, names, linear, dense, mlp = a
-    alone = deepfm.call(weights, [i[130:141] for i in indices], tables, names, linear, dense[130:141], mlp)
+    alone = deepfm.run_op(weights, [i[130:141] for i in indices], tables, names, linear, dense[130:141], mlp)
     assert torch.equal(alone, found[0][130:141])
 
 
@@ -75,7 +74,7 @@ def test_an_id_outside_its_table_is_named(place):
     a = arguments(300)
     a[1][3][place] = 7
     with pytest.raises(IndexError, match=rf"feature_3\[{place}\] = 7 is out of range .* with 7 rows"):
-        deepfm.call(*a)
+        deepfm.run_op(*a)
 
 
 def test_what_does_not_fit_is_refused():
@@ -108,9 +107,10 @@ def model(activation="relu"):
 
 def test_the_model_evaluates_by_it_where_it_is_the_same(monkeypatch):
     calls = []
-    monkeypatch.setattr(models, "SMALLEST", 1)
-    monkeypatch.setattr(models, "cpu_isa", "avx512")  # whatever this machine has
-    monkeypatch.setattr("rankkernels.nn.embedding.call_deepfm", lambda *a: calls.append(1) or deepfm.call(*a))
+    run_op = deepfm.run_op
+    monkeypatch.setattr(deepfm, "MIN_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(deepfm, "_has_kernel", lambda: True)  # whatever this machine has
+    monkeypatch.setattr(deepfm, "run_op", lambda *a: calls.append(1) or run_op(*a))
     m, x = model()
 
     def fused(m, x) -> bool:

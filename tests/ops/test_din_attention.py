@@ -11,8 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from rankkernels import reference
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.ops._library import cpu_isa, no_extension
-from rankkernels.ops.din_attention import ACTIVATIONS, din_attention, unflatten
+from rankkernels.ops.attention_params import unflatten
+from rankkernels.ops.din_attention import din_attention
 from rankkernels.testing import TOLERANCE, din_attention_case
 
 FORMS = ("padded", "lengths", "mask", "offsets")

@@ -270,7 +270,7 @@ def test_layer_in_one_piece_is_the_features_apart():
     parameters = list(layer.parameters())
     for squeeze_dim in (False, True):
         out = layer(x, features, squeeze_dim)
-        apart = rk.nn.embedding.arrange(features, layer.lookup(x, features), squeeze_dim)
+        apart = rk.nn.lookup_plan.arrange(features, layer.lookup(x, features), squeeze_dim)
         assert torch.equal(out, apart)
         grad_out = torch.randn_like(out)
         for a, b in zip(
@@ -295,7 +295,7 @@ def test_layer_compiles():
 )
 def test_on_cuda_without_the_cuda_part(monkeypatch):
     """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors; and that is said once."""
-    library = rk.ops._library
+    table = rk.ops._table
     weight, ids = torch.randn(30, 8), torch.randint(0, 30, (9, 4))
     arguments = [weight], [ids], [], [], [0], [1], [2], [2], "ids"
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -309,10 +309,10 @@ def test_on_cuda_without_the_cuda_part(monkeypatch):
     F.embedding_bag(ids, expected, mode="sum", padding_idx=2).backward(grad_out)
     torch.testing.assert_close(grad, expected.grad)
 
-    monkeypatch.setattr(library, "reference_notices", {})
+    monkeypatch.setattr(table, "reference_notices", {})
     on_cuda = types.SimpleNamespace(device=torch.device("cuda"))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for _ in range(3):
-            library.notice_reference("embedding_bag", on_cuda)
+            table.notice_reference("embedding_bag", on_cuda)
     assert len(said) == 1 and "on 'cuda': rankkernels was built without RANKKERNELS_CUDA=1" in str(said[0].message)

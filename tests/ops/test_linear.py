@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from rankkernels.nn import MLP, layers
-from rankkernels.nn import linear as linear_module
-from rankkernels.nn.linear import linear
+from rankkernels.ops import linear as linear_module
 from rankkernels.ops._library import no_extension
 from rankkernels.ops.linear_weight_grad import linear_weight_grad
 
@@ -20,8 +19,12 @@ pytestmark = pytest.mark.skipif(
 def onednn(monkeypatch):
     """oneDNN on any CPU, for products of any size."""
     monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(linear_module, "SMALLEST", 1)
-    monkeypatch.setattr(linear_module, "SMALLEST_FORWARD", 1)
+    monkeypatch.setattr(linear_module, "MIN_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(linear_module, "MIN_MULTIPLY_ADDS_FORWARD", 1)
+
+
+def linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return linear_module.linear(x, module.weight, module.bias)
 
 
 def uses_onednn(function) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import TOLERANCE, norm_activation_case, relative_error
 
 EVERY = [(name, norm) for name in ACTIVATIONS for norm in (True, False) if norm or name != "dice_batch_norm"]

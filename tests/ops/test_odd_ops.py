@@ -7,7 +7,7 @@ import torch
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import din_attention_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", r"ignore:var\(\)")

@@ -334,3 +334,36 @@ def test_embedding_bag_bad_input(arguments, message):
 def test_it_takes_and_refuses_what_the_kernels_do(file):
     """The same texts and values, where the reference is all there is."""
     run_pytest(Path(__file__).parent / file, RANKKERNELS_REFERENCE="1")
+
+
+@pytest.mark.parametrize(
+    "kind, make",
+    [
+        ("sgd", lambda p: torch.optim.SGD([p], lr=0.3, weight_decay=0.1)),
+        ("adagrad", lambda p: torch.optim.Adagrad([p], lr=0.3, weight_decay=0.1, eps=1e-3)),
+        ("adam", lambda p: torch.optim.SparseAdam([p], lr=0.3, betas=(0.7, 0.8), eps=1e-3)),
+        ("adamw", lambda p: torch.optim.AdamW([p], lr=0.3, betas=(0.7, 0.8), eps=1e-3, weight_decay=0.1)),
+    ],
+)
+def test_optimizer_steps_are_those_of_torch(kind, make):
+    w = torch.randn(5, 3, dtype=torch.float64)
+    p, state = w.clone().requires_grad_(), [torch.zeros_like(w)] * {"sgd": 0, "adagrad": 1}.get(kind, 2)
+    theirs = make(p)
+    (group,) = theirs.param_groups
+    beta1, beta2 = group.get("betas", (0.0, 0.0))
+    for step in range(1, 4):
+        grad = torch.randn(5, 3, dtype=torch.float64)
+        p.grad = grad.to_sparse(1) if kind == "adam" else grad.clone()
+        theirs.step()
+        w, state = reference.optimizer_step(
+            kind, w, 8 * grad, state, lr=0.3, beta1=beta1, beta2=beta2, eps=group.get("eps", 0.0),
+            weight_decay=group.get("weight_decay", 0.0), step=step, grad_factor=1 / 8,
+        )  # fmt: skip
+        torch.testing.assert_close(w, p.detach())
+
+
+def test_rows_are_clipped_to_their_norm():
+    grad = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0], [3e30, 4e30]])
+    expected = torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0], [0.6, 0.8]])
+    torch.testing.assert_close(reference.clip_rows(grad, 1.0), expected)
+    assert torch.equal(reference.clip_rows(grad, 0.0), grad)

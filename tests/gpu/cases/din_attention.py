@@ -9,7 +9,8 @@ from gpu.cases.base import BF16, HALF, SINGLE, Interpreted, strided
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops.din_attention import ACTIVATIONS, Flags, unflatten
+from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops.attention_params import Flags, unflatten
 from rankkernels.testing import din_attention_case
 
 

@@ -24,7 +24,7 @@ from triton.runtime.errors import InterpreterError
 
 from bench.gpu.ahead_of_time import tensor_bytes
 from rankkernels import reference
-from rankkernels.ops.din_attention import ACTIVATIONS
+from rankkernels.ops._activations import ACTIVATIONS
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
 interpreter.install()

@@ -1,0 +1,185 @@
+"""What DIN's attention checks before it reads anything, in the words of csrc/cpu/din_attention/checks.h."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rankkernels.ops._activations import check_activation
+from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, wide
+from rankkernels.ops.attention_params import Flags, Inputs, hidden_widths, norms_per_layer, params_per_layer
+
+_FLOATING = "float32, float64, float16 or bfloat16"
+
+
+def check(op: str, inputs: Inputs, flags: Flags) -> None:
+    """Ranks, sizes, dtypes and devices, everything that needs no value."""
+    check_activation(op, flags.activation)
+    _check_history(op, inputs)
+    _check_params(op, inputs, flags)
+    seed, dropout = flags.seed, flags.dropout
+    torch._check(0 <= dropout <= 1, lambda: f"{op}: dropout must be a probability, got {dropout:g}")
+    torch._check(
+        dropout == 0 or (seed is not None and seed.numel() == 1 and seed.dtype == torch.int64),
+        lambda: (
+            f"{op}: dropout needs a seed of one int64, got "
+            f"{'none' if seed is None else f'{list(seed.shape)} {seed.dtype}'}"
+        ),
+    )
+    device = inputs.history.device
+    for t in (*inputs.tensors(), seed):
+        torch._check(
+            t is None or t.device == device,
+            lambda: f"{op}: all arguments must be on one device, got {device} and {t.device}",
+        )
+
+
+def _check_history(op: str, inputs: Inputs) -> None:
+    """History, target, and what says which rows are valid."""
+    check, (history, target, lengths, mask, offsets, *_) = torch._check, inputs
+    given = [n for n in ("lengths", "mask", "offsets") if getattr(inputs, n) is not None]
+    check(len(given) < 2, lambda: f"{op}: give one of lengths, mask and offsets, got {' and '.join(given)}")
+    check(target.dim() == 2, lambda: f"{op}: target must be [B, D], got shape {list(target.shape)}")
+    rank, form = (2, "[N, D] beside offsets") if offsets is not None else (3, "[B, L, D]")
+    check(history.dim() == rank, lambda: f"{op}: history must be {form}, got shape {list(history.shape)}")
+    D, B = history.size(-1), target.size(0)
+    check(D == target.size(1), lambda: f"{op}: history and target must have one width D, got {D} and {target.size(1)}")
+    check(history.dtype in FLOATING, lambda: f"{op}: history must be {_FLOATING}, got {history.dtype}")
+    check(
+        history.dtype == target.dtype,
+        lambda: f"{op}: history and target must have one dtype, got {history.dtype} and {target.dtype}",
+    )
+    if offsets is None:
+        n, L = history.size(0), history.size(1)
+        check(n == B, lambda: f"{op}: history and target must have one batch size B, got {n} and {B}")
+    if lengths is not None:
+        fits = lengths.dim() == 1 and lengths.size(0) == B
+        check(fits, lambda: f"{op}: lengths must be [B] = [{B}], got shape {list(lengths.shape)}")
+    if mask is not None:
+        fits = mask.dim() == 2 and mask.size(0) == B and mask.size(1) == L
+        check(fits, lambda: f"{op}: mask must be [B, L] = [{B}, {L}], got shape {list(mask.shape)}")
+        check(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, true at valid rows, got {mask.dtype}")
+    if offsets is not None:
+        fits = offsets.dim() == 1 and offsets.size(0) == B + 1
+        check(fits, lambda: f"{op}: offsets must be [B + 1] = [{B + 1}], got shape {list(offsets.shape)}")
+    for name, t in (("lengths", lengths), ("offsets", offsets)):
+        fits = t is None or t.dtype in (torch.int32, torch.int64)
+        check(fits, lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
+
+
+def _check_params(op: str, inputs: Inputs, flags: Flags) -> None:
+    """The attention MLP: how many tensors, and the shape of each."""
+    check, params, running_stats = torch._check, inputs.params, inputs.running_stats
+    per_layer, norms = (f(flags.name, flags.batch_norm) for f in (params_per_layer, norms_per_layer))
+    layers, rest = divmod(len(params) - 2, per_layer)
+    check(
+        layers >= 0 and rest == 0,
+        lambda: f"{op}: params must be {per_layer} tensors a hidden layer and 2 of the output layer, got {len(params)}",
+    )
+    for name, tensors in (("params", params), ("running_stats", running_stats)):
+        for i, t in enumerate(tensors):
+            check(t.dtype in FLOATING, lambda: f"{op}: {name}[{i}] must be {_FLOATING}, got {t.dtype}")
+    check(
+        flags.training or len(running_stats) == 2 * norms * layers,
+        lambda: f"{op}: running_stats must hold 2 tensors for each of {norms * layers} norms, got {len(running_stats)}",
+    )
+    *hidden, out_weight, out_bias = params
+    width = 4 * inputs.history.size(-1)
+    for i in range(layers):
+        width = _check_layer(op, i, hidden[i * per_layer : (i + 1) * per_layer], width, flags.name)
+        for j in () if flags.training else range(2 * norms * i, 2 * norms * (i + 1)):
+            t = running_stats[j]
+            fits = t.dim() == 1 and t.size(0) == width
+            check(fits, lambda: f"{op}: running_stats[{j}] must be [{width}], got {list(t.shape)}")
+    shape = out_weight.shape
+    check(
+        len(shape) == 2 and shape[0] == 1 and shape[1] == width and out_bias.numel() == 1,
+        lambda: (
+            f"{op}: the output layer must be [1, {width}] with a bias [1], got {list(shape)} and {list(out_bias.shape)}"
+        ),
+    )
+    if layers and flags.batch_norm:
+        check_epsilon(op, "norm_eps", flags.norm_eps, flags.training)
+    if layers and flags.name in ("dice", "dice_batch_norm"):
+        check_epsilon(op, "dice_eps", flags.dice_eps, flags.training and flags.name == "dice_batch_norm")
+
+
+def _check_layer(op: str, i: int, layer: list[Tensor], width: int, activation: str) -> int:
+    """Hidden layer ``i``, whose input is ``width`` wide. -> its units."""
+    weight, *vectors = layer
+    torch._check(
+        weight.dim() == 2 and weight.size(1) == width,
+        lambda: f"{op}: the weight of hidden layer {i} must be [H, {width}], got shape {list(weight.shape)}",
+    )
+    H = weight.size(0)
+    for k, v in enumerate(vectors, 1):
+        slope = activation in ("prelu", "dice") and k == len(vectors)
+        torch._check(
+            v.dim() == 1 and (v.size(0) == H or (slope and v.size(0) == 1)),
+            lambda: (
+                f"{op}: hidden layer {i} needs vectors of {H} values{', its slope may have one' if slope else ''}, got "
+                f"{list(v.shape)}"
+            ),
+        )
+    return H
+
+
+def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
+    """Lengths and offsets against the history they describe, and how many rows there are to take statistics of: reads
+    the values, so not where that would synchronize."""
+    history, _, lengths, mask, offsets, params, _ = inputs
+    if lengths is not None and lengths.numel():
+        L = history.size(1)
+        bad = (lengths < 0) | (lengths > L)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, the history's positions")
+    if offsets is not None:
+        N = history.size(0)
+        first, last = int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != N:
+            raise ValueError(f"{op}: offsets must run from 0 to N = {N}, got {first} .. {last}")
+        down = (offsets[1:] < offsets[:-1]).nonzero()  # and not their differences, which may overflow
+        if down.numel():
+            i = int(down[0])
+            raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+    if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
+        valid = history.shape[:-1].numel()
+        if lengths is not None or mask is not None:
+            valid = int((mask if lengths is None else lengths).sum())
+        if valid < 2:
+            raise ValueError(f"{op}: training needs more than one valid row to take statistics of, got {valid}")
+
+
+def stats_size(params: list[Tensor], flags: Flags) -> int:
+    """The values of ``batch_stats``."""
+    norms = norms_per_layer(flags.name, flags.batch_norm)
+    return 2 * norms * sum(hidden_widths(params, flags)) if flags.training else 0
+
+
+def saved_size(inputs: Inputs, flags: Flags, on_gpu: bool | None = None) -> int:
+    """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
+    normalized layers, of the first where all widths together are at most 4 D (csrc/cpu/din_attention). On a GPU the
+    score of each row, and with a softmax the sum in float32, the scores' peak and their total of each sample."""
+    history, target, *_, params, _ = inputs
+    rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
+    if history.device.type == "cuda" if on_gpu is None else on_gpu:
+        return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
+    values, widths = 1, hidden_widths(params, flags)
+    if flags.training and flags.name == "dice":
+        values += 2 * len(widths)
+    if flags.training and norms_per_layer(flags.name, flags.batch_norm):
+        values += sum(widths if sum(widths) <= 4 * target.size(1) else widths[1:])
+    return rows * values
+
+
+def check_backward(
+    grad_out: Tensor, batch_stats: Tensor, saved: Tensor, inputs: Inputs, flags: Flags, on_gpu: bool | None = None
+) -> None:
+    check("din_attention", inputs, flags)
+    op, history, kept = "din_attention_backward", inputs.history, wide(inputs.history.dtype)
+    check_form(op, "grad_out", grad_out, inputs.target.shape, history.dtype, history.device)
+    check_form(op, "batch_stats", batch_stats, (stats_size(inputs.params, flags),), kept, history.device)
+    check_form(op, "saved", saved, (saved_size(inputs, flags, on_gpu),), kept, history.device)

@@ -1,0 +1,60 @@
+"""What ops check of their arguments, in the words of the C++, and the types of the errors that C++ raises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is kept beside tensors of ``dtype``, the one they are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_form(op: str, name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises unless ``t`` is a tensor of this form; the text is that of csrc/stable/check.h."""
+    torch._check(
+        t.dim() == len(shape)
+        and all(n == size for n, size in zip(t.shape, shape))
+        and t.dtype == dtype
+        and t.device == device,
+        lambda: f"{op}: {name} must be {dtype} {list(shape)} on {device}, got {t.dtype} {list(t.shape)} on {t.device}",
+    )
+
+
+def check_strided(op: str, tensors: Iterable[Tensor | None]) -> None:
+    """A default implementation is what torch calls with sparse and other layouts, too."""
+    for t in tensors:
+        if t is not None and t.layout != torch.strided:
+            raise RuntimeError(f"{op}: tensors must be of layout torch.strided, got {t.layout}")
+
+
+def check_epsilon(op: str, name: str, eps: float, positive: bool) -> None:
+    """torch's rule: an epsilon may be 0 but where it stands beside a variance that may be."""
+    rule = "be positive in training" if positive else "not be negative"
+    torch._check(eps > 0 if positive else eps >= 0, lambda: f"{op}: {name} must {rule}, got {eps:g}")
+
+
+class raise_documented:
+    """Makes the type that is documented of the RuntimeError that an operator in C++ raises, which has that type alone:
+    an error about the values in a tensor, whose text is one of these."""
+
+    TYPES = (
+        (re.compile("is out of range"), IndexError),
+        (re.compile(r"is outside 0 \.\.|offsets must run|offsets decrease|more than one valid row"), ValueError),
+    )
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if kind is RuntimeError:
+            message = str(error).splitlines()[0]
+            for text, documented in self.TYPES:
+                if text.search(message):
+                    raise documented(message) from None

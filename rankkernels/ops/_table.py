@@ -1,0 +1,105 @@
+"""The one table of the ops: what runs each on which device, and the layers that use it.
+
+``python -m rankkernels.info``, the notice that the reference runs, the README's table and the tests read it, and the
+ops that have a choice ask it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankkernels.ops._cpu import has_avx512, onednn_is_faster
+from rankkernels.ops._library import has_triton, no_extension, reference_notices
+
+
+class ReferenceWarning(UserWarning):
+    """An op ran the pure-PyTorch reference because no kernel serves its device."""
+
+
+class Op(NamedTuple):
+    name: str
+    layers: tuple[str, ...]
+    title: str = ""
+    cuda: str = ""  # what its CUDA kernels are written in, if there are any
+    cuda_limits: str = ""
+    otherwise: str = "reference"  # what runs where no kernel does
+    cpu_needs: str = ""  # without this the C++ kernel is not the faster one, and does not run
+    is_served: Callable[[], bool] = lambda: True  # whether this CPU has that
+
+    def kernel(self, device: str) -> str | None:
+        """What the kernel is written in that runs the op on tensors of this device type, here and now; None if none."""
+        key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+        if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{self.name}", key):
+            return None
+        if key == "CUDA":
+            return self.cuda
+        return "C++" if self.is_served() else None
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("fm_interaction", ("FM", "DeepFM"), cuda="Triton"),
+        Op(
+            "din_attention",
+            ("ActivationUnit", "DIN"),
+            cuda="Triton",
+            cuda_limits="reference in float64, beyond two layers or 128 wide",
+        ),
+        Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
+        Op("embedding_bag", ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"), cuda="CUDA C++"),
+        Op("sparse_update", ("optim",), "an optimizer's step on the rows of a batch", cuda="CUDA C++"),
+        Op(
+            "embedding_fm",
+            ("DeepFM",),
+            "lookup, FM and linear term in one pass",
+            cuda="CUDA C++",
+            otherwise="its parts in turn",
+        ),
+        Op(
+            "deepfm",
+            ("DeepFM",),
+            "all of DeepFM's evaluation in one pass",
+            otherwise="its parts in turn",
+            cpu_needs="AVX-512",
+            is_served=has_avx512,
+        ),
+        Op(
+            "linear_weight_grad",
+            ("MLP",),
+            "the gradient of a large layer's weight",
+            otherwise="torch's",
+            cpu_needs="AMD's AVX-512",
+            is_served=onednn_is_faster,
+        ),
+    )
+}
+
+
+def notice_reference(op: str, tensor: Tensor) -> None:
+    """Says once per op and device that the reference runs, and why."""
+    device = tensor.device.type
+    if (op, device) in reference_notices:
+        return
+    if device == "cpu" and no_extension:
+        reason = no_extension
+    elif device == "cuda" and OPS[op].cuda == "CUDA C++":
+        reason = "rankkernels was built without RANKKERNELS_CUDA=1"
+    elif device == "cuda" and not has_triton:
+        reason = "Triton is not installed"
+    elif device == "cuda":
+        reason = "the Triton kernels do not serve this configuration (see the README)"
+    else:
+        reason = f"there is no kernel for device type {device!r}"
+    reference_notices[op, device] = reason
+    warnings.warn(
+        f"rankkernels.{op} runs the pure-PyTorch reference on {device!r}: {reason}. "
+        "`python -m rankkernels.info` lists what runs where.",
+        ReferenceWarning,
+        stacklevel=3,
+    )

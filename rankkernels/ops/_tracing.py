@@ -1,0 +1,50 @@
+"""Who follows a call: exporters, compilers and the transforms of autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+
+def is_exporting() -> bool:
+    """Whether a model is exported or traced, for inference: no backward follows, nor an optimizer's step."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def is_exporting_to_onnx() -> bool:
+    """Whether only torch's own operators will do."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+#: The mode of torch's older vmap, of ``torch.autograd.grad(is_grads_batched=True)``.
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
+
+
+def is_transformed() -> bool:
+    """Whether tensors may be those of ``torch.func``'s transforms, or carry the tangents of forward mode."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)
+    )
+
+
+def is_traced() -> bool:
+    """Whether compilers or tracers follow the modules' own calls."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def must_stay_transparent() -> bool:
+    """Whether compilers, tracers, ``torch.func`` or forward mode follow torch's own operators, or autocast is to choose
+    their dtypes."""
+    return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
+
+
+def is_tensor(value: object) -> bool:
+    """Whether ``value`` is a tensor as torch makes them, which the ops read as it lies: a subclass (a quantized weight,
+    a shard) has a meaning of its own. Compilers trace with subclasses in the place of what will run."""
+    if type(value) in (nn.Parameter, Tensor):
+        return True
+    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())

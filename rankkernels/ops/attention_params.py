@@ -1,0 +1,96 @@
+"""The arguments of DIN's attention: the parts of its schema, and the list of its MLP's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._activations import ACTIVATIONS, NAMES
+
+
+class Inputs(NamedTuple):
+    """The tensors of the schema.
+
+    ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias
+    [H]; what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
+    ``running_stats``: the running mean and variance [H] of every normalization, in the order the layers meet them; a
+    layer's own comes before its Dice's.
+    """
+
+    history: Tensor
+    target: Tensor
+    lengths: Tensor | None
+    mask: Tensor | None
+    offsets: Tensor | None
+    params: list[Tensor]
+    running_stats: list[Tensor]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All of them, one by one."""
+        history, target, lengths, mask, offsets, params, running_stats = self
+        return history, target, lengths, mask, offsets, *params, *running_stats
+
+
+class Flags(NamedTuple):
+    """The rest of the schema, behind the tensors.
+
+    ``activation``: its number in ``_activations``. ``dropout``: the probability of dropping a unit behind each hidden
+    layer's activation. ``seed``: an int64 scalar that chooses which (``reference.dropout_factor``), drawn by the
+    caller, so that the same call gives the same bits and the backward draws the same units again.
+    """
+
+    activation: int
+    batch_norm: bool
+    use_softmax: bool
+    training: bool
+    norm_eps: float
+    dice_eps: float
+    dropout: float
+    seed: Tensor | None
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.activation]
+
+
+def params_per_layer(activation: str, batch_norm: bool) -> int:
+    return 2 + 2 * batch_norm + ACTIVATIONS[activation]
+
+
+def norms_per_layer(activation: str, batch_norm: bool) -> int:
+    return batch_norm + (activation == "dice_batch_norm")
+
+
+def hidden_widths(params: Sequence[Tensor], flags: Flags) -> list[int]:
+    """The units of each hidden layer."""
+    return [p.size(0) for p in params[: -2 : params_per_layer(flags.name, flags.batch_norm)]]
+
+
+def unflatten(
+    params: Sequence[Tensor],
+    running_stats: Sequence[Tensor],
+    activation: str,
+    batch_norm: bool,
+    norm_eps: float,
+    dice_eps: float,
+) -> tuple[list[reference.Hidden], Tensor, Tensor]:
+    """The flat lists of the schema as the reference's hidden layers, output weight and output bias."""
+    *params, out_weight, out_bias = params
+    stats, hidden = list(running_stats), []
+
+    def norm(weight: Tensor, bias: Tensor, eps: float) -> reference.BatchNorm:
+        mean, var = (stats.pop(0), stats.pop(0)) if stats else (None, None)
+        return reference.BatchNorm(weight, bias, mean, var, eps)
+
+    per_layer = params_per_layer(activation, batch_norm)
+    while params:
+        layer, params = params[:per_layer], params[per_layer:]
+        weight, bias = layer.pop(0), layer.pop(0)
+        layer_norm = norm(layer.pop(0), layer.pop(0), norm_eps) if batch_norm else None
+        alpha = layer.pop(0) if layer else None
+        dice_norm = norm(layer.pop(0), layer.pop(0), dice_eps) if layer else None
+        hidden.append(reference.Hidden(weight, bias, layer_norm, activation, alpha, dice_norm, dice_eps))
+    return hidden, out_weight, out_bias
