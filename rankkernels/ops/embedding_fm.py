@@ -233,6 +233,7 @@ def backward_sparse_apart(*arguments):
     return *rest, grad_linear_weight
 
 
+@torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
 @torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
 def update_apart(*arguments):
     *grads, dim, weights, _unchanged = arguments[:8]
@@ -242,14 +243,6 @@ def update_apart(*arguments):
         list(grad.split([dim] * len(arguments[9]), 1)), weights, *arguments[8:]
     )
     return grad_psw, grad_linear_weight
-
-
-@torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
-def _(*arguments):
-    _check_features_of_backward(len(arguments[6]), arguments[:5], arguments[5], arguments[9:16])
-    linear_weight, per_sample_weights = arguments[4], arguments[11]
-    grad = arguments[3].new_empty(0) if linear_weight is None else linear_weight.new_empty(linear_weight.shape)
-    return [w.new_empty(w.shape) for w in per_sample_weights], grad
 
 
 _embedding_fm_backward = differentiable(torch.ops.rankkernels.embedding_fm_backward.default, _reference_backward)
