@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from rankkernels.nn._transparency import are_plain, is_plain, is_tensor
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer, arrange
-from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP
 from rankkernels.nn.linear import SMALLEST, is_watched
 from rankkernels.ops._library import cpu_isa
 
 
-def _not_empty(model: str, **lists: Sequence) -> None:
+def _check_lists(model: str, **lists: Sequence) -> None:
     for name, features in lists.items():
         if not features:
             raise ValueError(f"{model}: {name} must not be empty")
+        check_features(model, features)
 
 
 class DeepFM(nn.Module):
@@ -33,12 +34,13 @@ class DeepFM(nn.Module):
         mlp_params: arguments of ``MLP``: dims, activation, dropout, output_layer.
 
     Raises:
+        TypeError: what is no feature in a list of features.
         ValueError: an empty list, a dense feature among ``fm_features``, widths that differ there.
     """
 
     def __init__(self, deep_features: Sequence, fm_features: Sequence, mlp_params: Mapping):
         super().__init__()
-        _not_empty("DeepFM", deep_features=deep_features, fm_features=fm_features)
+        _check_lists("DeepFM", deep_features=deep_features, fm_features=fm_features)
         for feature in fm_features:
             if is_dense(feature):
                 raise ValueError(
@@ -124,6 +126,7 @@ class DIN(nn.Module):
             does not: there pads count in the softmax and in the batch statistics.
 
     Raises:
+        TypeError: what is no feature in a list of features.
         ValueError: empty history or target features, a history that is no concat sequence or lacks its target, widths
             that differ, ``mask_padding`` of a history without ``padding_idx``.
     """
@@ -140,7 +143,8 @@ class DIN(nn.Module):
         mask_padding: bool = False,
     ):
         super().__init__()
-        _not_empty("DIN", history_features=history_features, target_features=target_features)
+        _check_lists("DIN", history_features=history_features, target_features=target_features)
+        check_features("DIN", features)
         if len(target_features) < len(history_features):
             raise ValueError(
                 f"DIN: each history feature needs its target: {len(history_features)} history_features, "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_tensor, is_untouched, nobody_follows
-from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.deepfm import call as call_deepfm
 from rankkernels.ops.embedding_bag import MODES, call, join_names
@@ -58,6 +58,7 @@ class _Plan:
     """What a list of features asks for, whatever the batch: the op's arguments that are no tensors."""
 
     def __init__(self, features: list):
+        check_features("EmbeddingLayer", features)
         keys = [_lookup_of(f) for f in features]
         self.features = features
         self.lookups = list(dict.fromkeys(k for k in keys if isinstance(k, _Lookup)))
@@ -112,6 +113,7 @@ class EmbeddingLayer(nn.Module):
     Raises:
         ValueError: a feature shares the table of one that is not among ``features``, has another pooling than sum, mean
             and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
+        TypeError: one of ``features`` is no feature.
     """
 
     fused_optimizer = None  # see rankkernels.optim.fuse
@@ -119,6 +121,7 @@ class EmbeddingLayer(nn.Module):
 
     def __init__(self, features: Sequence):
         super().__init__()
+        check_features("EmbeddingLayer", features)
         self.features = features
         self.embed_dict = nn.ModuleDict()
         self.n_dense = 0
