@@ -181,6 +181,7 @@ def needs_values(modes, per_sample_weights):
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *lists, tables, modes, padding_idx, frozen_rows, _names = inputs
+    ctx.set_materialize_grads(False)  # rows of a result that nobody uses get no gradient, not one of zeros
     lists = [weights if needs_values(modes, lists[2]) else [], *lists]
     ctx.features = tables, modes, padding_idx, frozen_rows
     ctx.rows, ctx.lengths = [w.size(0) for w in weights], [len(values) for values in lists]
@@ -221,7 +222,7 @@ def _backward(ctx, grad_outs):
     saved = iter(ctx.saved_tensors)
     weights, *lists = ([next(saved) for _ in range(n)] for n in ctx.lengths)
     if ctx.widths:
-        grad_outs = grad_outs[0].split(ctx.widths, 1)
+        grad_outs = [None] * len(ctx.widths) if grad_outs[0] is None else grad_outs[0].split(ctx.widths, 1)
     grad_weights, grad_psw = table_gradients(grad_outs, weights, ctx.rows, lists, ctx.features, ctx.sparse)
     return grad_weights, [None] * len(lists[0]), [None] * len(lists[1]), grad_psw, *[None] * 5
 

@@ -130,7 +130,7 @@ def _joined(lookups: Sequence[_Lookup]) -> _Lookup:
             joined += values or [absent] * len(lookup.grad_outs)
         for joined, values in zip(features, lookup.features[1:3]):
             joined += values
-    lists = [values if any(v.numel() for v in values) else [] for values in lists[1:]]
+    lists = [values if any(k.lists[i] for k in lookups) else [] for i, values in enumerate(lists)][1:]
     weights, tables, frozen_rows = distinct(weights, tables, frozen_rows)
     return _Lookup(
         grad_outs, weights, [sum((list(k.lists[0]) for k in lookups), []), *lists], (tables, *features, frozen_rows)

@@ -8,6 +8,7 @@ import embedding_wrong
 import kernels
 import layers
 import models
+import optimizers
 import torch
 from draw import Draw
 
@@ -40,6 +41,8 @@ FAMILIES = {
     "model_din": models.valid("din"),
     "models_wrong": models.wrong,
     "models_constructor_wrong": models.wrong_constructor,
+    "optimizer": optimizers.valid,
+    "optimizer_wrong": optimizers.wrong,
 }
 
 
