@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankkernels.nn._transparency import are_plain, is_plain
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer
-from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.layers import FM, LR, MLP
 from rankkernels.nn.lookup_plan import arrange
 from rankkernels.ops import deepfm
@@ -20,10 +20,11 @@ from rankkernels.ops._tracing import is_tensor
 from rankkernels.ops.embedding_fm import run_batch as lookup_fm
 
 
-def _not_empty(model: str, **lists: Sequence) -> None:
+def _check_lists(model: str, **lists: Sequence) -> None:
     for name, features in lists.items():
         if not features:
             raise ValueError(f"{model}: {name} must not be empty")
+        check_features(model, features)
 
 
 class DeepFM(nn.Module):
@@ -36,12 +37,13 @@ class DeepFM(nn.Module):
         mlp_params: arguments of ``MLP``: dims, activation, dropout, output_layer.
 
     Raises:
+        TypeError: what is no feature in a list of features.
         ValueError: an empty list, a dense feature among ``fm_features``, widths that differ there.
     """
 
     def __init__(self, deep_features: Sequence, fm_features: Sequence, mlp_params: Mapping):
         super().__init__()
-        _not_empty("DeepFM", deep_features=deep_features, fm_features=fm_features)
+        _check_lists("DeepFM", deep_features=deep_features, fm_features=fm_features)
         for feature in fm_features:
             if is_dense(feature):
                 raise ValueError(
@@ -127,6 +129,7 @@ class DIN(nn.Module):
             does not: there pads count in the softmax and in the batch statistics.
 
     Raises:
+        TypeError: what is no feature in a list of features.
         ValueError: empty history or target features, a history that is no concat sequence or lacks its target, widths
             that differ, ``mask_padding`` of a history without ``padding_idx``.
     """
@@ -143,7 +146,8 @@ class DIN(nn.Module):
         mask_padding: bool = False,
     ):
         super().__init__()
-        _not_empty("DIN", history_features=history_features, target_features=target_features)
+        _check_lists("DIN", history_features=history_features, target_features=target_features)
+        check_features("DIN", features)
         if len(target_features) < len(history_features):
             raise ValueError(
                 f"DIN: each history feature needs its target: {len(history_features)} history_features, "

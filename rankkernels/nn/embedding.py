@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
-from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Plan, arrange, bad_batch, bad_shape, table_name
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
@@ -64,6 +64,7 @@ class EmbeddingLayer(nn.Module):
     Raises:
         ValueError: a feature shares the table of one that is not among ``features``, has another pooling than sum, mean
             and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
+        TypeError: one of ``features`` is no feature.
     """
 
     fused_optimizer = None  # see rankkernels.optim.fuse
@@ -71,6 +72,7 @@ class EmbeddingLayer(nn.Module):
 
     def __init__(self, features: Sequence):
         super().__init__()
+        check_features("EmbeddingLayer", features)
         self.features = features
         self.embed_dict = nn.ModuleDict()
         self.n_dense = 0

@@ -7,6 +7,7 @@ by having no ``vocab_size``. And these work wherever torch-rechub's do, which go
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -164,3 +165,12 @@ def is_dense(feature) -> bool:
 
 def is_sequence(feature) -> bool:
     return hasattr(feature, "pooling")
+
+
+def check_features(owner: str, features: Iterable) -> None:
+    """Raises a TypeError, in the name of ``owner``, for what is no feature, neither ours nor torch-rechub's."""
+    for feature in features:
+        if not (hasattr(feature, "name") and hasattr(feature, "embed_dim")):
+            raise TypeError(
+                f"{owner}: features must be SparseFeature, SequenceFeature or DenseFeature objects, got {feature!r}"
+            )

@@ -167,7 +167,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         layers: list[nn.Module] = []
-        for width in dims or ():
+        for width in () if dims is None else dims:
             layers += [
                 nn.Linear(input_dim, width),
                 nn.BatchNorm1d(width),

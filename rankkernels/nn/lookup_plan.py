@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankkernels.nn.features import is_dense, is_sequence
+from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.ops._features import MODES, Features, join_names
 
 POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
@@ -42,6 +42,7 @@ class Plan:
     """What a list of features asks for, whatever the batch: the op's arguments that are no tensors."""
 
     def __init__(self, features: list):
+        check_features("EmbeddingLayer", features)
         keys = [_lookup_of(f) for f in features]
         self.features = features
         self.lookups = list(dict.fromkeys(k for k in keys if isinstance(k, Lookup)))

@@ -125,7 +125,7 @@ class LookupBatch(NamedTuple):
 
 def joined(lookups: Iterable[tuple[int, Features]]) -> Features:
     """Several lookups as one, each of its own number of tables, which come one after the other."""
-    parts, shift = [], 0
+    parts, shift, lookups = [], 0, list(lookups)
     for num_tables, features in lookups:
         absent = features.indices[0].new_empty(0)
         parts.append(
@@ -137,11 +137,10 @@ def joined(lookups: Iterable[tuple[int, Features]]) -> Features:
         )
         shift += num_tables
     whole = Features(*([v for values in field for v in values] for field in zip(*parts)))
-
-    def given(values: list[Tensor]) -> list[Tensor]:
-        return values if any(v.numel() for v in values) else []
-
-    return whole._replace(offsets=given(whole.offsets), per_sample_weights=given(whole.per_sample_weights))
+    return whole._replace(
+        offsets=whole.offsets if any(f.offsets for _, f in lookups) else [],
+        per_sample_weights=whole.per_sample_weights if any(f.per_sample_weights for _, f in lookups) else [],
+    )
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -82,6 +82,7 @@ def _(weights, *rest, concat=False, sparse=False):
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     weights, *features, _names = inputs
     features = Features(*features)
+    ctx.set_materialize_grads(False)  # rows of a result that nobody uses get no gradient, not one of zeros
     ctx.features, ctx.rows = features.without_tensors(), [w.size(0) for w in weights]
     ctx.sparse = keyword_only_inputs["sparse"]
     ctx.widths = [weights[t].size(1) for t in features.tables] if keyword_only_inputs["concat"] else None
@@ -93,7 +94,7 @@ def _backward(ctx, grad_outs):
     features, values = ctx.features.with_tensors(saved), list(saved)
     if ctx.widths:
         (grad_out,) = grad_outs
-        grad_outs = grad_out.split(ctx.widths, 1)
+        grad_outs = [None] * len(ctx.widths) if grad_out is None else grad_out.split(ctx.widths, 1)
     grad_weights, grad_psw = table_gradients(grad_outs, values, ctx.rows, features, ctx.sparse)
     return grad_weights, *features.gradients(grad_psw), None
 

@@ -191,6 +191,7 @@ def backward_sparse_apart(*arguments):
     return *rest, grad_linear_weight
 
 
+@torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
 @torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
 def update_apart(*arguments):
     a, (weights, _unchanged, states), features, step = parsed(
@@ -200,13 +201,6 @@ def update_apart(*arguments):
     grad_outs, grad_linear_weight = _of_lookups(a, features)
     grad_psw = torch.ops.rankkernels.embedding_bag_update.default(grad_outs, weights, states, *features, *step)
     return grad_psw, grad_linear_weight
-
-
-@torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
-def _(*arguments):
-    a, (weights, *_), features, _ = parsed(arguments, Arguments, _UpdateArguments, Features, _StepArguments)
-    _check_with_features(a, len(weights), features)
-    return [w.new_empty(w.shape) for w in features.per_sample_weights], _new_grad_linear_weight(a)
 
 
 embedding_fm_backward = differentiable(torch.ops.rankkernels.embedding_fm_backward.default, _default)

@@ -6,6 +6,9 @@ import embedding
 import embedding_fm
 import embedding_wrong
 import kernels
+import layers
+import models
+import optimizers
 import torch
 from draw import Draw
 
@@ -26,6 +29,20 @@ FAMILIES = {
     "linear_weight_grad_wrong": kernels.linear_weight_grad_wrong,
     "deepfm": kernels.deepfm,
     "deepfm_wrong": kernels.deepfm_wrong,
+    "layer_fm": layers.valid("fm"),
+    "layer_lr": layers.valid("lr"),
+    "layer_dice": layers.valid("dice"),
+    "layer_mlp": layers.valid("mlp"),
+    "layer_activation_unit": layers.valid("activation_unit"),
+    "layers_wrong": layers.wrong,
+    "layers_constructor_wrong": layers.wrong_constructor,
+    "model_embedding_layer": models.valid("embedding_layer"),
+    "model_deepfm": models.valid("deepfm"),
+    "model_din": models.valid("din"),
+    "models_wrong": models.wrong,
+    "models_constructor_wrong": models.wrong_constructor,
+    "optimizer": optimizers.valid,
+    "optimizer_wrong": optimizers.wrong,
 }
 
 

@@ -388,3 +388,19 @@ def test_a_table_replaced_by_another_between_forward_and_backward(way, fm, shape
     for w, i, row in zip(weights, ids, rows):
         expected = torch.zeros(2000, 16).index_add(0, i, row.grad)
         torch.testing.assert_close(w.grad.to_dense(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_lookups_of_empty_batches():
+    """Offsets without an entry are still offsets."""
+    weight = nn.Parameter(torch.randn(9, 3))
+    optimizer, nothing = rk.optim.SGD([weight], lr=1.0), torch.empty(0, dtype=torch.int64)
+    before = weight.detach().clone()
+    outs = []
+    for ids in (torch.tensor([1, 2]), torch.tensor([2])):
+        outs += rk.table_batched_embedding_bag(
+            [weight], [ids, nothing], modes=["none", "sum"], tables=[0, 0], offsets=[None, nothing], optimizer=optimizer
+        )
+    sum(out.sum() for out in outs).backward()
+    steps = torch.zeros(9, 1)
+    steps[1], steps[2] = 1, 2
+    torch.testing.assert_close(weight.detach(), before - steps)

@@ -419,6 +419,28 @@ def test_bad_models_name_the_feature():
     assert "must be [vocab_size, embed_dim] = [3, 2], got [2, 3]" in error(rk.Pretrained(torch.ones(2, 3)), 3, 2)
 
 
+@pytest.mark.parametrize("odd", [None, 3, "a"])
+def test_what_is_no_feature_is_refused(odd):
+    a, sequence = rk.SparseFeature("a", 9, 4), rk.SequenceFeature("s", 9, 4, pooling="concat")
+    layer, message = rk.EmbeddingLayer([a]), f"SequenceFeature or DenseFeature objects, got {odd!r}"
+    for call in (
+        lambda: rk.EmbeddingLayer([a, odd]),
+        lambda: layer({"a": torch.tensor([1])}, [a, odd]),
+        lambda: rk.DeepFM([a], [a, odd], {}),
+        lambda: rk.DeepFM([odd], [a], {}),
+        lambda: rk.DIN([odd], [sequence], [a], {}, {}),
+        lambda: rk.DIN([], [sequence, odd], [a, a], {}, {}),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("layer", [rk.MLP, rk.ActivationUnit])
+def test_dims_must_be_a_list(layer):
+    with pytest.raises(TypeError):
+        layer(4, dims=0)
+
+
 def test_bad_lookups_name_the_features():
     a, b = rk.SparseFeature("a", 9, 4), rk.SparseFeature("b", 9, 8)
     layer, x = (

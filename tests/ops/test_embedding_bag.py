@@ -130,6 +130,19 @@ def test_features_that_share_tables():
         assert ((want != 0).any(1) | (grad == 0).all(1)).all(), "a row without lookups has a gradient"
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_result_that_nobody_uses_gives_no_gradient(sparse):
+    """As in torch: a lazy optimizer would move its rows, and weight decay the table that only it looks up."""
+    weights = [torch.randn(9, 3, requires_grad=True) for _ in range(2)]
+    ids = [torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([0])]
+    outs = rk.table_batched_embedding_bag(weights, ids, modes=["none"] * 3, tables=[0, 0, 1], sparse=sparse)
+    outs[0].sum().backward()
+    assert weights[1].grad is None
+    grad = weights[0].grad
+    assert torch.equal(grad.to_dense()[:, 0], torch.tensor([0.0, 1, 1, 0, 0, 0, 0, 0, 0]))
+    assert not sparse or grad._indices().tolist() == [[1, 2]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_concat_is_the_features_side_by_side(dtype):
     weights = [torch.randn(40, d).to(dtype).requires_grad_() for d in (5, 16)]

@@ -141,6 +141,16 @@ def test_raw_updates(op, changes, message):
     refuses(op, f"embedding_bag_update: .*{message}", raw(**changes))
 
 
+@pytest.mark.parametrize("op", ["embedding_bag_update", "embedding_fm_update"])
+def test_a_state_on_another_device(op):
+    """torch's dispatcher gives the call to the op's fake then."""
+    changes = {"optimizer": 1, "states": [torch.ones(5, 4), torch.ones(6, 4, device="meta")]}
+    overload, arguments = getattr(torch.ops.rankkernels, op).default, raw(**changes)
+    wanted = {a.name for a in overload._schema.arguments}
+    with pytest.raises(RuntimeError, match="embedding_bag_update: state 0 of a table of shape"):
+        overload(**{k: v for k, v in arguments.items() if k in wanted})
+
+
 @pytest.mark.parametrize(
     "weight, rows, values, message",
     [
