@@ -142,6 +142,7 @@ LONG_FILES = {
     "rankkernels/reference.py": "every formula stands in one file",
     "rankkernels/testing.py": "one case a family, read side by side",
     "tests/ops/test_din_attention.py": "one op",
+    "tests/nn/test_fused_step.py": "one step, under every kind of backward",
     "tests/nn/test_layers.py": "all layers",
     "tests/nn/test_rechub_parity.py": "all of torch-rechub's classes",
     "tests/nn/test_transparency.py": "every kind of change to every module",
