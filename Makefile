@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 SMOKE_TORCH ?= torch==2.14.1
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
-RESULTS ?= bench/results
+RESULTS ?= bench/records/avx512
 PEERS ?= fbgemm-gpu-cpu==1.8.0 zentorch==2.13.0.2 deprecated wrapt
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,11 +23,11 @@ help:
 	@echo "make sanitize   the fuzzer and the op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
 	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there (on a processor without"
-	@echo "             AVX-512: RESULTS=bench/results/avx2, for bench/RESULTS-AVX2.md)"
+	@echo "             AVX-512: RESULTS=bench/records/avx2, for bench/RESULTS-AVX2.md)"
 	@echo "make peers   install FBGEMM's CPU operators and zentorch for the benchmarks, where there are wheels of them"
 	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
 	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
-	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/results/gpu_kernels.md"
+	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/gpu/gpu_kernels.md"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make smoke   install that wheel beside another torch, SMOKE_TORCH=torch==2.14.1, and try it"
@@ -47,7 +47,7 @@ $(VENV)/%.stamp: $(VENV)/build.stamp
 	touch $@
 
 demo: $(VENV)/demo.stamp
-	$(BIN)/python bench/train.py $(DEMO)
+	$(BIN)/python -m bench.demo.train $(DEMO)
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(TESTS)
@@ -69,7 +69,7 @@ sanitize: $(VENV)/test.stamp
 	done
 
 # A process and a record for each file of bench/, so that none finds what another left behind. The tunable has a tensor
-# of a size lie where the one before it lay (bench/conftest.py).
+# of a size lie where the one before it lay (docs/performance/measuring.md).
 bench: $(VENV)/bench.stamp
 	mkdir -p $(RECORDS)
 	set -e; export GLIBC_TUNABLES=glibc.malloc.tcache_count=0; for name in $(BENCH); do \
@@ -83,18 +83,18 @@ results:
 	$(BENCH_PYTHON) -m pytest bench/bench_steps.py bench/bench_ops.py bench/bench_din_attention.py \
 		-k "2_threads and (train or backward or step or fused)" \
 		--malloc default --benchmark-columns=median --benchmark-json=$(RESULTS)/malloc_default.json
-	$(BENCH_PYTHON) bench/train.py --out $(RESULTS)/demo/train.json
-	$(BIN)/python bench/report.py
+	$(BENCH_PYTHON) -m bench.demo.train --out $(RESULTS)/demo/train.json
+	$(BIN)/python -m bench.report
 
 # FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.
 peers: $(VENV)/bench.stamp
 	-$(PIP) install --no-deps $(PEERS)
 
 gpu-check: $(VENV)/test.stamp
-	$(BIN)/python bench/gpu_check.py --out results $(GPU_CHECK)
+	$(BIN)/python -m bench.gpu.check --out results $(GPU_CHECK)
 
 gpu-report: $(VENV)/test.stamp
-	$(BIN)/python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md
+	$(BIN)/python -m bench.gpu.report --out bench/gpu/gpu_kernels.md
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

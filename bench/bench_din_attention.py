@@ -41,13 +41,12 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import memory
-import peers
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankkernels as rk
+from bench.harness import memory, peers
 from rankkernels import reference
 
 warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -123,12 +122,7 @@ class Pass:
         return peers.compiled({"torch-rechub": theirs}) | {"ours": ours}
 
     def masked(self) -> dict:
-        D, widths, activation, use_softmax = (
-            self.shape.D,
-            self.shape.widths,
-            self.shape.activation,
-            self.shape.use_softmax,
-        )
+        _, L, D, widths, activation, use_softmax, _ = self.shape
         params, width = [], 4 * D
         for w in (*widths, 1):
             params += [torch.randn(w, width) * width**-0.5, torch.randn(w) * 0.1]
@@ -147,7 +141,7 @@ class Pass:
                 history, target, hidden, *params[-2:], lengths=lengths, use_softmax=use_softmax
             )[0]
 
-        theirs = peers.masked_attentions(D, widths, activation, use_softmax, params, self.shape.L)
+        theirs = peers.masked_attentions(D, widths, activation, use_softmax, params, L)
         functions = {"eager": eager, **peers.compiled(theirs), "ours": ours}
         self.params = dict.fromkeys(functions, params)
         inputs = lambda f: lambda history, target: f(history, target, self.lengths)  # noqa: E731
@@ -189,10 +183,10 @@ def test_attention(shape, training, threads, race):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_peak_memory(shape, request, benchmark):
+def test_peak_memory(shape, note, benchmark):
     contenders = ["FuxiCTR", "FuxiCTR compiled"] if shape.mean_length else ["torch-rechub", "torch-rechub compiled"]
     pytest.importorskip("fuxictr" if shape.mean_length else "torch_rechub", reason="no peer is installed")
-    memory.compare(benchmark, request, "bench_din_attention", str(shape), shape.title, ["ours", *contenders])
+    memory.compare(benchmark, note, __name__, str(shape), shape.title, ["ours", *contenders])
 
 
 def memory_step(case: str, name: str):

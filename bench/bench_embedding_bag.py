@@ -57,10 +57,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import missing, zentorch
 from torch import nn
 
 import rankkernels as rk
+from bench.harness.peers import fbgemm_copy, missing, zentorch
 
 
 class Shape(NamedTuple):
@@ -92,21 +92,9 @@ def make_ids(shape: Shape, skew: float) -> list[torch.Tensor]:
 
 def fbgemm(shape: Shape, weights, ids):
     """FBGEMM's operator on copies of the tables, with row-wise Adagrad, or None where it is not installed."""
-    try:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-    except ImportError:
+    if missing("fbgemm-gpu-cpu"):
         return None
-    specs = [(shape.rows, shape.D, EmbeddingLocation.HOST, ComputeDevice.CPU)] * shape.tables
-    module = SplitTableBatchedEmbeddingBagsCodegen(
-        specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=0.01, eps=1e-8
-    )
-    for own, weight in zip(module.split_embedding_weights(), weights):
-        own.copy_(weight.detach())
+    module = fbgemm_copy(weights, optimizer="EXACT_ROWWISE_ADAGRAD", learning_rate=0.01, eps=1e-8)
     values = torch.cat([i.flatten() for i in ids])
     offsets = torch.arange(0, values.numel() + 1, shape.L)
 

@@ -15,19 +15,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Field, Unavailable, load, sigmoid
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from train import EMBED_DIM, build_model, classes
 
 import rankkernels as rk
+from bench.demo.datasets import Dataset, Unavailable, load, sigmoid
+from bench.demo.models import EMBED_DIM, Field, build_model, classes
+from bench.harness import machine, peers
+from bench.harness.race import given, summary
 
-TURN_STEPS, SEED, LR, TABLE_LR = 10, 0, 1e-3, 0.02
+TURN_STEPS, WARM_STEPS, SEED, LR, TABLE_LR = 10, 3, 0, 1e-3, 0.02
 OURS = "rankkernels"
 VARIANTS = ["torch-rechub", "torch-rechub compiled", "FBGEMM tables", "fused Adam", "fused row-wise Adagrad", "ours"]
 
@@ -57,19 +58,13 @@ class FbgemmDeepFM(nn.Module):
 
     def __init__(self, fields: list[Field]):
         super().__init__()
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
         from torch_rechub.basic.layers import FM, LR, MLP
 
         self.names = [field.name for field in fields]
-        specs = [(f.vocab_size, EMBED_DIM, EmbeddingLocation.HOST, ComputeDevice.CPU) for f in fields]
-        self.tables = SplitTableBatchedEmbeddingBagsCodegen(
-            specs, optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD, learning_rate=TABLE_LR, eps=1e-8
-        )
+        self.tables = peers.fbgemm_tables(
+            [(field.vocab_size, EMBED_DIM) for field in fields],
+            optimizer="EXACT_ROWWISE_ADAGRAD", learning_rate=TABLE_LR, eps=1e-8,
+        )  # fmt: skip
         for weight in self.tables.split_embedding_weights():
             nn.init.normal_(weight, 0, 0.05)
         width = len(fields) * EMBED_DIM
@@ -185,36 +180,27 @@ TASKS = {
 ONLY_TIMED = "1e7"
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_training(task, benchmark, request):
-    from conftest import given, note, summary
-
-    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
-    model, make, batch_size, turns = TASKS[task]
-    turns = 2 if request.config.getoption("--quick") else turns
-    missing = {}
-    if machine.missing("fbgemm-gpu-cpu"):
-        missing["fbgemm-gpu-cpu"] = machine.missing("fbgemm-gpu-cpu")
+def not_measured(task: str, model: str) -> dict[str, str]:
     if model == "din" or "MovieLens" in task:
-        missing["fbgemm-gpu-cpu"] = "measured on the Criteo-like data"
-    variants = [v for v in VARIANTS if v != "FBGEMM tables" or not missing]
-    threads, watch, probes = os.cpu_count() or 1, machine.Watch(), []
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save(make(), path := str(Path(folder, "dataset.pt")))
-        contenders = {v: Contender(v, model, path, batch_size, threads) for v in variants}
+        return {"fbgemm-gpu-cpu": "measured on the Criteo-like data"}
+    return peers.missing("fbgemm-gpu-cpu")
+
+
+def train(benchmark, contenders: dict[str, Contender], turns: int, learns: bool) -> list[dict[str, float]]:
+    """The contenders' turns, ours timed by pytest-benchmark too, and what the machine gave meanwhile."""
+    probes = []
+
+    def others():
+        probes.append(machine.probe())
+        for name, c in contenders.items():
+            if learns and c.turns:
+                c.aucs.append(c.ask("auc"))
+            if name != "ours":
+                c.turn()
+
     try:
         for c in contenders.values():
-            c.ask(3)  # compiles, and fills the optimizers' state
-        learns = ONLY_TIMED not in task
-
-        def others():
-            probes.append(machine.probe())
-            for name, c in contenders.items():
-                if learns and c.turns:
-                    c.aucs.append(c.ask("auc"))
-                if name != "ours":
-                    c.turn()
-
+            c.ask(WARM_STEPS)  # compiles, and fills the optimizers' state
         benchmark.pedantic(contenders["ours"].turn, setup=others, rounds=turns)
         if learns:
             for c in contenders.values():
@@ -222,25 +208,52 @@ def test_training(task, benchmark, request):
     finally:
         for c in contenders.values():
             c.stop()
-    others_cores = watch.others()  # the processes have ended: their time is ours
-    record, learning, target = {}, {}, None
-    if learns:
-        target = contenders["torch-rechub"].aucs[-1] - 0.002
+    return probes
+
+
+def compared(contenders: dict[str, Contender]) -> dict[str, dict[str, float]]:
+    """Seconds of a step, and the ratio to ours within a turn."""
+    record = {}
     for name, c in contenders.items():
         q1, median, q3 = summary([t for turn in c.turns for t in turn])
-        turn_ratios = [sum(a) / sum(b) for a, b in zip(c.turns, contenders["ours"].turns)]
-        r1, ratio, r3 = summary(turn_ratios)
+        r1, ratio, r3 = summary([sum(a) / sum(b) for a, b in zip(c.turns, contenders["ours"].turns)])
         record[name] = dict(median_s=median, q1_s=q1, q3_s=q3, ratio=ratio, ratio_q1=r1, ratio_q3=r3)
-        curve = [[(3 + TURN_STEPS * (i + 1)) * median, auc] for i, auc in enumerate(c.aucs)]
-        until = next((seconds for seconds, auc in curve if target and auc >= target), None)
-        learning[name] = dict(samples_per_s=batch_size / median, auc_curve=curve, seconds_to_target=until)
+    return record
+
+
+def learned(c: Contender, median: float, batch_size: int, target: float | None) -> dict:
+    """AUC against seconds of training."""
+    curve = [[(WARM_STEPS + TURN_STEPS * (i + 1)) * median, auc] for i, auc in enumerate(c.aucs)]
+    until = next((seconds for seconds, auc in curve if target and auc >= target), None)
+    return dict(samples_per_s=batch_size / median, auc_curve=curve, seconds_to_target=until)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training(task, benchmark, request, note):
+    pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
+    model, make, batch_size, turns = TASKS[task]
+    turns = 2 if request.config.getoption("--quick") else turns
+    missing, learns = not_measured(task, model), ONLY_TIMED not in task
+    threads, watch = os.cpu_count() or 1, machine.Watch()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(make(), path := str(Path(folder, "dataset.pt")))
+        contenders = {
+            v: Contender(v, model, path, batch_size, threads) for v in VARIANTS if v != "FBGEMM tables" or not missing
+        }
+    probes = train(benchmark, contenders, turns, learns)
+    others_cores = watch.others()  # the processes have ended: their time is ours
+    record = compared(contenders)
+    target = contenders["torch-rechub"].aucs[-1] - 0.002 if learns else None
+    learning = {name: learned(c, record[name]["median_s"], batch_size, target) for name, c in contenders.items()}
     benchmark.extra_info.update(
         case=task, kind="training step", threads=threads, baseline="torch-rechub", contenders=record, rounds=turns,
         rounds_kept=turns, others_cores=others_cores, disturbed=bool(others_cores and others_cores > machine.QUIET),
         given_gb_s=given(probes), not_measured=missing, learning=learning, target_auc=target,
     )  # fmt: skip
-    text = "   ".join(
-        f"{n} {batch_size / r['median_s']:,.0f}/s" + (f" AUC {learning[n]['auc_curve'][-1][1]:.4f}" if learns else "")
-        for n, r in record.items()
+    note(
+        "   ".join(
+            f"{n} {batch_size / r['median_s']:,.0f}/s"
+            + (f" AUC {learning[n]['auc_curve'][-1][1]:.4f}" if learns else "")
+            for n, r in record.items()
+        )
     )
-    note(request, text)

@@ -4,11 +4,11 @@ any CPU but AMD's with AVX-512."""
 
 from __future__ import annotations
 
-import peers
 import pytest
 import torch
 from torch import nn
 
+from bench.harness import peers
 from rankkernels.nn.linear import LINE, linear, onednn_is_faster
 
 SHAPES = pytest.mark.parametrize(

@@ -4,7 +4,7 @@ In the cache: 2,000 rows. Beyond it: 300,000. 100,000 ids, each on its own ("non
 FBGEMM have for it. Where a table stays in the second-level cache, time is instructions: an id's check, its row's place
 and a load, an addition or a store for each vector. Copied rows are bound by where they are written to.
 
-``pytest bench/bench_lookup.py --benchmark-json bench/results/lookup.json`` takes about 3 minutes.
+Takes about 3 minutes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import missing
 
 import rankkernels as rk
+from bench.harness.peers import fbgemm_copy, missing
 
 N = 100_000
 ROWS = pytest.mark.parametrize("rows", [2_000, 300_000], ids=["cached", "large"])
@@ -24,17 +24,7 @@ def fbgemm(weight: torch.Tensor, ids: torch.Tensor, mode: str):
     """FBGEMM's operator on a copy of the table, or None where it is not installed or has no such width."""
     if missing("fbgemm-gpu-cpu") or weight.size(1) % 4:
         return None
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-        ComputeDevice,
-        SplitTableBatchedEmbeddingBagsCodegen,
-    )
-
-    module = SplitTableBatchedEmbeddingBagsCodegen(
-        [(*weight.shape, EmbeddingLocation.HOST, ComputeDevice.CPU)],
-        pooling_mode={"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN}[mode],
-    )
-    module.split_embedding_weights()[0].copy_(weight)
+    module = fbgemm_copy([weight], pooling_mode=mode.upper())
     values, offsets = ids.flatten(), torch.arange(0, ids.numel() + 1, ids.size(1))
     return lambda: module(values, offsets)
 

@@ -4,14 +4,12 @@ the activation of torch, torch-rechub or DeepCTR-Torch."""
 
 from __future__ import annotations
 
-import machine
-import memory
-import peers
 import pytest
 import torch
 
+from bench.harness import machine, memory, peers
 from rankkernels.ops.din_attention import ACTIVATIONS
-from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error
+from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error, relative_errors
 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)
 
@@ -76,10 +74,8 @@ def test_forward_backward(case, threads, race):
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in training.inputs]
     wanted = [t for t in exact if t.requires_grad]
     expected = torch.autograd.grad(case.reference(*exact), wanted, training.grad_out.double())
-    floor = 0.1 * max(g.norm().item() for g in expected)
     ours = training.steps.pop("ours")
-    for grad, want in zip(ours()[1:], expected):
-        assert relative_error(grad, want, floor) < TOLERANCE[torch.float32]
+    assert all(error < TOLERANCE[torch.float32] for error in relative_errors(ours()[1:], expected))
     del exact, wanted, expected
     race(
         ours,
@@ -94,9 +90,9 @@ def test_forward_backward(case, threads, race):
 
 
 @CASES
-def test_peak_memory(case, benchmark, request):
+def test_peak_memory(case, benchmark, note):
     baseline, compiled, *_ = layers(case)
-    memory.compare(benchmark, request, "bench_ops", case.id, title(case), ["ours", baseline, compiled])
+    memory.compare(benchmark, note, __name__, case.id, title(case), ["ours", baseline, compiled])
 
 
 def memory_step(case_id: str, name: str):

@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
-from bench_din_attention import Pass, Shape
 
 import rankkernels as rk
+from bench.bench_din_attention import Pass, Shape
 from rankkernels.testing import fm_interaction_case
 
 FM, DIN = dict(B=8192, F=39, D=16), dict(B=1024, L=50, D=32)

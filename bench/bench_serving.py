@@ -6,41 +6,31 @@ torch-rechub's interface has it.
 
 from __future__ import annotations
 
-import peers
 import pytest
 import torch
-from datasets import Field
-from train import build_model, classes
 
-ROWS, L = 100_000, 50
-FIELDS = {
-    "deepfm": [Field(f"C{i}", "sparse", ROWS) for i in range(26)],
-    "din": [
-        *(Field(f"user_{i}", "sparse", ROWS) for i in range(4)),
-        Field("item", "target", ROWS, padded=True),
-        Field("category", "target", ROWS, padded=True),
-        Field("history_item", "history", ROWS, "item", padded=True),
-        Field("history_category", "history", ROWS, "category", padded=True),
-    ],
-}
-TITLES = {"deepfm": "DeepFM 26 fields [256,128]", "din": f"DIN two histories L{L} D16 [36]"}
+from bench.demo.models import Field, build_model, classes
+from bench.harness import peers
+from bench.workloads import LENGTH, ROWS, SERVED
+
+TITLES = {"deepfm": "DeepFM 26 fields [256,128]", "din": f"DIN two histories L{LENGTH} D16 [36]"}
 
 
 @pytest.mark.parametrize("candidates", [100, 700])
-@pytest.mark.parametrize("model", FIELDS)
+@pytest.mark.parametrize("model", SERVED)
 def test_request(model, candidates, threads, race):
     pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
     torch.manual_seed(0)
-    theirs, ours = (build_model(classes(name), model, FIELDS[model]).eval() for name in ("torch-rechub", "rankkernels"))
+    theirs, ours = (build_model(classes(name), model, SERVED[model]).eval() for name in ("torch-rechub", "rankkernels"))
     ours.load_state_dict(theirs.state_dict())
 
     def ids(field: Field):
         one_user = field.name.startswith(("user", "history")) or field.name in ("C0", "C1", "C2", "C3", "C4", "C5")
-        shape = (1 if one_user else candidates, *([L] if field.kind == "history" else []))
+        shape = (1 if one_user else candidates, *([LENGTH] if field.kind == "history" else []))
         drawn = torch.randint(1, ROWS, shape)
         return drawn.expand(candidates, *shape[1:]).contiguous()
 
-    x = {field.name: ids(field) for field in FIELDS[model]}
+    x = {field.name: ids(field) for field in SERVED[model]}
     contenders = peers.compiled({"torch-rechub": theirs})
     with torch.inference_mode():
         race(

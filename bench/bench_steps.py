@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import copy
 
-import machine
 import pytest
 import torch
-from peers import missing
-from steps import Step, Workload, compiled, deepfm, din
+
+from bench.harness import machine
+from bench.harness.peers import missing
+from bench.workloads import Step, Workload, deepfm, din
 
 STEPS = 6
 DIN, DEEPFM, SMALL, LARGE = din(), deepfm(100_000), deepfm(1_000), deepfm(1_000_000)
@@ -47,7 +48,7 @@ def rechub():
 @named([DIN, DEEPFM, SMALL])
 def test_step(workload, threads, race):
     models, batch = workload.models(), workload.batch()
-    models["compile"] = compiled(copy.deepcopy(models["torch-rechub"]))
+    models["compile"] = torch.compile(copy.deepcopy(models["torch-rechub"]))
     steps = {name: Step(model, *batch) for name, model in models.items()}
     losses = {name: first_losses(step) for name, step in steps.items()}
     for name in steps:
@@ -83,7 +84,7 @@ def test_fused_optimizer(workload, threads, race):
 def test_eval(workload, threads, race):
     models, (x, _) = workload.models(), workload.batch()
     ours, theirs = models["ours"].eval(), models["torch-rechub"].eval()
-    code = compiled(theirs)
+    code = torch.compile(theirs)
     race(
         lambda: ours(x),
         {"eager": lambda: theirs(x), "compile": lambda: code(x)},

@@ -1,6 +1,6 @@
-"""Where a training step of DeepFM or DIN spends its time, ours and torch-rechub's: ``python bench/profile_step.py``.
+"""Where a training step of DeepFM or DIN spends its time, ours and torch-rechub's: ``python -m bench.profile_step``.
 
-torch.profiler records every operator of a few steps (defined in ``steps.py``). An operator belongs to the group of the
+torch.profiler records every operator of a few steps (``bench.workloads.Step``). An operator belongs to the group of the
 module that called it, one of the backward to that of the operator it is the backward of, one of the optimizer to the
 tables or to the rest by the shape of its parameter. What remains of a step, the time in which no operator runs, is
 Python's, autograd's and the dispatcher's. Recording lengthens a step; the table shares out its time without a profiler.
@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
-import time
 from collections import Counter
 from collections.abc import Sequence
 
-import machine
 import torch
-from steps import LIBRARIES, Step, Workload, deepfm, din
 from torch import nn
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from bench.harness import machine
+from bench.workloads import LIBRARIES, Step, Workload, deepfm, din
 
 LOOKUP, ATTENTION, LINEAR = "embedding lookup", "FM / attention", "Linear"
 NORM, LOSS, OTHER = "BatchNorm and activation", "loss", "concatenation, sums and the rest"
@@ -142,9 +142,7 @@ def undisturbed(step: Step, seconds: float = 3.0) -> float:
     step(), step()
     times: list[float] = []
     while sum(times) < seconds and len(times) < 200:
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
+        times.append(machine.Clock().seconds(step))
     return statistics.median(times)
 
 

@@ -1,5 +1,4 @@
-"""Whole training steps and evaluation passes of DeepFM and DIN, in torch-rechub and in ours: what ``bench_steps.py``
-times and ``profile_step.py`` takes apart.
+"""DeepFM and DIN as they are measured, in torch-rechub and in ours: their shapes, batches and training steps.
 
 A step is that of torch-rechub's trainer: forward, ``BCELoss``, ``zero_grad``, backward, ``Adam`` with its learning rate
 and weight decay, ``loss.item()``. Both libraries train the same weights with the same optimizer, so their losses are
@@ -9,7 +8,6 @@ and torch's own fused Adam for the rest.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,35 +16,31 @@ import torch
 from torch import Tensor, nn
 
 import rankkernels as rk
+from bench.demo.models import Field, classes
 
-LIBRARIES = ("torch-rechub", "ours")
+#: Who is measured, by the name in the records: the library of ``bench.demo.models``.
+LIBRARIES = {"torch-rechub": "torch-rechub", "ours": "rankkernels"}
 ADAM = {"lr": 1e-3, "weight_decay": 1e-5}  # torch-rechub's
-
-
-def classes(library: str) -> SimpleNamespace:
-    """Features and models of a library under the same names."""
-    if library == "ours":
-        modules = [rk]
-    else:
-        modules = [importlib.import_module(f"torch_rechub.{m}") for m in ("basic.features", "models.ranking")]
-    names = "SparseFeature", "SequenceFeature", "DenseFeature", "DeepFM", "DIN"
-    return SimpleNamespace(**{n: next(getattr(m, n) for m in modules if hasattr(m, n)) for n in names})
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model at the shapes of practice: ``build(classes)`` makes it, ``batch()`` what it is trained on."""
+    """A model at the shapes of practice: ``build(classes)`` makes it, ``batch(seed)`` what it is trained on."""
 
     name: str
     id: str
     build: Callable[[SimpleNamespace], nn.Module]
-    batch: Callable[[], tuple[dict[str, Tensor], Tensor]]
+    batch: Callable[..., tuple[dict[str, Tensor], Tensor]]
+
+    def ours(self) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
+        """Our model, a batch and its labels, on the current device."""
+        return self.build(classes("rankkernels")), *self.batch()
 
     def models(self) -> dict[str, nn.Module]:
         """Both libraries' with one state. torch-rechub's embeddings of 1e-4 are made 0.05, so that they matter."""
         torch.manual_seed(0)
-        models = {library: self.build(classes(library)) for library in LIBRARIES}
-        reference, ours = (models[library] for library in LIBRARIES)
+        models = {name: self.build(classes(library)) for name, library in LIBRARIES.items()}
+        reference, ours = models.values()
         with torch.no_grad():
             for module in reference.modules():
                 if isinstance(module, nn.Embedding):
@@ -60,8 +54,8 @@ def deepfm(rows: int, B: int = 4096, fields: int = 26, dense: int = 13, D: int =
         sparse = [c.SparseFeature(f"C{i}", rows, D) for i in range(fields)]
         return c.DeepFM(sparse + [c.DenseFeature(f"I{i}") for i in range(dense)], sparse, {"dims": list(dims)})
 
-    def batch() -> tuple[dict[str, Tensor], Tensor]:
-        torch.manual_seed(1)
+    def batch(seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(seed)
         x = {f"C{i}": torch.randint(0, rows, (B,)) for i in range(fields)}
         x |= {f"I{i}": torch.randn(B) for i in range(dense)}
         return x, torch.randint(0, 2, (B,)).float()
@@ -82,8 +76,8 @@ def din(rows: int = 100_000, B: int = 1024, L: int = 50, D: int = 16, attention=
         user = [c.SparseFeature("user", rows, D)]
         return c.DIN(user, histories, targets, {"dims": list(dims)}, {"dims": list(attention)})
 
-    def batch() -> tuple[dict[str, Tensor], Tensor]:
-        torch.manual_seed(1)
+    def batch(seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
+        torch.manual_seed(seed)
         x = {name: torch.randint(0, rows, (B,)) for name in ("user", "target_item", "target_category")}
         x |= {name: torch.randint(0, rows, (B, L)) for name in ("history_item", "history_category")}
         return x, torch.randint(0, 2, (B,)).float()
@@ -113,6 +107,15 @@ class Step:
         return loss.item()
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """``model`` under torch.compile, its parameters the same objects."""
-    return torch.compile(model)
+#: Of one user's request, as fields of a data set: rows a table, and the length of a history.
+ROWS, LENGTH = 100_000, 50
+SERVED = {
+    "deepfm": [Field(f"C{i}", "sparse", ROWS) for i in range(26)],
+    "din": [
+        *(Field(f"user_{i}", "sparse", ROWS) for i in range(4)),
+        Field("item", "target", ROWS, padded=True),
+        Field("category", "target", ROWS, padded=True),
+        Field("history_item", "history", ROWS, "item", padded=True),
+        Field("history_category", "history", ROWS, "category", padded=True),
+    ],
+}

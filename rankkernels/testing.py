@@ -1,8 +1,7 @@
 """What tests and benchmarks know of an op: an ``OpCase`` makes its inputs and has its function and its reference.
 
 ``TEST_CASES`` are small and odd-sized, ``BENCH_CASES`` have the shapes of practice. All are built by the same
-functions, one an op; a new op adds one of these and its cases. GPU kernels have their entries in
-``rankkernels.testing.gpu``.
+functions, one an op; a new op adds one of these and its cases.
 """
 
 from __future__ import annotations
@@ -55,6 +54,13 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
     difference = (actual.double() - expected.double()).norm().item()
     size = max(expected.double().norm().item(), floor)
     return difference if size == 0 else difference / size
+
+
+def relative_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of each tensor, of small ones on the scale of the largest: some gradients are zero in exact arithmetic (of a bias
+    before a batch normalization) and hold the rounding of the others. The floor is a tenth of the largest norm."""
+    floor = 0.1 * max((e.detach().double().norm().item() for e in expected), default=0.0)
+    return [relative_error(a, e, floor) for a, e in zip(actual, expected, strict=True)]
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:

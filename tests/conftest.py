@@ -1,8 +1,13 @@
 """Before torch is imported: threads that wait sleep, so that the suite does not crawl on a machine with other work."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# For ``bench``, which is not installed; last, so that a build on PYTHONPATH is tested before the sources.
+sys.path.append(str(Path(__file__).parents[1]))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
-
-
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+from bench.report import compare, draw
 
 
 def race(ratio: float, spread: float = 0.02) -> dict:
@@ -71,7 +60,7 @@ def test_compare(tmp_path, capsys, change, code, said):
     (tmp_path / "old.json").write_text(json.dumps(record(**entries)))
     change(entries)
     (tmp_path / "new.json").write_text(json.dumps(record(**entries)))
-    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == code
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == code
     assert said in capsys.readouterr().out
 
 
@@ -110,7 +99,7 @@ def test_do_two_runs_agree(tmp_path, capsys, change, code, said):
     (tmp_path / "old.json").write_text(json.dumps(record(**entries)))
     change(entries)
     (tmp_path / "new.json").write_text(json.dumps(record(**entries)))
-    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == code
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == code
     assert said in capsys.readouterr().out
 
 
@@ -119,7 +108,7 @@ def test_a_race_is_run_again_in_the_environment_of_the_old_run(tmp_path, capsys)
     content["conditions"]["environment"] = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
     (tmp_path / "old.json").write_text(json.dumps(content))
     (tmp_path / "new.json").write_text(json.dumps(record(fm=race(6.0) | {"given_gb_s": given(60)})))
-    assert load("compare").main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == 2
+    assert compare.main([str(tmp_path / "old.json"), str(tmp_path / "new.json"), "--agree"]) == 2
     said = capsys.readouterr().out
     assert "again: GLIBC_TUNABLES=glibc.malloc.tcache_count=0 pytest --benchmark-json=NEW/again.json fm\n" in said
 
@@ -130,10 +119,10 @@ def test_compare_takes_folders_and_names_other_conditions(tmp_path, capsys):
         content = record(fm=race(5.0))
         content["conditions"]["versions"]["torch"] = torch
         (tmp_path / folder / "ops.json").write_text(json.dumps(content))
-    assert load("compare").main([str(tmp_path / "old"), str(tmp_path / "new")]) == 0
+    assert compare.main([str(tmp_path / "old"), str(tmp_path / "new")]) == 0
     assert "not the same conditions" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no record in"):
-        load("compare").main([str(tmp_path), str(tmp_path / "new")])
+        compare.main([str(tmp_path), str(tmp_path / "new")])
 
 
 def test_of_a_race_that_was_run_again_the_latest_counts(tmp_path, capsys):
@@ -141,7 +130,7 @@ def test_of_a_race_that_was_run_again_the_latest_counts(tmp_path, capsys):
         (tmp_path / folder).mkdir(exist_ok=True)
         content = record(fm=race(ratio)) | {"datetime": f"2026-11-28T0{time}:00:00+00:00"}
         (tmp_path / folder / f"{file}.json").write_text(json.dumps(content))
-    assert load("compare").main([str(tmp_path / "old"), str(tmp_path / "new"), "--agree"]) == 0
+    assert compare.main([str(tmp_path / "old"), str(tmp_path / "new"), "--agree"]) == 0
     assert "1 agree" in capsys.readouterr().out
 
 
@@ -149,6 +138,6 @@ def test_of_a_race_that_was_run_again_the_latest_counts(tmp_path, capsys):
 def test_a_chart_whose_labels_do_not_fit_is_an_error(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     row = {"label": ["FM", "training step"], "baseline": 10.0, "compiled": 4.0, "ours": 1.0}
-    load("charts").draw("memory", {"rows": [row], "caption": "float32"}, tmp_path / "fits")
+    draw.draw("memory", {"rows": [row], "caption": "float32"}, tmp_path / "fits.svg")
     with pytest.raises(ValueError, match="wide: a label reaches beyond"):
-        load("charts").draw("memory", {"rows": [row | {"label": ["x" * 200]}], "caption": ""}, tmp_path / "wide")
+        draw.draw("memory", {"rows": [row | {"label": ["x" * 200]}], "caption": ""}, tmp_path / "wide.svg")

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankkernels.gpu_report import ptxas_resources
-from rankkernels.testing.gpu import CUDA_LAUNCHES
+from bench.gpu.cases import CUDA_LAUNCHES
+from bench.gpu.report import ptxas_resources
 
 ROOT = Path(__file__).parent.parent
 SHIM = Path(__file__).parent / "cuda_shim"
@@ -284,7 +284,7 @@ def test_kernels_under_the_shim(shim):
 
 @needs_sanitizers
 def test_launches_under_the_shim(shim):
-    """All tables go with one launch of each kernel: what ``rankkernels.gpu_report`` counts."""
+    """All tables go with one launch of each kernel: what ``bench.gpu.report`` counts."""
     out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
     launched = [re.findall(r"launch of rk::cuda::(\w+)", part) for part in out.split("done\n")[:-1]]
     ways = ["embedding_bag"], ["embedding_bag_backward"]

@@ -23,9 +23,9 @@ def test_examples():
 
 def test_numbers_and_charts_are_those_of_the_records():
     """README.md, bench/RESULTS.md and the charts say what the committed records say."""
-    command = [sys.executable, "bench/report.py", "--check"]
+    command = [sys.executable, "-m", "bench.report", "--check"]
     check = subprocess.run(command, cwd=README.parent, capture_output=True, text=True)
-    assert check.returncode == 0, f"{check.stdout}{check.stderr}run: python bench/report.py"
+    assert check.returncode == 0, f"{check.stdout}{check.stderr}run: python -m bench.report"
 
 
 def test_a_changed_number_is_noticed(tmp_path):
@@ -34,16 +34,16 @@ def test_a_changed_number_is_noticed(tmp_path):
     shutil.copy(README, tmp_path)
 
     def check():
-        command = [sys.executable, "bench/report.py", "--check"]
+        command = [sys.executable, "-m", "bench.report", "--check"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert check().returncode == 0
-    path = tmp_path / "bench/results/avx2/demo/train.json"
+    path = tmp_path / "bench/records/avx2/demo/train.json"
     record = json.loads(path.read_text())
     record["models"]["din"]["comparison"]["samples_per_second_ratio"] *= 2
     path.write_text(json.dumps(record))
     assert check().stdout == "README.md is not what the records say\n"
-    path = tmp_path / "bench/results/ops.json"
+    path = tmp_path / "bench/records/avx512/ops.json"
     record = json.loads(path.read_text())
     next(b for b in record["benchmarks"] if "contenders" in b["extra_info"])["extra_info"]["contenders"]["eager"][
         "ratio"

@@ -1,4 +1,4 @@
-"""bench/train.py: what the loaders make of files, how they refuse bad ones, and what a run writes."""
+"""bench/demo: what the loaders make of files, how they refuse bad ones, and what a run writes."""
 
 import argparse
 import gzip
@@ -15,11 +15,9 @@ import pytest
 
 pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+ROOT = Path(__file__).resolve().parents[1]
 
-import datasets  # noqa: E402
-import train  # noqa: E402
+from bench.demo import datasets, train  # noqa: E402
 
 GENRES = ["Comedy", "Drama", "War"]
 
@@ -275,8 +273,10 @@ def test_bad_wheel(tmp_path, capsys, monkeypatch, rng):
 
 
 def run(folder, *options, **environment):
-    command = [sys.executable, str(BENCH / "train.py"), "--quiet", "--threads", "1", *options]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.demo.train", "--quiet", "--threads", "1", *options]
+    return subprocess.run(
+        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True
+    )
 
 
 def test_unreadable_file_ends_with_2_and_no_traceback(tmp_path):

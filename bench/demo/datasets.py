@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tables import DataError, Table, open_bytes
 from torch import Tensor
+
+from bench.demo.models import Field
+from bench.demo.tables import DataError, Table, open_bytes
 
 HISTORY_LENGTH = 50
 MOVIELENS_WHEEL = "recbole==1.2.1"
@@ -29,22 +31,6 @@ CRITEO_MIN_COUNT = 4
 
 class Unavailable(Exception):
     """MovieLens-100k is neither in the cache nor to be had from pip."""
-
-
-@dataclass
-class Field:
-    """An input of a model, independent of the library that turns it into a feature.
-
-    ``kind`` is ``sparse`` (ids [N]), ``multi`` (ids [N, L], mean-pooled), ``history`` (ids [N, L], pooled by DIN's
-    attention against the ``target`` field it shares its table with), ``target`` (ids [N]) or ``dense`` (values [N]).
-    With ``padded``, id 0 is padding.
-    """
-
-    name: str
-    kind: str
-    vocab_size: int = 0
-    shared_with: str | None = None
-    padded: bool = False
 
 
 @dataclass

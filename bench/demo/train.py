@@ -1,15 +1,14 @@
 """Trains DeepFM and DIN with torch-rechub's classes and with ours: the same seed, the same batches, one table.
 
-python bench/train.py                                MovieLens-100k
-python bench/train.py --data synthetic               no network; the AUC and LogLoss of the true model beside
-python bench/train.py --data clicks.tsv.gz events.csv   Criteo-format lines for DeepFM, (user, item, time) for DIN
+python -m bench.demo.train                                MovieLens-100k
+python -m bench.demo.train --data synthetic               no network; the AUC and LogLoss of the true model beside
+python -m bench.demo.train --data clicks.tsv.gz events.csv   Criteo-format lines for DeepFM, (user, item, time) for DIN
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -19,18 +18,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Field, Unavailable, load
 from sklearn.metrics import log_loss, roc_auc_score
-from tables import DataError
 from torch import Tensor
 from tqdm import tqdm
 
-EMBED_DIM = 16
+from bench.demo.datasets import Dataset, Unavailable, load
+from bench.demo.models import LIBRARIES, build_model, classes
+from bench.demo.tables import DataError
+from bench.harness.memory import MIB, reset_peak, resident
+
 COMPARED_STEPS = 50
 #: The libraries take turns of this many steps. The first steps of a turn find cold caches and are not timed.
 TURN_STEPS = 12
@@ -43,59 +43,6 @@ samples/s: batch size over the median time of a step (forward, loss, backward, o
 of its own and they take turns of {TURN_STEPS} steps; the ratio is the median over the pairs of turns.
 Peak memory: the highest resident size in training less that before the model was built: parameters, gradients,
 optimizer, activations, and the code that they brought in."""
-#: Embeddings start from N(0, 0.05²). The libraries' default, 1e-4, leaves the first layer with outputs that differ by
-#: a few roundings of its bias, which BatchNorm then blows up: not even two runs with 1 and 2 threads stay together.
-EMBEDDING_STD = 0.05
-#: Of every MLP, as in DIN's own. It is smooth: where a rounding carries a unit over ReLU's kink, the gradient of its
-#: sample jumps, and Adam makes a full step of that. ReLU losses part by 1e-4 and more, whoever computes them.
-ACTIVATION = "dice"
-#: Where each library keeps models, features and initializers; the names in there are the same.
-LIBRARIES = {
-    "torch-rechub": ("torch_rechub.models.ranking", "torch_rechub.basic.features", "torch_rechub.basic.initializers"),
-    "rankkernels": ("rankkernels", "rankkernels", "rankkernels"),
-}
-
-
-def classes(library: str) -> SimpleNamespace:
-    names = ("DeepFM", "DIN"), ("SparseFeature", "SequenceFeature", "DenseFeature"), ("RandomNormal",)
-    modules = map(importlib.import_module, LIBRARIES[library])
-    return SimpleNamespace(**{name: getattr(module, name) for module, of in zip(modules, names) for name in of})
-
-
-def build_model(lib: SimpleNamespace, model: str, fields: list[Field]) -> torch.nn.Module:
-    """The model for ``fields`` from the classes of either library."""
-
-    def feature(field: Field):
-        if field.kind == "dense":
-            return lib.DenseFeature(field.name)
-        table = dict(
-            vocab_size=field.vocab_size,
-            embed_dim=EMBED_DIM,
-            shared_with=field.shared_with,
-            padding_idx=0 if field.padded else None,
-            initializer=lib.RandomNormal(0, EMBEDDING_STD),
-        )
-        if field.kind in ("multi", "history"):
-            return lib.SequenceFeature(field.name, pooling="concat" if field.kind == "history" else "mean", **table)
-        return lib.SparseFeature(field.name, **table)
-
-    def features(*kinds):
-        return [feature_of[field.name] for field in fields if field.kind in kinds]
-
-    feature_of = {field.name: feature(field) for field in fields}
-    if model == "deepfm":
-        return lib.DeepFM(
-            features("sparse", "multi", "dense"),
-            features("sparse", "multi"),
-            mlp_params={"dims": [256, 128], "activation": ACTIVATION},
-        )
-    return lib.DIN(
-        features("sparse", "multi"),
-        features("history"),
-        features("target"),
-        mlp_params={"dims": [256, 128]},
-        attention_mlp_params={"dims": [36], "activation": ACTIVATION},
-    )
 
 
 def load_lazy_parts(optimizer: type[torch.optim.Optimizer]) -> None:
@@ -104,18 +51,6 @@ def load_lazy_parts(optimizer: type[torch.optim.Optimizer]) -> None:
     tiny = optimizer(layer.parameters(), lr=1e-3)
     F.binary_cross_entropy(layer(torch.rand(64, 8)).squeeze(1), torch.rand(64)).backward()
     tiny.step()
-
-
-def memory(key: str) -> float:
-    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process in MiB."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(key))
-
-
-def reset_peak_memory() -> None:
-    """VmHWM starts again from VmRSS. ru_maxrss cannot be reset, and a child process inherits it from its parent."""
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
 
 
 class Trainer:
@@ -127,8 +62,8 @@ class Trainer:
         optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.optimizer]
         lib = classes(library)
         load_lazy_parts(optimizer)
-        reset_peak_memory()
-        self.memory_before = memory("VmRSS")
+        reset_peak()
+        self.memory_before = resident("VmRSS")
         torch.manual_seed(settings.seed)
         self.net = build_model(lib, model, dataset.fields)
         self.optimizer = optimizer(self.net.parameters(), lr=settings.lr)
@@ -172,7 +107,8 @@ class Trainer:
         return torch.cat([self.net({k: v[i : i + 4096] for k, v in part.items()}) for i in starts]).double().numpy()
 
     def result(self) -> dict:
-        peak = memory("VmHWM") - self.memory_before  # before predict, whose batches are larger than training's
+        # Before predict, whose batches are larger than training's.
+        peak = (resident("VmHWM") - self.memory_before) / MIB
         auc, logloss = metrics(self.dataset.test["label"], self.predict(self.dataset.test))
         seconds = self.seconds_per_step()
         result = {
@@ -293,25 +229,6 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict:
-    with open("/proc/cpuinfo") as file:
-        cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-    from rankkernels.ops._library import cpu_isa
-
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "isa": cpu_isa, "system": platform.platform()}
-
-
-def versions() -> dict:
-    names = ("torch", "torch-rechub", "rankkernels", "numpy", "pandas", "scikit-learn")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed, imported from its source tree"
-    return {"python": platform.python_version(), **found}
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     def positive(kind):
         def number(text: str):
@@ -363,6 +280,14 @@ def unwritable(path: Path) -> OSError | None:
     return None
 
 
+def surroundings() -> dict:
+    """The machine and the versions. Imported here: torch-rechub's process does without our package."""
+    from bench.harness import machine
+
+    names = ("torch", "torch-rechub", "rankkernels", "numpy", "pandas", "scikit-learn")
+    return {"versions": {"python": platform.python_version(), **machine.versions(names)}, "machine": machine.describe()}
+
+
 def main(argv: list[str] | None = None) -> int:
     settings = parse(argv)
     if reason := unwritable(settings.out):
@@ -381,8 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     report = {
         "settings": {**vars(settings), "out": str(settings.out)},
-        "versions": versions(),
-        "machine": machine(),
+        **surroundings(),
         "models": {},
     }
     for model, dataset in datasets.items():

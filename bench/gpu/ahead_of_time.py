@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from rankkernels.testing.gpu import CUDA_LAUNCHES
+from bench.gpu.cases import CUDA_LAUNCHES
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

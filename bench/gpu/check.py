@@ -1,4 +1,4 @@
-"""Everything that only a GPU can show, in under eight minutes and without a network: ``python bench/gpu_check.py``.
+"""Everything that only a GPU can show, in under eight minutes and without a network: ``python -m bench.gpu.check``.
 
 Correctness of every op and model against float64 on the CPU, in all dtypes and with the same bits twice; capture of
 every op's forward and backward, and of models' training steps, in a CUDA graph; compute-sanitizer where it is
@@ -14,7 +14,6 @@ import copy
 import json
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -23,16 +22,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gpu_check_report
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels import _version, gpu_report
+from bench.gpu import check_report, report
+from bench.gpu.steps import name_of, on, same_bits, step, worst_error
+from bench.gpu.timing import EventClock, ceilings, timings
+from rankkernels import _version
 from rankkernels.ops import _library
-from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, relative_error
-from rankkernels.testing.gpu import GPU_OPS
+from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase
 
+ROOT = Path(__file__).parents[2]
 #: Seconds a part may take; what is left then is reported as not done.
 BUDGET = {"correctness": 160, "models": 40, "capture": 40, "sanitizer": 60, "timings": 150}
 HARD_LIMIT = sum(BUDGET.values()) + 25  # a check that is under way when its part's time is over goes on
@@ -57,30 +58,6 @@ Check = tuple[str, Callable[[], tuple[bool | None, str]]]
 # Correctness.
 
 
-def on(device: torch.device, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [t.detach().to(device).requires_grad_(t.is_floating_point()) for t in inputs]
-
-
-def step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
-    """The result of a forward, and the gradients of a backward."""
-    out = function(*inputs)
-    wanted = [t for t in inputs if t.requires_grad]
-    grads = torch.autograd.grad(out, wanted, grad_out, allow_unused=True)
-    return [out.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted))]
-
-
-def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest relative error of the result and of the gradients, small ones on the scale of the largest."""
-    floor = 0.1 * max((g.double().norm().item() for g in expected[1:]), default=0.0)
-    errors = [relative_error(actual[0].cpu(), expected[0])]
-    errors += [relative_error(a.cpu(), e, floor) for a, e in zip(actual[1:], expected[1:])]
-    return float("inf") if any(e != e for e in errors) else max(errors)
-
-
-def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b))
-
-
 def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Forward and backward on the device against the reference in float64 on the CPU; twice, with the same bits."""
     inputs = case.inputs(dtype)
@@ -99,7 +76,7 @@ def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tup
     """Probabilities and gradients of a training step on the device, in 16 bits under autocast, against the same model
     in float64 on the CPU."""
     torch.manual_seed(0)
-    model, x, y = make(B=64, rows=200)
+    model, x, y = make(B=64, rows=200).ours()
 
     def trained(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
         ours = copy.deepcopy(model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -153,7 +130,8 @@ def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tupl
 def capture_model(make: Callable, device: torch.device) -> tuple[bool, str]:
     """A model's training step without the optimizer's: probabilities, loss and gradients."""
     torch.manual_seed(0)
-    (model, x, y), (_, other_x, other_y) = (make(B=64, rows=200) for _ in range(2))
+    workload = make(B=64, rows=200)
+    (model, x, y), (other_x, other_y) = workload.ours(), workload.batch(seed=2)
     model, y, x = model.to(device), y.to(device), {k: t.to(device) for k, t in x.items()}
     parameters = list(model.parameters())
 
@@ -178,7 +156,7 @@ def correctness(device: torch.device) -> Iterator[Check]:
 
 
 #: Each with the embedding op that it calls.
-MODELS = {"DeepFM": (gpu_report.deepfm, "embedding_fm"), "DIN": (gpu_report.din, "embedding_bag")}
+MODELS = {"DeepFM": (report.deepfm, "embedding_fm"), "DIN": (report.din, "embedding_bag")}
 
 
 def models(device: torch.device) -> Iterator[Check]:
@@ -214,9 +192,17 @@ def sanitizer(device: torch.device) -> Iterator[Check]:
 def sanitize(program: str | None, seconds: float) -> tuple[bool | None, str]:
     if program is None:
         return None, "compute-sanitizer is not on PATH"
-    command = [program, "--error-exitcode=9", sys.executable, __file__, "--part=correctness", "--first-cases"]
+    command = [
+        program,
+        "--error-exitcode=9",
+        sys.executable,
+        "-m",
+        __spec__.name,
+        "--part=correctness",
+        "--first-cases",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=0.9 * seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=0.9 * seconds, cwd=ROOT)
     except subprocess.TimeoutExpired:
         return None, f"not done in {0.9 * seconds:.0f} s"
     return done.returncode == 0, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
@@ -238,161 +224,7 @@ def run_checks(part: str, checks: Iterator[Check], seconds: float, now=time.mono
             yield Finding(part, what, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-# Timings.
-
-
-class EventClock:
-    """Seconds on the device's own clock. It is kept busy while the host gets ahead, so that launches cost nothing."""
-
-    def __init__(self):
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def seconds(self, function: Callable[[], object]) -> float:
-        torch.cuda._sleep(500_000)
-        self.begin.record()
-        function()
-        self.end.record()
-        self.end.synchronize()
-        return self.begin.elapsed_time(self.end) / 1e3
-
-
-def rotations(case_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
-    """Sets of inputs that together leave nothing of one in the cache when its turn comes again."""
-    return max(1, min(-(-4 * cache_bytes // max(case_bytes, 1)), memory_bytes // (4 * max(case_bytes, 1)), 64))
-
-
-def race(
-    functions: dict[str, Callable], sets: Sequence[Sequence[Tensor]], clock, seconds: float, now=time.monotonic
-) -> dict[str, float]:
-    """Median seconds of each function, in rounds in which all take their turns, each on the next set of inputs."""
-    for function in functions.values():
-        for _ in range(2):
-            function(*sets[0])
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    end, turn = now() + seconds, 0
-    while len(times["ours"]) < 5 or (now() < end and len(times["ours"]) < 50):
-        for name, function in functions.items():
-            turn += 1
-            times[name].append(clock.seconds(lambda: function(*sets[turn % len(sets)])))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def ceilings(device: torch.device, clock, copied: int = 1 << 30, n: int = 8192) -> dict[str, float]:
-    """Bytes a second of a copy, reads and writes counted, and flops a second of a matrix product in each dtype."""
-
-    def best(function: Callable, *tensors: Tensor) -> float:
-        return min(clock.seconds(lambda: function(*tensors)) for _ in range(8))
-
-    x, y = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
-    found = {"copy": 2 * copied / best(torch.Tensor.copy_, y, x)}
-    torch.backends.cuda.matmul.allow_tf32 = True
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        found[name_of(dtype)] = 2 * n**3 / best(torch.matmul, a, b)
-    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default, in which eager is timed
-    return found
-
-
-def embedding_peers(case: OpCase, device: torch.device) -> dict[str, Callable]:
-    """nn.EmbeddingBag's function, a table a call, and FBGEMM's operator, of a bag case without weights or offsets."""
-    inputs = case.inputs()
-    n = len(inputs) // 2
-    peers: dict[str, Callable] = {
-        "EmbeddingBag": lambda *t: torch.cat([F.embedding_bag(i, w, mode="sum") for w, i in zip(t[:n], t[n:])], 1)
-    }
-    try:
-        import fbgemm_gpu  # noqa: F401
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-
-        weights, ids = inputs[:n], inputs[n:]
-        place = EmbeddingLocation.DEVICE, ComputeDevice.CUDA
-        module = SplitTableBatchedEmbeddingBagsCodegen([(*w.shape, *place) for w in weights], device=device)
-        for own, w in zip(module.split_embedding_weights(), weights):
-            own.copy_(w)
-        B, L = ids[0].shape
-        offsets = torch.arange(0, n * B * L + 1, L, device=device)
-
-        def fbgemm(*t):
-            return module(torch.stack(t[n:]).flatten(), offsets)
-
-        fbgemm(*(t.detach().to(device) for t in inputs))
-    except Exception:  # not installed, or not for this device: its CPU build is another package of the same module
-        return peers
-    return peers | {"FBGEMM": fbgemm}
-
-
-def trained(function: Callable) -> Callable:
-    """A forward and a backward with a gradient of ones."""
-
-    def both(*inputs):
-        out = function(*inputs)
-        return step(lambda *_: out, inputs, torch.ones_like(out))
-
-    return both
-
-
-TIMED = [(c, d) for op in GPU_OPS for c in op.cases for d in c.dtypes if d != torch.float64]
-
-
-def timings(
-    device: torch.device, clock, cache: int, memory: int, seconds: float, timed=TIMED, now=time.monotonic
-) -> Iterator[dict]:
-    """A record for each case, dtype and pass, ours checked first. ``cache`` and ``memory``: the device's, in bytes."""
-    end = now() + seconds
-    for i, (case, dtype) in enumerate(timed):
-        record = {"case": case.id, "dtype": name_of(dtype)}
-        if now() >= end:
-            yield record | {"error": f"not measured: the part's {seconds:.0f} s are over"}
-            continue
-        share = (end - now()) / (len(timed) - i)
-        try:
-            yield from (record | entry for entry in time_case(case, dtype, device, clock, cache, memory, share, now))
-        except Exception as error:  # one case too large for the memory, say, must not lose the others
-            yield record | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "wrong": True}
-
-
-def time_case(case, dtype, device, clock, cache: int, memory: int, seconds: float, now) -> Iterator[dict]:
-    end = now() + seconds
-    inputs = on(device, case.inputs(dtype))
-    embedding = case.op.startswith("embedding")  # its rows are scattered over tables larger than a cache
-    moved = sum(t.numel() * t.element_size() for t in inputs)
-    sets = [inputs, *(on(device, inputs) for _ in range(0 if embedding else rotations(moved, cache, memory) - 1))]
-    functions = {"ours": case.function, "eager": case.reference}
-    actual, expected = (step(f, inputs, torch.ones_like(f(*inputs))) for f in functions.values())
-    error = worst_error(actual, [e.cpu() for e in expected])
-    if not error <= 2 * TOLERANCE[dtype]:
-        yield {"error": f"{error:.1e} from eager, tolerance {2 * TOLERANCE[dtype]:.0e}", "wrong": True}
-        return
-    del actual, expected
-    torch._dynamo.reset()
-    functions["compile"] = torch.compile(case.reference)
-    if case.op == "embedding_bag":
-        functions |= embedding_peers(case, device)
-    for kind, flops in (("forward", case.flops), ("forward + backward", case.flops + case.backward_flops)):
-        if kind == "forward":
-            raced = functions
-        else:  # FBGEMM steps an optimizer in its backward
-            raced = {name: trained(f) for name, f in functions.items() if name != "FBGEMM"}
-        with torch.set_grad_enabled(kind != "forward"):
-            medians = race(raced, sets, clock, (end - now()) / 2, now)
-        passes = 1 if kind == "forward" else 3  # the backward reads the inputs again, and writes as much
-        yield {
-            "kind": kind,
-            "seconds": medians,
-            "bytes_per_second": passes * case.elements * dtype.itemsize / medians["ours"],
-            "flops_per_second": flops / medians["ours"],
-        }
-
-
 # The whole.
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def describe(device: torch.device) -> dict:
@@ -442,7 +274,7 @@ def run(record: dict, device: torch.device, parts: Sequence[str], first_cases: b
         for finding in run_checks(part, first_of_each_op(checks) if first_cases else checks, BUDGET[part]):
             record["findings"].append(vars(finding))
             if finding.ok is False:
-                print(f"{part}: {finding.what}: {gpu_check_report.verdict(False)}: {finding.detail}", flush=True)
+                print(f"{part}: {finding.what}: {check_report.verdict(False)}: {finding.detail}", flush=True)
     if "timings" in parts:
         clock = EventClock()
         record["ceilings"] = ceilings(device, clock)
@@ -460,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.simplefilter("ignore", _library.ReferenceWarning)  # the report lists them
     device, start = torch.device("cuda"), time.monotonic()
     record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
-    print(gpu_check_report.device_line(record["device"]), flush=True)
+    print(check_report.device_line(record["device"]), flush=True)
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(HARD_LIMIT)
     try:
@@ -470,13 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.alarm(0)
     record["reference"] = [f"{op}: {why}" for (op, kind), why in _library.reference_notices.items() if kind == "cuda"]
     record["seconds"] = round(time.monotonic() - start, 1)
-    page = gpu_check_report.markdown(record)
+    page = check_report.markdown(record)
     print(page)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
         (arguments.out / "gpu_check.md").write_text(page)
-    return 1 if gpu_check_report.failures(record) else 0
+    return 1 if check_report.failures(record) else 0
 
 
 if __name__ == "__main__":

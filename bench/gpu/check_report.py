@@ -1,6 +1,8 @@
-"""The record of gpu_check.py as Markdown."""
+"""The record of ``bench.gpu.check`` as Markdown."""
 
 from __future__ import annotations
+
+from bench.report import tables
 
 
 def verdict(ok: bool | None) -> str:
@@ -18,16 +20,12 @@ def failures(record: dict) -> list[str]:
     return found + [f"timings: {t['case']} {t['dtype']}: {t['error']}" for t in record["timings"] if "wrong" in t]
 
 
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-
-
 def summary(record: dict) -> list[str]:
     """A row for each part: how many checks passed, failed and were not done."""
     parts = list(dict.fromkeys(f["part"] for f in record["findings"]))
     counts = {p: [sum(f["part"] == p and f["ok"] is ok for f in record["findings"]) for ok in (True, False, None)]
               for p in parts}  # fmt: skip
-    return table(["part", "ok", "wrong", "not done"], [[p, *map(str, counts[p])] for p in parts])
+    return tables.markdown(["part", "ok", "wrong", "not done"], [[p, *map(str, counts[p])] for p in parts])
 
 
 def not_done(record: dict) -> list[str]:
@@ -80,7 +78,7 @@ def markdown(record: dict) -> str:
             "Medians on the device's clock, contenders in turns, inputs not in the cache, results compared first;",
             "eager and compiled float32 without tf32, PyTorch's default. Shares are of what must be moved and done.",
             "",
-            *table(
+            *tables.markdown(
                 [
                     "case",
                     "dtype",

@@ -1,9 +1,9 @@
-"""What the compilers make of the GPU kernels, on a machine without a GPU: ``python -m rankkernels.gpu_report``.
+"""What the compilers make of the GPU kernels, on a machine without a GPU: ``python -m bench.gpu.report``.
 
-Compiles every Triton kernel for the shapes, dtypes and targets of ``rankkernels.testing.gpu``, forward and
-backward, and, in a source tree beside nvcc, the CUDA C++ kernels of csrc/cuda. Prints Markdown: registers, spilled
-bytes, shared memory and the occupancy they allow; bytes, flops and launches a call; and the time below which no kernel
-can do it on some GPUs. ``--out FILE`` saves it.
+Compiles every Triton kernel for the shapes, dtypes and targets of ``bench.gpu.cases``, forward and backward, and,
+beside nvcc, the CUDA C++ kernels of csrc/cuda. Prints Markdown: registers, spilled bytes, shared memory and the
+occupancy they allow; bytes, flops and launches a call; and the time below which no kernel can do it on some GPUs.
+``--out FILE`` saves it.
 """
 
 from __future__ import annotations
@@ -23,86 +23,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from bench import workloads
+from bench.gpu.cases import COMPILED, CUDA_LAUNCHES
+from bench.gpu.occupancy import GPUS, MULTIPROCESSORS, occupancy, roofline
+from bench.report.tables import markdown
 from rankkernels._version import __version__
-from rankkernels.models import DIN, DeepFM
-from rankkernels.nn import DenseFeature, SequenceFeature, SparseFeature
 from rankkernels.testing import OpCase, din_attention_case, fm_interaction_case
-from rankkernels.testing.gpu import COMPILED, CUDA_LAUNCHES
 
-CSRC = Path(__file__).parents[1] / "csrc/cuda"
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc/cuda"
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 CUDA_THREADS = 256  # a block: csrc/cuda/device.cuh
 #: Bytes a block at most, for the narrowest rows: csrc/cuda/embedding_bag_backward.cu.
 CUDA_DYNAMIC_SHARED = {"embedding_reduce<double>": 32 << 10, "embedding_reduce": 24 << 10}
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What blocks share, and how registers are given out: to a warp in units of ``register_unit`` a thread."""
-
-    threads_of_warp: int
-    registers: int
-    register_unit: int
-    warps: int
-    warp_unit: int  # warps' registers come from partitions, so that many at a time
-    blocks: int
-    shared: int
-    shared_of_block: int
-    reserved: int  # of shared memory, a block
-
-
-_NVIDIA = dict(threads_of_warp=32, registers=65536, register_unit=8, warps=64, warp_unit=4, blocks=32, reserved=1024)
-_AMD = dict(threads_of_warp=64, registers=4 * 512 * 64, register_unit=8, warps=32, warp_unit=4, blocks=32, reserved=0)
-MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(**_NVIDIA, shared=164 << 10, shared_of_block=163 << 10),
-    "sm_90": Multiprocessor(**_NVIDIA, shared=228 << 10, shared_of_block=227 << 10),
-    "sm_100": Multiprocessor(**_NVIDIA, shared=228 << 10, shared_of_block=227 << 10),
-    "gfx90a": Multiprocessor(**_AMD, shared=64 << 10, shared_of_block=64 << 10),
-    "gfx942": Multiprocessor(**_AMD, shared=64 << 10, shared_of_block=64 << 10),
-}
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Rates of the data sheet, dense: GB/s; TFLOP/s of vector float32 and float64, and of matrices' factors in tf32."""
-
-    name: str
-    bandwidth: float
-    float32: float
-    float64: float
-    tf32: float  # per product as the kernels take float32: see ``matrix_rate``
-    amd: bool = False
-
-    def matrix_rate(self, dtype: torch.dtype) -> float:
-        """Of the kernels' products: float32 as three of tf32 on NVIDIA and as it is on AMD, 16 bits as tf32."""
-        if self.amd:
-            return self.float32
-        return self.tf32 / 3 if dtype == torch.float32 else self.tf32
-
-
-GPUS = (
-    GPU("A100 SXM 80 GB", 2039, 19.5, 9.7, 156),
-    GPU("H100 SXM", 3350, 67, 34, 494.7),
-    GPU("H200 SXM", 4800, 67, 34, 494.7),
-    GPU("MI300X", 5300, 163.4, 81.7, 653.7, amd=True),
-)
-
-
-def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
-    """Warps that a multiprocessor holds at once of what it can, for blocks of ``warps``."""
-    m = MULTIPROCESSORS[target]
-    of_thread = max(-(-registers // m.register_unit) * m.register_unit, m.register_unit)
-    by_registers = m.registers // (of_thread * m.threads_of_warp) // m.warp_unit * m.warp_unit
-    blocks = min(by_registers // warps, m.warps // warps, m.blocks)
-    if shared:
-        blocks = min(blocks, m.shared // (shared + m.reserved))
-    return blocks * warps / m.warps
-
-
-def roofline(gpu: GPU, dtype: torch.dtype, bytes_moved: int, flops: int, matrix: bool) -> float:
-    """Seconds that moving the bytes, or the flops, take at least."""
-    rate = gpu.matrix_rate(dtype) if matrix else gpu.float64 if dtype == torch.float64 else gpu.float32
-    return max(bytes_moved / gpu.bandwidth / 1e9, flops / rate / 1e12)
 
 
 @dataclass(frozen=True)
@@ -116,7 +49,7 @@ class Record:
 
 
 def _compile(job: tuple[int, int, str]) -> list:
-    from rankkernels._triton.ahead_of_time import compile_case
+    from bench.gpu.ahead_of_time import compile_case
 
     case, dtype, target = job
     return compile_case(COMPILED[case], COMPILED[case].dtypes[dtype], target)
@@ -124,7 +57,7 @@ def _compile(job: tuple[int, int, str]) -> list:
 
 def triton_records(targets: Sequence[str] = tuple(MULTIPROCESSORS)) -> Iterator[Record]:
     """Every Triton kernel, its cases and dtypes and the targets: compiled by as many processes as there are cores."""
-    from rankkernels._triton.ahead_of_time import serves
+    from bench.gpu.ahead_of_time import serves
 
     served = [i for i, case in enumerate(COMPILED) if serves(case)]
     jobs = [(i, j, t) for t in targets for i in served for j in range(len(COMPILED[i].dtypes))]
@@ -173,48 +106,36 @@ def cuda_resources() -> dict[tuple[str, str], tuple[int, int, int]]:
     return found
 
 
+def deepfm(B: int = 4096, rows: int = 100_000) -> workloads.Workload:
+    """Criteo's shape."""
+    return workloads.deepfm(rows, B)
+
+
+def din(B: int = 4096, rows: int = 100_000) -> workloads.Workload:
+    """A history of items and one of their categories, of the width that fills a GPU."""
+    return workloads.din(rows, B, D=64)
+
+
+MODELS = {"DeepFM": deepfm, "DIN": din}
+
+
 def model_launches() -> dict[str, list]:
     """The calls of a training step of DeepFM and of DIN without the optimizer's, from the implementations' own code."""
-    from rankkernels._triton.ahead_of_time import compiling
+    from bench.gpu.ahead_of_time import compiling
 
     found = {}
-    for name, make in {"DeepFM": deepfm, "DIN": din}.items():
+    for name, workload in MODELS.items():
         with torch.device("meta"):
-            model, x, y = make()
+            model, x, y = workload().ours()
         with compiling("sm_90") as calls:
             F.binary_cross_entropy(model(x), y).backward()
         found[name] = calls
     return found
 
 
-def deepfm(B: int = 4096, sparse: int = 26, dense: int = 13, D: int = 16, rows: int = 100_000):
-    """Criteo's shape: the model, a batch and its labels, on the current device."""
-    features = [SparseFeature(f"C{i}", rows, D) for i in range(sparse)]
-    numbers = [DenseFeature(f"I{i}") for i in range(dense)]
-    model = DeepFM([*features, *numbers], features, {"dims": [256, 128]})
-    x = {f.name: torch.randint(rows, (B,)) for f in features} | {f.name: torch.rand(B) for f in numbers}
-    return model, x, torch.randint(2, (B,)).float()
-
-
-def din(B: int = 4096, L: int = 50, D: int = 64, rows: int = 100_000, widths: Sequence[int] = (36,)):
-    """A history of items and one of their categories, torch-rechub's default attention."""
-    names = ("item", "category")
-    targets = [SparseFeature(n, rows, D) for n in names]
-    histories = [SequenceFeature(f"{n}_history", rows, D, pooling="concat", shared_with=n) for n in names]
-    user = [SparseFeature("user", rows, D)]
-    model = DIN(user, histories, targets, {"dims": [256, 128]}, {"dims": list(widths)})
-    x = {f.name: torch.randint(rows, (B,)) for f in [*user, *targets]}
-    x |= {f.name: torch.randint(rows, (B, L)) for f in histories}
-    return model, x, torch.randint(2, (B,)).float()
-
-
 def _cell(target: str, warps: int, registers: int, local: int, shared: int) -> str:
     share = occupancy(target, warps, registers, shared)
     return f"{registers} / {local} / {shared} / {100 * share:.0f} %"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
 def triton_table(records: Sequence[Record]) -> list[str]:
@@ -256,7 +177,7 @@ def triton_table(records: Sequence[Record]) -> list[str]:
         "grid",
         *targets,
     ]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
@@ -268,7 +189,7 @@ def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
             shared += CUDA_DYNAMIC_SHARED.get(kernel, CUDA_DYNAMIC_SHARED.get(kernel.split("<")[0], 0))
             row.append(_cell(target, CUDA_THREADS // 32, registers, local, shared))
         rows.append(row)
-    return _markdown(["kernel", *CUDA_TARGETS], rows)
+    return markdown(["kernel", *CUDA_TARGETS], rows)
 
 
 #: What was weighed for an H100: 132 multiprocessors, 50 MB of L2, 3350 GB/s, 128 bytes a clock from each L1.
@@ -301,7 +222,7 @@ BATCHES = (1, 128, 1024, 8192)
 
 def grids() -> dict[str, dict[int, list]]:
     """The kernels of some calls for batches from one user's to training's, on sm_90."""
-    from rankkernels._triton.ahead_of_time import compile_case
+    from bench.gpu.ahead_of_time import compile_case
 
     found: dict[str, dict[int, list]] = {}
     for B in BATCHES:
@@ -316,7 +237,7 @@ def grids_table(found: dict[str, dict[int, list]]) -> list[str]:
         [op, *(" ".join("×".join(map(str, k.grid)) for k in by_batch[B]) for B in BATCHES)]
         for op, by_batch in found.items()
     ]
-    return _markdown(["call", *(f"B = {B}" for B in BATCHES)], rows)
+    return markdown(["call", *(f"B = {B}" for B in BATCHES)], rows)
 
 
 def launch_counts(calls: list) -> tuple[int, int, int, int]:
@@ -334,7 +255,7 @@ def launches_table(models: dict[str, list]) -> list[str]:
         ops = [c.op for c in calls if c.op]
         counted = [f"{ops.count(op)} × {op}" if ops.count(op) > 1 else op for op in dict.fromkeys(ops)]
         rows.append([model, *map(str, launch_counts(calls)), ", ".join(counted)])
-    return _markdown(
+    return markdown(
         ["model", "Triton", "CUDA C++", "PyTorch's inside our ops", "PyTorch's in the rest of the model", "our calls"],
         rows,
     )
@@ -351,7 +272,7 @@ def report(
     lines = [
         "# GPU kernels, by their compilers",
         "",
-        "Made by `python -m rankkernels.gpu_report --out bench/results/gpu_kernels.md` with",
+        "Made by `python -m bench.gpu.report --out bench/gpu/gpu_kernels.md` with",
         f"{versions}. Nothing here ran on a GPU: these are the",
         "compilers' numbers, counts and the data sheets' rates, not measurements.",
         "",
@@ -413,15 +334,15 @@ def versions() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m rankkernels.gpu_report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.report", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="also save the page to this file")
     out = parser.parse_args().out
     try:
         import triton
     except ImportError:
-        parser.exit(1, "rankkernels.gpu_report compiles Triton kernels, and Triton is not installed\n")
+        parser.exit(1, "bench.gpu.report compiles Triton kernels, and Triton is not installed\n")
     if triton.knobs.runtime.interpret:
-        parser.exit(1, "rankkernels.gpu_report compiles: unset TRITON_INTERPRET\n")
+        parser.exit(1, "bench.gpu.report compiles: unset TRITON_INTERPRET\n")
     cuda = cuda_resources() if nvcc() and CSRC.exists() else None
     page = report(list(triton_records()), cuda, model_launches(), grids(), versions())
     print(page)

@@ -8,9 +8,10 @@ import importlib
 import importlib.metadata
 import math
 import os
+import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -47,9 +48,10 @@ def missing(peer: str) -> str | None:
     return None
 
 
-def versions() -> dict[str, str | None]:
+def versions(names: Iterable[str] = ("torch", "numpy", "triton", *PEERS)) -> dict[str, str | None]:
+    """Of each distribution; None where it is not installed."""
     found: dict[str, str | None] = {}
-    for name in ("torch", "numpy", "triton", *PEERS):
+    for name in names:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -57,14 +59,23 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def describe() -> dict:
+    """The processor and the system."""
+    cpu = platform.machine()
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo") as file:
+            cpu = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), cpu)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "isa": _library.cpu_isa, "system": platform.platform()}
+
+
 def conditions() -> dict:
     """What does not change during a run."""
     page_file = "/sys/kernel/mm/transparent_hugepage/enabled"
     huge_pages = open(page_file).read() if os.path.exists(page_file) else "[unknown]"
     return {
-        "isa": _library.cpu_isa,
+        **describe(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "huge_pages": huge_pages.split("[")[1].split("]")[0],
         "environment": {k: v for k, v in os.environ.items() if k.startswith(VARIABLES)},
         "versions": versions(),
@@ -103,6 +114,15 @@ def _jiffies() -> tuple[int, int]:
     return sum(fields), fields[3] + fields[4]
 
 
+class Clock:
+    """Wall time."""
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+
 class Watch:
     """How many cores other processes (and a hypervisor's other guests) used since ``start``; None where unknown."""
 
@@ -134,9 +154,7 @@ def best_time(function: Callable[[], object], seconds: float = 0.15) -> float:
     function()
     best, began = math.inf, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, Clock().seconds(function))
     return best
 
 
@@ -156,12 +174,8 @@ def probe() -> dict[str, float]:
     """
 
     def rate(function: Callable[[], object], size: int, calls: int) -> float:
-        times = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-        return size / sorted(times)[calls // 4] / 1e9
+        times = sorted(Clock().seconds(function) for _ in range(calls))
+        return size / times[calls // 4] / 1e9
 
     memory, cache, exchanged = _probe_inputs()
     found = {}

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
 
 def allocator_peak(step: Callable[[], Sequence[Tensor]]) -> float:
-    """The most that was allocated at once through torch's allocator."""
+    """The most that was allocated at once through torch's allocator, in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         results = step()
     del results
@@ -32,24 +33,31 @@ def allocator_peak(step: Callable[[], Sequence[Tensor]]) -> float:
     return peak
 
 
-def resident_peak(step: Callable[[], Sequence[Tensor]]) -> float:
-    """By how much the process grew at most (Linux)."""
+def resident(key: str) -> int:
+    """``VmRSS`` (resident now) or ``VmHWM`` (its peak) of this process, in bytes (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
-    def status(key):
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back to the system
-    before = status("VmRSS")
+def reset_peak() -> None:
+    """VmHWM starts again from VmRSS. ru_maxrss cannot be reset, and a child process inherits it from its parent."""
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # VmHWM starts again
+        file.write("5")
+
+
+def resident_peak(step: Callable[[], Sequence[Tensor]]) -> float:
+    """By how many bytes the process grew at most."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back to the system
+    before = resident("VmRSS")
+    reset_peak()
     results = step()
-    peak = status("VmHWM") - before
+    peak = resident("VmHWM") - before
     del results
     return peak
 
 
 def peaks(module: str, case: str, contender: str) -> dict[str, float]:
+    """Of ``MODULE.memory_step(case, contender)``, in MiB."""
     step = importlib.import_module(module).memory_step(case, contender)
     for _ in range(2):
         results = step()
@@ -61,20 +69,19 @@ def peaks(module: str, case: str, contender: str) -> dict[str, float]:
     }
 
 
-def compare(benchmark, request, module: str, case: str, title: str, contenders: Sequence[str]) -> None:
-    """A benchmark of ``MODULE.memory_step(case, contender)`` for every contender."""
-    from conftest import note
+def compare(benchmark, note, module: str, case: str, title: str, contenders: Sequence[str]) -> None:
+    """A benchmark of the peaks of every contender, a process each."""
 
     def measure(name):
-        command = [sys.executable, __file__, module, case, name]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+        command = [sys.executable, "-m", __spec__.name, module, case, name]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert run.returncode == 0, run.stderr
         return json.loads(run.stdout.splitlines()[-1])
 
     found = {name: measure(name) for name in contenders if name != "ours"}
     found["ours"] = benchmark.pedantic(measure, args=("ours",), rounds=1)
     benchmark.extra_info.update(case=title, kind="peak memory", peak=found)
-    note(request, "   ".join(f"{n} {p['allocator_mib']:.1f} / {p['resident_mib']:.1f} MiB" for n, p in found.items()))
+    note("   ".join(f"{n} {p['allocator_mib']:.1f} / {p['resident_mib']:.1f} MiB" for n, p in found.items()))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
-import machine
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from bench.harness import machine
 
 
 def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None) -> dict[str, Callable]:
@@ -28,6 +29,33 @@ def zentorch(function: Callable) -> dict[str, Callable]:
 
 def missing(*peers: str) -> dict[str, str]:
     return {peer: reason for peer in peers if (reason := machine.missing(peer))}
+
+
+def fbgemm_tables(shapes: Iterable[Sequence[int]], device: str = "cpu", **options: object) -> nn.Module:
+    """FBGEMM's table-batched operator with tables of these shapes [rows, D]. Options that are names of its enumerations
+    (``optimizer``, ``pooling_mode``) are given as such."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    enumerations = {"optimizer": EmbOptimType, "pooling_mode": PoolingMode}
+    options = {name: enumerations[name][v] if name in enumerations else v for name, v in options.items()}
+    on_cpu = device == "cpu"
+    place = EmbeddingLocation.HOST if on_cpu else EmbeddingLocation.DEVICE
+    place = place, ComputeDevice.CPU if on_cpu else ComputeDevice.CUDA
+    options |= {} if on_cpu else {"device": torch.device(device)}
+    return SplitTableBatchedEmbeddingBagsCodegen([(*shape, *place) for shape in shapes], **options)
+
+
+def fbgemm_copy(weights: Sequence[Tensor], device: str = "cpu", **options: object) -> nn.Module:
+    """The same with copies of the tables ``weights``."""
+    module = fbgemm_tables([w.shape for w in weights], device, **options)
+    for own, weight in zip(module.split_embedding_weights(), weights):
+        own.copy_(weight.detach())
+    return module
 
 
 def fm_layers(fields: int) -> dict[str, nn.Module]:

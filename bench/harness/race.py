@@ -1,181 +1,39 @@
-"""Measuring: what is computed is compared first, contenders take turns within every round, medians count.
+"""A race: what is computed is compared first, contenders take turns within every round, medians count.
 
-``pytest bench`` runs all benchmarks, ``-k`` a part, ``--benchmark-json FILE`` keeps the record; pytest-benchmark is the
-engine. Its own figure is ours; what the others took in the same rounds is in each benchmark's ``extra_info``.
-
-How a race is run was chosen by how well runs of it agreed on a machine with two cores:
-
-- A turn is untimed calls for about 20 ms and a timed one, so that each contender finds the caches as its own calls
-  leave them, and not as its neighbour's did. One call does not do that, and what it leaves undone differs between
-  processes: after the eager attention (sigmoid, length 12, one thread) our second call took 3.8 to 4.3 ms in five
-  processes, the fifth 3.7 in all of them, as it does alone. Long calls do without: no cache outlives them.
-- The ratio of two contenders is the median over the rounds of the ratio within a round: what slows a round down slows
-  both. Times are medians. Quartiles stand beside both.
-- Freed memory stays in the process (``machine.keep_freed_memory``): with glibc's defaults the ratios of two runs were
-  up to twice each other, because the same step met page faults in one of them only. It is the peers that gain by it.
-  ``--malloc default`` measures what glibc does by itself.
-- ``make bench`` runs without glibc's cache of small blocks (``machine.NO_THREAD_CACHE``). A large block that is freed
-  does not meet the crumbs of its own alignment again while that cache holds them, is too small for the next tensor of
-  its size, and the same call's result goes round among one to a dozen places, by what else the process ever freed. The
-  forward of batch normalization and ReLU (N 4096, one thread) took 0.33 to 0.56 ms in eighteen runs and was 1.4 to 2.2
-  times as fast as eager; without the cache, in eleven, 0.32 to 0.38 ms and 2.0 to 2.3. Eager operators take 4 % longer.
-- What a virtual machine gives comes and goes with neighbours whom nothing here can see, and ratios with it:
-  ``machine.probe`` has it during each race, and the record. DIN's evaluation with two threads is 7.4 times as fast as
-  torch-rechub's while the hypervisor has both processors at one last-level cache, and 5.8 times while it has not;
-  within either state ten races agree within 3 %, with the same tables or with others.
-- Two runs of all of ``make bench``, on two Zen 3 cores: of 425 ratios ``compare.py --agree`` finds 394 within 15 %, 27
-  apart with the machine another one meanwhile, most of them by where it ran the two threads, and 4, of three races,
-  apart by 1.17 to 1.23 with nothing probed to show for it.
-- Rounds during which other processes used more than ``machine.QUIET`` cores are left out as long as enough are left;
-  a race that had to do with disturbed rounds says so, in the record, in the summary and in the report.
-- torch.compile starts from nothing in every test, and its giving up (after eight recompilations) is an error.
+Why it is run so, with the measurements: docs/performance/measuring.md.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import machine
-import pytest
 import torch
 from torch import Tensor
 
-from rankkernels.testing import relative_error
+from bench.harness import machine
+from rankkernels.testing import relative_errors
 
-ROWS, CONDITIONS = pytest.StashKey[list](), pytest.StashKey[dict]()
-#: A race takes about this long, but for long calls, and never fewer rounds than MIN_ROUNDS.
-SECONDS, MAX_ROUNDS, MIN_ROUNDS = 2.5, 100, 7
+#: No race takes more rounds than this.
+MAX_ROUNDS = 100
 #: A turn begins with untimed calls for about this long, but at most so many: a Zen 3's last-level cache keeps all of
 #: what is read again and again after ten times only.
 UNTIMED_SECONDS, MOST_UNTIMED = 0.02, 15
-#: All waiting of a run for a quiet machine, in seconds: a busy one is not waited for, but named.
-PATIENCE = 60.0
 #: Largest relative difference between two contenders' float32 results.
 AGREEMENT = 1e-4
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--malloc", choices=("keep", "default"), default="keep", help="keep freed memory in the process (see conftest)"
-    )
+@dataclass
+class Effort:
+    """A race takes about ``seconds``, but for long calls, and never fewer than ``min_rounds``. ``patience`` is what is
+    left, in seconds, of all waiting of a run for a quiet machine: a busy one is not waited for, but named."""
 
-    parser.addoption("--quick", action="store_true", help="two rounds each: does everything run? No numbers to quote")
-
-
-def pytest_configure(config):
-    global SECONDS, MIN_ROUNDS, PATIENCE
-    if config.getoption("--quick"):
-        SECONDS, MIN_ROUNDS, PATIENCE = 0.1, 2, 0.0
-    config.stash[ROWS] = []
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    config.stash[CONDITIONS] = {
-        **machine.conditions(),
-        "malloc": "glibc's defaults",
-        "quick": config.getoption("--quick"),
-    }
-    if config.getoption("--malloc") == "keep" and machine.keep_freed_memory():
-        config.stash[CONDITIONS]["malloc"] = "freed memory kept"
-        if machine.NO_THREAD_CACHE in os.environ.get("GLIBC_TUNABLES", ""):
-            config.stash[CONDITIONS]["malloc"] += ", no thread cache"
-
-
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)
-
-
-def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Drops what is noise between two records, adds what a reader needs to judge them."""
-    output_json["commit_info"] = {k: output_json["commit_info"].get(k) for k in ("id", "dirty")}
-    entries = output_json["benchmarks"]
-    for entry in entries:
-        for key in ("params", "param", "options", "group"):
-            entry.pop(key, None)
-        entry["stats"] = {k: entry["stats"][k] for k in ("min", "q1", "median", "q3", "max", "rounds")}
-    counts = sorted({e["extra_info"]["threads"] for e in entries if "contenders" in e["extra_info"]})
-    output_json["conditions"] = {
-        **config.stash[CONDITIONS],
-        "ceilings": {str(threads): machine.ceilings(threads) for threads in counts},
-        **business(entries, counts),
-    }
-    output_json["benchmarks"] = rounded(entries)
-    output_json["conditions"] = rounded(output_json["conditions"])
-
-
-def rounded(value):
-    """Every float to five significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return [rounded(v) for v in value] if isinstance(value, list) else value
-
-
-def given(probes: list[dict[str, float]]) -> dict[str, list[float]]:
-    """What the machine gave during a race: of each that was probed the least, the median and the most."""
-    found = {name: [probe[name] for probe in probes] for name in (probes[0] if probes else ())}
-    return {name: [min(rates), statistics.median(rates), max(rates)] for name, rates in found.items()}
-
-
-def bandwidth(benchmarks: list[dict], threads: int) -> list[float] | None:
-    """The least and the most that reading memory was seen to reach during the races of a run."""
-    found = [e["extra_info"] for e in benchmarks if e["extra_info"].get("given_gb_s")]
-    found = [e["given_gb_s"]["memory"] for e in found if e["threads"] == threads]
-    return [min(low for low, *_ in found), max(high for *_, high in found)] if found else None
-
-
-def business(benchmarks: list[dict], counts: list[int]) -> dict:
-    """How busy others kept the machine over all races of a run."""
-    others = [e["extra_info"]["others_cores"] for e in benchmarks if e["extra_info"].get("others_cores") is not None]
-    return {
-        "load_after": os.getloadavg()[0],
-        "others_cores": max(others) if others else None,
-        "disturbed": [e["name"] for e in benchmarks if e["extra_info"].get("disturbed")],
-        "read_gb_s": {str(threads): bandwidth(benchmarks, threads) for threads in counts},
-    }
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    conditions, write = config.stash[CONDITIONS], terminalreporter.write_line
-    write("")
-    write(
-        f"Medians of interleaved rounds. torch {torch.__version__}, {conditions['torch_isa']}, kernels for "
-        f"{conditions['isa']}, {conditions['malloc']}. x NAME: how many times faster than NAME; floor: the bytes at "
-        "the bandwidth of reading as many, or the flops at sgemm's rate, whichever is longer, both measured here."
-    )
-    for name, text, _ in rows:
-        write(f"{name:<64} {text}")
-    if conditions["quick"]:
-        write("--quick: no numbers to quote", red=True)
-    for peer, reason in conditions["not_measured"].items():
-        write(f"not measured: {peer} ({reason})")
-    disturbed = sum(d for _, _, d in rows)
-    if disturbed:
-        write(f"BUSY MACHINE: other processes took part in {disturbed} of {len(rows)} races (marked !)", red=True)
-
-
-@pytest.fixture(params=[2, 1], ids=["2_threads", "1_thread"])
-def threads(request):
-    before = torch.get_num_threads()
-    if request.param > (os.cpu_count() or 1):
-        pytest.skip(f"{request.param} threads on {os.cpu_count()} cores")
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """As far as a test before this one could tell: nothing compiled, nothing kept."""
-    torch._dynamo.reset()
-    gc.collect()
-    machine.return_freed_memory()
+    seconds: float = 2.5
+    min_rounds: int = 7
+    patience: float = 60.0
 
 
 def summary(values: list[float]) -> tuple[float, float, float]:
@@ -186,34 +44,58 @@ def summary(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def compared(times: Mapping[str, list[float]], ours: str = "ours") -> dict[str, dict[str, float]]:
+    """Of each contender, by its seconds in every round: the median and its quartiles, and those of its ratio to ours
+    within a round."""
+    record = {}
+    for name, seconds in times.items():
+        q1, median, q3 = summary(seconds)
+        r1, ratio, r3 = summary([theirs / own for theirs, own in zip(seconds, times[ours])])
+        record[name] = dict(median_s=median, q1_s=q1, q3_s=q3, ratio=ratio, ratio_q1=r1, ratio_q3=r3)
+    return record
+
+
 def same(ours: object, theirs: object) -> bool:
     """Whether two results, tensors or sequences of tensors, are the same but for rounding."""
     if isinstance(ours, Tensor):
-        return relative_error(theirs, ours) < AGREEMENT
-    pairs = list(zip(ours, theirs))
-    floor = 0.1 * max((float(a.detach().norm()) for a, _ in pairs), default=0.0)
-    return len(ours) == len(theirs) and all(relative_error(b.detach(), a.detach(), floor) < AGREEMENT for a, b in pairs)
+        ours, theirs = [ours], [theirs]
+    return len(ours) == len(theirs) and all(error < AGREEMENT for error in relative_errors(theirs, ours))
 
 
 def settle(function: Callable[[], object]) -> float:
     """Calls until one takes no less than the best before it, ten times at most: the seconds of the best."""
     best = float("inf")
     for _ in range(10):
-        start = time.perf_counter()
-        function()
-        before, best = best, min(best, time.perf_counter() - start)
+        before, best = best, min(best, machine.Clock().seconds(function))
         if best > 0.95 * before or best > 0.5:
             break
     return best
 
 
+def take_turns(
+    functions: Mapping[str, Callable[[], object]],
+    times: Mapping[str, list[float]],
+    clock,
+    untimed: Mapping[str, int] | None = None,
+) -> None:
+    """One round: each function's seconds, after so many untimed calls of its own, go behind its ``times``."""
+    for name, function in functions.items():
+        for _ in range((untimed or {}).get(name, 0)):
+            function()
+        times[name].append(clock.seconds(function))
+
+
+def given(probes: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """What the machine gave during a race: of each that was probed the least, the median and the most."""
+    found = {name: [probe[name] for probe in probes] for name in (probes[0] if probes else ())}
+    return {name: [min(rates), statistics.median(rates), max(rates)] for name, rates in found.items()}
+
+
 class Rounds:
-    """The times of each round, and whether others disturbed it."""
+    """Whether others disturbed each round, and what the machine gave meanwhile."""
 
-    waited = 0.0
-
-    def __init__(self, names: list[str]):
-        self.times: dict[str, list[float]] = {name: [] for name in names}
+    def __init__(self, effort: Effort):
+        self.effort = effort
         self.disturbed: list[bool] = []
         self.others: list[float] = []
         self.probes: list[dict[str, float]] = []
@@ -221,12 +103,12 @@ class Rounds:
 
     def wait(self) -> None:
         """Until the machine is quiet, or patience is at its end."""
-        while Rounds.waited < PATIENCE:
+        while self.effort.patience > 0:
             self.watch.start()
             time.sleep(machine.SHORTEST_WATCH * 1.1)
             if (self.watch.others() or 0.0) < machine.QUIET:
                 break
-            Rounds.waited += self.watch.seconds
+            self.effort.patience -= self.watch.seconds
         self.watch.start()
 
     def judge(self, finished: int, at_last: bool = False) -> None:
@@ -247,11 +129,10 @@ class Rounds:
     def kept(self, rounds: int) -> list[int]:
         """The rounds that count: the quiet ones, where they are enough."""
         quiet = [i for i in range(rounds) if not self.disturbed[i]]
-        return quiet if len(quiet) >= min(MIN_ROUNDS, rounds) else list(range(rounds))
+        return quiet if len(quiet) >= min(self.effort.min_rounds, rounds) else list(range(rounds))
 
 
-@pytest.fixture
-def race(benchmark, request):
+class Race:
     """``race(ours, contenders, ...)``: times ``ours`` with pytest-benchmark, each contender before it in every round.
 
     A contender whose result differs from ours is an error; one that returns None is not compared. ``case`` and
@@ -260,7 +141,11 @@ def race(benchmark, request):
     is the baseline. Returns the medians in seconds by name, ours under "ours".
     """
 
-    def run(
+    def __init__(self, benchmark, name: str, effort: Effort, line: Callable[[str, bool], None]):
+        self.benchmark, self.name, self.effort, self.line = benchmark, name, effort, line
+
+    def __call__(
+        self,
         ours: Callable[[], object],
         contenders: Mapping[str, Callable[[], object]],
         *,
@@ -270,49 +155,14 @@ def race(benchmark, request):
         flops: float = 0,
         missing: Mapping[str, str] | None = None,
     ) -> dict[str, float]:
-        everyone = {**contenders, "ours": ours}
-        expected = ours()
-        for name, function in contenders.items():
-            result = function()
-            assert expected is None or result is None or same(expected, result), f"{name} computes something else"
-        del expected
-        result = None
-        lasted = {name: settle(function) for name, function in everyone.items()}
-        untimed = {name: min(MOST_UNTIMED, round(UNTIMED_SECONDS / seconds)) for name, seconds in lasted.items()}
-        round_seconds = sum(seconds * (1 + untimed[name]) for name, seconds in lasted.items())
-        count = max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / round_seconds)))
-        rounds = Rounds(list(contenders))
-        rounds.wait()
-
-        def others():
-            if rounds.times and len(next(iter(rounds.times.values()))):
-                rounds.judge(len(next(iter(rounds.times.values()))))
-            for name, function in contenders.items():
-                for _ in range(untimed[name]):
-                    function()
-                start = time.perf_counter()
-                function()
-                rounds.times[name].append(time.perf_counter() - start)
-            for _ in range(untimed["ours"]):
-                ours()
-
-        gc.collect()
-        gc.disable()
-        try:
-            benchmark.pedantic(ours, setup=others, rounds=count)
-        finally:
-            gc.enable()
-        rounds.judge(count, at_last=True)
-        times = {**rounds.times, "ours": list(benchmark.stats.stats.data)}
+        self.check(ours, contenders)
+        times, rounds = self.measure(ours, contenders)
+        count = len(times["ours"])
         kept = rounds.kept(count)
-        record, medians = {}, {}
-        for name, seconds in times.items():
-            q1, medians[name], q3 = summary([seconds[i] for i in kept])
-            r1, ratio, r3 = summary([seconds[i] / times["ours"][i] for i in kept])
-            record[name] = dict(median_s=medians[name], q1_s=q1, q3_s=q3, ratio=ratio, ratio_q1=r1, ratio_q3=r3)
+        record = compared({name: [seconds[i] for i in kept] for name, seconds in times.items()})
         disturbed = any(rounds.disturbed[i] for i in kept)
-        benchmark.extra_info.update(
-            case=case or request.node.name,
+        self.benchmark.extra_info.update(
+            case=case or self.name,
             kind=kind,
             threads=torch.get_num_threads(),
             baseline=next(iter(contenders), None),
@@ -324,25 +174,49 @@ def race(benchmark, request):
             disturbed=disturbed,
             not_measured=dict(missing or {}),
         )
-        text = ""
-        if size or flops:
-            floor = machine.floor_seconds(machine.ceilings(torch.get_num_threads()), size, flops)
-            benchmark.extra_info.update(size=size, flops=flops, floor_s=floor)
-            text = (
-                f"   {size / medians['ours'] / 1e9:6.1f} GB/s {flops / medians['ours'] / 1e9:6.1f} GFLOP/s "
-                f"{100 * floor / medians['ours']:3.0f} % of floor"
-            )
+        seconds = record["ours"]["median_s"]
+        text = self.floor(size, flops, seconds) if size or flops else ""
         speed = "".join(f"   x {name} {record[name]['ratio']:6.2f}" for name in contenders)
-        mark = "!" if disturbed else " "
-        request.config.stash[ROWS].append(
-            (request.node.name, f"{mark}{medians['ours'] * 1e3:9.3f} ms{text}{speed}", disturbed)
-        )
-        return medians
+        self.line(f"{'!' if disturbed else ' '}{seconds * 1e3:9.3f} ms{text}{speed}", disturbed)
+        return {name: found["median_s"] for name, found in record.items()}
 
-    run.report = lambda medians, text="": note(request, text) if text else None
-    return run
+    @staticmethod
+    def check(ours: Callable[[], object], contenders: Mapping[str, Callable[[], object]]) -> None:
+        expected = ours()
+        for name, function in contenders.items():
+            result = function()
+            assert expected is None or result is None or same(expected, result), f"{name} computes something else"
 
+    def measure(self, ours, contenders) -> tuple[dict[str, list[float]], Rounds]:
+        """The seconds of every round by name, ours by pytest-benchmark."""
+        everyone = {**contenders, "ours": ours}
+        lasted = {name: settle(function) for name, function in everyone.items()}
+        untimed = {name: min(MOST_UNTIMED, round(UNTIMED_SECONDS / seconds)) for name, seconds in lasted.items()}
+        round_seconds = sum(seconds * (1 + untimed[name]) for name, seconds in lasted.items())
+        count = max(self.effort.min_rounds, min(MAX_ROUNDS, int(self.effort.seconds / round_seconds)))
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        rounds, clock = Rounds(self.effort), machine.Clock()
+        rounds.wait()
 
-def note(request, text: str) -> None:
-    """A line of the table at the end."""
-    request.config.stash[ROWS].append((request.node.name, text, False))
+        def others():
+            if finished := len(next(iter(times.values()), ())):
+                rounds.judge(finished)
+            take_turns(contenders, times, clock, untimed)
+            for _ in range(untimed["ours"]):
+                ours()
+
+        gc.collect()
+        gc.disable()
+        try:
+            self.benchmark.pedantic(ours, setup=others, rounds=count)
+        finally:
+            gc.enable()
+        rounds.judge(count, at_last=True)
+        return {**times, "ours": list(self.benchmark.stats.stats.data)}, rounds
+
+    def floor(self, size: float, flops: float, seconds: float) -> str:
+        """Records the bytes, the flops and their floor: what was reached of each."""
+        floor = machine.floor_seconds(machine.ceilings(torch.get_num_threads()), size, flops)
+        self.benchmark.extra_info.update(size=size, flops=flops, floor_s=floor)
+        reached = f"{size / seconds / 1e9:6.1f} GB/s {flops / seconds / 1e9:6.1f} GFLOP/s"
+        return f"   {reached} {100 * floor / seconds:3.0f} % of floor"

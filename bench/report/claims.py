@@ -1,5 +1,5 @@
-"""What README.md says of real data, from the records of ``train.py`` (demo/train.json beside the other records) and of
-``bench_end_to_end.py``. Part of ``report.py``."""
+"""What README.md says of real data, from the records of ``bench.demo.train`` (demo/train.json beside the other records)
+and of ``bench_end_to_end.py``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
 
+from bench.report.tables import markdown
+
 #: The models by their names in the record of train.py.
 TITLES = {"din": "DIN", "deepfm": "DeepFM"}
 
 
 def load(folder: Path) -> dict | None:
-    """The record of ``train.py``, if there is one beside those of a folder."""
+    """The record of ``bench.demo.train``, if there is one beside those of a folder."""
     path = folder / "demo" / "train.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -69,19 +71,17 @@ def section(demos: list[dict], end_to_end: list[list[dict]]) -> str:
             "both libraries with the same seed and batches; the first "
             f"{comparisons[0]['compared_steps']} losses differ by {worst:.1e} relative at most:"
         )
-        lines += [
-            "| model | library | AUC | LogLoss | samples/s | peak memory |",
-            "| --- | --- | --- | --- | --- | --- |",
-        ]
+        rows = []
         for model, part in models.items():
             speed, memory = (part["comparison"][k] for k in ("samples_per_second_ratio", "peak_memory_ratio"))
             for r in part["results"]:
                 ours = r["library"] == "rankkernels"
-                lines.append(
-                    f"| {TITLES[model]} | {r['library']} | {r['auc']:.4f} | {r['logloss']:.4f} "
-                    f"| {r['samples_per_second']:,.0f}{f' ({speed:.2f} ×)' * ours} "
-                    f"| {r['peak_memory_mib']:.0f} MiB{f' ({memory:.2f} ×)' * ours} |"
+                rows.append(
+                    [TITLES[model], r["library"], f"{r['auc']:.4f}", f"{r['logloss']:.4f}"]
+                    + [f"{r['samples_per_second']:,.0f}{f' ({speed:.2f} ×)' * ours}"]
+                    + [f"{r['peak_memory_mib']:.0f} MiB{f' ({memory:.2f} ×)' * ours}"]
                 )
+        lines += markdown(["model", "library", "AUC", "LogLoss", "samples/s", "peak memory"], rows)
         lines.append("")
     said = [
         f"{kind} DIN is {found['din']:.2f} and DeepFM {found['deepfm']:.2f} times as fast"

@@ -1,5 +1,6 @@
-"""What became slower: ``python bench/compare.py OLD NEW``, two records or two folders of records. Of a race that more
-than one record of a folder has, the latest counts.
+"""What became slower: ``python -m bench.report.compare OLD NEW``, two records or two folders of records.
+
+Of a race that more than one record of a folder has, the latest counts.
 
 Compared are speed-ups over the baseline of the same run (eager PyTorch, mostly), because a second of one run is not a
 second of another. A race is slower if its speed-up fell by more than ``--tolerance`` and by more than the noise: its
@@ -28,7 +29,7 @@ def load(path: Path) -> tuple[dict[str, dict], list[str], dict[str, str]]:
     entries, machines, environment = {}, [], {}
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
-        sys.exit(f"compare.py: no record in {path}")
+        sys.exit(f"compare: no record in {path}")
     records = [(file, json.loads(file.read_text())) for file in files]
     for file, record in sorted(records, key=lambda pair: pair[1]["datetime"]):
         cpu = record["machine_info"]["cpu"].get("brand_raw", "unknown processor")

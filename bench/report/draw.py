@@ -1,5 +1,5 @@
-"""The report's charts, each as SVG and PNG on a transparent ground: the greys and the colours (Okabe and Ito's, which
-the colour-blind tell apart) show on white and on black. A chart carries the digest of what it shows."""
+"""The report's charts, SVG on a transparent ground: the greys and the colours (Okabe and Ito's, which the colour-blind
+tell apart) show on white and on black. A chart carries the digest of what it shows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ def digest(data: dict) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_current(stem: Path, data: dict) -> bool:
-    """Whether both files of a chart are there and show ``data``."""
-    files = [stem.with_suffix(suffix) for suffix in (".svg", ".png")]
-    return all(file.exists() and digest(data).encode() in file.read_bytes() for file in files)
+def is_current(path: Path, data: dict) -> bool:
+    """Whether a chart is there and shows ``data``."""
+    return path.exists() and digest(data).encode() in path.read_bytes()
 
 
-def draw(kind: str, data: dict, stem: Path) -> None:
+def draw(kind: str, data: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -32,14 +31,12 @@ def draw(kind: str, data: dict, stem: Path) -> None:
     settings = {key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
     settings |= {"svg.fonttype": "path", "svg.hashsalt": "rankkernels", "font.size": 10, "axes.titlesize": 10}
     with plt.rc_context(settings):
-        figure = {"bars": speed, "memory": memory, "roofline": roofline, "scaling": scaling, "learning": learning}[
-            kind
-        ](plt, data)
+        kinds = {"bars": speed, "memory": memory, "roofline": roofline, "scaling": scaling, "learning": learning}
+        figure = kinds[kind](plt, data)
         if is_clipped(figure):
-            raise ValueError(f"{stem.name}: a label reaches beyond the chart's edge")
-        text = f"data {digest(data)}"
-        figure.savefig(stem.with_suffix(".svg"), transparent=True, metadata={"Date": None, "Description": text})
-        figure.savefig(stem.with_suffix(".png"), transparent=True, dpi=150, metadata={"Description": text})
+            raise ValueError(f"{path.stem}: a label reaches beyond the chart's edge")
+        metadata = {"Date": None, "Description": f"data {digest(data)}"}
+        figure.savefig(path, format="svg", transparent=True, metadata=metadata)
         plt.close(figure)
 
 

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from rankkernels import gpu_report
+from bench.gpu import report
+from rankkernels import DIN
 from rankkernels.nn import SequenceFeature, SparseFeature
 
 #: PyTorch's ops that make the host wait for the device.
@@ -25,12 +26,20 @@ def din_masked(B: int, rows: int):
     items = SparseFeature("item", rows, 8)
     history = SequenceFeature("history", rows, 8, pooling="concat", shared_with="item", padding_idx=0)
     attention = {"dims": [16], "activation": "sigmoid", "use_softmax": True}
-    model = gpu_report.DIN([], [history], [items], {"dims": [16]}, attention, mask_padding=True)
+    model = DIN([], [history], [items], {"dims": [16]}, attention, mask_padding=True)
     x = {"item": torch.randint(rows, (B,)), "history": torch.randint(rows, (B, 7))}
     return model, x, torch.randint(2, (B,)).float()
 
 
-MODELS = {"DeepFM": gpu_report.deepfm, "DIN": gpu_report.din, "DIN, padding masked": din_masked}
+def deepfm(B: int, rows: int):
+    return report.deepfm(B, rows).ours()
+
+
+def din(B: int, rows: int):
+    return report.din(B, rows).ours()
+
+
+MODELS = {"DeepFM": deepfm, "DIN": din, "DIN, padding masked": din_masked}
 FORWARD = {"DeepFM": {"embedding_fm", "norm_activation"}}
 BACKWARD = {"DeepFM": {"embedding_fm_backward", "embedding_bag_backward", "norm_activation_backward"}}
 
@@ -153,11 +162,11 @@ LAUNCHES = {"DeepFM": (10, 9, 2, 30), "DIN": (20, 6, 130, 35)}
 
 def test_a_step_launches_no_more_than_it_did():
     pytest.importorskip("triton", reason="Triton is not installed")
-    report = gpu_report.model_launches()
+    launched = report.model_launches()
     for name, most in LAUNCHES.items():
-        counts = gpu_report.launch_counts(report[name])
+        counts = report.launch_counts(launched[name])
         assert all(n <= m for n, m in zip(counts, most, strict=True)), (name, counts)
-        assert sorted(c.op for c in report[name] if c.op) == sorted(ours(compiled(MODELS[name])))
+        assert sorted(c.op for c in launched[name] if c.op) == sorted(ours(compiled(MODELS[name])))
 
 
 @pytest.mark.parametrize("trace", [compiled, traced])
@@ -172,11 +181,11 @@ def test_a_step_launches_no_more_than_it_did():
 )
 def test_a_model_that_waits_is_noticed(trace, what, op):
     try:
-        assert op in waits(trace(gpu_report.deepfm, what))
+        assert op in waits(trace(deepfm, what))
     except torch._dynamo.exc.Unsupported as error:
         assert op in str(error)
 
 
 def test_a_graph_break_is_noticed():
     with pytest.raises(torch._dynamo.exc.Unsupported, match="Data-dependent branching"):
-        compiled(gpu_report.deepfm, lambda y: y if y.sum() > 0 else -y)
+        compiled(deepfm, lambda y: y if y.sum() > 0 else -y)

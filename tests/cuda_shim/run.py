@@ -18,9 +18,9 @@ import torch
 from rankkernels import ops, optim, reference
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_case, embedding_fm_case, relative_error
-from rankkernels.testing.gpu import EMBEDDING_BAG, GPU_OPS, GPUOp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from gpu.cases import SHIM  # noqa: E402
 from random_lookups import random_lookups  # noqa: E402
 
 library = torch.library.Library("rankkernels", "IMPL")
@@ -37,12 +37,12 @@ def call_cuda() -> None:
         library.impl(name, lambda *args, op=op, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
 
 
-def cases_of(op: GPUOp) -> list[OpCase]:
-    return [*(case for case in TEST_CASES if case.op == op.op), *op.cuda.cases]
+def cases_of(op: str) -> list[OpCase]:
+    return [*(case for case in TEST_CASES if case.op == op), *SHIM[op]]
 
 
-CASES = cases_of(EMBEDDING_BAG)
-ALL_CASES = [case for op in GPU_OPS if op.cuda for case in cases_of(op)]
+CASES = cases_of("embedding_bag")
+ALL_CASES = [case for op in SHIM for case in cases_of(op)]
 
 
 def run(function, inputs) -> list[torch.Tensor]:

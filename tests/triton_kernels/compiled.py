@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that this machine need not have: what ``rankkernels.gpu_report`` reports is
+"""Every Triton kernel compiled for GPUs that this machine need not have: what ``bench.gpu.report`` reports is
 asserted here. test_triton_compile.py runs this file in a process of its own.
 """
 
@@ -9,24 +9,26 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 import triton
+from gpu.cases import INTERPRETED
 from triton.runtime.jit import JITFunction
 
-from rankkernels import _triton, gpu_report
-from rankkernels._triton.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
+from bench.gpu import report
+from bench.gpu.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
+from bench.gpu.cases import COMPILED, GPU_OPS
+from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
+from rankkernels import _triton
 from rankkernels._triton.din_attention import WIDE_TRAINING
-from rankkernels.testing.gpu import COMPILED, GPU_OPS
 
 SERVED = [case for case in COMPILED if serves(case)]
 
 
 @pytest.fixture(scope="module")
 def records():
-    return {(r.case.id, r.dtype, r.target): r for r in gpu_report.triton_records()}
+    return {(r.case.id, r.dtype, r.target): r for r in report.triton_records()}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,8 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
             assert (kernel.local == 0 and not kernel.spills) or known
             assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16
             assert kernel.matrix_instructions or not kernel.has_dot
-            assert kernel.shared <= gpu_report.MULTIPROCESSORS[target].shared_of_block
-            assert gpu_report.occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
+            assert kernel.shared <= MULTIPROCESSORS[target].shared_of_block
+            assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
             assert all(n <= 65535 for n in kernel.grid[1:])
 
 
@@ -71,7 +73,7 @@ def test_the_reference_serves_only_what_would_spill():
 def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
     """CUDA's limits of the dimensions are 2^31 - 1, 65535 and 65535."""
     launched = set()
-    for case in [case for op in GPU_OPS for case in op.huge]:
+    for case in [case for op in INTERPRETED for case in op.huge]:
         assert max(t.numel() for t in meta_inputs(case, torch.float32)) > 2**31
         for kernel in (k for call in compile_case(case, torch.float32, "sm_90") for k in call.kernels):
             x, *yz = kernel.grid
@@ -86,7 +88,7 @@ def kernels_defined() -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS if op.interpreted], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS if not op.launches], ids=lambda case: case.op)
 def test_wide_loads_are_those_of_the_main_operand(records, case, target):
     """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
     dtype = case.dtypes[0]
@@ -102,19 +104,19 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
 
 
 def test_prints_the_table(records):
-    table = gpu_report.triton_table(list(records.values()))
+    table = report.triton_table(list(records.values()))
     assert len(table) == 2 + 2 * sum(len(case.dtypes) for case in SERVED)
     assert len({line.count("|") for line in table}) == 1
     print("\n".join(table))
 
 
 def test_the_committed_page_is_of_this_code(records):
-    """bench/results/gpu_kernels.md: what every Triton makes of the kernels alike, and with its own Triton all of it."""
-    page = (Path(__file__).parents[2] / "bench/results/gpu_kernels.md").read_text()
-    alike = None if f"Triton {triton.__version__}," in page else -len(gpu_report.MULTIPROCESSORS)
+    """bench/gpu/gpu_kernels.md: what every Triton makes of the kernels alike, and with its own Triton all of it."""
+    page = (report.ROOT / "bench/gpu/gpu_kernels.md").read_text()
+    alike = None if f"Triton {triton.__version__}," in page else -len(MULTIPROCESSORS)
     of = lambda lines: [line.strip("| ").split(" | ")[:alike] for line in lines if line.startswith("|")]  # noqa: E731
     committed = of(page.splitlines())
-    for row in of(gpu_report.triton_table(list(records.values()))):
+    for row in of(report.triton_table(list(records.values()))):
         assert row in committed, f"make gpu-report gives {row}"
 
 
@@ -129,19 +131,19 @@ def test_occupancy_is_what_the_vendors_calculators_say():
         ("gfx942", 4, 256, 0, 0.25),
         ("gfx942", 4, 64, 20 << 10, 0.375),
     ):
-        assert gpu_report.occupancy(target, warps, registers, shared) == expected, (target, warps, registers, shared)
+        assert occupancy(target, warps, registers, shared) == expected, (target, warps, registers, shared)
 
 
 def test_the_report_refuses_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-         "from rankkernels.gpu_report import main; main()"],
-        capture_output=True, text=True,
+         "from bench.gpu.report import main; main()"],
+        cwd=report.ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1 and "unset TRITON_INTERPRET" in done.stderr
 
 
 def test_the_page_says_what_was_not_compiled(records):
-    page = gpu_report.report(list(records.values()), None, {}, {}, "these versions")
+    page = report.report(list(records.values()), None, {}, {}, "these versions")
     assert "these versions. Nothing here ran on a GPU" in page
     assert "Not compiled: no nvcc" in page

@@ -18,12 +18,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from gpu.cases import INTERPRETED
+from gpu.cases.base import DOUBLE, SINGLE, Interpreted, described, error, strided
 from triton.runtime.errors import InterpreterError
 
+from bench.gpu.ahead_of_time import tensor_bytes
 from rankkernels import reference
-from rankkernels._triton.ahead_of_time import tensor_bytes
 from rankkernels.ops.din_attention import ACTIVATIONS
-from rankkernels.testing.gpu import DOUBLE, INTERPRETED, SINGLE, Interpreted, described, error, strided
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
 interpreter.install()

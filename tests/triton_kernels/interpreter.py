@@ -23,7 +23,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-from rankkernels._triton.ahead_of_time import launches_kernel, tensor_bytes
+from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
 
 NOBODY, MANY = -1, -2
 

@@ -1,0 +1,1 @@
+"""DeepFM and DIN trained from data, in torch-rechub and in ours."""

@@ -1,0 +1,1 @@
+"""What compilers make of the GPU kernels, and what a GPU makes of them."""

@@ -1,0 +1,108 @@
+"""The ops that have GPU kernels, with the shapes a user trains with: what is compiled, reported and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from rankkernels.testing import (
+    OpCase,
+    din_attention_case,
+    embedding_bag_case,
+    embedding_fm_case,
+    fm_interaction_case,
+    norm_activation_case,
+)
+
+HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@dataclass(frozen=True)
+class GPUOp:
+    """An op's cases, in the dtypes that are compiled and timed.
+
+    ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, a sort being
+    PyTorch's. Ops without are Triton's.
+    """
+
+    op: str
+    cases: Sequence[OpCase]
+    launches: dict[str, list[str]] = field(default_factory=dict)
+
+
+def in_dtypes(case: OpCase, *dtypes: torch.dtype) -> OpCase:
+    return replace(case, dtypes=dtypes)
+
+
+FM = GPUOp(
+    op="fm_interaction",
+    cases=[
+        in_dtypes(fm_interaction_case(65536, 39, 16), SINGLE, BF16, DOUBLE),
+        in_dtypes(fm_interaction_case(8192, 39, 64), SINGLE, HALF),
+        in_dtypes(fm_interaction_case(4096, 39, 10), SINGLE),
+        in_dtypes(fm_interaction_case(4096, 39, 8, reduce_sum=False), HALF),
+        in_dtypes(fm_interaction_case(4096, 39, 64, reduce_sum=False), SINGLE),
+        in_dtypes(fm_interaction_case(4096, 39, 128), BF16),
+        in_dtypes(fm_interaction_case(4096, 300, 64), SINGLE),
+        in_dtypes(fm_interaction_case(4096, 1, 1), BF16),
+    ],
+)
+
+DIN = GPUOp(
+    op="din_attention",
+    cases=[
+        in_dtypes(din_attention_case(4096, 50, 16, [36], "dice", False, False, False, "lengths"), SINGLE),
+        in_dtypes(din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), SINGLE),
+        in_dtypes(din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), BF16),
+        in_dtypes(din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), SINGLE),
+    ]
+    + [
+        # The widest layers, and what else the kernels are compiled to: do the registers suffice?
+        in_dtypes(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtype)
+        for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
+            (128, [128, 128], "dice", True, True, True, "mask", 0.1, SINGLE),
+            (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, HALF),
+            (128, [128], "dice_batch_norm", True, False, True, "lengths", 0.0, BF16),
+            (64, [80, 40], "sigmoid", False, False, True, "lengths", 0.2, SINGLE),
+            (32, [64, 16], "prelu", True, True, False, "padded", 0.0, HALF),
+            (16, [36], "dice", True, True, True, "mask", 0.1, SINGLE),
+        ]
+    ],
+)
+
+NORM = GPUOp(
+    op="norm_activation",
+    cases=[
+        in_dtypes(norm_activation_case(4096, 256, "dice"), SINGLE, BF16),
+        in_dtypes(norm_activation_case(4096, 200, "dice_batch_norm", affine=False), SINGLE),
+        in_dtypes(norm_activation_case(4096, 128, "relu"), HALF),
+        in_dtypes(norm_activation_case(4096, 256, "relu", training=False), DOUBLE),
+    ],
+)
+
+EMBEDDING_BAG = GPUOp(
+    op="embedding_bag",
+    cases=[
+        in_dtypes(embedding_bag_case([100_000] * 26, [16] * 26, list(range(26)), ["sum"] * 26, B=4096, L=1), SINGLE),
+        in_dtypes(embedding_bag_case([1_000_000] * 8, [64] * 8, list(range(8)), ["sum"] * 8, B=1024, L=20), SINGLE),
+    ],
+    launches={
+        "embedding_bag": ["embedding_bag"],
+        "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
+    },
+)
+
+EMBEDDING_FM = GPUOp(
+    op="embedding_fm",
+    cases=[in_dtypes(embedding_fm_case([100_000] * 26, 16, list(range(26)), ["none"] * 26, B=4096), SINGLE)],
+    launches={
+        "embedding_fm": ["embedding_fm"],
+        "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear_parts", "embedding_linear_total"],
+    },
+)
+
+GPU_OPS = [FM, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+COMPILED = [case for op in GPU_OPS if not op.launches for case in op.cases]
+CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

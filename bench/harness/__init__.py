@@ -1,0 +1,1 @@
+"""How a benchmark measures: the race, the machine under it, memory, and the libraries it is compared with."""

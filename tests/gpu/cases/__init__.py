@@ -1,0 +1,14 @@
+"""The GPU kernels' cases, a module an op: Triton's run under the interpreter, those in CUDA C++ under the CPU shim.
+
+What is compiled, reported and timed beside them has the shapes of ``bench.gpu.cases``. Tests fail where a kernel is
+reached by no case.
+"""
+
+from gpu.cases import embedding_bag, embedding_fm
+from gpu.cases.din_attention import DIN
+from gpu.cases.fm_interaction import FM
+from gpu.cases.norm_activation import NORM
+
+INTERPRETED = [FM, DIN, NORM]
+#: By the op that they are cases of.
+SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}
