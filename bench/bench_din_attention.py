@@ -1,39 +1,8 @@
 """DIN attention against the layers of other libraries, each eager and compiled; and its peak memory.
 
-Two families, because the libraries agree on no form of it: torch-rechub's unit, whose attention MLP has batch
-normalization and which masks nothing, and the masked attention without normalization of DeepCTR-Torch and FuxiCTR. The
-flops are those that the identity of csrc/cpu/din_attention.h needs, which spares the others the
-four-fold concatenation.
-
-Where the time goes, in per cent of the user cycles that ``perf`` saw in the kernels, torch and libc (Zen 5, float32,
-one thread, one run; fetching: the next block's rows):
-
-| shape | pass | ms | products | activation | M and c | fetching and the rest |
-| --- | --- | --- | --- | --- | --- | --- |
-| B1024 L50 D16 [36] | eval | 0.93 | 40 | 41 | 3 | 15 |
-| B2048 L50 D64 [80,40] | eval | 11.0 | 68 | 15 | 7 | 11 |
-| B4096 L100 D64 [36] | eval | 16.6 | 59 | 18 | 4 | 19 |
-| B1024 L100 D64 [512,256] softmax | eval | 149 | 86 | 6 | 2 | 5 |
-| B2048 L50 D64 [80,40] sigmoid, length 12 | eval | 3.67 | 54 | 15 | 18 | 13 |
-| B1024 L50 D16 [36] | training | 5.62 | 19 | 34 | 2 | 45 |
-| B2048 L50 D64 [80,40] | training | 66.0 | 41 | 17 | 3 | 39 |
-| B4096 L100 D64 [36] | training | 88.6 | 36 | 16 | 2 | 46 |
-| B2048 L50 D64 [80,40] sigmoid, length 12 | training | 16.6 | 46 | 8 | 9 | 37 |
-
-Training's rest is the backward's rows w g and fetching (11 to 17), reading kept z (2 to 10) and torch. Tried without a
-gain: tiles of equal height instead of eights and a rest; six vectors at once where a product has one row; in training
-w g + M^T G in one product; prefetching the next tile's rows within a product (1 %); all of a product's columns for
-eight rows before the next eight (2 to 5 % longer); forming M a panel ahead of its product (1 to 3 % longer); Dice's
-units four or eight rows at a time.
-
-AVX512-BF16 (``vdpbf16ps``, two products a lane and instruction) multiplies bfloat16 rows as they are in eval, with M
-rounded, what that takes put back at the mean of 16 rows: ms for float32 products of the same rows, processes taking
-turns, one thread (two): row 2 of the table 8.1 for 9.8 (4.09 for 4.95), row 3 10.3 for 14.4 (5.20 for 7.26). Samples of
-fewer than 16 rows, and rows of D < 32, stay with float32: the largest error of a sample against float64 was 1.7e-2 with
-16 rows of D 7, 9.8e-3 with D 16 or 20, 7.6e-3 with D 32 to 200 (medians 2.4e-3), 3.7e-3 (1.7e-3) with float32 products
-anywhere. M in two parts, hi + lo, would be as exact, but then takes as many instructions as float32 and more to form:
-0.95, 0.97, 1.04 and 0.90 times as fast in rows 1, 2, 3 and 5. In training the statistics go on into float32 and the
-rounding missed the tests' tolerances; the other products of the op have one factor in float32.
+Two families, because the libraries agree on no form of it: torch-rechub's unit with batch normalization, which masks
+nothing, and the masked attention without of DeepCTR-Torch and FuxiCTR. Where the time goes:
+docs/performance/din_attention.md.
 """
 
 from __future__ import annotations

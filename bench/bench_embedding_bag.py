@@ -1,53 +1,7 @@
 """Embedding bags: many tables in one call, against torch's one call a table and FBGEMM's table-batched operator.
 
-A forward is raced with the tables that each library's own constructor allocates, because that is what its users get:
-ours lie in large pages, torch's and FBGEMM's in what malloc gives, pages of 4 KiB where the system does not do better
-by itself. What "our tables" is added to reads ours instead, and tells the kernel's part from the pages'. The forward of
-8 x 1M x 64 is bound by memory: a loop that only gathers and sums takes 0.80 ms with one thread, 52 GB/s, from large
-pages and 64 rows ahead, and 1.08 ms from pages of 4 KiB. (Dense gradients are raced on the same tables.)
-
-Where a row-wise Adagrad step of 26 x 100k x 16 goes with one thread (Zen 5, Zipf ids, milliseconds): of 0.96, by a
-profile's shares (the step took 1.20 under it), lookups 0.25; in the backward the rows' sums and steps 0.3, the sort
-that sums in a fixed order 0.17, keys and where gradients lie 0.03; a step on a batch of one, which is Python, autograd
-and the lists of 26 tensors, takes 0.15. Of 1.12 before: a pointer for each lookup and not each bag cost 0.08; that
-batch of one 0.21, where each table read its group's hyper-parameters anew and the lists went through Python twice. Two
-blocks sorted at once, key by key, wait less for the counters that Zipf ids hit again and again: in a sketch, beside
-other work, 26 x 2048 keys 115 us and not 152 (uniform 92 and 117), 8 x 20,480 keys 352 and not 479 (258 and 331). Tried
-without gain: 32-bit keys (3 % of the sort), the next pass's digits counted while keys move (as good as two blocks, but
-not where threads share a table), three passes (a third slower), memory kept from step to step (malloc keeps it by
-itself: no page faults after the first steps). Where a run of equal ids ends nothing can foresee: chunks of lookups and
-a masked accumulator in place of branches took the backward from 0.90 to 0.71, with uniform ids from 0.98 to 0.74.
-
-Adam on 8 x 1M x 64, uniform, one thread: 162 thousand rows of weights and two moments, 249 MB read and written. A loop
-that does that and nothing else takes 6.2 ms (39 GB/s), with both moments of a row side by side 5.9. Row-wise Adagrad
-reads and writes 104 MB. With the forward's 42 MB in both, what memory alone allows Adam is 1.99 times row-wise
-Adagrad's time; what both do besides (ids, sort, Python) brings it nearer to that. Rows of 64 and 128 values are stepped
-on as soon as they are summed, each lookup asking for what those some places on will touch, twice, for the second level
-of the cache and for the first. Against chunks of lookups that are summed and then stepped on (tables of 600k rows, the
-whole step, a process each in turns, ms): one thread uniform row-wise 7.5 to 5.2 and Adam 14.3 to 11.6 (another run,
-12.9 to 8.8), Zipf 4.8 to 3.6 and 8.8 to 6.2; two threads 5.3 to 4.0, 8.3 to 6.2, 3.3 to 2.8, 5.3 to 3.6. In a sketch of
-the update alone: one request 8.3, two 7.3, then moments side by side 7.0, but Zipf 5.0 and 5.6; stores past the cache
-no gain. The same for every width and for gradients too, the width no constant: 26 x 100k x 16 1.1 to 1.7, from many
-short loops a row, and 2 MB more code. Chunks that ask for Adam's moments twice: no gain. Square root and division are
-not it: leaving both out gained 0.3 to 1.1. Tasks in the order of samples, a contiguous copy of the gradients: no gain.
-
-How much longer Adam takes than row-wise Adagrad follows what the host gives: uniform 8 x 1M x 64 with two threads, two
-runs of one commit, 2.05 times (3.4 and 7.0 ms; memory 49 GB/s) and 1.21 (4.1 and 5.0; 70 GB/s).
-
-On Zen 3 (AVX2) what counts is how many misses a core has on their way: gathering and summing the rows of 8 x 1M x 64
-takes one core 3.3 ms (13 GB/s), at any distance from 8 to 128 rows, with any hint, a line asked for or four. A lookup
-misses 9 lines for row-wise Adagrad (4 of its row in each direction, its sum) and 16 for Adam: 1.78 times; 1.7 to 1.9
-are measured. Both moments of a row side by side take Adam's step, one thread and two, from 27.6 and 14.5 ms to 25.5 and
-13.9, Zipf 15.7 and 9.2 to 14.5 and 7.4, 26 x 100k x 16 with one 3.4 to 2.9 (two runs of the bench). Distances of 3 and
-10 lookups in place of 4 and 16: 24.4 to 22.9; 12 and 48: 26.5.
-
-Lookup + FM + linear, 39 x 100k x 16, B8192, fused Adam, one thread (Zen 5, uniform ids, milliseconds): of 14.9, forward
-2.9, the gradient of the lookups 1.7, the update 8.7, Python and autograd about 1; sparse, of 12.6, the same and 5.8 for
-the sums, with the pages of 20 MB that each step mapped afresh. Floors at 40 GB/s: forward 60 MB, 1.5; update 140 MB,
-3.5. Features of a sample side by side and not block by block: forward 1.7. The FM's part added where rows are summed,
-for which a pass reads the embeddings for their sum and nothing of their size is written: 13.0.
-Lookups by 32 and not by 128 where sums read three lines: 11.3, sparse 11.5 to 10.6. With two threads fused Adam takes
-6.5 and not 9.1, sparse 6.5 and not 8.2.
+Each library reads the tables that its own constructor allocates, because that is what its users get: ours lie in huge
+pages. Contenders named "our tables" read ours. Where the time goes: docs/performance/embedding.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Lookups of one table, forward, at widths that are pieces of a vector, whole vectors and neither.
 
 In the cache: 2,000 rows. Beyond it: 300,000. 100,000 ids, each on its own ("none") or in bags, against what torch and
-FBGEMM have for it. Where a table stays in the second-level cache, time is instructions: an id's check, its row's place
-and a load, an addition or a store for each vector. Copied rows are bound by where they are written to.
-
-Takes about 3 minutes.
+FBGEMM have for it. What bounds them: docs/performance/embedding.md.
 """
 
 from __future__ import annotations

@@ -1,19 +1,7 @@
-"""Whole training steps and evaluation passes, drop-in: ours and torch-rechub's, eager and under torch.compile, with the
-same optimizer. The losses of the first steps are compared before anything is timed. See ``steps.py``.
+"""Whole training steps and evaluation passes: ours and torch-rechub's, eager and under torch.compile, same optimizer.
 
-Where the time of training steps goes says ``profile_step.py``. DeepFM's evaluation is one op (csrc/cpu/deepfm.h): of
-5.8 ms on one thread 0.1 are Python's for 39 features and the folding of the normalizations, 4.7 the op's 1.17 GFLOP of
-products, at the rate of the machine's best, 0.5 its lookups, 0.1 FM and the linear term, 0.1 the arranging of the
-weights, which may change between any two calls. Tried without a gain: the next block's rows asked for between the tiles
-of this one's product (5 % slower: they hold up the product's loads), or asked for into the second-level cache there and
-copied later (8 %), fewer rows on their way (16: 6 %), more (128: none), panels with a single vector, another order of
-arranging.
-
-Without AVX-512 (two Zen 3 cores, sgemm 182 GFLOP/s) both sides' products are by one library at one rate: 3.5 GFLOP are
-19 ms of the 40 of a step with 1,000 rows and of torch-rechub's 62, 1.17 GFLOP 6.4 of the evaluation's 8.8 and of its
-15.0, so that nothing can be more than 3.2 and 2.3 times as fast. To leave the 13 dense columns out of the first layer's
-gradient, which nobody reads, would save 0.5 ms, and a hook on the MLP would see it. That op instead of its parts: 8.5
-for 8.9 ms, and as long as they for a request of 100 to 700 candidates; it is left to AVX-512.
+The losses of the first steps are compared before anything is timed. Where the time goes: docs/performance/deepfm.md
+and ``python -m bench.profile_step``.
 """
 
 from __future__ import annotations

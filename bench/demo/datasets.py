@@ -129,6 +129,16 @@ def movielens_wheel() -> Path:
     return found[-1]
 
 
+def genres_of(items: Table) -> tuple[dict[str, int], np.ndarray]:
+    """The genres numbered from 1, and those of each film: [films, L], 0 fills up at the end."""
+    names = [text.split() for text in items.frame["class"].astype(str)]
+    genres = {name: i for i, name in enumerate(sorted({name for film in names for name in film}), 1)}
+    item_genres = np.zeros((len(names), max(map(len, names))), np.int64)
+    for film, row in zip(names, item_genres):
+        row[: len(film)] = [genres[name] for name in film]
+    return genres, item_genres
+
+
 def movielens(wheel: Path, model: str) -> Dataset:
     """MovieLens-100k as click data: does a user who rates a film give it four stars or more?
 
@@ -159,12 +169,7 @@ def movielens(wheel: Path, model: str) -> Dataset:
     order = np.lexsort((items.numbers("item_id")[item_row], time, user_row))
     user_row, item_row, liked = user_row[order], item_row[order], rating[order] >= 4
 
-    names = [text.split() for text in items.frame["class"].astype(str)]
-    genres = {name: i for i, name in enumerate(sorted({name for film in names for name in film}), 1)}
-    item_genres = np.zeros((len(names), max(map(len, names))), np.int64)
-    for film, row in zip(names, item_genres):
-        row[: len(film)] = [genres[name] for name in film]
-
+    genres, item_genres = genres_of(items)
     zip_area = users.frame["zip_code"].astype(str).str[:1].astype("category").cat.codes.to_numpy().astype(np.int64) + 1
     columns = {
         "user": user_row + 1,

@@ -33,8 +33,8 @@ from rankkernels.testing import OpCase, din_attention_case, fm_interaction_case
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc/cuda"
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
-CUDA_THREADS = 256  # a block: csrc/cuda/device.cuh
-#: Bytes a block at most, for the narrowest rows: csrc/cuda/embedding_bag_backward.cu.
+CUDA_THREADS = 256  # a block: csrc/cuda/common/device.cuh
+#: Bytes a block at most, for the narrowest rows: csrc/cuda/embedding/backward.cu.
 CUDA_DYNAMIC_SHARED = {"embedding_reduce<double>": 32 << 10, "embedding_reduce": 24 << 10}
 
 
@@ -91,11 +91,11 @@ def cuda_resources() -> dict[tuple[str, str], tuple[int, int, int]]:
     flags = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in CUDA_TARGETS]
     include = Path(torch.__file__).parent / "include"
     found = {}
-    for source in sorted(CSRC.glob("*.cu")):
+    for source in sorted(CSRC.rglob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
-                [nvcc(), "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", include, *flags,
-                 "-Xptxas=-v", "-fatbin", "-o", Path(folder, "out"), source],
+                [nvcc(), "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", CSRC.parent,
+                 "-isystem", include, *flags, "-Xptxas=-v", "-fatbin", "-o", Path(folder, "out"), source],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
         for (name, target), text in ptxas_resources(done.stdout + done.stderr).items():

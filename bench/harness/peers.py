@@ -20,9 +20,9 @@ def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None
 
 
 def zentorch(function: Callable) -> dict[str, Callable]:
-    """``function``, which has no linear layers, under AMD's compiler backend where that is installed. It is made for
-    inference. In processes that had imported it (2.13.0.2), DIN attention and DIN compiled by Inductor computed
-    something else than eager, and so did eager layers that shared their weights: the gate of ``race`` failed there.
+    """``function``, which has no linear layers, under AMD's compiler backend for inference where that is installed.
+
+    With linear layers it fails the race's check of results: docs/performance/measuring.md.
     """
     return {} if machine.missing("zentorch") else {"zentorch": torch.compile(function, backend="zentorch")}
 
