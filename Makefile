@@ -18,7 +18,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
-	@echo "make test    the test suite (TESTS='tests/test_ops.py -k fm' for a part)"
+	@echo "make test    the test suite (TESTS='tests/ops/test_ops.py -k fm' for a part)"
 	@echo "make fuzz    random calls, right ones and wrong ones (FUZZ='--count 1000 --seed 7 --only embedding')"
 	@echo "make sanitize   the fuzzer and the op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
@@ -58,7 +58,7 @@ fuzz: $(VENV)/test.stamp
 # A build of its own, found before the ordinary one by its folder; -P keeps the sources' folder out.
 SANITIZED := OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONPATH=build/sanitize LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so)
-SANITIZED_TESTS ?= tests/test_ops.py tests/test_embedding_bag.py tests/test_embedding_fm.py tests/test_raw_schemas.py
+SANITIZED_TESTS ?= $(addprefix tests/ops/test_,ops.py embedding_bag.py embedding_fm.py raw_schemas.py)
 
 sanitize: $(VENV)/test.stamp
 	RANKKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize/temp
@@ -115,7 +115,7 @@ smoke: wheel
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/python -m pip --quiet install numpy $(SMOKE_TORCH) dist/*.whl
-	cd build && smoke/bin/python ../tests/smoke.py
+	cd build && smoke/bin/python ../tests/package/smoke.py
 
 clean:
 	rm -rf build dist *.egg-info rankkernels/*.so .venv

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
-def run_pytest(file: str, *program: str | Path, **environment: str) -> None:
-    """Runs a file, of this folder or by its full path; prints its tables and its summary, or fails with its output.
+def run_pytest(file: Path, *program: str | Path, **environment: str) -> None:
+    """Runs a file; prints its tables and its summary, or fails with its output.
 
     ``program`` is what Python runs, pytest unless given.
     """
     program = program or ("-m", "pytest")
-    file = Path(__file__).parent / file
     command = [sys.executable, *map(str, program), "-q", "-rP", "-p", "no:cacheprovider", str(file)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 from bench.demo import datasets, train  # noqa: E402
 

@@ -21,7 +21,7 @@ import torch
 from bench.gpu.cases import CUDA_LAUNCHES
 from bench.gpu.report import ptxas_resources
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent / "cuda_shim"
 TORCH = Path(torch.__file__).parent
 ARCHITECTURES = ("80", "90", "100")

@@ -1,4 +1,4 @@
-"""Models traced on CUDA tensors without a GPU: tests/absent_gpu/graphs.py, in a process of its own.
+"""Models traced on CUDA tensors without a GPU: absent_gpu/graphs.py, in a process of its own.
 
 A build of torch without CUDA refuses to record gradients of CUDA tensors, even of those without memory, because it
 knows no guards, streams and events of theirs. absent_gpu/device.cpp gives it some that do nothing.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_kernels.process import run_pytest
+from process import run_pytest
 
 FOLDER = Path(__file__).parent / "absent_gpu"
 TORCH = Path(torch.__file__).parent
@@ -25,4 +25,4 @@ def test_models_trace_on_cuda_without_a_wait(tmp_path):
          "-L", TORCH / "lib", "-ltorch_cpu", "-lc10"],
         check=True,
     )  # fmt: skip
-    run_pytest(str(FOLDER / "graphs.py"), FOLDER / "run.py", library, TRITON_INTERPRET="0")
+    run_pytest(FOLDER / "graphs.py", FOLDER / "run.py", library, TRITON_INTERPRET="0")

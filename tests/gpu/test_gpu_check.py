@@ -17,7 +17,6 @@ from bench.gpu import check, check_report, report, timing
 from rankkernels.testing import TEST_CASES, din_attention_case, embedding_bag_case, embedding_fm_case
 from rankkernels.testing import fm_interaction_case as fm_case
 
-ROOT = Path(check.ROOT)
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
 
@@ -48,7 +47,7 @@ class Time:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line():
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.check", "--out", "never"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "bench.gpu.check", "--out", "never"], cwd=check.ROOT, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["gpu_check: no GPU: torch.cuda.is_available() is False"]

@@ -1,9 +1,11 @@
-"""Triton kernels against the reference without a GPU: tests/triton_kernels/interpreted.py, in a process of its own."""
+"""Triton kernels against the reference without a GPU: triton_kernels/interpreted.py, in a process of its own."""
+
+from pathlib import Path
 
 import pytest
-from triton_kernels.process import run_pytest
+from process import run_pytest
 
 
 def test_triton_kernels_under_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
-    run_pytest("interpreted.py", TRITON_INTERPRET="1")
+    run_pytest(Path(__file__).with_name("triton_kernels") / "interpreted.py", TRITON_INTERPRET="1")

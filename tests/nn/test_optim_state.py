@@ -14,7 +14,7 @@ from torch import nn
 import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KINDS = pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
 
 

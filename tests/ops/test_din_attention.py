@@ -207,7 +207,7 @@ def test_scores_that_cancel(rows, D, dims):
 
 EVERY_LEVEL = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/ops")
 from test_din_attention import FLAGS, FORMS, cpu_isa, din_attention, inputs, run
 results = []
 for dtype, training, form in [(torch.bfloat16, False, f) for f in FORMS] + [

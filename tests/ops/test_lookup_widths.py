@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_memory import guarded
+from test_out_of_bounds import guarded
 
 from rankkernels import table_batched_embedding_bag
 from rankkernels.testing import TOLERANCE, relative_error

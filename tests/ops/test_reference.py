@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from process import run_pytest
 from torch import nn
-from triton_kernels.process import run_pytest
 
 from rankkernels import din_attention, embedding_bag, fm_interaction, reference
 from rankkernels.testing import relative_error
@@ -333,4 +333,4 @@ def test_embedding_bag_bad_input(arguments, message):
 @pytest.mark.parametrize("file", ["test_bad_ops.py", "test_odd_ops.py"])
 def test_it_takes_and_refuses_what_the_kernels_do(file):
     """The same texts and values, where the reference is all there is."""
-    run_pytest(str(Path(__file__).parent / file), RANKKERNELS_REFERENCE="1")
+    run_pytest(Path(__file__).parent / file, RANKKERNELS_REFERENCE="1")

@@ -14,7 +14,7 @@ import pytest
 
 from rankkernels.ops import _library
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXTENSION = next(iter(ROOT.glob("rankkernels/_C*.so")), None)
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="built without the C++ extension")
 
@@ -66,7 +66,7 @@ def test_wide_instructions_stay_in_their_variant():
 def test_every_instruction_set(capability):
     """The op tests again with lesser kernels. Inductor is left out: it is torch's own code that would be tested."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py",
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_ops.py",
          "-k", "(equals_reference or non_contiguous or fm_) and not inductor"],
         cwd=ROOT, env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
     )  # fmt: skip
@@ -151,7 +151,7 @@ def test_wheel(source, tmp_path):
     tools = re.compile(r"tests?/|testing/|bench|report|ahead_of_time|occupancy|mutation")
     assert "rankkernels/testing.py" in names and not [n for n in names if tools.search(n)]
     pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
-    smoke = run(f"import runpy; runpy.run_path({str(ROOT / 'tests/smoke.py')!r}, run_name='__main__')",
+    smoke = run(f"import runpy; runpy.run_path({str(ROOT / 'tests/package/smoke.py')!r}, run_name='__main__')",
                 cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))  # fmt: skip
     assert "works beside torch" in smoke
 

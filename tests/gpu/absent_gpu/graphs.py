@@ -1,4 +1,4 @@
-"""DeepFM and DIN traced on CUDA tensors that have no memory. tests/test_graphs.py runs this file in a process of its
+"""DeepFM and DIN traced on CUDA tensors that have no memory. test_cuda_tracing.py runs this file in a process of its
 own, by run.py.
 """
 

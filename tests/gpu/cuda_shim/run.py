@@ -1,4 +1,4 @@
-"""The CUDA ops, their kernels under the shim, against the reference. Run by tests/test_cuda.py in a process of its own.
+"""The CUDA ops, their kernels under the shim, against the reference. Run by test_cuda.py in a process of its own.
 
     python run.py LIBRARY accuracy | launches | bad_ids | bad_ids_fm | bad_arguments
 
@@ -19,9 +19,9 @@ from rankkernels import ops, optim, reference
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_case, embedding_fm_case, relative_error
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
-from random_lookups import random_lookups  # noqa: E402
+from ops.random_lookups import random_lookups  # noqa: E402
 
 library = torch.library.Library("rankkernels", "IMPL")
 
