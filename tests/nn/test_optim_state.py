@@ -292,7 +292,7 @@ def test_to_torch_loses_nothing():
 
 CONTINUE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/nn")
 import torch, test_optim_state as t
 path, kind, fused = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 module, optimizer = t.make(kind, fused)
