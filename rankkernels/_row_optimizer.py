@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
-from rankkernels.ops._library import use_huge_pages
+from rankkernels.ops._library import FLOATING, use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, BagGradients, Hyper
 
 
@@ -58,7 +58,7 @@ class RowOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
-        except ValueError:
+        except BaseException:
             self.param_groups[:] = groups
             raise
         self.gates.clear()
@@ -67,8 +67,11 @@ class RowOptimizer(torch.optim.Optimizer):
         """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""
         dtypes = [torch.float32]
         for p in group["params"]:
-            if p.dim() != 2 or not p.is_floating_point():
-                raise ValueError(f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}")
+            if p.dim() != 2 or p.dtype not in FLOATING or p.layout != torch.strided:
+                raise ValueError(
+                    f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}, {p.dtype} and "
+                    f"{p.layout}, where float32, float64, float16 and bfloat16, strided, are served"
+                )
             dtypes.append(torch.promote_types(p.dtype, torch.float32))
 
         def check(name: str, fits: Callable, rule: str) -> None:
@@ -223,9 +226,10 @@ class RowOptimizer(torch.optim.Optimizer):
         it does not say, like a weight decay for ``SparseAdam``, stays as it was given to this optimizer.
 
         Raises:
-            ValueError: it is of an optimizer of another kind, or of one with momentum, amsgrad or maximize, or has
-                hyperparameters that the constructor refuses. The optimizer is then as it was.
+            ValueError: it is no state_dict, or of an optimizer of another kind, or of one with momentum, amsgrad or
+                maximize, or has hyperparameters that the constructor refuses. The optimizer is then as it was.
         """
+        self._check_form(state_dict)
         self._check_kind(state_dict["param_groups"])
         before = {"state": self.state, "param_groups": self.param_groups}
         try:
@@ -240,6 +244,20 @@ class RowOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.__dict__.update(before)
             raise
+
+    def _check_form(self, state_dict: dict) -> None:
+        """Raises a ValueError for what is built otherwise than a state_dict."""
+        state, groups = (state_dict.get(n) if isinstance(state_dict, dict) else None for n in ("state", "param_groups"))
+        if not (
+            isinstance(state, dict)
+            and isinstance(groups, (list, tuple))
+            and all(isinstance(each, dict) for each in (*state.values(), *groups))
+            and all(isinstance(group.get("params"), (list, tuple)) for group in groups)
+        ):
+            raise ValueError(
+                f"{type(self).__name__}: the state to load must be what state_dict() gives: a dict with state, a dict "
+                "of a dict a table, and param_groups, a list of dicts with a list of params each"
+            )
 
     def _check_kind(self, groups: Sequence[dict]) -> None:
         """Raises a ValueError for groups of another kind of optimizer, which goes by the names in them."""

@@ -248,7 +248,7 @@ def changed(draw: Draw, kind: str, state_dict: dict, depth: int = 0):
     inner = new[key]
     if isinstance(inner, (dict, list)) and len(inner) and draw.chance(0.85 if depth < 3 else 0):
         new[key] = changed(draw, kind, inner, depth + 1)
-    elif isinstance(inner, Tensor) and draw.chance(0.5):
+    elif isinstance(inner, Tensor) and inner.layout == torch.strided and inner.dim() and draw.chance(0.5):
         new[key] = draw.choice((inner.double(), inner.half(), inner[:-1], inner[None], inner.t() if inner.dim() == 2
                                 else inner, inner.to("meta"), inner.to_sparse(), inner.long(), -inner))  # fmt: skip
     elif draw.chance(0.3):

@@ -280,6 +280,10 @@ def test_what_cannot_be_fused():
         rk.optim.Adam(module.parameters(), lr=-1.0)
     with pytest.raises(ValueError, match=r"SGD: tables must be floating-point \[R, D\], got \[3\]"):
         rk.optim.SGD([torch.randn(3)])
+    for odd in (torch.randn(3, 2).to(torch.float8_e5m2), torch.randn(3, 2).to_sparse(), torch.randn(3, 2).cfloat()):
+        with pytest.raises(ValueError, match=r"SGD: tables must be floating-point \[R, D\], got \[3, 2\], torch"):
+            optimizer.add_param_group({"params": [odd]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_a_table_frozen_after_it_was_fused():

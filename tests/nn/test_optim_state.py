@@ -126,6 +126,23 @@ def test_state_that_does_not_fit():
         rk.optim.SGD(module.parameters(), max_row_norm=-1.0)
 
 
+@KINDS
+def test_what_is_no_state_dict_is_refused(kind):
+    module, optimizer = make(kind, False)
+    train(module, optimizer, range(1))
+    good = optimizer.state_dict()
+    group = good["param_groups"][0]
+    no_params = {name: value for name, value in group.items() if name != "params"}
+    for bad in (
+        None, {}, {"state": good["state"]}, {"param_groups": [group]}, {**good, "state": {0: 3}},
+        {**good, "state": [1]}, {**good, "param_groups": [None]}, {**good, "param_groups": torch.ones(2)},
+        {**good, "param_groups": [no_params]}, {**good, "param_groups": [{**group, "params": 0}]},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{kind}: the state to load must be what state_dict"):
+            optimizer.load_state_dict(bad)
+    assert optimizer.state_dict()["param_groups"] == good["param_groups"]
+
+
 NAN, INF, BAD = float("nan"), float("inf"), (-1.0, float("nan"), float("inf"), None, "x", torch.ones(2))
 
 
