@@ -55,9 +55,11 @@ test: $(VENV)/test.stamp
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz --count 50000 $(FUZZ)
 
-# A build of its own, found before the ordinary one by its folder; -P keeps the sources' folder out.
+# A build of its own, found before the ordinary one by its folder; -P keeps the sources' folder out. Python has no
+# libstdc++, without which the sanitizer does not find what throws exceptions.
 SANITIZED := OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	PYTHONPATH=build/sanitize LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so)
+	PYTHONPATH=build/sanitize \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"
 SANITIZED_TESTS ?= $(addprefix tests/ops/test_,ops.py embedding_bag.py embedding_fm.py raw_schemas.py)
 
 sanitize: $(VENV)/test.stamp

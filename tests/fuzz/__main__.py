@@ -89,7 +89,7 @@ class Workers:
         if ended:
             return []
         last = [line.strip() for line in errors if line.strip()]
-        telling = [line for line in last if "ERROR" in line or "runtime error" in line] or last[-1:]
+        telling = [line for line in last if "Sanitizer" in line or "runtime error" in line] or last[-1:]
         self.report(at[0], f"the process ended with {process.returncode}: {' '.join(telling[:2])[:400]}")
         return cases[cases.index(at[0]) + 1 :] if at[0] in cases else []
 
