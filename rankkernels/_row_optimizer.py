@@ -10,9 +10,10 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
-from rankkernels.ops._library import FLOATING, use_huge_pages
+from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, BagGradients, Hyper
 
 

@@ -13,7 +13,7 @@ from modules import refused_or_right
 from torch import Tensor, nn
 
 import rankkernels as rk
-from rankkernels.ops.embedding_bag import MODES
+from rankkernels.ops._features import MODES
 
 KINDS = {"sgd": rk.optim.SGD, "adagrad": rk.optim.Adagrad, "rowwise_adagrad": rk.optim.RowWiseAdagrad,
          "adam": rk.optim.Adam, "adamw": rk.optim.AdamW}  # fmt: skip
