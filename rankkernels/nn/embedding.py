@@ -91,6 +91,12 @@ class EmbeddingLayer(nn.Module):
                         f"EmbeddingLayer: feature {feature.name!r} cannot own a table: torch allows no module of that "
                         "name in a ModuleDict"
                     )
+                R, padding_idx = feature.vocab_size, feature.padding_idx
+                if padding_idx is not None and not -R <= padding_idx < R:
+                    raise ValueError(
+                        f"EmbeddingLayer: feature {feature.name!r} has padding_idx {padding_idx}, which is no row of a "
+                        f"table with {R} rows"
+                    )
                 table = self.embed_dict[feature.name] = feature.get_embedding_layer()
                 use_huge_pages(table.weight)
         for feature in features:

@@ -250,7 +250,7 @@ def changed(draw: Draw, kind: str, state_dict: dict, depth: int = 0):
         new[key] = changed(draw, kind, inner, depth + 1)
     elif isinstance(inner, Tensor) and inner.layout == torch.strided and inner.dim() and draw.chance(0.5):
         new[key] = draw.choice((inner.double(), inner.half(), inner[:-1], inner[None], inner.t() if inner.dim() == 2
-                                else inner, inner.to("meta"), inner.to_sparse(), inner.long(), -inner))  # fmt: skip
+                                else inner, inner.to("meta"), inner if inner.is_meta else inner.to_sparse(), inner.long(), -inner))  # fmt: skip
     elif draw.chance(0.3):
         del new[key]
     elif draw.chance(0.2) and isinstance(new, dict):
