@@ -28,12 +28,14 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
     """The kernel of ``op`` that records ``backward``. torch.library's own takes a tree of the arguments apart and puts
     it together at each step, which costs as much as the lookups of a small batch."""
     schema = op._schema
-    types = [a.type for a in schema.arguments if not a.kwarg_only]
-    is_list = [str(t) == "List[Tensor]" for t in types]
-    is_tensor = [str(t) in ("Tensor", "Optional[Tensor]") for t in types]
-    gives_list = str(schema.returns[0].type) == "List[Tensor]"
-    defaults = [a.default_value for a in schema.arguments if not a.kwarg_only]
+    positional = [a for a in schema.arguments if not a.kwarg_only]
+    defaults = [a.default_value for a in positional]
     keyword_defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
+    kinds = {"List[Tensor]": True, "Tensor": False, "Optional[Tensor]": False}
+    #: Where the tensors are among the arguments, and whether it is a list of them.
+    tensor_places = [(i, kinds[str(a.type)]) for i, a in enumerate(positional) if str(a.type) in kinds]
+    list_places = [i for i, is_list in tensor_places if is_list]
+    gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
     class FirstDerivative(torch.autograd.Function):
         @staticmethod
@@ -45,18 +47,19 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
                 setup_context(ctx, inputs, {**keyword_defaults, **keywords}, output)
             else:
                 setup_context(ctx, inputs, output)
-            ctx.lengths_of_inputs = [len(a) if is_list[i] else is_tensor[i] for i, a in enumerate(arguments)]
+            ctx.lengths_of_lists = [len(arguments[i]) for i in list_places]
             return tuple(output) if gives_list else output
 
         @staticmethod
         def backward(ctx, *grad_outs):
             grads = backward(ctx, list(grad_outs)) if gives_list else backward(ctx, *grad_outs)
             grads = grads if isinstance(grads, tuple) else (grads,)
-            flat = []
-            for i, length in enumerate(ctx.lengths_of_inputs):
-                if is_list[i]:
-                    flat.extend(grads[i] or [None] * length)
-                elif length:
+            lengths, flat = iter(ctx.lengths_of_lists), []
+            for i, is_list in tensor_places:
+                if is_list:
+                    length = next(lengths)
+                    flat += grads[i] or [None] * length
+                else:
                     flat.append(grads[i])
             return None, None, None, *flat
 
@@ -65,11 +68,11 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
         tensors = []
-        for i, argument in enumerate(arguments):
-            if is_list[i]:
-                tensors.extend(argument)
-            elif is_tensor[i]:
-                tensors.append(argument)
+        for i, is_list in tensor_places:
+            if is_list:
+                tensors += arguments[i]
+            else:
+                tensors.append(arguments[i])
         output = FirstDerivative.apply(keyset, arguments, keywords, *tensors)
         return list(output) if gives_list else output
 

@@ -39,7 +39,9 @@ def is_traced() -> bool:
 def must_stay_transparent() -> bool:
     """Whether compilers, tracers, ``torch.func`` or forward mode follow torch's own operators, or autocast is to choose
     their dtypes."""
-    return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_transformed()
+    )
 
 
 def is_tensor(value: object) -> bool:

@@ -128,17 +128,23 @@ def _has_kernel() -> bool:
     return OPS["deepfm"].kernel("cpu") is not None
 
 
-def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
-    """Whether one pass is the faster way to evaluate the batch, whose MLP begins with the weight [H, in]: with the
-    kernel, without a backward, and with so much to multiply that packing the weights pays."""
+def has_kernel_for(batch: LookupBatch) -> bool:
+    """Whether one pass may be the faster way to evaluate a batch: with the kernel, without a backward, and with one id
+    a sample and feature."""
     if must_stay_transparent() or torch.is_grad_enabled() or not _has_kernel():
         return False
+    return not any(batch.features.modes)
+
+
+def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
+    """Whether, where ``has_kernel_for``, there is so much to multiply that packing the MLP's weights pays. The first of
+    these is [H, in]."""
     ids, *_ = batch.features.indices
-    return not any(batch.features.modes) and ids.numel() * first_weight.numel() >= MIN_MULTIPLY_ADDS
+    return ids.numel() * first_weight.numel() >= MIN_MULTIPLY_ADDS
 
 
 def is_served(batch: LookupBatch, linear_weight: Tensor, mlp: Iterable[Tensor]) -> bool:
-    """Whether the op takes these tensors, where ``is_faster``."""
+    """Whether the op takes these tensors, where ``has_kernel_for`` the batch."""
     tensors = chain(batch.weights, batch.dense, (linear_weight,), mlp)
     return all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
 

@@ -173,6 +173,9 @@ def _rows(what: str, values: Sequence[int | None] | None, tables: Sequence[int],
     return found
 
 
+_NUMBER = {mode: number for number, mode in enumerate(MODES)}
+
+
 def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padding_idx, frozen_rows, names):
     """The features and their names in the schema's form, from the public functions' arguments."""
     n = len(indices)
@@ -183,12 +186,14 @@ def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padd
     ):  # fmt: skip
         if values is not None and len(values) != expected:
             raise ValueError(f"embedding_bag: {what} must have one entry a {kind}, {expected}, got {len(values)}")
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
-    for f, t in enumerate(tables):
-        if not 0 <= t < len(weights):
-            raise ValueError(f"embedding_bag: feature {f} has table {t} of {len(weights)}")
+    try:
+        numbers = [_NUMBER[mode] for mode in modes]
+    except (KeyError, TypeError):
+        unknown = next(mode for mode in modes if mode not in MODES)
+        raise ValueError(f"embedding_bag: unknown mode {unknown!r}, expected one of {', '.join(MODES)}") from None
+    if n and not 0 <= min(tables) <= max(tables) < len(weights):
+        f, t = next((f, t) for f, t in enumerate(tables) if not 0 <= t < len(weights))
+        raise ValueError(f"embedding_bag: feature {f} has table {t} of {len(weights)}")
 
     def tensors(values):
         if values is None or all(v is None for v in values):
@@ -201,7 +206,7 @@ def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padd
         tensors(offsets),
         tensors(per_sample_weights),
         tables,
-        [MODES.index(m) for m in modes],
+        numbers,
         _rows("padding_idx", padding_idx, tables, weights),
         _rows("frozen_rows", frozen_rows, range(len(weights)), weights),
     )

@@ -191,6 +191,7 @@ def backward_sparse_apart(*arguments):
     return *rest, grad_linear_weight
 
 
+# The ops in turn are its fake, too.
 @torch.library.register_fake("rankkernels::embedding_fm_update", lib=lib)
 @torch.library.impl(lib, "embedding_fm_update", "CompositeExplicitAutograd")
 def update_apart(*arguments):
