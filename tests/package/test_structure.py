@@ -141,6 +141,7 @@ MAX_LINES, MAX_FUNCTION = 400, 60
 LONG_FILES = {
     "rankkernels/reference.py": "every formula stands in one file",
     "rankkernels/testing.py": "one case a family, read side by side",
+    "tests/ops/bad_inputs.py": "one table",
     "tests/ops/test_din_attention.py": "one op",
     "tests/nn/test_fused_step.py": "one step, under every kind of backward",
     "tests/nn/test_layers.py": "all layers",
