@@ -13,7 +13,7 @@ from rankkernels.ops._tracing import is_transformed
 
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable:
-    """``op``, called without its autograd kernel where nothing is recorded: that is Python, half of a small call."""
+    """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call."""
 
     def call(*arguments, **keywords):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
@@ -80,10 +80,10 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
 
 
 def register_autograd(name: str, reference: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """What ``torch.library.register_autograd`` does; but forward mode, of which that drops the tangents without a
-    word, and ``torch.func`` see ``reference``, which takes and returns what the op does. ``torch.vmap`` loops.
+    """As ``torch.library.register_autograd``, but forward mode and ``torch.func`` run ``reference``, which takes and
+    returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops.
 
-    Returns the op, to be called without its autograd kernel where nothing is recorded."""
+    Returns the op, for calls that skip its autograd kernel where nothing is recorded."""
     op = getattr(torch.ops.rankkernels, name).default
     first_derivative = _first_derivative(op, backward, setup_context)
 
@@ -110,8 +110,8 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
 
 
 def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:
-    """``op``, which has no derivative; where one may be asked for (by ``create_graph``, forward mode, ``torch.func``)
-    ``reference``, which takes and returns the same."""
+    """``op``, which has no derivative; where one may be needed (``create_graph``, forward mode, ``torch.func``), calls
+    ``reference`` instead, which takes and returns the same."""
 
     def call(*arguments):
         return (reference if torch.is_grad_enabled() or is_transformed() else op)(*arguments)
@@ -120,7 +120,7 @@ def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:
 
 
 def check_first_derivative(what: str) -> None:
-    """For a backward that has no derivative of its own: raises where one may be asked for."""
+    """Raises where the derivative of a backward may be needed, for one that has none."""
     if torch.is_grad_enabled() or is_transformed():
         raise RuntimeError(f"{what} is differentiable once, in reverse mode: not with create_graph, nor batched")
 
@@ -128,7 +128,7 @@ def check_first_derivative(what: str) -> None:
 def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
     """Gradients of ``fn(*inputs)`` for the floating-point ``inputs``, differentiable themselves.
 
-    An op's implementation runs with the Autograd dispatch keys excluded; this lets them in again for ``fn``.
+    An op's implementation runs with the Autograd dispatch keys excluded; they are included again while ``fn`` runs.
     """
     tls = torch._C
     include, exclude = tls._dispatch_tls_local_include_set(), tls._dispatch_tls_local_exclude_set()

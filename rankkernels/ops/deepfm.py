@@ -1,7 +1,7 @@
 """The whole of DeepFM but its sigmoid, in eval: csrc/cpu/deepfm.
 
-Each block of samples is looked up, interacts and goes through the MLP while it is in the second-level cache. There is
-no backward, and no kernel but the CPU's.
+Each block of samples is looked up and goes through the FM and the MLP while it is in L2. There is no backward, and no
+kernel but the CPU's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rankkernels.ops._table import OPS
 from rankkernels.ops._tracing import must_stay_transparent
 from rankkernels.ops.linear import MIN_MULTIPLY_ADDS
 
-# One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
-# bias of each layer, the last of one unit, with relu between two.
+# One id a sample: ``indices`` are [B]. ``dense`` [B, n] are appended to the embeddings; ``mlp`` holds the weight and
+# the bias of each layer, the last with one unit, with relu between layers.
 lib.define(
     "deepfm(Tensor[] weights, Tensor[] indices, int[] tables, str names, Tensor linear_weight, Tensor? dense, "
     "Tensor[] mlp) -> Tensor"

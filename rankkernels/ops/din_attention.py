@@ -136,7 +136,7 @@ def _setup_context(ctx, inputs, output):
     saved = inputs._replace(running_stats=()) if flags.training else inputs
     ctx.save_for_backward(*kept, seed, *saved.tensors())
     ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros for ``saved``, as large as it
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as ``saved``
 
 
 _din_attention_backward = differentiable(torch.ops.rankkernels.din_attention_backward.default, _default_backward)
