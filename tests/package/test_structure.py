@@ -10,8 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
+import rankkernels
 from rankkernels import info
+from rankkernels.ops._table import OPS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rankkernels"
@@ -128,6 +131,15 @@ def test_layers_and_models_name_no_device():
     paths = [*PACKAGE.glob("nn/*.py"), PACKAGE / "models.py", PACKAGE / "optim.py", PACKAGE / "_row_optimizer.py"]
     assert not {path.name: device.findall(code_of(path)) for path in paths if device.search(code_of(path))}
     assert device.search(code_of(PACKAGE / "ops/linear.py"))
+
+
+def test_the_table_of_the_ops_has_every_op():
+    """All that the package registers, but backwards and what is a step's or a lookup's own part."""
+    registered = {name.removeprefix("rankkernels::") for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("rankkernels::")}  # fmt: skip
+    parts = {"embedding_bag_update", "embedding_fm_update", "cpu_isa", "use_huge_pages"}
+    assert {name for name in registered if "_backward" not in name} - parts == OPS.keys()
+    assert all(hasattr(rankkernels, layer) for op in OPS.values() for layer in op.layers)
 
 
 def test_the_readme_has_the_table_of_the_ops():
