@@ -18,6 +18,9 @@ from rankkernels.ops._tracing import is_tensor
 from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
 
+#: Lists of features that a layer keeps the plan of: a model has one or two.
+MAX_PLANS = 8
+
 
 def fused_weight(table: nn.Module) -> Tensor | None:
     """The table's weight, if the op may replace the module's call (given ``nobody_follows``), else None."""
@@ -113,7 +116,7 @@ class EmbeddingLayer(nn.Module):
                 return plan
         plan = Plan(features)
         if not torch.compiler.is_compiling():
-            self._plans = (plan, *self._plans[:7])
+            self._plans = (plan, *self._plans[: MAX_PLANS - 1])
         return plan
 
     def _tables(self, plan: Plan) -> tuple[list[nn.Module], list[Tensor | None]]:

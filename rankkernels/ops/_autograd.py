@@ -1,4 +1,4 @@
-"""Autograd of the ops: first derivatives by kernels, where more is asked for by the reference."""
+"""Autograd of the ops: kernels give the first derivative, the reference all others."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
         dims = spec.flatten_up_to(in_dims)
         results = []
         for i in range(info.batch_size):
-            taken = (v if d is None else v.select(d, i) for v, d in zip(values, dims))
-            results.append(tree_flatten(op(*tree_unflatten(taken, spec), **keywords)))
+            selected = (v if d is None else v.select(d, i) for v, d in zip(values, dims))
+            results.append(tree_flatten(op(*tree_unflatten(selected, spec), **keywords)))
         out = [torch.stack(outs) for outs in zip(*(flat for flat, _ in results))]
         out_spec = results[0][1]
         return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)

@@ -79,7 +79,7 @@ class Features(NamedTuple):
         return Features(nothing(self.indices), nothing(self.offsets), of_per_sample_weights, None, None, None, None)
 
     def subset(self, kept: Collection[int]) -> tuple[list[int], Features]:
-        """The features ``kept``, and the tables that they look up, which are all that is left: by their old numbers."""
+        """The numbers of the tables that the features ``kept`` look up, and these features over those tables alone."""
         tables = sorted({self.tables[f] for f in kept})
         place = {t: i for i, t in enumerate(tables)}
 

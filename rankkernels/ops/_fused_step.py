@@ -153,8 +153,8 @@ def _as_one(lookups: Sequence[_Pending]) -> _Pending:
 
 
 class FusedLookup:
-    """One call of a lookup op whose backward is an optimizer's step: what it knows from forward to backward that is no
-    tensor of the graph. An op derives from it and says how it runs and what the gradients of its results are.
+    """One call of a lookup op with an optimizer's step in its backward: what is kept between the two that is no tensor
+    of the graph. Each op derives from it and says how it runs and what the gradients of its results are.
 
     Args:
         weights: the tables, which may repeat.
@@ -215,9 +215,9 @@ class FusedStep(torch.autograd.Function):
     def backward(ctx, *grads):
         lookup, gate = ctx.lookup, ctx.lookup.gate
         check_first_derivative(f"{lookup.op} with a fused optimizer")
-        _, _, *asked = ctx.needs_input_grad
+        _, _, *wanted = ctx.needs_input_grad
         if all(g is None for g in grads):
-            return None, gate.no_grad, *nothing(asked)
+            return None, gate.no_grad, *nothing(wanted)
         saved = iter(ctx.saved_tensors)
         features = lookup.features.with_tensors(saved)
         gradients, *rest = lookup.gradients(grads, saved)
@@ -227,7 +227,7 @@ class FusedStep(torch.autograd.Function):
             grad_outs, *others = gradients.of_lookups(features)
             gate.add(grad_outs, lookup.weights, features)
             of_inputs = nothing(features.per_sample_weights), *others
-            if features.per_sample_weights and any(asked):
+            if features.per_sample_weights and any(wanted):
                 rows = [w.size(0) for w in lookup.weights]
                 _, grad_psw = table_gradients(grad_outs, lookup.weights, rows, features, sparse=True)
                 of_inputs = grad_psw, *others

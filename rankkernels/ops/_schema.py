@@ -21,7 +21,7 @@ def schema_of(arguments: type) -> str:
 
 def parsed(arguments: Iterable, *parts: type) -> list:
     """The arguments of a schema that consists of these NamedTuples, one after the other."""
-    values, new = iter(arguments), tuple.__new__  # of C, where the class would take a Python frame for each
+    values, new = iter(arguments), tuple.__new__  # namedtuple's own constructors are Python frames
     return [new(part, islice(values, len(part._fields))) for part in parts]
 
 

@@ -36,9 +36,9 @@ lib.define(
 def _(*arguments):
     inputs, flags = parsed(arguments, Inputs, Flags)
     check("din_attention", inputs, flags)
-    history, target, kept = inputs.history, inputs.target, wide(inputs.history.dtype)
-    stats = history.new_empty(stats_size(inputs.params, flags), dtype=kept)
-    return target.new_empty(target.shape), stats, history.new_empty(saved_size(inputs, flags), dtype=kept)
+    history, target, accumulated = inputs.history, inputs.target, wide(inputs.history.dtype)
+    stats = history.new_empty(stats_size(inputs.params, flags), dtype=accumulated)
+    return target.new_empty(target.shape), stats, history.new_empty(saved_size(inputs, flags), dtype=accumulated)
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
@@ -74,9 +74,9 @@ def _reference(*arguments):
     check_values("din_attention", inputs, flags)
     out, all_stats = _attend(inputs, flags)
     flat = [t for stats in all_stats if stats is not None for t in stats]
-    history, kept = inputs.history, wide(inputs.history.dtype)
-    stats = torch.cat(flat).to(kept) if flat else history.new_empty(0, dtype=kept)
-    return out, stats, history.new_zeros(saved_size(inputs, flags), dtype=kept)
+    history, accumulated = inputs.history, wide(inputs.history.dtype)
+    stats = torch.cat(flat).to(accumulated) if flat else history.new_empty(0, dtype=accumulated)
+    return out, stats, history.new_zeros(saved_size(inputs, flags), dtype=accumulated)
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
