@@ -249,8 +249,12 @@ def changed(draw: Draw, kind: str, state_dict: dict, depth: int = 0):
     if isinstance(inner, (dict, list)) and len(inner) and draw.chance(0.85 if depth < 3 else 0):
         new[key] = changed(draw, kind, inner, depth + 1)
     elif isinstance(inner, Tensor) and inner.layout == torch.strided and inner.dim() and draw.chance(0.5):
-        new[key] = draw.choice((inner.double(), inner.half(), inner[:-1], inner[None], inner.t() if inner.dim() == 2
-                                else inner, inner.to("meta"), inner if inner.is_meta else inner.to_sparse(), inner.long(), -inner))  # fmt: skip
+        ways = [inner.double(), inner.half(), inner[:-1], inner[None], inner.to("meta"), inner.long(), -inner]
+        if inner.dim() == 2:
+            ways.append(inner.t())
+        if not inner.is_meta:
+            ways.append(inner.to_sparse())
+        new[key] = draw.choice(ways)
     elif draw.chance(0.3):
         del new[key]
     elif draw.chance(0.2) and isinstance(new, dict):
