@@ -9,6 +9,7 @@ from torch import Tensor
 import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._features import MODES
+from rankkernels.testing import TOLERANCE, relative_error
 
 ops = torch.ops.rankkernels
 NUMBERS = ("tables", "modes", "padding_idx", "frozen_rows")
@@ -292,8 +293,9 @@ def check_step(op: str, kind: str, hyper, old: tuple, new: tuple, rows: Tensor, 
         return  # row-wise Adagrad's mean of no values
     for s, new_rows, s_new in zip(right_states, stepped_states, states_new):
         s[rows] = new_rows
-        dtype = w.dtype if w.dtype != torch.float64 else torch.float64  # of the gradient, rounded before the step
-        check_close(f"{op}, {kind}, state", s_new.to(dtype), s, dtype, floor)
+        error = relative_error(s_new, s, floor)  # as the gradient's, which is rounded before the step
+        if not error < TOLERANCE[w.dtype]:
+            raise Finding(f"{op}, {kind}, state: relative error {error:.2e} in {w.dtype} {list(w.shape)}")
 
 
 def update(draw: Draw, a: dict, grads) -> None:
