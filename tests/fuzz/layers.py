@@ -166,7 +166,7 @@ def wrong_constructor(draw: Draw) -> None:
     arguments = {**arguments, name: value}
     what = f"{ours.__name__}({name}={value!r})"
     module = refused_or_right(what, lambda: ours(**arguments))
-    if module is None:
+    if module is None or value == [0]:  # layers without units work, where torch's activations stop
         return
     try:
         like = theirs(**arguments)
