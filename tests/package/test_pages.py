@@ -1,0 +1,161 @@
+"""The pages: their examples run as they stand, and the API reference has every public name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: Pages made by programs have no examples; the changelog is read, not run.
+ELSEWHERE = {"bench/RESULTS.md", "bench/RESULTS-AVX2.md", "bench/gpu/gpu_kernels.md", "CHANGELOG.md"}
+#: Examples that are not run: "python gpu" needs a GPU, "python part" is a part of a file. By page, so that none joins
+#: them unnoticed.
+NOT_RUN = {}
+OTHER_LANGUAGES = {"sh", "text", "cpp"}
+
+
+class Block(NamedTuple):
+    info: str
+    line: int
+    code: str
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    fences = list(re.finditer(r"^```(.*)$", text, re.MULTILINE))
+    assert len(fences) % 2 == 0, "a fence is not closed"
+    for opening, closing in zip(fences[::2], fences[1::2]):
+        assert not closing[1], f"```{closing[1]} within a block"
+        code = text[opening.end() + 1 : closing.start()]
+        yield Block(opening[1].strip(), text.count("\n", 0, opening.end()) + 1, code)
+
+
+BLOCKS = {page.relative_to(ROOT).as_posix(): list(blocks_of(page.read_text())) for page in PAGES}
+RUN = [page for page, blocks in BLOCKS.items() if any(b.info == "python" for b in blocks)]
+
+
+def compiled(page: str, block: Block):
+    return compile("\n" * block.line + block.code, page, "exec")  # errors name the page's line
+
+
+@pytest.mark.parametrize("page", RUN)
+@pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
+def test_examples_run(page, tmp_path, monkeypatch):
+    """The blocks of a page are one session from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    session: dict = {"__name__": "example"}
+    before = torch.are_deterministic_algorithms_enabled()
+    for block in BLOCKS[page]:
+        if block.info == "python":
+            exec(compiled(page, block), session)
+    torch.use_deterministic_algorithms(before)
+    if page == "README.md":
+        assert session["p"].shape == (2,) and session["y"].shape == (4096, 1)
+
+
+def test_no_example_is_skipped_unnoticed():
+    assert {"README.md", "docs/index.md", "docs/from_torch_rechub.md", "docs/large_tables.md"} <= set(RUN)
+    found = {page: [b.info for b in blocks if b.info in ("python gpu", "python part")] for page, blocks in BLOCKS.items()}
+    assert {page: infos for page, infos in found.items() if infos} == NOT_RUN
+    for page, blocks in BLOCKS.items():
+        for block in blocks:
+            if block.info in ("python gpu", "python part"):
+                compiled(page, block)
+            else:
+                assert block.info in {"python", *OTHER_LANGUAGES}, f"{page}:{block.line}: a block of {block.info!r}"
+
+
+def test_commands_exist():
+    """Targets of make, modules of Python and files that the pages' commands name."""
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = "\n".join(b.code for blocks in BLOCKS.values() for b in blocks if b.info == "sh")
+    text = commands + "\n".join(re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S) for page in PAGES)
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE))
+    assert len(named) > 8 and named <= targets
+    modules = set(re.findall(r"python -m ((?:bench|rankkernels)[\w.]*)", text))
+    assert len(modules) > 3 and all(importlib.util.find_spec(name) for name in modules)
+    files = set(re.findall(r"(?:pytest|python) ((?:bench|tests)/[\w/.]+)", text))
+    assert len(files) > 3 and not {name for name in files if not (ROOT / name).exists()}
+
+
+LINK = re.compile(r"\]\(([^)\s:]+)\)")
+
+
+def test_links_lead_somewhere():
+    """Where the repository is read; `make docs` checks the same of the site, anchors included."""
+    links = [(page, link) for page in PAGES for link in LINK.findall(page.read_text()) if not link.startswith("#")]
+    assert len(links) > 40
+    assert not [(p.name, link) for p, link in links if not (p.parent / link.partition("#")[0]).exists()]
+
+
+# ------------------------------------------------------------------------------------------------------- API reference
+
+#: Modules whose public names are those of ``__all__``, or, without one, what is defined there without an underscore.
+PUBLIC = [
+    "rankkernels", "rankkernels.ops", "rankkernels.nn", "rankkernels.optim", "rankkernels.models",
+    "rankkernels.accelerate", "rankkernels.testing", "rankkernels.reference",
+]  # fmt: skip
+
+
+def public_names(module: ModuleType) -> dict[str, object]:
+    if hasattr(module, "__all__"):
+        return {name: getattr(module, name) for name in module.__all__ if name != "__version__"}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.getmodule(value) is module and name[0] != "_" and not isinstance(value, ModuleType)
+    }
+
+
+def resolved(path: str) -> list[object]:
+    """What a directive ``::: path`` of an API page shows: an object, or a module with its public names."""
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError:
+        owner, _, name = path.rpartition(".")
+        return [getattr(importlib.import_module(owner), name)]
+    return [module, *public_names(module).values()]
+
+
+def missing_names(pages: str) -> set[str]:
+    shown = [thing for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE) for thing in resolved(path)]
+    return {
+        f"{module}.{name}"
+        for module in PUBLIC
+        for name, value in public_names(importlib.import_module(module)).items()
+        if not any(value is thing for thing in shown)
+    }
+
+
+API = "\n".join(page.read_text() for page in sorted((ROOT / "docs/api").glob("*.md")))
+
+
+def test_the_api_reference_has_every_public_name():
+    assert not missing_names(API), "add ::: directives to docs/api"
+    assert missing_names(API.replace("::: rankkernels.nn.layers.FM\n", "")) == {"rankkernels.FM", "rankkernels.nn.FM"}
+    assert "rankkernels.reference.dice" in missing_names(API.replace("::: rankkernels.reference\n", ""))
+
+
+def test_every_public_name_has_a_docstring():
+    names = {f"{m}.{n}": v for m in PUBLIC for n, v in public_names(importlib.import_module(m)).items()}
+    assert len(names) > 60
+    assert not [name for name, value in names.items() if not vars(value).get("__doc__", value.__doc__)]
+
+
+def test_the_site_has_every_page():
+    """Pages that the navigation leaves out, or that are not there, fail `make docs`, too."""
+    nav = re.findall(r":\s+([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    docs = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert set(nav) == docs | ELSEWHERE | {"CONTRIBUTING.md"}
+    tree = ast.parse((ROOT / "docs/repository_links.py").read_text())
+    (pages,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PAGES"]
+    assert set(ast.literal_eval(pages)) == ELSEWHERE | {"CONTRIBUTING.md"}
