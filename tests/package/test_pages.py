@@ -6,6 +6,10 @@ import ast
 import importlib
 import inspect
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +22,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: Pages made by programs have no examples; the changelog is read, not run.
 ELSEWHERE = {"bench/RESULTS.md", "bench/RESULTS-AVX2.md", "bench/gpu/gpu_kernels.md", "CHANGELOG.md"}
-#: Examples that are not run: "python gpu" needs a GPU, "python part" is a part of a file. By page, so that none joins
-#: them unnoticed.
-NOT_RUN = {}
-OTHER_LANGUAGES = {"sh", "text", "cpp"}
+#: Examples that need a GPU, by page, so that none joins them unnoticed. They are compiled.
+ON_GPU = 'python title="needs a GPU"'
+NEED_GPU = {"docs/gpu.md": 2}
+OTHER_LANGUAGES = {"sh", "text"}
+#: Parts of files, as CONTRIBUTING.md shows them: put together by the tests below.
+PART = re.compile(r'(python|cpp) title="([\w/.]+)"')
 
 
 class Block(NamedTuple):
@@ -64,14 +70,53 @@ def test_examples_run(page, tmp_path, monkeypatch):
 
 def test_no_example_is_skipped_unnoticed():
     assert {"README.md", "docs/index.md", "docs/from_torch_rechub.md", "docs/large_tables.md"} <= set(RUN)
-    found = {page: [b.info for b in blocks if b.info in ("python gpu", "python part")] for page, blocks in BLOCKS.items()}
-    assert {page: infos for page, infos in found.items() if infos} == NOT_RUN
+    need_gpu = {page: [b for b in blocks if b.info == ON_GPU] for page, blocks in BLOCKS.items()}
+    assert {page: len(blocks) for page, blocks in need_gpu.items() if blocks} == NEED_GPU
+    for page, blocks in need_gpu.items():
+        assert all(compiled(page, block) for block in blocks)
     for page, blocks in BLOCKS.items():
         for block in blocks:
-            if block.info in ("python gpu", "python part"):
-                compiled(page, block)
-            else:
-                assert block.info in {"python", *OTHER_LANGUAGES}, f"{page}:{block.line}: a block of {block.info!r}"
+            known = {"python", ON_GPU, *OTHER_LANGUAGES}
+            is_part = page == "CONTRIBUTING.md" and PART.fullmatch(block.info)
+            assert block.info in known or is_part, f"{page}:{block.line}: a block of {block.info!r}"
+
+
+def parts(language: str) -> list[tuple[str, str]]:
+    """The files that CONTRIBUTING.md adds or adds to, and what."""
+    found = [(PART.fullmatch(block.info), block.code) for block in BLOCKS["CONTRIBUTING.md"]]
+    return [(match[2], code) for match, code in found if match and match[1] == language]
+
+
+def test_the_op_of_contributing_passes_the_tests_of_ops(tmp_path):
+    """Its parts in Python, and then tests/ops/test_ops.py on its cases."""
+    assert len(parts("python")) == 5
+    program = tmp_path / "contributed.py"
+    program.write_text(f"PARTS = {parts('python')!r}\n" + Path(__file__).with_name("contributed.py").read_text())
+    chosen = "scaled_sum and not compile and not inductor and not bits"
+    command = [sys.executable, program, "-q", "-p", "no:cacheprovider", "tests/ops/test_ops.py", "-k", chosen]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 40
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_the_kernel_of_contributing_compiles(tmp_path):
+    """Its parts in C++, in a copy of csrc."""
+    from torch.utils.cpp_extension import include_paths
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    assert len(parts("cpp")) == 4
+    for path, code in parts("cpp"):
+        file = tmp_path / path
+        text = file.read_text() if file.exists() else ""
+        # What is added to a file of namespace rk goes to its end.
+        file.write_text(f"{text}namespace rk {{\n{code}}}\n" if path.endswith("/params.h") else text + code)
+    includes = [f"-I{path}" for path in (tmp_path / "csrc", sysconfig.get_path("include"), *include_paths())]
+    for source in ("cpu/targets/baseline.cpp", "cpu/dense/scaled_sum.cpp"):
+        command = ["g++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wno-psabi", "-Wno-ignored-attributes", *includes]
+        command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", tmp_path / "csrc" / source]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-5000:]
 
 
 def test_commands_exist():
@@ -82,7 +127,7 @@ def test_commands_exist():
     named = set(re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE))
     assert len(named) > 8 and named <= targets
     modules = set(re.findall(r"python -m ((?:bench|rankkernels)[\w.]*)", text))
-    assert len(modules) > 3 and all(importlib.util.find_spec(name) for name in modules)
+    assert len(modules) > 2 and all(importlib.util.find_spec(name) for name in modules)
     files = set(re.findall(r"(?:pytest|python) ((?:bench|tests)/[\w/.]+)", text))
     assert len(files) > 3 and not {name for name in files if not (ROOT / name).exists()}
 
