@@ -100,7 +100,7 @@ gpu-report: $(VENV)/test.stamp
 	$(BIN)/python -m bench.gpu.report --out bench/gpu/gpu_kernels.md
 
 docs: $(VENV)/docs.stamp
-	$(BIN)/python -m mkdocs --quiet build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""Puts together the op that CONTRIBUTING.md adds, PARTS of files by path, and runs pytest with it; see test_pages.py."""
+"""Puts together the op that CONTRIBUTING.md adds and runs pytest with it. PARTS, of files by path, are written before
+this by test_pages.py."""
 
 import importlib.util
 import sys
@@ -8,11 +9,11 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path.cwd()))
-for path, code in PARTS:  # noqa: F821 (written before this)
+for path, code in PARTS:  # noqa: F821
     name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     if name == "rankkernels.ops._table":
         table = importlib.import_module(name)
-        table.OPS.update({op.name: op for op in eval(f"({code})", vars(table))})
+        table.OPS.update({op.name: op for op in eval(f"({code.strip()},)", vars(table))})
     else:
         if importlib.util.find_spec(name) is None:
             sys.modules[name] = types.ModuleType(name)
