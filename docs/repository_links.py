@@ -29,7 +29,7 @@ def site_path(path: str) -> str | None:
     """Where the site has this file of the repository, if it has it."""
     if path in PAGES or path in IMAGES:
         return path
-    return path.removeprefix(DOCS) if path.startswith(DOCS) and path.endswith(".md") else None
+    return path.removeprefix(DOCS) if path.startswith(DOCS) else None
 
 
 def on_page_markdown(markdown, page, config, files):

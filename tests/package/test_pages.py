@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,17 @@ def test_examples_run(page, tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(before)
     if page == "README.md":
         assert session["p"].shape == (2,) and session["y"].shape == (4096, 1)
+
+
+def test_the_training_example_learns():
+    """docs/examples/train_din.py: users like items of their history's parity, and the best of them have it."""
+    assert [path.name for path in (ROOT / "docs/examples").glob("*.py")] == ["train_din.py"]
+    program, environment = ROOT / "docs/examples/train_din.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    first, last = map(float, re.findall(r"0\.\d+", result.stdout))
+    best = ast.literal_eval(result.stdout.partition("candidates: ")[2])
+    assert last < 0.5 * first and len(best) == 10 and all(item % 2 for item in best), result.stdout
 
 
 def test_no_example_is_skipped_unnoticed():
