@@ -14,17 +14,12 @@
 #include "embedding/fm.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
-RK_DECLARE_ISA(template <class T>
-               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&))
+namespace {
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
 
 // The texts are those of ops/deepfm.py.
-static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
+void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
   RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
                   "mlp must be the weight and the bias of each of two layers or more, got ", mlp.size(),
                   " tensors");
@@ -84,24 +79,51 @@ struct PackedLayers {
 
   // `real` rows of a weight -> columns of a panel `width` wide, the others zeros.
   static void pack(const float* rows, int64_t K, int64_t real, int64_t width, float* panel) {
-    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
+    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in L1
       for (int64_t n = 0; n < width; ++n)
         for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
           panel[k * width + n] = n < real ? rows[n * K + k] : 0.f;
   }
 };
 
-static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables,
-                         const Names& names, const Tensor& linear_weight, const OptionalTensor& dense,
-                         const Tensors& mlp) {
-  const Tensors none;
-  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
-  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
-  Features features(args, weights.size());
-  std::vector<Bags>& bags = features.bags;
-  const int64_t F = bags.size(), B = bags[0].B,
-                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
-  const int64_t width = F * D, more = dense && dense->dim() == 2 ? dense->size(1) : 0, in = width + more;
+// A thread's activations of a block. Zeroed: rows that only fill a tile are multiplied too, and denormal
+// numbers would be slow.
+struct Block {
+  Block(const PackedLayers& packed, int64_t in)
+      : stride_x(padded<float>(in)), stride_hidden(padded<float>(packed.widest)) {
+    x = arena.take(kMlpRows * stride_x);
+    for (float*& h : hidden) h = arena.take(kMlpRows * stride_hidden);
+    for (float** sums : {&fm, &linear, &deep}) *sums = arena.take(kMlpRows);
+  }
+  HiddenLayers hidden_layers(const PackedLayers& packed, int64_t rows) const {
+    HiddenLayers a{};
+    a.layers = packed.layers.data();
+    a.num_layers = static_cast<int64_t>(packed.layers.size());
+    a.x = x;
+    for (int i : {0, 1}) a.hidden[i] = hidden[i];
+    a.stride_x = stride_x;
+    a.stride_hidden = stride_hidden;
+    a.rows = rows;
+    return a;
+  }
+
+  Arena<float> arena;
+  int64_t stride_x, stride_hidden;
+  float *x, *hidden[2], *fm, *linear, *deep;
+};
+
+// x [n, columns of dense] = dense's rows from b0 on. Columns in the outer loop: in a batch each is
+// contiguous.
+void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float* x, int64_t stride_x) {
+  if (!dense || dense->size(1) == 0) return;
+  const float* from = static_cast<const float*>(dense->const_data_ptr()) + b0 * dense->stride(0);
+  const int64_t stride_row = dense->stride(0), stride_column = dense->stride(1), columns = dense->size(1);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t b = 0; b < n; ++b) x[b * stride_x + c] = from[b * stride_row + c * stride_column];
+}
+
+// Checks the tables and points the bags at them. Returns them with rows of unit stride.
+Tensors bind_tables(const Tensors& weights, const FeatureArgs& args, int64_t D, std::vector<Bags>& bags) {
   Tensors rows;
   for (size_t t = 0; t < weights.size(); ++t) {
     RK_CHECK_BAG(weights[t].dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(weights[t]));
@@ -111,65 +133,110 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
         name_of(dtype_of(weights[t])));
     rows.push_back(unit_stride_rows(weights[t]));
   }
-  for (int64_t f = 0; f < F; ++f) {
-    RK_DEEPFM_CHECK(indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B, "], got shape ",
-                    shape_of(indices[f]));
-    const Tensor& w = rows[tables[f]];
+  const int64_t B = bags[0].B;
+  for (size_t f = 0; f < bags.size(); ++f) {
+    RK_DEEPFM_CHECK(args.indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B,
+                    "], got shape ", shape_of(args.indices[f]));
+    const Tensor& w = rows[args.tables[f]];
     bags[f].weight = w.const_data_ptr();
     bags[f].R = w.size(0);
     bags[f].D = D;
     bags[f].stride_wr = w.stride(0);
   }
-  const Tensor a = linear_weight_of("deepfm", linear_weight, rows[0], width);
+  return rows;
+}
+
+// The arguments, checked; shared by all threads.
+struct Network {
+  const std::vector<Bags>& bags;
+  int64_t D;
+  const OptionalTensor& dense;
+  Tensor linear_weight, output_weight;
+  float output_bias;
+  PackedLayers layers;
+};
+
+// y [samples of the range] = the logits of at most a block of samples.
+void run_block(const Network& net, const Block& block, Range range, float* y) {
+  const int64_t n = range.end - range.begin, F = net.bags.size(), D = net.D, width = F * D;
+  BlockLookups lookups{};
+  lookups.bags = net.bags.data();
+  lookups.F = F;
+  lookups.D = D;
+  lookups.x = block.x;
+  lookups.stride_x = block.stride_x;
+  RK_DISPATCH_ISA(look_up_block<float>, lookups, range);
+  copy_dense(net.dense, range.begin, n, block.x + width, block.stride_x);
+  FmInteraction<float> fm{};
+  fm.x = block.x;
+  fm.stride_sample = block.stride_x;
+  fm.stride_field = D;
+  fm.out = block.fm;
+  fm.F = F;
+  fm.D = D;
+  fm.reduce_sum = true;
+  RK_DISPATCH_ISA(fm_interaction<float>, fm, {0, n});
+  Linear<float> linear{}, output{};
+  linear.x = block.x;
+  linear.stride_row = block.stride_x;
+  linear.weight = static_cast<const float*>(net.linear_weight.const_data_ptr());
+  linear.n = width;
+  linear.out = block.linear;
+  RK_DISPATCH_ISA(linear<float>, linear, {0, n});
+  output.x = RK_DISPATCH_ISA(hidden_layers<float>, block.hidden_layers(net.layers, n));
+  output.stride_row = block.stride_hidden;
+  output.weight = static_cast<const float*>(net.output_weight.const_data_ptr());
+  output.n = net.output_weight.size(1);
+  output.out = block.deep;
+  RK_DISPATCH_ISA(linear<float>, output, {0, n});
+  for (int64_t b = 0; b < n; ++b) y[b] = block.fm[b] + block.linear[b] + (block.deep[b] + net.output_bias);
+}
+
+Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables, const Names& names,
+                  const Tensor& linear_weight, const OptionalTensor& dense, const Tensors& mlp) {
+  const Tensors none;
+  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
+  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
+  Features features(args, weights.size());
+  std::vector<Bags>& bags = features.bags;
+  const int64_t F = bags.size(), B = bags[0].B,
+                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
+  const int64_t width = F * D, in = width + (dense && dense->dim() == 2 ? dense->size(1) : 0);
+  const Tensors rows = bind_tables(weights, args, D, bags);
+  const Tensor linear = linear_weight_of("deepfm", linear_weight, rows[0], width);
   if (dense) check_dense("deepfm", *dense, rows[0], B);
   check_layers(mlp, in, rows[0]);
-  const PackedLayers packed(mlp, in);
-  const Tensor head = torch::stable::contiguous(mlp[mlp.size() - 2]);
-  const float* head_weight = static_cast<const float*>(head.const_data_ptr());
-  const float head_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
-  const float* a_weight = static_cast<const float*>(a.const_data_ptr());
-  const float* beside = more ? static_cast<const float*>(dense->const_data_ptr()) : nullptr;
-  const int64_t stride_db = more ? dense->stride(0) : 0, stride_dn = more ? dense->stride(1) : 0;
+  const Network net{bags,
+                    D,
+                    dense,
+                    linear,
+                    torch::stable::contiguous(mlp[mlp.size() - 2]),
+                    *static_cast<const float*>(mlp.back().const_data_ptr()),
+                    PackedLayers(mlp, in)};
 
   Tensor out = torch::stable::new_empty(rows[0], {B, 1});
   float* y = static_cast<float*>(out.mutable_data_ptr());
-  constexpr int64_t kRows = Lookups::kRows;
-  const int64_t blocks = (B + kRows - 1) / kRows;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (B + kMlpRows - 1) / kMlpRows);
   std::atomic<int64_t> next{0};
-  std::atomic<bool> fit{true};
+  std::atomic<bool> in_range{true};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const int64_t stride_x = padded<float>(in), stride_hidden = padded<float>(packed.widest);
-    // Zeroed, which suits rows that only fill a tile: they are multiplied too, and denormal numbers would be
-    // slow.
-    Arena<float> arena;
-    float* x = arena.take(kRows * stride_x);
-    float* hidden[] = {arena.take(kRows * stride_hidden), arena.take(kRows * stride_hidden)};
-    float *fm = arena.take(kRows), *linear = arena.take(kRows), *deep = arena.take(kRows);
-    for (int64_t b0; fit && (b0 = next++ * kRows) < B;) {
-      const int64_t b1 = std::min(B, b0 + kRows), n = b1 - b0;
+    const Block block(net.layers, in);
+    for (int64_t b0; in_range && (b0 = next++ * kMlpRows) < B;) {
+      const Range samples{b0, std::min(B, b0 + kMlpRows)};
       for (const Bags& bag : bags)
-        if (!ids_fit(bag, b0, b1)) {
-          fit = false;
+        if (!ids_in_range(bag, samples.begin, samples.end)) {
+          in_range = false;
           return;
         }
-      RK_DISPATCH_ISA(look_up_block<float>, {bags.data(), F, D, b0, b1, x, stride_x});
-      for (int64_t c = 0; c < more; ++c)  // in the outer loop: as a batch has them, each column is contiguous
-        for (int64_t b = 0; b < n; ++b)
-          x[b * stride_x + width + c] = beside[(b0 + b) * stride_db + c * stride_dn];
-      RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
-      RK_DISPATCH_ISA(linear<float>, x, stride_x, a_weight, width, linear, 0, n);
-      const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
-                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n});
-      RK_DISPATCH_ISA(linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
-      for (int64_t b = 0; b < n; ++b) y[b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
+      run_block(net, block, samples, y + b0);
     }
   });
-  if (!fit)
+  if (!in_range)
     for (int64_t f = 0; f < F; ++f) features.check_range(args, f);
   return out;
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) { m.impl("deepfm", TORCH_BOX(&rk::deepfm_cpu)); }

@@ -20,19 +20,7 @@
 #include "stable/check.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(template <class T> void norm_statistics(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                                       Accumulator<T>*, DinStats&))
-RK_DECLARE_ISA(template <class T> void norm_activation(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*,
-                                                       bool, int64_t, int64_t, int64_t,
-                                                       const DinLayerScratch<Accumulator<T>>&))
-RK_DECLARE_ISA(template <class T>
-               void norm_activation_backward(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,
-                                             int64_t, T*, int64_t, int64_t, int64_t,
-                                             const DinLayerScratch<Accumulator<T>>&, Accumulator<T>*,
-                                             Accumulator<T>*, const DinLayerGrad<Accumulator<T>>&))
-
-using OptionalTensor = std::optional<Tensor>;
+namespace {
 
 struct NormArguments {
   const Tensor& x;
@@ -50,7 +38,7 @@ struct NormArguments {
 #define RK_NORM_CHECK(condition, ...) RK_CHECK(condition, "norm_activation: ", __VA_ARGS__)
 
 // The texts are those of ops/norm_activation.py.
-static void check(const NormArguments& a) {
+void check(const NormArguments& a) {
   const Tensor& x = a.x;
   check_activation("norm_activation", a.activation);
   RK_CHECK_DIM("norm_activation", x, 2);
@@ -89,12 +77,12 @@ constexpr int64_t kStatisticsRows = 64;
 // same bits for any number of threads.
 struct NormChunks {
   explicit NormChunks(const NormArguments& a, int64_t bytes) : N(a.N()) {
-    constexpr int64_t kGrain = 16384;  // values worth waking a thread for: about 20 us
-    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kGrain, 128));
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kNormChunk, 128));
     rows = std::max<int64_t>(1, (N + most - 1) / most);
-    // Blocks of rows: three arrays of accumulators stay in the first-level cache, rows read in groups of
+    // Blocks of rows: three arrays of accumulators stay in L1, rows read in groups of
     // vectors.
-    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kDinRows);
+    block =
+        std::min<int64_t>(std::max<int64_t>(kNormBlockBytes / (a.H() * bytes + 1), kNormMinRows), kBlockRows);
   }
   int64_t size() const { return (N + rows - 1) / rows; }
   int64_t begin(int64_t chunk) const { return chunk * rows; }
@@ -114,13 +102,13 @@ class NormLayer {
   explicit NormLayer(const NormArguments& a) : args_(a) {
     const int64_t H = a.H();
     f.out = H;
-    f.unit = arena_.row(std::vector<A>(H, A(1)));
+    f.ones_mask = arena_.row(std::vector<A>(H, A(1)));
     f.epsilon = static_cast<A>(H * a.dice_eps);
-    f.activation = a.activation == ActivationName::relu              ? DinActivation::relu
-                   : a.activation == ActivationName::sigmoid         ? DinActivation::sigmoid
-                   : a.activation == ActivationName::dice            ? DinActivation::dice
-                   : a.activation == ActivationName::dice_batch_norm ? DinActivation::dice_batch_norm
-                                                                     : DinActivation::leaky;
+    f.activation = a.activation == ActivationName::relu              ? Activation::relu
+                   : a.activation == ActivationName::sigmoid         ? Activation::sigmoid
+                   : a.activation == ActivationName::dice            ? Activation::dice
+                   : a.activation == ActivationName::dice_batch_norm ? Activation::dice_batch_norm
+                                                                     : Activation::leaky;
     std::vector<A> alpha{static_cast<A>(a.activation == ActivationName::linear      ? 1
                                         : a.activation == ActivationName::leakyrelu ? 0.01
                                                                                     : 0)};
@@ -150,7 +138,7 @@ class NormLayer {
   }
 
   // The means of e and of e n over the batch.
-  void set_backward_means(const DinLayerGrad<A>& sums) {
+  void set_backward_means(const LayerGrad<A>& sums) {
     const int64_t H = args_.H();
     A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
     for (int64_t h = 0; h < H; ++h) {
@@ -161,7 +149,7 @@ class NormLayer {
     f.c2 = c2;
   }
 
-  DinLayer<A> f{};
+  LayerParams<A> f{};
 
  private:
   const NormArguments& args_;
@@ -171,18 +159,18 @@ class NormLayer {
 // One thread's memory for blocks of rows: dice's alone, the others go without.
 template <class A>
 struct NormWorkspace {
-  NormWorkspace(const DinLayer<A>& f, int64_t block) {
-    if (f.activation != DinActivation::dice) return;
+  NormWorkspace(const LayerParams<A>& f, int64_t block) {
+    if (f.activation != Activation::dice) return;
     const int64_t ld = padded<A>(f.out);
+    LayerScratch<A>& s = scratch.layer;
     s.g = arena.take(block * ld);
     s.a = arena.take(block * ld);
-    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_u}) *of_rows = arena.take(block);
-    d = arena.take(block * ld);
-    vector = arena.take(ld);
+    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_units}) *of_rows = arena.take(block);
+    scratch.d = arena.take(block * ld);
+    scratch.grad_shift = arena.take(ld);
   }
   Arena<A> arena;
-  DinLayerScratch<A> s{};
-  A *d = nullptr, *vector = nullptr;
+  NormScratch<A> scratch{};
 };
 
 // Sums of a range of rows.
@@ -197,26 +185,29 @@ struct NormSums {
   }
   int64_t ld;
   Arena<A> arena;
-  DinLayerGrad<A> grad{};
+  LayerGrad<A> grad{};
 };
 
 template <class T, class A = Accumulator<T>>
-void take_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x, NormLayer<A>& layer,
-                     A* batch_stats) {
-  const int64_t H = a.H(), stride_xn = x.stride(0);
-  const T* xp = static_cast<const T*>(x.const_data_ptr());
+void accumulate_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x,
+                           NormLayer<A>& layer, A* batch_stats) {
+  const int64_t H = a.H();
+  NormStatistics<T> k{};
+  k.x = static_cast<const T*>(x.const_data_ptr());
+  k.stride_row = x.stride(0);
+  k.H = H;
+  k.block = kStatisticsRows;
   std::vector<double> memory(2 * H * chunks.size());
-  std::vector<DinStats> stats(chunks.size());
+  std::vector<ColumnStats> stats(chunks.size());
   for (size_t c = 0; c < stats.size(); ++c)
     stats[c] = {0, memory.data() + 2 * c * H, memory.data() + (2 * c + 1) * H};
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     Arena<A> arena;
     A* vectors = arena.take(2 * padded<A>(H));
     for (int64_t c = c0; c < c1; ++c)
-      RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
-                      vectors, stats[c]);
+      RK_DISPATCH_ISA(norm_statistics<T>, k, {chunks.begin(c), chunks.end(c)}, vectors, stats[c]);
   });
-  const DinMoments all(stats, H);
+  const MergedStats all(stats, H);
   std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) {
     batch_stats[h] = static_cast<A>(all.mean[h]);
@@ -226,12 +217,12 @@ void take_statistics(const NormArguments& a, const NormChunks& chunks, const Ten
   layer.set_statistics(all.mean, var);
 }
 
-static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, const OptionalTensor& alpha,
-                                                      const OptionalTensor& running_mean,
-                                                      const OptionalTensor& running_var, int64_t activation,
-                                                      bool batch_norm, bool training, double norm_eps,
-                                                      double dice_eps) {
+std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const OptionalTensor& alpha,
+                                               const OptionalTensor& running_mean,
+                                               const OptionalTensor& running_var, int64_t activation,
+                                               bool batch_norm, bool training, double norm_eps,
+                                               double dice_eps) {
   const NormArguments a{x,
                         weight,
                         bias,
@@ -246,39 +237,89 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
   check(a);
   const Tensor xu = unit_stride_last(x);
   Tensor out = new_empty_paged(x, {a.N(), a.H()});
-  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide(dtype_of(x)));
+  Tensor batch_stats =
+      torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, accumulator_dtype(dtype_of(x)));
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
     const NormChunks chunks(a, sizeof(A));
     NormLayer<A> layer(a);
     if (a.batch_statistics())
-      take_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
-    const T* xp = static_cast<const T*>(xu.const_data_ptr());
-    T* outp = static_cast<T*>(out.mutable_data_ptr());
-    const int64_t stride_xn = xu.stride(0);
-    const bool streamed = is_streamed(out);
+      accumulate_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
+    NormActivation<T> k{};
+    k.layer = layer.f;
+    k.x = static_cast<const T*>(xu.const_data_ptr());
+    k.stride_row = xu.stride(0);
+    k.out = static_cast<T*>(out.mutable_data_ptr());
+    k.block = chunks.block;
+    k.non_temporal = is_non_temporal(out);
     chunks.parallel_for([&](int64_t c0, int64_t c1) {
       const NormWorkspace<A> w(layer.f, chunks.block);
-      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, streamed, chunks.begin(c0),
-                      chunks.end(c1 - 1), chunks.block, w.s);
+      RK_DISPATCH_ISA(norm_activation<T>, k, {chunks.begin(c0), chunks.end(c1 - 1)}, w.scratch.layer);
     });
   });
   return {out, batch_stats};
 }
 
-template <class A, class Value>
-Tensor vector_gradient(const Tensor& param, const Value& value) {
-  Tensor grad = torch::stable::new_empty(param, param.sizes());
-  with_values(grad.scalar_type(), [&](auto* type) {
-    using P = std::remove_pointer_t<decltype(type)>;
-    P* p = static_cast<P*>(grad.mutable_data_ptr());
-    for (int64_t h = 0; h < grad.numel(); ++h) p[h] = static_cast<P>(value(h));
-  });
-  return grad;
+// One pass over the rows, or with statistics of the batch one for the sums and one for grad_x -> the sums.
+template <class T, class A = Accumulator<T>>
+NormSums<A> backward_passes(const NormArguments& a, const NormChunks& chunks, NormLayer<A>& layer,
+                            const Tensor& x, const Tensor& grad_out, Tensor& grad_x) {
+  NormActivationBackward<T> k{};
+  k.grad_out = static_cast<const T*>(grad_out.const_data_ptr());
+  k.stride_grad = grad_out.stride(0);
+  k.x = static_cast<const T*>(x.const_data_ptr());
+  k.stride_row = x.stride(0);
+  k.block = chunks.block;
+  std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
+  const auto pass = [&](T* to) {
+    k.layer = layer.f;
+    k.grad_x = to;
+    chunks.parallel_for([&](int64_t c0, int64_t c1) {
+      const NormWorkspace<A> w(layer.f, chunks.block);
+      for (int64_t c = c0; c < c1; ++c) {
+        partial[c] = std::make_unique<NormSums<A>>(a.H());
+        RK_DISPATCH_ISA(norm_activation_backward<T>, k, {chunks.begin(c), chunks.end(c)}, w.scratch,
+                        partial[c]->grad);
+      }
+    });
+  };
+  NormSums<A> sums(a.H());
+  const auto add = [&] {
+    for (const auto& p : partial) sums += *p;
+  };
+  T* to = static_cast<T*>(grad_x.mutable_data_ptr());
+  if (a.batch_statistics()) {
+    pass(nullptr);
+    add();
+    layer.set_backward_means(sums.grad);
+    pass(to);
+  } else {
+    pass(to);
+    add();
+  }
+  return sums;
 }
 
-static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
+// Of weight, bias and alpha, as far as there are such.
+template <class A>
+Tensors param_gradients(const NormArguments& a, const NormSums<A>& sums) {
+  Tensors grads;
+  if (a.weight) {
+    const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
+    grads.push_back(gradient_of(*a.weight, [&](int64_t h) { return en[h]; }));
+    grads.push_back(gradient_of(*a.bias, [&](int64_t h) { return e[h]; }));
+  }
+  if (a.alpha) {
+    A all = 0;
+    for (int64_t h = 0; h < a.H(); ++h) all += sums.grad.alpha[h];
+    const bool one = a.alpha->numel() == 1;
+    grads.push_back(gradient_of(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
+  }
+  return grads;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     const Tensor& grad_out, const Tensor& batch_stats, const Tensor& x, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& alpha, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, int64_t activation, bool batch_norm, bool training, double norm_eps,
@@ -298,10 +339,10 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
   const int64_t N = a.N(), H = a.H();
   check_form("norm_activation_backward", "grad_out", grad_out, {N, H}, dtype_of(x));
   check_form("norm_activation_backward", "batch_stats", batch_stats, {a.batch_statistics() ? 2 * H : 0},
-             wide(dtype_of(x)));
+             accumulator_dtype(dtype_of(x)));
   const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
   Tensor grad_x = new_empty_paged(x, {N, H});
-  std::vector<Tensor> grad_params;
+  Tensors grad_params;
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
@@ -313,50 +354,13 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
       for (double& v : var) v *= (N - 1.) / N;
       layer.set_statistics(mean, var);
     }
-    const T *xp = static_cast<const T*>(xu.const_data_ptr()),
-            *gp = static_cast<const T*>(gu.const_data_ptr());
-    const int64_t stride_xn = xu.stride(0), stride_gn = gu.stride(0);
-    std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
-    const auto pass = [&](T* grad_xp) {
-      chunks.parallel_for([&](int64_t c0, int64_t c1) {
-        const NormWorkspace<A> w(layer.f, chunks.block);
-        for (int64_t c = c0; c < c1; ++c) {
-          partial[c] = std::make_unique<NormSums<A>>(H);
-          RK_DISPATCH_ISA(norm_activation_backward<T>, layer.f, gp, stride_gn, xp, stride_xn, grad_xp,
-                          chunks.begin(c), chunks.end(c), chunks.block, w.s, w.d, w.vector, partial[c]->grad);
-        }
-      });
-    };
-    NormSums<A> sums(H);
-    const auto add = [&] {
-      for (const auto& p : partial) sums += *p;
-    };
-    T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
-    if (a.batch_statistics()) {
-      pass(nullptr);
-      add();
-      layer.set_backward_means(sums.grad);
-      pass(grad_xp);
-    } else {
-      pass(grad_xp);
-      add();
-    }
-    if (a.weight) {
-      const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
-      grad_params.push_back(vector_gradient<A>(*a.weight, [&](int64_t h) { return en[h]; }));
-      grad_params.push_back(vector_gradient<A>(*a.bias, [&](int64_t h) { return e[h]; }));
-    }
-    if (a.alpha) {
-      A all = 0;
-      for (int64_t h = 0; h < H; ++h) all += sums.grad.alpha[h];
-      const bool one = a.alpha->numel() == 1;
-      grad_params.push_back(
-          vector_gradient<A>(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
-    }
+    const NormSums<A> sums = backward_passes<T>(a, chunks, layer, xu, gu, grad_x);
+    grad_params = param_gradients(a, sums);
   });
   return {grad_x, grad_params};
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

@@ -44,15 +44,15 @@ struct FirstLayer {
       for (int64_t i = d * ld; i < d * ld + end; i += X::lanes)
         X::store(s.operand + i, operand_at(net, i, splat<A>(t[d])));
     with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
-      constexpr int kTogether = X::lanes / decltype(width)::value;
-      for (int64_t d = 0, i = net.D * ld; d < net.D; d += kTogether, i += X::lanes)
+      constexpr int kRowsPerVector = X::lanes / decltype(width)::value;
+      for (int64_t d = 0, i = net.D * ld; d < net.D; d += kRowsPerVector, i += X::lanes)
         X::store(s.operand + i, operand_at(net, i, spread(t + d, width)));
     });
   }
 
   template <class T>
-  RK_INLINE Block<const A> rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
-                                int64_t n, int64_t D, const DinScratch<A>& s) {
+  static RK_INLINE Block<const A> rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
+                                       int64_t n, int64_t D, const DinScratch<A>& s) {
     return history_rows(rows, b, position, r0, n, D, s);
   }
 
@@ -67,12 +67,12 @@ struct FirstLayer {
 // A word, of type float, is a pair of bfloat16, the first in its low half.
 struct MultiplyAddPairs {
   using Stored = float;
-  RK_INLINE f32v broadcast(const float* p) {
+  static RK_INLINE f32v broadcast(const float* p) {
     int word;
     __builtin_memcpy(&word, p, sizeof word);
     return (f32v)_mm512_set1_epi32(word);
   }
-  RK_INLINE f32v add(f32v sum, f32v a, f32v b) {
+  static RK_INLINE f32v add(f32v sum, f32v a, f32v b) {
     return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
@@ -104,12 +104,12 @@ struct FirstLayer<bf16> {
   using X = Traits<float>;
   using Row = bf16;
 
-  // Of all rows the mean would be read from memory, not from the cache, where a sample has more than a block.
+  // Rows averaged into the mean row that compensates for rounding M. Only the first 16: all rows of a sample
+  // longer than a block would be fetched from memory a second time.
   static constexpr int64_t kMeanRows = 16;
 
-  // Few rows and short ones are left to float32: where a sample's output is the sum of few terms that cancel,
-  // what the rounding of M does to each shows. Of 192000 samples of 16 to 50 rows with D 32 to 200 none was
-  // further from float64 than 7.6e-3 (in float32, 3.7e-3, all but rounding the output).
+  // Few rows and short ones stay in float32: in a sum of few terms that cancel, M's rounding shows in each
+  // (docs/performance/din_attention.md).
   static bool serves(int64_t D, int64_t rows) { return D >= 32 && rows >= 16; }
 
   static int64_t words(int64_t D) { return (D + 1) / 2; }
@@ -131,11 +131,11 @@ struct FirstLayer<bf16> {
         X::store(s.bias + j, lost);
       }
     with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
-      constexpr int kTogether = X::lanes / decltype(width)::value;
+      constexpr int kRowsPerVector = X::lanes / decltype(width)::value;
       f32v lost{};
-      for (int64_t d = 0, i = D * ld; d < D; d += 2 * kTogether, i += 2 * X::lanes, to += X::lanes) {
-        const bool two = d + kTogether < D;
-        const int64_t d2 = two ? d + kTogether : d;
+      for (int64_t d = 0, i = D * ld; d < D; d += 2 * kRowsPerVector, i += 2 * X::lanes, to += X::lanes) {
+        const bool two = d + kRowsPerVector < D;
+        const int64_t d2 = two ? d + kRowsPerVector : d;
         const f32v first = operand_at(net, i, spread(t + d, width));
         const f32v second = two ? operand_at(net, i + X::lanes, spread(t + d2, width)) : f32v{};
         X::store(to, pairs_of(first, second, spread(mean + d, width), spread(mean + d2, width), lost, width));
@@ -155,9 +155,7 @@ struct FirstLayer<bf16> {
       for (int64_t r = 0; r < n; ++r) {
         const bf16* row = base + (position ? position[r] : r) * rows.stride_hl + d;
 #  pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v)
-          sum[v] += decltype(block)::tail && v == kVecs - 1 ? tail.load(row + v * X::lanes)
-                                                            : Traits<bf16>::load(row + v * X::lanes);
+        for (int v = 0; v < kVecs; ++v) sum[v] += block.load(row, v, tail);
       }
       for (int v = 0; v < kVecs; ++v) X::store(mean + d + v * X::lanes, sum[v] * (1.f / n));
     });
@@ -169,7 +167,8 @@ struct FirstLayer<bf16> {
     const bf16* base = history_of(rows, b);
     const int64_t whole = D / X::lanes * X::lanes, ld = padded<bf16>(D);
     bf16* copy = reinterpret_cast<bf16*>(s.history);
-    if (!position && rows.stride_hl == D && D == whole && D * static_cast<int64_t>(sizeof(bf16)) <= kInPlace)
+    if (!position && rows.stride_hl == D && D == whole &&
+        D * static_cast<int64_t>(sizeof(bf16)) <= kDinInPlaceBytes)
       return {base + r0 * D, D};
     const __mmask16 rest = static_cast<__mmask16>((1u << (D - whole)) - 1);
     for (int64_t r = 0; r < n; ++r) {

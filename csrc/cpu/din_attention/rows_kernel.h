@@ -4,6 +4,7 @@
 
 #include "cpu/din_attention/params.h"
 #include "cpu/simd/operand.h"
+#include "cpu/simd/rows.h"
 #include "cpu/simd/vec.h"
 
 namespace rk {
@@ -34,26 +35,11 @@ RK_INLINE const T* history_of(const DinRows<T>& rows, int64_t b) {
 // tiles.
 template <class Body>
 RK_INLINE void for_each_block(int64_t n, const Body& body) {
-  const int64_t blocks = (n + kDinRows - 1) / kDinRows;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
   for (int64_t i = 1, r0 = 0, r1; i <= blocks; ++i, r0 = r1) {
     r1 = i == blocks ? n : (n * i / blocks + 7) / 8 * 8;
     body(r0, r1 - r0);
   }
-}
-
-template <class T, class A>
-RK_INLINE void convert_row(const T* from, A* to, int64_t D, const Tail<T>& tail) {
-  int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
-    Traits<A>::store(to + d, Traits<T>::load(from + d));
-  if (d < D) Traits<A>::store(to + d, tail.load(from + d));
-}
-template <class T, class A>
-RK_INLINE void convert_row_back(const A* from, T* to, int64_t D, const Tail<T>& tail) {
-  int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
-    Traits<T>::store(to + d, Traits<A>::load(from + d));
-  if (d < D) tail.store(to + d, Traits<A>::load(from + d));
 }
 
 // n rows of D values that the products can read, or write: ld apart.
@@ -63,37 +49,32 @@ struct Block {
   int64_t ld;
 };
 
-// Rows that lie together in the accumulators' own type, D values of whole vectors, are read and written where
-// they are. That takes the compiler's word for T and A being one type.
-RK_INLINE float* same(float* p, float*) { return p; }
-RK_INLINE double* same(double* p, double*) { return p; }
+// Zero-copy path: where storage and accumulator types are equal and rows are contiguous whole vectors, they
+// are used in place. Returns the pointer only if T is A.
+RK_INLINE float* in_place(float* p, float*) { return p; }
+RK_INLINE double* in_place(double* p, double*) { return p; }
 template <class T, class A>
-RK_INLINE A* same(T*, A*) {
+RK_INLINE A* in_place(T*, A*) {
   return nullptr;
 }
-
-// Wider rows, in bytes, are copied: beside their products that costs little, it reads ahead where the
-// products, which begin with eight rows at once, would wait for each, and the copy's odd number of lines
-// suits the caches.
-constexpr int64_t kInPlace = 256;
 
 // Rows [r0, r0 + n) of sample b: in place, or converted into s.history.
 template <class T, class A>
 static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                                    int64_t n, int64_t D, const DinScratch<A>& s) {
   const T* base = history_of(rows, b);
-  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kInPlace)
-    if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
+  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kDinInPlaceBytes)
+    if (const A* p = in_place(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
-    convert_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D),
-                D, tail);
+    widen_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D), D,
+              tail);
   return {s.history, padded<A>(D)};
 }
 
-// Rows of memory on their way to the second-level cache. The next block's are fetched a part at a time
-// between the products of the one before: read when they are needed, a thread waits for them at some 15 GB/s.
-struct Stream {
+// Rows that are prefetched into L2, a part at a time between the GEMMs of the block before. Read only when
+// they are needed, a thread waits for them at some 15 GB/s.
+struct PrefetchRows {
   const char* p;
   int64_t stride, bytes, rows;
 
@@ -108,13 +89,13 @@ struct Stream {
 template <class T, class A>
 struct Ahead {
   static constexpr int kMost = 4;  // layers
-  Stream history{}, kept[kMost]{};
+  PrefetchRows history{}, kept[kMost]{};
 
   Ahead(const Din<A>& net, const DinRows<T>& rows, int64_t b, int64_t r0, int64_t b1, bool need_history,
         int64_t low) {
     if (r0 == rows.count[b]) ++b, r0 = 0;
     if (b == b1 || rows.mask) return;
-    const int64_t left = rows.count[b] - r0, n = left < kDinRows ? left : kDinRows;
+    const int64_t left = rows.count[b] - r0, n = left < kBlockRows ? left : kBlockRows;
     const T* base = history_of(rows, b);
     const auto bytes = [](const auto* p) { return reinterpret_cast<const char*>(p); };
     const int64_t size = sizeof(T);
@@ -127,7 +108,7 @@ struct Ahead {
   }
   void fetch(int64_t n) {
     history.fetch(n);
-    for (Stream& z : kept) z.fetch(n);
+    for (PrefetchRows& z : kept) z.fetch(n);
   }
 };
 
@@ -136,7 +117,7 @@ template <class T, class A>
 RK_INLINE Block<A> grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                              int64_t D, const DinScratch<A>& s) {
   if (!position && D % Traits<T>::lanes == 0)
-    if (A* p = same(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
+    if (A* p = in_place(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
   return {s.grad_history, padded<A>(D)};
 }
 template <class T, class A>
@@ -145,9 +126,8 @@ static void store_grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* po
   if (grad.p != s.grad_history) return;
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
-    convert_row_back(grad.p + r * grad.ld,
-                     rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D,
-                     tail);
+    narrow_row(grad.p + r * grad.ld,
+               rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D, tail);
 }
 
 }  // namespace din

@@ -1,21 +1,23 @@
 // The embedding op's backwards: dense gradients, coalesced sparse ones, or an optimizer's step on the rows.
 // How rows are summed is in sorted_lookups.h, the mathematics in segment_sum_kernel.h and
 // optimizer_kernel.h.
+#include "cpu/embedding/backward.h"
+
 #include <tuple>
 
 #include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/radix_sort.h"
+#include "cpu/tuning.h"
 #include "embedding/optimizer.h"
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T, class A>
-               void embedding_update(const Update&, const int64_t*, const T*, int64_t, int64_t, int64_t, A*))
-
 static std::vector<ScalarType> dtypes_of(const BackwardArgs& backward) {
   std::vector<ScalarType> dtypes;
-  for (const Tensor* t : backward.like) dtypes.push_back((t ? *t : backward.any).scalar_type());
+  for (const Tensor* t : backward.grad_of) dtypes.push_back((t ? *t : backward.some_grad).scalar_type());
   return dtypes;
 }
 
@@ -30,9 +32,9 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
   Tensors grad_weights;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
-    grad_weights.push_back(backward.like[t]
-                               ? new_empty_paged(*backward.like[t], {rows[t], backward.widths[t]})
-                               : torch::stable::new_empty(backward.any, {0}));
+    grad_weights.push_back(backward.grad_of[t]
+                               ? new_empty_paged(*backward.grad_of[t], {rows[t], backward.widths[t]})
+                               : torch::stable::new_empty(backward.some_grad, {0}));
     sums[t].grad_weight = grad_weights[t].data_ptr();
   }
   zero(grad_weights);
@@ -47,8 +49,8 @@ std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backw
   Tensors grad_rows, values;
   std::vector<TableGrad> sums(counts.size(), TableGrad{});
   for (size_t t = 0; t < counts.size(); ++t) {
-    grad_rows.push_back(torch::stable::new_empty(backward.any, {counts[t]}, ScalarType::Long));
-    values.push_back(new_empty_paged(backward.like[t] ? *backward.like[t] : backward.any,
+    grad_rows.push_back(torch::stable::new_empty(backward.some_grad, {counts[t]}, ScalarType::Long));
+    values.push_back(new_empty_paged(backward.grad_of[t] ? *backward.grad_of[t] : backward.some_grad,
                                      {counts[t], backward.widths[t]}));
     sums[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
     sums[t].grad_weight = values[t].mutable_data_ptr();
@@ -122,14 +124,13 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
   for (int64_t i = 0; i < n; ++i)
     RK_CHECK(rp[i] >= 0 && rp[i] < weight.size(0) && (i == 0 || rp[i - 1] < rp[i]), "sparse_update: rows[", i,
              "] = ", rp[i], " must ascend in a table with ", weight.size(0), " rows");
-  constexpr int64_t kRows = 256;
   dispatch_floating(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-    run_tasks((n + kRows - 1) / kRows, n * (D + 16), [&](int64_t task) {
-      auto scratch = uninitialized<A>(chunk_of(D) * D);
-      RK_DISPATCH_ISA(embedding_update, u, rp, static_cast<const T*>(value.const_data_ptr()), D, task * kRows,
-                      std::min(n, (task + 1) * kRows), scratch.get());
+    const SparseStep<T> step{u, rp, static_cast<const T*>(value.const_data_ptr()), D};
+    run_tasks((n + kSparseStepRows - 1) / kSparseStepRows, n * (D + kLookupOverhead), [&](int64_t task) {
+      auto scratch = uninitialized<Accumulator<T>>(chunk_of(D) * D);
+      RK_DISPATCH_ISA(embedding_optimizer_step<T>, step,
+                      {task * kSparseStepRows, std::min(n, (task + 1) * kSparseStepRows)}, scratch.get());
     });
   });
 }

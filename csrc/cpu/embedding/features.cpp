@@ -5,15 +5,12 @@
 #include <algorithm>
 
 #include "cpu/runtime/isa.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
-
-bool ids_fit(const Bags& bags, int64_t b0, int64_t b1) {
-  return dispatch_ids(bags, [&](const auto* ids) {
-    return RK_DISPATCH_ISA(embedding_ids_fit, bags, ids, bags.begin(b0), bags.begin(b1));
-  });
+bool ids_in_range(const Bags& bags, int64_t b0, int64_t b1) {
+  return RK_DISPATCH_ISA(embedding_ids_in_range, bags, {bags.begin(b0), bags.begin(b1)});
 }
 
 static bool same_shape(const Tensor& a, const Tensor& b) {
@@ -46,7 +43,7 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
   check_lengths(args, num_tables);
   bags.resize(n);
   starts.resize(n);
-  kept.reserve(4 * n);
+  keepalive.reserve(4 * n);
   for (size_t f = 0; f < n; ++f) {
     const Tensor& ids = args.indices[f];
     const auto type = ids.scalar_type();
@@ -56,8 +53,8 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
     const bool pooled = args.modes[f] != kNone, jagged = check_bags(args, f);
     // torch's contiguous looks its operator up by name at each call, 0.2 us.
-    kept.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
-    bag.ids = kept.back().const_data_ptr();
+    keepalive.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
+    bag.ids = keepalive.back().const_data_ptr();
     bag.wide_ids = type == ScalarType::Long;
     bag.N = ids.numel();
     bag.mode = args.modes[f];
@@ -75,8 +72,8 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
       RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
                    "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
                    " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bag.mode]);
-      kept.push_back(torch::stable::contiguous(factors));
-      bag.per_sample_weights = kept.back().const_data_ptr();
+      keepalive.push_back(torch::stable::contiguous(factors));
+      bag.per_sample_weights = keepalive.back().const_data_ptr();
     }
   }
 }
@@ -93,25 +90,14 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
   for (int64_t p = 0; p < bag.N; ++p) {
     const int64_t id =
         bag.wide_ids ? static_cast<const int64_t*>(bag.ids)[p] : static_cast<const int32_t*>(bag.ids)[p];
-    if (id >= 0 && id < bag.R) continue;
-    std::string position;
-    int64_t rest = p;
-    for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
-      const int64_t size = args.indices[f].size(d);
-      position = std::to_string(rest % size) + (position.empty() ? "" : ", ") + position;
-      rest /= size;
-    }
-    RK_CHECK_BAG(false, args.name(f), "[", position, "] = ", id, " is out of range for a table with ", bag.R,
-                 " rows");
+    RK_CHECK(id >= 0 && id < bag.R, out_of_range(args, f, p, id, bag.R));
   }
 }
 
 BagTasks::BagTasks(const Features& features) {
-  // What a task asks for beyond its end comes to a core that does not read it, and its own first rows nobody
-  // has asked for: tasks are no shorter than the threads' balance needs.
-  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8;
   for (const Bags& bag : features.bags) work += lookup_work(bag);
-  const int64_t task_work = std::max(kTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
+  const int64_t task_work =
+      std::max(kLookupTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
   for (size_t f = 0; f < features.bags.size(); ++f) {
     const Bags& bag = features.bags[f];
     if (bag.B == 0) continue;

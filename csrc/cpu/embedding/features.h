@@ -4,17 +4,17 @@
 #include <vector>
 
 #include "cpu/embedding/params.h"
+#include "cpu/tuning.h"
 #include "embedding/features.h"
 
 namespace rk {
 
 struct Features {
   std::vector<Bags> bags;  // the fields of the table and `out` are the caller's to fill
-  Tensors kept;            // what the pointers in `bags` point into
+  Tensors keepalive;       // what the pointers in `bags` point into
   std::vector<std::vector<int64_t>> starts;
 
-  // Raises on lists of another length than the features' or the tables' and on what does not fit in a
-  // feature.
+  // Raises for lists of a wrong length and for features that contradict themselves.
   Features(const FeatureArgs& args, size_t num_tables);
   // Raises unless the per-sample weights of feature f have its table's dtype.
   void check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const;
@@ -27,8 +27,10 @@ struct BagTask {
   size_t f;
   int64_t b0, b1;
 };
-// Elements that looking these bags up reads; a lookup costs as much as reading some 16 more.
-inline int64_t lookup_work(const Bags& bags) { return bags.B ? (bags.N + bags.B) * (bags.D + 16) : 0; }
+// Elements that looking these bags up reads.
+inline int64_t lookup_work(const Bags& bags) {
+  return bags.B ? (bags.N + bags.B) * (bags.D + kLookupOverhead) : 0;
+}
 // The bags of all features, cut into tasks of about the same work.
 struct BagTasks {
   std::vector<BagTask> tasks;
@@ -44,6 +46,6 @@ auto dispatch_ids(const Bags& bags, const Body& body) {
 }
 
 // Whether every id of bags [b0, b1) is inside its table.
-bool ids_fit(const Bags& bags, int64_t b0, int64_t b1);
+bool ids_in_range(const Bags& bags, int64_t b0, int64_t b1);
 
 }  // namespace rk

@@ -6,33 +6,76 @@
 #include <cstring>
 #include <tuple>
 
+#include "cpu/dense/params.h"
+#include "cpu/embedding/backward.h"
 #include "cpu/embedding/lookup.h"
 #include "cpu/embedding/params.h"
-#include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/radix_sort.h"
+#include "cpu/tuning.h"
 
 namespace rk {
+namespace {
 
-RK_DECLARE_ISA(template <class T>
-               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class I, class T>
-               void embedding_fm_rows(const Bags*, int64_t, const T*, T*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_backward(const FmGrads&, int64_t, int64_t, A*))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sums(const FmGrads&, int64_t, int64_t, A*, A*))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sum(const A*, int64_t, int64_t, T*))
+// The FM and the linear term of samples. With `rows` the features are rows as they are, and are looked up
+// too; without, they have been.
+template <class T>
+void combine(const ForwardArgs& forward, bool rows, const T* linear_weight, T* fm, T* linear, Range samples) {
+  const std::vector<Bags>& bags = forward.features.bags;
+  const int64_t F = bags.size(), D = bags[0].D;
+  if (rows) {
+    FmRows<T> k{};
+    k.features = bags.data();
+    k.F = F;
+    k.linear_weight = linear_weight;
+    k.fm = fm;
+    k.linear = linear;
+    return RK_DISPATCH_ISA(embedding_fm_rows<T>, k, samples);
+  }
+  FmInteraction<T> k{};
+  k.x = static_cast<const T*>(forward.outs[0].const_data_ptr());
+  k.stride_sample = bags[0].stride_ob;
+  k.stride_field = D;
+  k.out = fm;
+  k.F = F;
+  k.D = D;
+  k.reduce_sum = true;
+  RK_DISPATCH_ISA(fm_interaction<T>, k, samples);
+  if (!linear_weight) return;
+  Linear<T> dot{};
+  dot.x = k.x;
+  dot.stride_row = k.stride_sample;
+  dot.weight = linear_weight;
+  dot.n = F * D;
+  dot.out = linear;
+  RK_DISPATCH_ISA(linear<T>, dot, samples);
+}
 
-// A block of samples is looked up, all features, and then combined while its rows are in the cache.
-static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
-    const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
-    const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-    const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
-    bool /* sparse: how the backward is to be */) {
-  const int64_t more = dense && dense->dim() == 2 ? dense->size(1) : 0;
+// Copies the dense columns behind the embeddings.
+template <class T>
+void copy_dense(const Tensor& dense, const Tensor& embeddings, Range samples) {
+  const int64_t columns = dense.size(1), stride_x = embeddings.size(1), stride_row = dense.stride(0),
+                stride_column = dense.stride(1);
+  const T* from = static_cast<const T*>(dense.const_data_ptr());
+  T* x = static_cast<T*>(embeddings.mutable_data_ptr()) + stride_x - columns;
+  for (int64_t b = samples.begin; b < samples.end; ++b)
+    for (int64_t n = 0; n < columns; ++n) x[b * stride_x + n] = from[b * stride_row + n * stride_column];
+}
+
+// Block by block of samples: all features are looked up, then combined while their rows are in L2.
+std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(const Tensors& weights, const Tensors& indices,
+                                                    const Tensors& offsets, const Tensors& per_sample_weights,
+                                                    const Ints& tables, const Ints& modes,
+                                                    const Ints& padding_idx, const Ints& frozen_rows,
+                                                    const Names& names, const OptionalTensor& linear_weight,
+                                                    const OptionalTensor& dense,
+                                                    bool /* sparse: how the backward is to be */) {
+  const int64_t extra_columns = dense && dense->dim() == 2 ? dense->size(1) : 0;
   const ForwardArgs forward(
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names}, true,
-      more);
+      extra_columns);
   const std::vector<Bags>& bags = forward.features.bags;
   const int64_t F = bags.size(), D = bags[0].D, B = bags[0].B, width = F * D;
   for (int64_t f = 0; f < F; ++f)
@@ -40,7 +83,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
              " is ", bags[f].D, " and that of ", forward.args.name(0), " ", D);
   const Tensor& embeddings = forward.outs[0];
   Tensor fm = torch::stable::new_empty(embeddings, {B, 1});
-  // Without columns there is no pointer to the linear weights, which the kernels take for no linear term.
+  // Without columns there is no pointer to the linear weights, and null means no linear term to the kernels.
   const std::vector<int64_t> linear_shape{linear_weight ? B : 0, 1};
   Tensor linear = width == 0 ? torch::stable::new_zeros(embeddings, linear_shape)
                              : torch::stable::new_empty(embeddings, linear_shape);
@@ -53,63 +96,49 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   const bool rows = std::all_of(bags.begin(), bags.end(), [&](const Bags& bag) {
     return bag.are_rows() && bag.wide_ids == bags[0].wide_ids;
   });
-  constexpr int64_t kBlockBytes = 1 << 17;  // an eighth of a second-level cache
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / (width * embeddings.element_size() + 1), 16, 1024);
-  std::atomic<bool> fit{true};
+  const int64_t block = std::clamp<int64_t>(kFmBlockBytes / (width * embeddings.element_size() + 1),
+                                            kFmMinSamples, kFmMaxSamples);
+  std::atomic<bool> in_range{true};
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {
     const int64_t b0 = task * block, b1 = std::min(B, b0 + block);
     for (int64_t f = 0; f < F; ++f)
-      if (!(rows ? ids_fit(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
-        fit = false;
+      if (!(rows ? ids_in_range(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
+        in_range = false;
         return;
       }
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      T* x = static_cast<T*>(embeddings.mutable_data_ptr());
-      const int64_t stride_xb = width + more;
-      T* y = static_cast<T*>(fm.mutable_data_ptr());
-      T* linear_out = static_cast<T*>(linear.mutable_data_ptr());
-      const T* a_ = linear_weight ? static_cast<const T*>(a.const_data_ptr()) : nullptr;
-      if (rows) {
-        dispatch_ids(bags[0], [&](const auto* ids) {
-          using I = std::remove_const_t<std::remove_pointer_t<decltype(ids)>>;
-          RK_DISPATCH_ISA(embedding_fm_rows<I>, bags.data(), F, a_, y, linear_out, b0, b1);
-        });
-      } else {
-        RK_DISPATCH_ISA(fm_interaction<T>, x, stride_xb, D, y, b0, b1, F, D, true);
-        if (a_) RK_DISPATCH_ISA(linear<T>, x, stride_xb, a_, width, linear_out, b0, b1);
-      }
-      if (more == 0) return;
-      const T* beside = static_cast<const T*>(dense->const_data_ptr());
-      const int64_t stride_db = dense->stride(0), stride_dn = dense->stride(1);
-      for (int64_t b = b0; b < b1; ++b)
-        for (int64_t n = 0; n < more; ++n)
-          x[b * stride_xb + width + n] = beside[b * stride_db + n * stride_dn];
+      combine<T>(forward, rows, linear_weight ? static_cast<const T*>(a.const_data_ptr()) : nullptr,
+                 static_cast<T*>(fm.mutable_data_ptr()), static_cast<T*>(linear.mutable_data_ptr()),
+                 {b0, b1});
+      if (extra_columns > 0) copy_dense<T>(*dense, embeddings, {b0, b1});
     });
   });
-  if (!fit) forward.check_range();
+  if (!in_range) forward.check_range();
   return {embeddings, fm, linear};
 }
 
-// What the kernels of the backward are given, `grad_lookups` left out.
-static FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
-  return {args.embeddings.const_data_ptr(),
-          data_of(args.grad_embeddings),
-          data_of(args.grad_fm),
-          data_of(args.grad_linear),
-          data_of(args.linear_weight),
-          nullptr,
-          args.embeddings.stride(0),
-          row_stride_of(args.grad_embeddings),
-          args.F,
-          D};
+// What the kernels of the backward are given, without their outputs.
+FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
+  FmGrads grads{};
+  grads.embeddings = args.embeddings.const_data_ptr();
+  grads.grad_embeddings = data_of(args.grad_embeddings);
+  grads.grad_fm = data_of(args.grad_fm);
+  grads.grad_linear = data_of(args.grad_linear);
+  grads.linear_weight = data_of(args.linear_weight);
+  grads.stride_xb = args.embeddings.stride(0);
+  grads.stride_gb = row_stride_of(args.grad_embeddings);
+  grads.F = args.F;
+  grads.D = D;
+  return grads;
 }
 
-// Calls kernel(grads, first sample, end, its part of grad_a) on blocks of samples, and adds the parts up:
+// Calls kernel(samples, their part of grad_a) on blocks of samples, and adds the parts up:
 // -> the gradient of the linear weights, [0] where there are none.
-template <class T, class A, class Kernel>
-static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear_weight, int64_t work,
-                        const Kernel& kernel) {
+template <class T, class Kernel>
+Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear_weight, int64_t work,
+                 const Kernel& kernel) {
+  using A = Accumulator<T>;
   constexpr int64_t kBlock = 256;  // samples; a constant, because the order of grad_a's sums follows from it
   const int64_t B = args.B, blocks = (B + kBlock - 1) / kBlock;
   const int64_t partials = args.linear_weight ? args.width : 0;
@@ -119,18 +148,23 @@ static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear
   run_tasks(blocks, work, [&](int64_t i) {
     A* sum = sums.get() + i * partials;
     std::fill_n(sum, partials, A(0));
-    kernel(i * kBlock, std::min(B, (i + 1) * kBlock), sum);
+    kernel(Range{i * kBlock, std::min(B, (i + 1) * kBlock)}, sum);
   });
-  RK_DISPATCH_ISA(embedding_fm_sum, sums.get(), blocks, partials, static_cast<T*>(grad_a.mutable_data_ptr()));
+  SumParts<T> parts{};
+  parts.sums = sums.get();
+  parts.parts = blocks;
+  parts.n = partials;
+  parts.total = static_cast<T*>(grad_a.mutable_data_ptr());
+  RK_DISPATCH_ISA(embedding_fm_sum<T>, parts);
   return grad_a;
 }
 
 // -> the gradient of the lookups [B, F D] and of the linear weights, [0] where there are none.
-static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor& grad_embeddings,
-                                                            const OptionalTensor& grad_fm,
-                                                            const OptionalTensor& grad_linear,
-                                                            const Tensor& embeddings,
-                                                            const OptionalTensor& linear_weight, int64_t D) {
+std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor& grad_embeddings,
+                                                     const OptionalTensor& grad_fm,
+                                                     const OptionalTensor& grad_linear,
+                                                     const Tensor& embeddings,
+                                                     const OptionalTensor& linear_weight, int64_t D) {
   RK_CHECK_CPU("embedding_fm_backward", embeddings);
   const FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
   Tensor grad_lookups = new_empty_paged(embeddings, {args.B, args.width});
@@ -139,17 +173,16 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor
   grads.grad_lookups = grad_lookups.mutable_data_ptr();
   dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     grad_a =
-        in_blocks<T, A>(args, linear_weight, 3 * args.B * args.width, [&](int64_t b0, int64_t b1, A* sum) {
-          RK_DISPATCH_ISA(embedding_fm_backward<T>, grads, b0, b1, sum);
+        in_blocks<T>(args, linear_weight, 3 * args.B * args.width, [&](Range samples, Accumulator<T>* sum) {
+          RK_DISPATCH_ISA(embedding_fm_backward<T>, grads, samples, sum);
         });
   });
   return {grad_lookups, grad_a};
 }
 
-// The gradients of each feature's lookups as the embedding op's backwards take them: whole, or what the FM
-// and the linear term add left to them.
+// Per-feature output gradients for the embedding backward: either complete, or only the deep part's, with the
+// FM's and the linear term's contributions added inside the kernel.
 struct LookupGrads {
   OptionalTensors outs;
   std::vector<FmPart> fm;  // of each table, or empty
@@ -174,8 +207,16 @@ struct LookupGrads {
       for (int64_t f = 0; f < F; ++f) outs.push_back(torch::stable::narrow(grad, 1, f * D, D));
       return;
     }
-    FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
-    const int64_t B = args.B;
+    add_in_backward(FmBackwardArgs(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D),
+                    linear_weight, D, weights, features);
+  }
+
+ private:
+  // Leaves the FM's and the linear term's part to the backward of the lookups.
+  void add_in_backward(FmBackwardArgs args, const OptionalTensor& linear_weight, int64_t D,
+                       const Tensors& weights, const FeatureArgs& features) {
+    const Tensor& embeddings = args.embeddings;
+    const int64_t B = args.B, F = features.size();
     const auto zeros = [&](int64_t rows, int64_t columns) {
       return torch::stable::new_zeros(embeddings, {rows, columns});
     };
@@ -183,40 +224,38 @@ struct LookupGrads {
     const Tensor nothing = args.grad_embeddings ? embeddings : zeros(B, D);
     const Tensor grad_l = args.grad_linear ? *args.grad_linear : zeros(B, 1);
     const Tensor a = args.linear_weight ? *args.linear_weight : zeros(F, D);
-    const bool wide = embeddings.scalar_type() == ScalarType::Double;
     Tensor grad_fm_s =
-        torch::stable::new_empty(embeddings, {B, D}, wide ? ScalarType::Double : ScalarType::Float);
-    kept = {*args.grad_fm, grad_l, a, grad_fm_s};
+        torch::stable::new_empty(embeddings, {B, D}, accumulator_dtype(embeddings.scalar_type()));
+    keepalive = {*args.grad_fm, grad_l, a, grad_fm_s};
     fm.resize(weights.size());
     for (int64_t f = 0; f < F; ++f) {
       outs.push_back(args.grad_embeddings ? torch::stable::narrow(*args.grad_embeddings, 1, f * D, D)
                                           : nothing);
-      kept.push_back(unit_stride_rows(weights[features.tables[f]]));
-      const Tensor& w = kept.back();
-      fm[features.tables[f]] = {grad_fm_s.const_data_ptr(),
-                                args.grad_fm->const_data_ptr(),
-                                grad_l.const_data_ptr(),
-                                w.const_data_ptr(),
-                                static_cast<const char*>(a.const_data_ptr()) + f * D * a.element_size(),
-                                w.stride(0)};
+      keepalive.push_back(unit_stride_rows(weights[features.tables[f]]));
+      const Tensor& w = keepalive.back();
+      FmPart& part = fm[features.tables[f]];
+      part.grad_fm_s = grad_fm_s.const_data_ptr();
+      part.grad_fm = args.grad_fm->const_data_ptr();
+      part.grad_linear = grad_l.const_data_ptr();
+      part.weight = w.const_data_ptr();
+      part.linear_weight = static_cast<const char*>(a.const_data_ptr()) + f * D * a.element_size();
+      part.stride_wr = w.stride(0);
     }
-    const FmGrads grads = grads_of(args, D);
+    FmGrads grads = grads_of(args, D);
+    grads.grad_fm_s = grad_fm_s.mutable_data_ptr();
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-      A* s = static_cast<A*>(grad_fm_s.mutable_data_ptr());
       grad_linear_weight =
-          in_blocks<T, A>(args, linear_weight, B * args.width, [&](int64_t b0, int64_t b1, A* sum) {
-            RK_DISPATCH_ISA(embedding_fm_sums<T>, grads, b0, b1, s, sum);
+          in_blocks<T>(args, linear_weight, B * args.width, [&](Range samples, Accumulator<T>* sum) {
+            RK_DISPATCH_ISA(embedding_fm_sums<T>, grads, samples, sum);
           });
     });
   }
 
- private:
-  Tensors kept;
+  Tensors keepalive;  // of what `fm` points into
 
-  // Whether every embedding is a row of a table of its feature's own; an edit that no version tells of
-  // (through .data) is looked for in one row of each.
+  // Whether every embedding is a row of a table that is its feature's alone. Edits through .data, which no
+  // version counts, are looked for in one row of each.
   static bool is_rows(const Tensors& weights, const Tensor& embeddings, int64_t D,
                       const FeatureArgs& features) {
     std::vector<const void*> tables;
@@ -234,7 +273,7 @@ struct LookupGrads {
     return std::adjacent_find(tables.begin(), tables.end()) == tables.end();
   }
 
-  // Whether w holds what feature f has looked up for one of the samples, another one for each feature.
+  // Whether w still holds what feature f looked up for one of the samples, a different one for each feature.
   static bool holds(const Tensor& w, const Tensor& embeddings, int64_t f, int64_t D,
                     const FeatureArgs& features) {
     const Tensor& ids = features.indices[f];
@@ -258,7 +297,7 @@ struct LookupGrads {
 };
 
 // embedding_fm_backward and then embedding_bag_backward_sparse.
-static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_sparse_cpu(
+std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_sparse_cpu(
     const OptionalTensor& grad_embeddings, const OptionalTensor& grad_fm, const OptionalTensor& grad_linear,
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Ints& rows, const Tensors& indices, const Tensors& offsets,
@@ -278,7 +317,7 @@ static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_spars
 }
 
 // embedding_fm_backward and then embedding_bag_update.
-static std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
+std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
     const OptionalTensor& grad_embeddings, const OptionalTensor& grad_fm, const OptionalTensor& grad_linear,
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Tensors& states, const Tensors& indices, const Tensors& offsets,
@@ -293,6 +332,7 @@ static std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
   return {update_tables(backward, weights, states, optimizer, hyper, grads.fm), grads.grad_linear_weight};
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

@@ -8,10 +8,7 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I> bool embedding_bags(const Bags&, const I*, int64_t, int64_t))
-
-ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
+ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t extra_columns)
     : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
     check_table("embedding_bag", weights[t], t);
@@ -19,7 +16,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     tables.push_back(unit_stride_rows(weights[t]));
   }
   check_padding(args, [&](size_t t) { return tables[t].size(0); });
-  int64_t width = more_columns;
+  int64_t width = extra_columns;
   for (size_t f = 0; f < args.size(); ++f) {
     const Tensor& w = tables[args.tables[f]];
     Bags& bag = features.bags[f];
@@ -27,6 +24,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     bag.R = w.size(0);
     bag.D = w.size(1);
     bag.stride_wr = w.stride(0);
+    bag.item_bytes = w.element_size();
     features.check_factors(args, f, dtype(f));
     width += bag.D;
     RK_CHECK_BAG(!concat || (dtype(f) == dtype(0) && bag.B == features.bags[0].B &&
@@ -57,16 +55,12 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
 
 bool ForwardArgs::look_up(size_t f, int64_t b0, int64_t b1) const {
   const Bags& bag = features.bags[f];
-  return dispatch_ids(bag, [&](const auto* ids) {
-    bool fit = true;
-    if (bag.are_rows())
-      fit = RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
-    else
-      dispatch_floating(dtype(f), [&](auto* type) {
-        fit = RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
-      });
-    return fit;
+  if (bag.are_rows()) return RK_DISPATCH_ISA(embedding_rows, bag, {b0, b1});
+  bool in_range = true;
+  dispatch_floating(dtype(f), [&](auto* type) {
+    in_range = RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, {b0, b1});
   });
+  return in_range;
 }
 
 void ForwardArgs::check_range() const {
@@ -81,12 +75,12 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
       concat);
   const BagTasks plan(forward.features);
-  std::atomic<bool> fit{true};
+  std::atomic<bool> in_range{true};
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
     const auto [f, b0, b1] = plan.tasks[task];
-    if (!forward.look_up(f, b0, b1)) fit = false;
+    if (!forward.look_up(f, b0, b1)) in_range = false;
   });
-  if (!fit) forward.check_range();
+  if (!in_range) forward.check_range();
   return forward.outs;
 }
 

@@ -4,17 +4,18 @@
 
 #include <stdint.h>
 
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/kernel.h"
+#include "cpu/tuning.h"
 #include "embedding/params.h"
 
 namespace rk {
-
-enum EmbeddingMode : int64_t { kNone = 0, kSum = 1, kMean = 2, kMax = 3 };  // ops/embedding_bag.py: MODES
 
 // One feature: B bags of the rows of one table. Without offsets bag b has the ids [b L, (b + 1) L), with them
 // [starts[b], starts[b + 1]). In mode kNone a bag is one id.
 struct Bags {
   const void* weight;  // [R, D], unit stride along D
-  int64_t stride_wr, R, D;
+  int64_t stride_wr, R, D, item_bytes;
   const void* ids;  // [N], int64 or int32
   bool wide_ids;
   int64_t N, B, L;
@@ -25,51 +26,62 @@ struct Bags {
   void* out;  // [B, D], in the backward its gradient
   int64_t stride_ob;
 
-  __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
+  RK_INLINE int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
   // Whether every bag is one row as it is.
-  __attribute__((always_inline)) bool are_rows() const {
-    return L == 1 && !per_sample_weights && padding_idx < 0;
-  }
+  RK_INLINE bool are_rows() const { return L == 1 && !per_sample_weights && padding_idx < 0; }
 };
+
+// Whether all of these lookups' ids are in the table.
+RK_KERNEL(bool embedding_ids_in_range(const Bags&, Range lookups))
+// Bags of one id each, without factors or padding: rows are copied as they are. Returns whether their ids are
+// in the table; at one that is not it ends. embedding_bags: those of the other modes.
+RK_KERNEL(bool embedding_rows(const Bags&, Range bags))
+RK_KERNEL(template <class T> bool embedding_bags(const Bags&, Range bags))
+// Bags of mode max in the backward: grad_rows [N, D] gets each lookup's own part of the gradient.
+RK_KERNEL(template <class T> void embedding_max_grad_rows(const Bags&, Range bags, T* grad_rows))
+// The gradient of the per-sample weights, [N].
+RK_KERNEL(template <class T> void embedding_factor_grad(const Bags&, Range bags, T* grad_factors))
 
 // How a feature's lookups become keys: one of row r has the key first_key + r, those of the feature's
 // padding_idx or the table's frozen row have skipped_key. The gradient that lookup p of bag b is to get is
-// number place + b, or with `one_each` place + p.
+// number first_grad + b, or with `one_each` first_grad + p.
 struct LookupKeys {
   uint64_t first_key, skipped_key;
   int64_t frozen_row;  // -1: none
-  int64_t place;
+  int64_t first_grad;
   int shift;
   bool one_each;
 };
+// Writes key << shift | number of the gradient for each lookup of these bags, or returns false: an id is
+// outside its table.
+RK_KERNEL(bool embedding_keys(const Bags&, const LookupKeys&, Range bags, uint64_t* keyed))
 
-// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A run is a stretch of
-// equal keys.
-struct Runs {
+// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A segment is a
+// stretch of equal keys, the lookups of one row.
+struct Segments {
   const uint64_t* sorted;
   int64_t n;
   int shift;
   const void* const* grad_rows;  // of each number: a gradient, [D]
   const double* factors;         // of each number, or null: all 1
 
-  __attribute__((always_inline)) uint64_t key(int64_t p) const { return sorted[p] >> shift; }
-  __attribute__((always_inline)) uint64_t grad(int64_t p) const {
-    return sorted[p] & ((uint64_t(1) << shift) - 1);
-  }
+  RK_INLINE uint64_t key(int64_t p) const { return sorted[p] >> shift; }
+  RK_INLINE uint64_t grad(int64_t p) const { return sorted[p] & ((uint64_t(1) << shift) - 1); }
 };
 
-// A run over several tiles leaves one partial sum in each of them: `left` of the run that came in, `right` of
-// the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two tables.
+// A segment over several tiles leaves one partial sum in each of them: `left` of the one that came in,
+// `right` of the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two
+// tables.
 struct Carries {
   char* sums;
   int64_t bytes;
 
   template <class A>
-  __attribute__((always_inline)) A* left(int64_t tile) const {
+  RK_INLINE A* left(int64_t tile) const {
     return reinterpret_cast<A*>(sums + 2 * tile * bytes);
   }
   template <class A>
-  __attribute__((always_inline)) A* right(int64_t tile) const {
+  RK_INLINE A* right(int64_t tile) const {
     return reinterpret_cast<A*>(sums + (2 * tile + 1) * bytes);
   }
 };
@@ -84,19 +96,15 @@ struct Update {
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
 };
 
-// Lookups whose rows are summed, and then stepped on, together: what both touch stays in a first-level cache.
-constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
-// Of those with an FmPart, which ask for three lines where others ask for one or two: with 128 lookups a step
-// of fused Adam on 39 x 100k x 16 B8192 takes 13.0 ms with one thread, with 64 12.3, with 32 11.3.
-constexpr int64_t kMostFmLookups = 32;
-__attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
+// Lookups of a chunk: rows that are summed, and then stepped on, together.
+RK_INLINE int64_t chunk_of(int64_t D) {
   int64_t n = kMostLookups;
   while (n > kFewestLookups && n * D > kChunkValues) n /= 2;
   return n;
 }
 
-// What the FM and the linear term add to the gradient of the table's row w that a feature looked up for
-// sample b, where the feature is the table's only one and has one id a sample (fm_kernel.h):
+// What the FM and the linear term add to the gradient of row w, which a feature looked up for sample b. The
+// feature is the table's only one and has one id a sample (fm_kernel.h):
 //
 //   grad_fm[b] (s_b - w) + grad_linear[b] a
 struct FmPart {
@@ -106,10 +114,9 @@ struct FmPart {
   int64_t stride_wr;
 };
 
-// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. The
-// sum of a row goes to grad_weight [R, D], dense; or, with `rows`, to the next free row of grad_weight
-// [number of distinct rows, D], r itself into `rows`; or, with `update`, into the table. `fm` is null or adds
-// to it.
+// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. A
+// row's sum goes to grad_weight [R, D], dense; with `rows` to the next free row of grad_weight [distinct
+// rows, D], r itself into `rows`; with `update` into the table. `fm` may be null.
 struct TableGrad {
   uint64_t first_key;
   int64_t first_grad, D;
@@ -119,6 +126,45 @@ struct TableGrad {
   const FmPart* fm;
 };
 
+// Rows of one table's lookups, summed.
+struct SegmentSum {
+  Segments segments;
+  TableGrad table;
+  Carries carries;
+  int64_t tile;         // lookups
+  int64_t rows_before;  // distinct rows of the table before the first segment that starts in the range
+};
+// Lookups in whole tiles but where the table begins or ends; scratch [chunk_of(D), D].
+RK_KERNEL(template <class T> void embedding_reduce(const SegmentSum&, Range lookups, void* scratch))
+// The segment that starts in a tile and goes on after it: adds up its carries, from that of the tile which
+// ends at `end`.
+RK_KERNEL(template <class T> void embedding_join(const SegmentSum&, int64_t end))
+// Zeros to whole cache lines, non-temporal.
+RK_KERNEL(void zero_lines(char* p, int64_t bytes))
+
+// A step on the rows of a coalesced sparse gradient: row rows[i] of the table has the gradient values[i],
+// [D].
+template <class T>
+struct SparseStep {
+  Update update;
+  const int64_t* rows;
+  const T* values;
+  int64_t D;
+};
+// scratch [chunk_of(D), D]
+RK_KERNEL(template <class T>
+          void embedding_optimizer_step(const SparseStep<T>&, Range rows, Accumulator<T>* scratch))
+
+// The FM and the linear term of features of one id a sample, without factors or padding.
+template <class T>
+struct FmRows {
+  const Bags* features;
+  int64_t F;
+  const T* linear_weight;  // [F, D], or null: no linear term
+  T *fm, *linear;          // [B]
+};
+RK_KERNEL(template <class T> void embedding_fm_rows(FmRows<T>, Range samples))
+
 // The backward of the FM and the linear term, in one dtype; matrices have unit stride along their columns.
 struct FmGrads {
   const void* embeddings;       // [B, F D], rows stride_xb apart
@@ -126,8 +172,25 @@ struct FmGrads {
   const void* grad_fm;          // [B], or null: zero
   const void* grad_linear;      // [B]
   const void* linear_weight;    // [F, D]; null with grad_linear
-  void* grad_lookups;           // [B, F D], contiguous
+  void* grad_lookups;           // [B, F D], contiguous: of embedding_fm_backward
+  void* grad_fm_s;              // [B, D] of accumulators, contiguous: of embedding_fm_sums
   int64_t stride_xb, stride_gb, F, D;
 };
+
+// The samples' part of the linear weights' gradient, if any, is added to grad_linear_weight [F, D].
+RK_KERNEL(template <class T>
+          void embedding_fm_backward(const FmGrads&, Range samples, Accumulator<T>* grad_linear_weight))
+// What an FmPart needs, grad_fm_s, and the same part.
+RK_KERNEL(template <class T>
+          void embedding_fm_sums(const FmGrads&, Range samples, Accumulator<T>* grad_linear_weight))
+
+// total [n] = the sum of `parts` rows of sums [parts, n].
+template <class T>
+struct SumParts {
+  const Accumulator<T>* sums;
+  int64_t parts, n;
+  T* total;
+};
+RK_KERNEL(template <class T> void embedding_fm_sum(const SumParts<T>&))
 
 }  // namespace rk

@@ -11,9 +11,24 @@ template <int kVecs, bool kTail>
 struct ColumnBlock {
   static constexpr int vecs = kVecs;
   static constexpr bool tail = kTail;
+
+  // Vector v of the block at p; `partial` has the last columns of the row.
+  template <class T>
+  static RK_INLINE typename Traits<T>::vec load(const T* p, int v, const Tail<T>& partial) {
+    p += v * Traits<T>::lanes;
+    return kTail && v == kVecs - 1 ? partial.load(p) : Traits<T>::load(p);
+  }
+  template <class T>
+  static RK_INLINE void store(T* p, int v, typename Traits<T>::vec x, const Tail<T>& partial) {
+    p += v * Traits<T>::lanes;
+    if (kTail && v == kVecs - 1)
+      partial.store(p, x);
+    else
+      Traits<T>::store(p, x);
+  }
 };
-// Calls body(ColumnBlock, first column) on the D columns of a row, in blocks of up to four vectors, after
-// those of kWide vectors if there are such.
+// Splits a row's D columns into blocks and calls body(ColumnBlock, first column) on each: first blocks of
+// kWide vectors (if not zero), then blocks of up to four.
 template <class T, int kWide = 0, class Body>
 RK_INLINE void for_each_column_block(int64_t D, const Body& body) {
   constexpr int64_t N = Traits<T>::lanes;
@@ -34,13 +49,24 @@ RK_INLINE void for_each_column_block(int64_t D, const Body& body) {
   return body(ColumnBlock<4, true>(), d);
 }
 
-// ---- columns each of which is computed by itself
-//
-// Vectors cover a row, of which the last ends where the row does, over values of the one before it: what is
-// computed twice is the same twice. A row shorter than a vector is covered by two pieces of one. So nothing
-// beyond a row is touched and nothing is masked: a masked store is 40 operations to Zen 3.
+// A vector of columns at p: a whole one, or the row's last, which `partial` has.
+template <class T>
+RK_INLINE typename Traits<T>::vec load_columns(const T* p, bool whole, const Tail<T>& partial) {
+  return whole ? Traits<T>::load(p) : partial.load(p);
+}
+template <class T>
+RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>& partial) {
+  if (whole)
+    Traits<T>::store(p, v);
+  else
+    partial.store(p, v);
+}
 
-#define RK_MEMBER inline __attribute__((always_inline))
+// ---- elementwise columns
+//
+// Vectors cover a row; the last one ends where the row does and overlaps the one before: what is computed
+// twice is the same twice. A row shorter than a vector is covered by two overlapping pieces. Nothing beyond
+// the row is touched, nothing masked: a masked store is 40 operations on Zen 3.
 
 // Bytes, copied as they are.
 template <>
@@ -48,9 +74,9 @@ struct Traits<uint8_t> {
   using scalar = uint8_t;
   using vec = f32v;
   static constexpr int lanes = RK_VECTOR_BYTES;
-  RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
-  RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
-  RK_INLINE void stream(uint8_t* p, vec v) { stream_vector(p, v); }
+  static RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
+  static RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
+  static RK_INLINE void store_non_temporal(uint8_t* p, vec v) { store_vector_non_temporal(p, v); }
 };
 
 // kVecs vectors, the last of which begins at column `last`.
@@ -60,13 +86,13 @@ struct VectorCover {
   static constexpr int vecs = kVecs;
   int64_t last;
 
-  explicit RK_MEMBER VectorCover(int64_t width) : last(width - Traits<T>::lanes) {}
-  RK_MEMBER int64_t at(int v) const { return v == kVecs - 1 ? last : v * Traits<T>::lanes; }
-  RK_MEMBER V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
-  RK_MEMBER void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
-  RK_MEMBER void stream(T* p, int v, V x) const { Traits<T>::stream(p + at(v), x); }
-  // With `ends` the line of the last byte too.
-  RK_MEMBER void prefetch(const T* p, bool ends) const {
+  explicit RK_INLINE VectorCover(int64_t width) : last(width - Traits<T>::lanes) {}
+  RK_INLINE int64_t at(int v) const { return v == kVecs - 1 ? last : v * Traits<T>::lanes; }
+  RK_INLINE V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
+  RK_INLINE void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
+  RK_INLINE void store_non_temporal(T* p, int v, V x) const { Traits<T>::store_non_temporal(p + at(v), x); }
+  // With `ends` also the line of the last byte.
+  RK_INLINE void prefetch(const T* p, bool ends) const {
     constexpr int kBytes = Traits<T>::lanes * sizeof(T), kStep = kBytes < 64 ? 64 / kBytes : 1;
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; v += kStep) __builtin_prefetch(p + v * Traits<T>::lanes);
@@ -74,7 +100,7 @@ struct VectorCover {
   }
 };
 
-// As the vectors' conversion to and from 16-bit storage, of what is stored as it is computed with.
+// No conversion: stored as it is computed with.
 RK_INLINE f32v widen(f32v v, float) { return v; }
 RK_INLINE f32v narrow(f32v v, float) { return v; }
 RK_INLINE f64v widen(f64v v, double) { return v; }
@@ -82,12 +108,12 @@ RK_INLINE f64v narrow(f64v v, double) { return v; }
 RK_INLINE f32v widen(f32v v, uint8_t) { return v; }
 RK_INLINE f32v narrow(f32v v, uint8_t) { return v; }
 
-// What two pieces of so many bytes are in a vector V whose other bytes are zero.
+// Two pieces of so many bytes, in a vector V whose other bytes are zero.
 template <int bytes>
 struct Pieces {
   using Piece = typename VectorOf<float, bytes / 4>::type;
   template <class V>
-  RK_INLINE V load(const void* p, const void* q) {
+  static RK_INLINE V load(const void* p, const void* q) {
 #if RK_VECTOR_BYTES >= 32
     const Piece first = load_vector<Piece>(p), second = load_vector<Piece>(q);
     if constexpr (bytes == 32)
@@ -101,7 +127,7 @@ struct Pieces {
 #endif
   }
   template <class V>
-  RK_INLINE void store(void* p, void* q, V v) {
+  static RK_INLINE void store(void* p, void* q, V v) {
     const auto x = (typename VectorOf<float, sizeof(V) / 4>::type) v;
     if constexpr (bytes == 32) {
       store_vector(p, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -115,12 +141,12 @@ struct Pieces {
 template <class Piece>
 struct SmallPieces {
   template <class V>
-  RK_INLINE V load(const void* p, const void* q) {
+  static RK_INLINE V load(const void* p, const void* q) {
     typedef Piece pieces __attribute__((vector_size(sizeof(V))));
     return (V)pieces{load_vector<Piece>(p), load_vector<Piece>(q)};
   }
   template <class V>
-  RK_INLINE void store(void* p, void* q, V v) {
+  static RK_INLINE void store(void* p, void* q, V v) {
     typedef Piece pieces __attribute__((vector_size(sizeof(V))));
     store_vector<Piece>(p, ((pieces)v)[0]);
     store_vector<Piece>(q, ((pieces)v)[1]);
@@ -141,15 +167,15 @@ struct PieceCover {
   static constexpr int vecs = 1;
   int64_t last;
 
-  explicit RK_MEMBER PieceCover(int64_t width) : last(width - kPiece) {}
-  RK_MEMBER V load(const T* p, int) const {
+  explicit RK_INLINE PieceCover(int64_t width) : last(width - kPiece) {}
+  RK_INLINE V load(const T* p, int) const {
     return widen(Pieces<kPiece * sizeof(T)>::template load<Stored>(p, p + last), T());
   }
-  RK_MEMBER void store(T* p, int, V x) const {
+  RK_INLINE void store(T* p, int, V x) const {
     Pieces<kPiece * sizeof(T)>::store(p, p + last, narrow(x, T()));
   }
-  RK_MEMBER void stream(T* p, int, V x) const { store(p, 0, x); }
-  RK_MEMBER void prefetch(const T* p, bool ends) const {
+  RK_INLINE void store_non_temporal(T* p, int, V x) const { store(p, 0, x); }
+  RK_INLINE void prefetch(const T* p, bool ends) const {
     __builtin_prefetch(p);
     if (ends) __builtin_prefetch(p + last + kPiece - 1);
   }
@@ -160,10 +186,10 @@ template <class T>
 struct NoCover {
   using V = typename Traits<T>::vec;
   static constexpr int vecs = 0;
-  RK_MEMBER V load(const T*, int) const { return V{}; }
-  RK_MEMBER void store(T*, int, V) const {}
-  RK_MEMBER void stream(T*, int, V) const {}
-  RK_MEMBER void prefetch(const T*, bool) const {}
+  RK_INLINE V load(const T*, int) const { return V{}; }
+  RK_INLINE void store(T*, int, V) const {}
+  RK_INLINE void store_non_temporal(T*, int, V) const {}
+  RK_INLINE void prefetch(const T*, bool) const {}
 };
 
 // Calls body(cover) of columns [0, width): kLeast to kVecs vectors.

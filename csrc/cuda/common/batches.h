@@ -3,6 +3,7 @@
 
 #include "cuda/common/device.cuh"
 #include "stable/check.h"
+#include "stable/dispatch.h"
 
 namespace rk {
 namespace cuda {
@@ -24,8 +25,7 @@ inline int32_t checked_int32(int64_t n, const char* what) {
   return static_cast<int32_t>(n);
 }
 
-// Puts items into as few launches as their number allows. `add` says how many blocks an item takes; whoever
-// adds calls `flush` at the end.
+// Batches items into launches of so many blocks each; call flush() when done.
 template <class Item, class Launch>
 class Batches {
  public:
@@ -63,19 +63,9 @@ inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-// Calls body with a null pointer to the type of a floating-point dtype.
 template <class Body>
 void dispatch_floating(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return body(static_cast<fp16*>(nullptr));
-    case ScalarType::BFloat16:
-      return body(static_cast<bf16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
+  dispatch_dtype<fp16, bf16>(dtype, body);
 }
 
 }  // namespace cuda
