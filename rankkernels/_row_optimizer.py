@@ -18,17 +18,17 @@ from rankkernels.ops.embedding_bag_update import OPTIMIZERS, BagGradients, Hyper
 
 
 def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, ascending, and values. Autograd drops the mark of a coalesced gradient where it stores it in ``grad``."""
+    """Rows, ascending, and values. Autograd drops the coalesced flag when it stores a gradient in ``grad``."""
     rows = grad._indices()[0]
     if not grad.is_coalesced() and not bool((rows[1:] > rows[:-1]).all()):
         grad = grad.coalesce()
     return grad._indices()[0], grad._values()
 
 
-#: What torch's groups have and ours have not, all without effect on the numbers once _check_kind has passed.
+#: Settings of torch's groups that ours lack; none changes the numbers once _check_kind has passed.
 _TORCHS = {"momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
            "fused", "decoupled_weight_decay"}  # fmt: skip
-#: What says how to step, and no group can have otherwise.
+#: Settings that say which kind of optimizer it is: a group cannot have others.
 _FIXED = ("decoupled_weight_decay",)
 
 
@@ -89,9 +89,9 @@ class RowOptimizer(torch.optim.Optimizer):
         two = "be two numbers in [0, 1)"
         check("betas", lambda x: len(x) == 2 and all(0 <= float(beta) < 1 for beta in x), two)
         if group["max_row_norm"] is not None:
-            tiny = torch.finfo(torch.float32).tiny  # less is 0 in the kernels, which means none
+            tiny = torch.finfo(torch.float32).tiny  # the kernels flush less to 0, which means no clipping
             check("max_row_norm", lambda x: float(x) >= tiny, "be positive or None")
-        # A row whose gradients have all been zero is divided by it, in the state's precision.
+        # eps is all that divides a row whose gradients have all been zero, in the state's precision.
         least = max(torch.finfo(dtype).tiny for dtype in dtypes[1:] or dtypes)
         if self._states and float(group.get("initial_accumulator_value", 0)) < least:
             rule = f"be at least {least}, the least normal number of the state"
@@ -99,8 +99,8 @@ class RowOptimizer(torch.optim.Optimizer):
         check("eps", lambda x: 0 <= float(x) < math.inf, "not be negative, infinite or NaN")
 
     def _new_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        """The state's tensors for ``p``. What a row has in each lies side by side, so that a step finds it in one
-        place; so two moments are views of one tensor."""
+        """The state's tensors for ``p``. A row's two moments are adjacent in memory, so that a step finds them in one
+        place: they are views of one tensor."""
         dtype = torch.promote_types(p.dtype, torch.float32)
         shape = p.shape[0], len(self._states), *([] if self._one_a_row else p.shape[1:])
         whole = torch.full(shape, group.get("initial_accumulator_value", 0.0), dtype=dtype, device=p.device)
@@ -115,14 +115,14 @@ class RowOptimizer(torch.optim.Optimizer):
             float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
         )  # fmt: skip
 
-    def _take(
+    def _apply(
         self, op, params: Sequence[Tensor], groups: Sequence[dict], scale: float, before: tuple, after: tuple = ()
     ):
-        """A step of the op on ``params``, of one group each; its arguments are ``before``, the states, ``after``, the
-        optimizer and the hyperparameters. -> what it returns.
+        """Steps on ``params``, each of its own group, by ``op``, whose arguments are ``before``, the states, ``after``,
+        the optimizer and the hyperparameters. -> what ``op`` returns.
 
-        The step and its count are one call of C: an interrupt (Ctrl-C) comes before both or after both, and where the
-        op raises, nothing has changed.
+        The step and its count are one call of C: an interrupt (Ctrl-C) comes before both or after both. If the op
+        raises, nothing has changed.
         """
         states = [self.state.get(p) for p in params]
         new = {t: {"step": 0, **self._new_state(params[t], groups[t])} for t, state in enumerate(states) if not state}
@@ -176,7 +176,7 @@ class RowOptimizer(torch.optim.Optimizer):
             self._check_state(p)
         steps = [(p, group, *_coalesced(p.grad)) for p, group in given]
         for p, group, rows, values in steps:
-            self._take(torch.ops.rankkernels.sparse_update.default, [p], [group], scale, (p,), (rows, values))
+            self._apply(torch.ops.rankkernels.sparse_update.default, [p], [group], scale, (p,), (rows, values))
         return loss
 
     def _check_state(self, p: Tensor) -> None:
@@ -199,7 +199,7 @@ class RowOptimizer(torch.optim.Optimizer):
             scale = self.grad_scaler.get_scale() if scaled else None
             return self._partial_step(grad_outs, weights, groups, features, scale), *others
         op, before = grads.update(weights)
-        return grads.of_inputs(self._take(op, weights, groups, 1.0, before, features))
+        return grads.of_inputs(self._apply(op, weights, groups, 1.0, before, features))
 
     def _partial_step(
         self, grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], groups: Sequence[dict], features: Features,
@@ -215,7 +215,7 @@ class RowOptimizer(torch.optim.Optimizer):
         tables, of_kept = features.subset(kept)
         op, before = BagGradients(grads).update([weights[t] for t in tables])
         stepped = [weights[t] for t in tables], [groups[t] for t in tables]
-        for f, g in zip(kept, self._take(op, *stepped, 1.0 if scale is None else scale, before, of_kept)):
+        for f, g in zip(kept, self._apply(op, *stepped, 1.0 if scale is None else scale, before, of_kept)):
             of_factors[f] = g
         return of_factors
 

@@ -106,9 +106,9 @@ class DeepFM(nn.Module):
 
     def _inference_layers(self, batch: LookupBatch, linear_weight: Tensor) -> list[Tensor] | None:
         """The MLP's weights and biases, if the batch is evaluated faster in one pass than layer by layer."""
-        if self.training or not is_plain(self.mlp, MLP) or not self.mlp.mlp:
+        if self.training or not deepfm.has_kernel_for(batch) or not is_plain(self.mlp, MLP):
             return None
-        first = self.mlp.mlp[0]
+        first = next(iter(self.mlp.mlp), None)
         if type(first) is not nn.Linear or not deepfm.is_faster(batch, first.weight):
             return None
         layers = self.mlp.relu_layers()

@@ -9,8 +9,8 @@ The state is named and shaped like that of torch's optimizers ("step", "sum"; "s
 
 Mixed precision: ``torch.amp.GradScaler.step`` works with stepped optimizers as with torch's. A fused one is given the
 scaler (``fuse(module, optimizer, grad_scaler=scaler)``): it divides by the scale, in the precision of the state, and a
-backward with an infinity or a NaN in a gradient changes nothing. Its tables have no ``grad``, so what makes the scaler
-lower the scale is what its other optimizers see of the same backward.
+backward with an infinity or a NaN in a gradient changes nothing. Fused tables have no ``grad``, so GradScaler detects
+overflow through the other parameters of the same backward.
 """
 
 from __future__ import annotations

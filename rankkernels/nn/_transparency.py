@@ -2,7 +2,7 @@
 
 A fused path reads the parameters and settings of the modules it replaces. Whoever hooks such a module, derives from
 it, parametrizes it, gives it a ``forward`` or a weight of its own, or follows all modules' calls, expects to be called:
-then the modules are called, one after the other, as torch-rechub calls them. All is asked again in every call.
+then the modules are called, one after the other, as torch-rechub calls them. Every call checks again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _GLOBAL_HOOKS = (
 
 
 def nobody_follows() -> bool:
-    """Whether no global hook sees the calls of all modules, and no export to ONNX, which knows torch's alone."""
+    """Whether no global hook sees all modules' calls, and no exporter to ONNX is tracing."""
     return not any(_GLOBAL_HOOKS) and not is_exporting_to_onnx()
 
 
@@ -34,7 +34,7 @@ def is_untouched(module: nn.Module, cls: type) -> bool:
     """
     if type(module) is not cls:
         return False
-    own = module.__dict__  # itself: an attribute takes twice the time, and there is one module a table
+    own = module.__dict__  # faster than attributes, and there is one module a table
     return not (
         own["_forward_pre_hooks"]
         or own["_forward_hooks"]

@@ -18,9 +18,12 @@ from rankkernels.ops._tracing import is_tensor
 from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
 
+#: Lists of features that a layer keeps the plan of: a model has one or two.
+MAX_PLANS = 8
+
 
 def fused_weight(table: nn.Module) -> Tensor | None:
-    """The table's weight, if the op looks it up and trains it as calling the module would; where ``nobody_follows``."""
+    """The table's weight, if the op may replace the module's call (given ``nobody_follows``), else None."""
     if is_untouched(table, nn.Embedding):
         own = table.__dict__
         if own["max_norm"] is None and not own["scale_grad_by_freq"] and not own["sparse"]:
@@ -30,7 +33,7 @@ def fused_weight(table: nn.Module) -> Tensor | None:
 
 
 class InputMask(nn.Module):
-    """Which ids of ``features``, one or a list, are no padding: [B, features, L], 1.0 or 0.0. torch-rechub's."""
+    """1.0 where an id of ``features``, one or a list, is not padding, else 0.0: [B, features, L]. torch-rechub's."""
 
     def forward(self, x: Mapping[str, Tensor], features) -> Tensor:
         masks = []
@@ -43,7 +46,7 @@ class InputMask(nn.Module):
 
 
 def _pool(rows: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """What the op does after the lookup, for rows [B, L, D] that another module looked up, and their mask [B, 1, L]."""
+    """Pools as the op does, for rows [B, L, D] that a module looked up, and their mask [B, 1, L]."""
     if mode == "none":
         return rows
     mask = mask.to(rows.dtype)
@@ -113,12 +116,12 @@ class EmbeddingLayer(nn.Module):
                 return plan
         plan = Plan(features)
         if not torch.compiler.is_compiling():
-            self._plans = (plan, *self._plans[:7])
+            self._plans = (plan, *self._plans[: MAX_PLANS - 1])
         return plan
 
     def _tables(self, plan: Plan) -> tuple[list[nn.Module], list[Tensor | None]]:
         """The plan's tables as they are now, and the weight of each that the op serves."""
-        modules = self.embed_dict._modules  # itself: ModuleDict looks up a name in ten times the time
+        modules = self.embed_dict._modules  # ModuleDict's own lookup takes ten times as long
         tables = [modules[t] for t in plan.tables]
         if not nobody_follows():
             return tables, [None] * len(tables)

@@ -117,7 +117,7 @@ def is_served(norm: nn.Module) -> bool:
     both of weight and bias or neither."""
     if not is_plain(norm, nn.BatchNorm1d) or not norm.track_running_stats:
         return False
-    parameters, buffers = norm._parameters, norm._buffers  # themselves: an attribute takes ten times the time
+    parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as attributes
     if not {"weight", "bias"} <= parameters.keys() or not _STATISTICS <= buffers.keys():
         return False
     affine = parameters["weight"], parameters["bias"]
@@ -182,18 +182,19 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not is_plain(self.mlp, nn.Sequential):
             return self.mlp(x)
-        modules = list(self.mlp)
+        modules, traced = list(self.mlp), is_traced()
         while modules:
             module, *modules = modules
             if type(module) is nn.BatchNorm1d and modules:
                 activation, *modules = modules
                 x = normalize_and_activate(module, activation, x)
-            elif is_traced() or not is_plain(module, nn.Linear):
+            elif traced or not is_plain(module, nn.Linear):
                 x = module(x)
             else:
-                normalized = _normalized_linear(module, modules, x)
+                weight, bias = _weight_and_bias(module)
+                normalized = _normalized_linear(weight, bias, modules, x)
                 if normalized is None:
-                    x = linear(x, module.weight, module.bias)
+                    x = linear(x, weight, bias)
                 else:
                     x, modules = normalized, modules[1:]
         return x
@@ -225,9 +226,13 @@ def _settings(norm: nn.BatchNorm1d) -> reference.BatchNorm:
     return reference.BatchNorm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
 
 
-def _normalized_linear(module: nn.Linear, behind: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """``module`` and the normalization behind it as one product, where that is faster and nobody could tell."""
-    weight, bias = module.weight, module.bias
+def _weight_and_bias(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    own = module._parameters  # ten times as fast as attributes
+    return (own["weight"], own["bias"]) if len(own) == 2 else (module.weight, module.bias)
+
+
+def _normalized_linear(weight: Tensor, bias: Tensor | None, behind: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """A linear layer and the normalization behind it as one product, where that is faster and nobody could tell."""
     if not behind or not is_faster_folded(x, weight, bias) or not is_served(behind[0]) or behind[0].training:
         return None
     return folded_linear(x, weight, bias, _settings(behind[0]))

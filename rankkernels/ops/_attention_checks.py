@@ -160,9 +160,9 @@ def stats_size(params: list[Tensor], flags: Flags) -> int:
 
 
 def saved_size(inputs: Inputs, flags: Flags, on_gpu: bool | None = None) -> int:
-    """The weight of each row in the sum and, in training, Dice's two statistics of the row in each layer and z of the
-    normalized layers, of the first where all widths together are at most 4 D (csrc/cpu/din_attention). On a GPU the
-    score of each row, and with a softmax the sum in float32, the scores' peak and their total of each sample."""
+    """The values of ``saved``. On the CPU, of a row: its weight in the sum; in training Dice's two statistics in each
+    layer, and z of the normalized layers (of the first only if all widths together are at most 4 D). On a GPU: a row's
+    score; with a softmax also a sample's sum in float32 and its scores' peak and total."""
     history, target, *_, params, _ = inputs
     rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
     if history.device.type == "cuda" if on_gpu is None else on_gpu:

@@ -1,4 +1,4 @@
-"""Autograd of the ops: first derivatives by kernels, where more is asked for by the reference."""
+"""Autograd of the ops: kernels give the first derivative, the reference all others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rankkernels.ops._tracing import is_transformed
 
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable:
-    """``op``, called without its autograd kernel where nothing is recorded: that is Python, half of a small call."""
+    """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call."""
 
     def call(*arguments, **keywords):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
@@ -28,12 +28,14 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
     """The kernel of ``op`` that records ``backward``. torch.library's own takes a tree of the arguments apart and puts
     it together at each step, which costs as much as the lookups of a small batch."""
     schema = op._schema
-    types = [a.type for a in schema.arguments if not a.kwarg_only]
-    is_list = [str(t) == "List[Tensor]" for t in types]
-    is_tensor = [str(t) in ("Tensor", "Optional[Tensor]") for t in types]
-    gives_list = str(schema.returns[0].type) == "List[Tensor]"
-    defaults = [a.default_value for a in schema.arguments if not a.kwarg_only]
+    positional = [a for a in schema.arguments if not a.kwarg_only]
+    defaults = [a.default_value for a in positional]
     keyword_defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
+    kinds = {"List[Tensor]": True, "Tensor": False, "Optional[Tensor]": False}
+    #: Where the tensors are among the arguments, and whether it is a list of them.
+    tensor_places = [(i, kinds[str(a.type)]) for i, a in enumerate(positional) if str(a.type) in kinds]
+    list_places = [i for i, is_list in tensor_places if is_list]
+    gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
     class FirstDerivative(torch.autograd.Function):
         @staticmethod
@@ -45,18 +47,19 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
                 setup_context(ctx, inputs, {**keyword_defaults, **keywords}, output)
             else:
                 setup_context(ctx, inputs, output)
-            ctx.lengths_of_inputs = [len(a) if is_list[i] else is_tensor[i] for i, a in enumerate(arguments)]
+            ctx.lengths_of_lists = [len(arguments[i]) for i in list_places]
             return tuple(output) if gives_list else output
 
         @staticmethod
         def backward(ctx, *grad_outs):
             grads = backward(ctx, list(grad_outs)) if gives_list else backward(ctx, *grad_outs)
             grads = grads if isinstance(grads, tuple) else (grads,)
-            flat = []
-            for i, length in enumerate(ctx.lengths_of_inputs):
-                if is_list[i]:
-                    flat.extend(grads[i] or [None] * length)
-                elif length:
+            lengths, flat = iter(ctx.lengths_of_lists), []
+            for i, is_list in tensor_places:
+                if is_list:
+                    length = next(lengths)
+                    flat += grads[i] or [None] * length
+                else:
                     flat.append(grads[i])
             return None, None, None, *flat
 
@@ -65,11 +68,11 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
         tensors = []
-        for i, argument in enumerate(arguments):
-            if is_list[i]:
-                tensors.extend(argument)
-            elif is_tensor[i]:
-                tensors.append(argument)
+        for i, is_list in tensor_places:
+            if is_list:
+                tensors += arguments[i]
+            else:
+                tensors.append(arguments[i])
         output = FirstDerivative.apply(keyset, arguments, keywords, *tensors)
         return list(output) if gives_list else output
 
@@ -77,10 +80,10 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
 
 
 def register_autograd(name: str, reference: Callable, backward: Callable, setup_context: Callable) -> Callable:
-    """What ``torch.library.register_autograd`` does; but forward mode, of which that drops the tangents without a
-    word, and ``torch.func`` see ``reference``, which takes and returns what the op does. ``torch.vmap`` loops.
+    """As ``torch.library.register_autograd``, but forward mode and ``torch.func`` run ``reference``, which takes and
+    returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops.
 
-    Returns the op, to be called without its autograd kernel where nothing is recorded."""
+    Returns the op, for calls that skip its autograd kernel where nothing is recorded."""
     op = getattr(torch.ops.rankkernels, name).default
     first_derivative = _first_derivative(op, backward, setup_context)
 
@@ -96,8 +99,8 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
         dims = spec.flatten_up_to(in_dims)
         results = []
         for i in range(info.batch_size):
-            taken = (v if d is None else v.select(d, i) for v, d in zip(values, dims))
-            results.append(tree_flatten(op(*tree_unflatten(taken, spec), **keywords)))
+            selected = (v if d is None else v.select(d, i) for v, d in zip(values, dims))
+            results.append(tree_flatten(op(*tree_unflatten(selected, spec), **keywords)))
         out = [torch.stack(outs) for outs in zip(*(flat for flat, _ in results))]
         out_spec = results[0][1]
         return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)
@@ -107,8 +110,8 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
 
 
 def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:
-    """``op``, which has no derivative; where one may be asked for (by ``create_graph``, forward mode, ``torch.func``)
-    ``reference``, which takes and returns the same."""
+    """``op``, which has no derivative; where one may be needed (``create_graph``, forward mode, ``torch.func``), calls
+    ``reference`` instead, which takes and returns the same."""
 
     def call(*arguments):
         return (reference if torch.is_grad_enabled() or is_transformed() else op)(*arguments)
@@ -117,7 +120,7 @@ def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:
 
 
 def check_first_derivative(what: str) -> None:
-    """For a backward that has no derivative of its own: raises where one may be asked for."""
+    """Raises where the derivative of a backward may be needed, for one that has none."""
     if torch.is_grad_enabled() or is_transformed():
         raise RuntimeError(f"{what} is differentiable once, in reverse mode: not with create_graph, nor batched")
 
@@ -125,7 +128,7 @@ def check_first_derivative(what: str) -> None:
 def vjp(fn: Callable[..., Tensor], grad_out: Tensor, *inputs: Tensor) -> Sequence[Tensor]:
     """Gradients of ``fn(*inputs)`` for the floating-point ``inputs``, differentiable themselves.
 
-    An op's implementation runs with the Autograd dispatch keys excluded; this lets them in again for ``fn``.
+    An op's implementation runs with the Autograd dispatch keys excluded; they are included again while ``fn`` runs.
     """
     tls = torch._C
     include, exclude = tls._dispatch_tls_local_include_set(), tls._dispatch_tls_local_exclude_set()

@@ -12,7 +12,7 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of what is kept beside tensors of ``dtype``, the one they are computed in."""
+    """The dtype that tensors of ``dtype`` are accumulated in; statistics and optimizer state are kept in it."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,21 +28,21 @@ def check_form(op: str, name: str, t: Tensor, shape: Sequence[int], dtype: torch
 
 
 def check_strided(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """A default implementation is what torch calls with sparse and other layouts, too."""
+    """Raises for sparse and other layouts: torch calls the default implementations with them."""
     for t in tensors:
         if t is not None and t.layout != torch.strided:
             raise RuntimeError(f"{op}: tensors must be of layout torch.strided, got {t.layout}")
 
 
 def check_epsilon(op: str, name: str, eps: float, positive: bool) -> None:
-    """torch's rule: an epsilon may be 0 but where it stands beside a variance that may be."""
+    """torch's rule: an epsilon may be 0, unless the variance that it is added to may be 0, too."""
     rule = "be positive in training" if positive else "not be negative"
     torch._check(eps > 0 if positive else eps >= 0, lambda: f"{op}: {name} must {rule}, got {eps:g}")
 
 
 class raise_documented:
-    """Makes the type that is documented of the RuntimeError that an operator in C++ raises, which has that type alone:
-    an error about the values in a tensor, whose text is one of these."""
+    """Re-raises an operator's RuntimeError about values in a tensor as the documented type, which it knows by the text.
+    Operators in C++ can raise RuntimeError only."""
 
     TYPES = (
         (re.compile("is out of range"), IndexError),

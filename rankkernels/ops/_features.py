@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -62,8 +63,10 @@ class Features(NamedTuple):
         return Features(nothing(self.indices), nothing(self.offsets), nothing(self.per_sample_weights), *self.numbers())
 
     def with_tensors(self, saved: Iterator[Tensor]) -> Features:
-        indices, offsets, factors = self.indices, self.offsets, self.per_sample_weights
-        return Features(*([next(saved) for _ in values] for values in (indices, offsets, factors)), *self.numbers())
+        indices, offsets, factors = len(self.indices), len(self.offsets), len(self.per_sample_weights)
+        return Features(
+            list(islice(saved, indices)), list(islice(saved, offsets)), list(islice(saved, factors)), *self.numbers()
+        )
 
     def numbers(self) -> tuple[list[int], ...]:
         """What is no tensor."""
@@ -76,7 +79,7 @@ class Features(NamedTuple):
         return Features(nothing(self.indices), nothing(self.offsets), of_per_sample_weights, None, None, None, None)
 
     def subset(self, kept: Collection[int]) -> tuple[list[int], Features]:
-        """The features ``kept``, and the tables that they look up, which are all that is left: by their old numbers."""
+        """The numbers of the tables that the features ``kept`` look up, and these features over those tables alone."""
         tables = sorted({self.tables[f] for f in kept})
         place = {t: i for i, t in enumerate(tables)}
 

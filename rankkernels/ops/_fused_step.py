@@ -1,4 +1,4 @@
-"""When a fused optimizer steps: once a backward, after all lookups of its tables, on those a gradient is asked for."""
+"""When a fused optimizer steps: once a backward, after all lookups, on the tables that it computes gradients for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rankkernels.ops._tracing import is_transformed
 from rankkernels.ops.embedding_bag_backward import table_gradients
 from rankkernels.ops.embedding_bag_update import BagGradients
 
-_will_run = torch._C._will_engine_execute_node  # in the backward that is going on
+_will_run = torch._C._will_engine_execute_node  # of a node, in the backward that is running
 
 
 class Gradients(Protocol):
@@ -47,13 +47,14 @@ class Optimizer(Protocol):
 
 
 class _Node(torch.autograd.Function):
-    """Lies between the lookups and the tables in every graph; ``asked_of_all`` is a leaf that nobody can ask for."""
+    """Lies between all lookups and the tables in every graph. ``probe`` is a private leaf, which only a backward to all
+    leaves reaches: ``backward(inputs=...)`` and ``torch.autograd.grad`` do not."""
 
     @staticmethod
-    def forward(ctx, gate, asked_of_all, *tables):
+    def forward(ctx, gate, probe, *tables):
         ctx.set_materialize_grads(False)
         ctx.gate = gate
-        return asked_of_all.new_empty(0)
+        return probe.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -70,14 +71,15 @@ class _Pending(NamedTuple):
 
 
 class _Backward(list):
-    """The pending lookups of one backward: a list that can be referred to weakly."""
+    """The pending lookups of one backward; a list itself has no weak references."""
 
 
 class Gate:
     """An optimizer's tables on one device, as leaves behind the one node that all their lookups' nodes lead to.
 
     A lookup that is the only one of a backward steps at once. Several hand their gradients to the node, which autograd
-    runs after all of them, and then a table's are one step. The node does not run where no table is asked for.
+    runs after all of them, and then each table takes one step. In a backward that computes no gradient of a table the
+    node does not run.
     """
 
     def __init__(self, optimizer: Optimizer, tables: Sequence[Tensor]):
@@ -86,21 +88,19 @@ class Gate:
         self.lookups = weakref.WeakSet()  # nodes of graphs that are alive
         self.backwards = weakref.WeakValueDictionary()  # by the number of autograd's task
         with torch.enable_grad():
-            asked_of_all = torch.empty(0, device=tables[0].device, requires_grad=True)
-            self.anchor = _Node.apply(weakref.ref(self), asked_of_all, *tables)
-        #: What a lookup's backward gives for it: a tensor, so that autograd has streams of a GPU wait for each other.
+            probe = torch.empty(0, device=tables[0].device, requires_grad=True)
+            self.anchor = _Node.apply(weakref.ref(self), probe, *tables)
+        #: The anchor's gradient: a tensor and not None, so that autograd synchronizes a GPU's streams.
         self.no_grad = self.anchor.detach()
-        self.asked_of_all, *self.nodes = [node for node, _ in self.anchor.grad_fn.next_functions]
+        self.probe, *self.nodes = [node for node, _ in self.anchor.grad_fn.next_functions]
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
-        """Whether all are among its tables, and these as they were when it was made."""
+        """Whether all are among its tables, and have the dtypes that they had when it was made."""
         return all(self.dtypes.get(id(w)) is w.dtype for w in weights)
 
     def is_alone(self, lookup) -> bool:
-        """Whether the backward that is going on asks for every table, and runs no lookup but this node's."""
-        return _will_run(self.asked_of_all) and not any(
-            _will_run(other) for other in self.lookups if other is not lookup
-        )
+        """Whether the running backward goes to all leaves and through no lookup but this one."""
+        return _will_run(self.probe) and not any(_will_run(other) for other in self.lookups if other is not lookup)
 
     def add(self, *pending) -> None:
         """Leaves a lookup to ``finish``."""
@@ -108,25 +108,25 @@ class Gate:
         lookups = self.backwards.get(task)
         if lookups is None:
             lookups = self.backwards[task] = _Backward()
-            # Held by autograd's task, so that they are gone with it when the backward fails.
+            # The engine's task owns the list, so a backward that fails drops it.
             torch.autograd.Variable._execution_engine.queue_callback(lookups.clear)
         lookups.append(_Pending(*pending))
 
     def finish(self) -> list[Tensor | None]:
-        """One step with all lookups of the backward. -> the gradients of tables that ``torch.autograd.grad`` is to give
-        back, which take no step."""
+        """One step with all pending lookups. -> the gradients of the tables that ``torch.autograd.grad`` returns, which
+        take no step."""
         lookups, grads = self.backwards.pop(torch._C._current_graph_task_id(), None), nothing(self.tables)
         if not lookups:
             return grads
         grad_outs, weights, features = _as_one(lookups)
         places = {id(table): i for i, table in enumerate(self.tables)}
         stepped, given = set(range(len(weights))), set()
-        if not _will_run(self.asked_of_all):
+        if not _will_run(self.probe):
             for t, weight in enumerate(weights):
                 try:
                     if not _will_run(self.nodes[places[id(weight)]]):
                         stepped.discard(t)
-                except RuntimeError:  # autograd's answer for a leaf whose gradient it gives back
+                except RuntimeError:  # the engine's answer for a leaf whose gradient torch.autograd.grad returns
                     stepped.discard(t)
                     given.add(t)
 
@@ -153,8 +153,8 @@ def _as_one(lookups: Sequence[_Pending]) -> _Pending:
 
 
 class FusedLookup:
-    """One call of a lookup op whose backward is an optimizer's step: what it knows from forward to backward that is no
-    tensor of the graph. An op derives from it and says how it runs and what the gradients of its results are.
+    """One call of a lookup op with an optimizer's step in its backward: what is kept between the two that is no tensor
+    of the graph. Each op derives from it and says how it runs and what the gradients of its results are.
 
     Args:
         weights: the tables, which may repeat.
@@ -215,9 +215,9 @@ class FusedStep(torch.autograd.Function):
     def backward(ctx, *grads):
         lookup, gate = ctx.lookup, ctx.lookup.gate
         check_first_derivative(f"{lookup.op} with a fused optimizer")
-        _, _, *asked = ctx.needs_input_grad
+        _, _, *wanted = ctx.needs_input_grad
         if all(g is None for g in grads):
-            return None, gate.no_grad, *nothing(asked)
+            return None, gate.no_grad, *nothing(wanted)
         saved = iter(ctx.saved_tensors)
         features = lookup.features.with_tensors(saved)
         gradients, *rest = lookup.gradients(grads, saved)
@@ -227,7 +227,7 @@ class FusedStep(torch.autograd.Function):
             grad_outs, *others = gradients.of_lookups(features)
             gate.add(grad_outs, lookup.weights, features)
             of_inputs = nothing(features.per_sample_weights), *others
-            if features.per_sample_weights and any(asked):
+            if features.per_sample_weights and any(wanted):
                 rows = [w.size(0) for w in lookup.weights]
                 _, grad_psw = table_gradients(grad_outs, lookup.weights, rows, features, sparse=True)
                 of_inputs = grad_psw, *others

@@ -21,8 +21,8 @@ def schema_of(arguments: type) -> str:
 
 def parsed(arguments: Iterable, *parts: type) -> list:
     """The arguments of a schema that consists of these NamedTuples, one after the other."""
-    values = iter(arguments)
-    return [part._make(islice(values, len(part._fields))) for part in parts]
+    values, new = iter(arguments), tuple.__new__  # namedtuple's own constructors are Python frames
+    return [new(part, islice(values, len(part._fields))) for part in parts]
 
 
 def nothing(values: Sequence) -> list[None]:

@@ -9,12 +9,12 @@ from torch.autograd import forward_ad
 
 
 def is_exporting() -> bool:
-    """Whether a model is exported or traced, for inference: no backward follows, nor an optimizer's step."""
+    """Whether a model is being exported or traced, which is for inference: no backward and no step will follow."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def is_exporting_to_onnx() -> bool:
-    """Whether only torch's own operators will do."""
+    """Whether an exporter to ONNX is tracing, which knows torch's own operators only."""
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
@@ -39,12 +39,14 @@ def is_traced() -> bool:
 def must_stay_transparent() -> bool:
     """Whether compilers, tracers, ``torch.func`` or forward mode follow torch's own operators, or autocast is to choose
     their dtypes."""
-    return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_transformed()
+    )
 
 
 def is_tensor(value: object) -> bool:
-    """Whether ``value`` is a tensor as torch makes them, which the ops read as it lies: a subclass (a quantized weight,
-    a shard) has a meaning of its own. Compilers trace with subclasses in the place of what will run."""
+    """Whether ``value`` is a plain tensor, whose memory an op may read. A subclass (a quantized weight, a shard) gives
+    its memory a meaning of its own; compilers trace with subclasses in place of plain tensors."""
     if type(value) in (nn.Parameter, Tensor):
         return True
     return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())

@@ -1,7 +1,7 @@
 """The whole of DeepFM but its sigmoid, in eval: csrc/cpu/deepfm.
 
-Each block of samples is looked up, interacts and goes through the MLP while it is in the second-level cache. There is
-no backward, and no kernel but the CPU's.
+Each block of samples is looked up and goes through the FM and the MLP while it is in L2. There is no backward, and no
+kernel but the CPU's.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from rankkernels.ops._table import OPS
 from rankkernels.ops._tracing import must_stay_transparent
 from rankkernels.ops.linear import MIN_MULTIPLY_ADDS
 
-# One id a sample: ``indices`` are [B]. ``dense`` [B, n] stand behind the embeddings; ``mlp`` are the weight and the
-# bias of each layer, the last of one unit, with relu between two.
+# One id a sample: ``indices`` are [B]. ``dense`` [B, n] are appended to the embeddings; ``mlp`` holds the weight and
+# the bias of each layer, the last with one unit, with relu between layers.
 lib.define(
     "deepfm(Tensor[] weights, Tensor[] indices, int[] tables, str names, Tensor linear_weight, Tensor? dense, "
     "Tensor[] mlp) -> Tensor"
@@ -128,17 +128,23 @@ def _has_kernel() -> bool:
     return OPS["deepfm"].kernel("cpu") is not None
 
 
-def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
-    """Whether one pass is the faster way to evaluate the batch, whose MLP begins with the weight [H, in]: with the
-    kernel, without a backward, and with so much to multiply that packing the weights pays."""
+def has_kernel_for(batch: LookupBatch) -> bool:
+    """Whether one pass may be the faster way to evaluate a batch: with the kernel, without a backward, and with one id
+    a sample and feature."""
     if must_stay_transparent() or torch.is_grad_enabled() or not _has_kernel():
         return False
+    return not any(batch.features.modes)
+
+
+def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
+    """Whether, where ``has_kernel_for``, there is so much to multiply that packing the MLP's weights pays. The first of
+    these is [H, in]."""
     ids, *_ = batch.features.indices
-    return not any(batch.features.modes) and ids.numel() * first_weight.numel() >= MIN_MULTIPLY_ADDS
+    return ids.numel() * first_weight.numel() >= MIN_MULTIPLY_ADDS
 
 
 def is_served(batch: LookupBatch, linear_weight: Tensor, mlp: Iterable[Tensor]) -> bool:
-    """Whether the op takes these tensors, where ``is_faster``."""
+    """Whether the op takes these tensors, where ``has_kernel_for`` the batch."""
     tensors = chain(batch.weights, batch.dense, (linear_weight,), mlp)
     return all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
 

@@ -36,9 +36,9 @@ lib.define(
 def _(*arguments):
     inputs, flags = parsed(arguments, Inputs, Flags)
     check("din_attention", inputs, flags)
-    history, target, kept = inputs.history, inputs.target, wide(inputs.history.dtype)
-    stats = history.new_empty(stats_size(inputs.params, flags), dtype=kept)
-    return target.new_empty(target.shape), stats, history.new_empty(saved_size(inputs, flags), dtype=kept)
+    history, target, accumulated = inputs.history, inputs.target, wide(inputs.history.dtype)
+    stats = history.new_empty(stats_size(inputs.params, flags), dtype=accumulated)
+    return target.new_empty(target.shape), stats, history.new_empty(saved_size(inputs, flags), dtype=accumulated)
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
@@ -74,9 +74,9 @@ def _reference(*arguments):
     check_values("din_attention", inputs, flags)
     out, all_stats = _attend(inputs, flags)
     flat = [t for stats in all_stats if stats is not None for t in stats]
-    history, kept = inputs.history, wide(inputs.history.dtype)
-    stats = torch.cat(flat).to(kept) if flat else history.new_empty(0, dtype=kept)
-    return out, stats, history.new_zeros(saved_size(inputs, flags), dtype=kept)
+    history, accumulated = inputs.history, wide(inputs.history.dtype)
+    stats = torch.cat(flat).to(accumulated) if flat else history.new_empty(0, dtype=accumulated)
+    return out, stats, history.new_zeros(saved_size(inputs, flags), dtype=accumulated)
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
@@ -131,11 +131,12 @@ def _setup_context(ctx, inputs, output):
     inputs, flags = parsed(inputs, Inputs, Flags)
     _, *kept = output
     # In training nothing reads the running statistics, and the caller updates them in place before the backward.
-    ctx.num_params, ctx.num_stats, ctx.flags = len(inputs.params), len(inputs.running_stats), flags._replace(seed=None)
+    *ctx.settings, seed = flags
+    ctx.num_params, ctx.num_stats = len(inputs.params), len(inputs.running_stats)
     saved = inputs._replace(running_stats=()) if flags.training else inputs
-    ctx.save_for_backward(*kept, flags.seed, *saved.tensors())
+    ctx.save_for_backward(*kept, seed, *saved.tensors())
     ctx.mark_non_differentiable(*kept)
-    ctx.set_materialize_grads(False)  # zeros for ``saved``, as large as it
+    ctx.set_materialize_grads(False)  # else autograd makes zeros as large as ``saved``
 
 
 _din_attention_backward = differentiable(torch.ops.rankkernels.din_attention_backward.default, _default_backward)
@@ -144,13 +145,13 @@ _din_attention_backward = differentiable(torch.ops.rankkernels.din_attention_bac
 def _backward(ctx, grad_out, *_):
     batch_stats, saved, seed, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
-    grads = Inputs(None, None, None, None, None, nothing(params), [None] * ctx.num_stats)
+    grad_history, grad_target, grad_params = None, None, nothing(params)
     if grad_out is not None:
         grad_history, grad_target, grad_params = _din_attention_backward(
-            grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats,
-            *ctx.flags._replace(seed=seed),
+            grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.settings,
+            seed,
         )  # fmt: skip
-        grads = grads._replace(history=grad_history, target=grad_target, params=grad_params)
+    grads = Inputs(grad_history, grad_target, None, None, None, grad_params, [None] * ctx.num_stats)
     return *grads, *no_gradients(Flags)
 
 

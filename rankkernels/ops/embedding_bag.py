@@ -128,12 +128,12 @@ class _FusedBag(FusedLookup):
 
 
 def outside_graph(function: Callable, *arguments):
-    """Calls it with a break of the graph being made: rows that a backward finds have a shape that no graph knows."""
-    return torch.compiler.disable(function)(*arguments)  # here and not as a decorator, which imports the compiler
+    """Runs ``function`` outside torch.compile's graph: the number of rows that a backward finds depends on the data."""
+    return torch.compiler.disable(function)(*arguments)  # not a decorator: that would import the compiler
 
 
 def no_backward() -> bool:
-    """Whether the forward alone is asked for: what its backward is to do is then nothing to break a graph for."""
+    """Whether no backward will follow, so that its data-dependent shapes need no break of a graph."""
     return not torch.is_grad_enabled() or is_exporting()
 
 
@@ -144,7 +144,7 @@ def run_op(
     """The op, or the op with an optimizer's step in its backward."""
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
-    if torch.compiler.is_exporting():  # what AOTInductor compiles makes None of an empty list
+    if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None
         absent = [weights[0].new_empty(0)] * len(features.indices)
         features = features._replace(
             offsets=features.offsets or absent, per_sample_weights=features.per_sample_weights or absent
@@ -173,6 +173,9 @@ def _rows(what: str, values: Sequence[int | None] | None, tables: Sequence[int],
     return found
 
 
+_NUMBER = {mode: number for number, mode in enumerate(MODES)}
+
+
 def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padding_idx, frozen_rows, names):
     """The features and their names in the schema's form, from the public functions' arguments."""
     n = len(indices)
@@ -183,17 +186,19 @@ def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padd
     ):  # fmt: skip
         if values is not None and len(values) != expected:
             raise ValueError(f"embedding_bag: {what} must have one entry a {kind}, {expected}, got {len(values)}")
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"embedding_bag: unknown mode {mode!r}, expected one of {', '.join(MODES)}")
-    for f, t in enumerate(tables):
-        if not 0 <= t < len(weights):
-            raise ValueError(f"embedding_bag: feature {f} has table {t} of {len(weights)}")
+    try:
+        numbers = [_NUMBER[mode] for mode in modes]
+    except (KeyError, TypeError):
+        unknown = next(mode for mode in modes if mode not in MODES)
+        raise ValueError(f"embedding_bag: unknown mode {unknown!r}, expected one of {', '.join(MODES)}") from None
+    if n and not 0 <= min(tables) <= max(tables) < len(weights):
+        f, t = next((f, t) for f, t in enumerate(tables) if not 0 <= t < len(weights))
+        raise ValueError(f"embedding_bag: feature {f} has table {t} of {len(weights)}")
 
     def tensors(values):
         if values is None or all(v is None for v in values):
             return []
-        absent = weights[0].new_empty(0) if len(weights) else None  # only where it is needed: an eighth of a small call
+        absent = weights[0].new_empty(0) if len(weights) else None  # an eighth of a small call
         return [absent if v is None else v for v in values]
 
     features = Features(
@@ -201,7 +206,7 @@ def to_schema(weights, indices, offsets, per_sample_weights, modes, tables, padd
         tensors(offsets),
         tensors(per_sample_weights),
         tables,
-        [MODES.index(m) for m in modes],
+        numbers,
         _rows("padding_idx", padding_idx, tables, weights),
         _rows("frozen_rows", frozen_rows, range(len(weights)), weights),
     )

@@ -45,7 +45,7 @@ def _lookup_gradients(features: Features, f: int, grad_out: Tensor, weights: lis
     ids, table, frozen = features.indices[f], features.tables[f], features.frozen_rows[features.tables[f]]
     if features.mode(f) == "none":
         return torch.ops.aten.embedding_dense_backward(grad_out, ids, rows, frozen, False), None
-    # The sum's and the mean's gradient does not depend on the table's values: any table of its shape serves.
+    # The gradient of a sum or a mean does not depend on the table's values: any table of its shape will do.
     weight = weights[table] if weights else grad_out.new_zeros(()).expand(rows, grad_out.size(1))
     factors, padding = features.per_sample_weights_of(f), features.padding_idx[f]
 

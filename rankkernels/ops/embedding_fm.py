@@ -29,9 +29,9 @@ from rankkernels.ops.embedding_fm_backward import (
     without_dense,
 )
 
-# ``embeddings`` [B, F * D + n] are the lookups side by side, as of embedding_bag with concat, and then the columns of
-# ``dense`` [B, n], if any; ``fm`` is [B, 1], ``linear`` too, but [0, 1] where there is no ``linear_weight`` (any shape
-# of F * D values).
+# ``embeddings`` [B, F * D + n] are the lookups side by side, as embedding_bag with concat gives them, then the columns
+# of ``dense`` [B, n], if any. ``fm`` is [B, 1]; so is ``linear``, but [0, 1] without a ``linear_weight``, which has
+# F * D values in any shape.
 lib.define(
     f"embedding_fm(Tensor[] weights, {schema_of(Features)}, str names, Tensor? linear_weight, Tensor? dense, *, "
     "bool sparse=False) -> (Tensor embeddings, Tensor fm, Tensor linear)"
@@ -114,7 +114,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     ctx.set_materialize_grads(False)
     ctx.features, ctx.rows, ctx.dim = features.without_tensors(), [w.size(0) for w in weights], weights[0].size(1)
     ctx.sparse = keyword_only_inputs["sparse"]
-    if ctx.sparse:  # Not saved: tables that an optimizer's step in between has changed are no error.
+    if ctx.sparse:  # kept, not saved: tables that an optimizer changed since are no error
         ctx.weights, ctx.versions = weights, _versions(weights)
     values = weights if features.need_values() else ()
     ctx.save_for_backward(embeddings, linear_weight, *features.tensors(), *values)
@@ -185,7 +185,7 @@ def run_op(
         sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(run_op, weights, features, names, linear_weight, dense, sparse, optimizer)
-    if torch.compiler.is_exporting():  # what AOTInductor compiles makes None of an empty list
+    if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None
         absent = [weights[0].new_empty(0)] * len(features.indices)
         features = features._replace(offsets=absent, per_sample_weights=absent)
     with raise_documented():
@@ -225,8 +225,8 @@ def embedding_fm(
     """What the linear, the FM and the deep part of DeepFM need of F features, from one pass over their tables.
 
     Semantics: ``table_batched_embedding_bag(..., concat=True)``, ``fm_interaction`` of its fields and
-    ``torch.nn.functional.linear`` of all its columns; ``reference.fm_and_linear``. The deep part's dense columns stand
-    behind the embeddings at the price of their own bytes, where ``torch.cat`` would move the embeddings again.
+    ``torch.nn.functional.linear`` of all its columns; ``reference.fm_and_linear``. The deep part's dense columns are
+    appended in place, without the extra copy of the embeddings that ``torch.cat`` makes.
 
     Args:
         weights: the tables, [R, D] with rows of their own and one D.

@@ -182,6 +182,8 @@ def _of_lookups(a: Arguments, features: Features) -> tuple[list[Tensor], Tensor]
     return list(grad.split([a.dim] * len(features.indices), 1)), grad_linear_weight
 
 
+# The ops in turn are the fakes, too.
+@torch.library.register_fake("rankkernels::embedding_fm_backward_sparse", lib=lib)
 @torch.library.impl(lib, "embedding_fm_backward_sparse", "CompositeExplicitAutograd")
 def backward_sparse_apart(*arguments):
     a, (weights, _unchanged, rows), features = parsed(arguments, Arguments, _SparseArguments, Features)

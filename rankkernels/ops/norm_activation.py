@@ -223,9 +223,9 @@ _forward = register_autograd("norm_activation", _reference, _backward, _setup_co
 
 
 def is_faster(x: Tensor, activation: str) -> bool:
-    """Whether the op is faster than torch's normalization and activation of [N, H] one after the other. Below so many
-    values a call's own cost counts, but Dice is eight of torch's ops, which take no layer of width 0. Compilers are not
-    asked to look at a size."""
+    """Whether the op is faster than torch's normalization and activation of [N, H] in turn. For small x the cost per
+    call decides, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a compiler no size is read,
+    which would specialize the graph on it."""
     return "dice" in activation or torch.compiler.is_compiling() or not x.is_cpu or not 0 < x.numel() < 1 << 17
 
 

@@ -296,6 +296,7 @@ def test_launches_under_the_shim(shim):
 
 @needs_sanitizers
 def test_bad_arguments_under_the_shim(shim):
+    assert "bad inputs refused" in run_shim(shim["sound"], "bad_inputs")
     assert "arguments refused" in run_shim(shim["sound"], "bad_arguments")
 
 

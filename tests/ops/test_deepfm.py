@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import rankkernels as rk
+from rankkernels import info
 from rankkernels.ops import _library, deepfm
+from rankkernels.ops._table import OPS
 from rankkernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(bool(_library.no_extension), reason="what the C++ kernels promise")
@@ -134,3 +136,20 @@ def test_the_model_evaluates_by_it_where_it_is_the_same(monkeypatch):
     with torch.no_grad():
         m(x)
     assert not calls
+
+
+@pytest.mark.parametrize("has_kernel", [True, False, None])
+def test_info_says_what_the_model_runs(has_kernel, monkeypatch):
+    """On this machine, and on one with and one without the instruction set that the kernel needs."""
+    calls, run_op, op = [], deepfm.run_op, OPS["deepfm"]
+    if has_kernel is not None:
+        monkeypatch.setitem(OPS, "deepfm", op._replace(is_served=lambda: has_kernel))
+    deepfm._has_kernel.cache_clear()
+    monkeypatch.setattr(deepfm, "MIN_MULTIPLY_ADDS", 1)
+    monkeypatch.setattr(deepfm, "run_op", lambda *a: calls.append(1) or run_op(*a))
+    m, x = model()
+    with torch.no_grad():
+        m(x)
+    deepfm._has_kernel.cache_clear()
+    expected = op.is_served() if has_kernel is None else has_kernel
+    assert len(calls) == expected and info.backend("deepfm", "cpu").startswith("C++") == expected

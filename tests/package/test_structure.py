@@ -10,8 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 
+import rankkernels
 from rankkernels import info
+from rankkernels.ops._table import OPS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "rankkernels"
@@ -130,6 +133,15 @@ def test_layers_and_models_name_no_device():
     assert device.search(code_of(PACKAGE / "ops/linear.py"))
 
 
+def test_the_table_of_the_ops_has_every_op():
+    """All that the package registers, but backwards and what is a step's or a lookup's own part."""
+    registered = {name.removeprefix("rankkernels::") for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("rankkernels::")}  # fmt: skip
+    parts = {"embedding_bag_update", "embedding_fm_update", "cpu_isa", "use_huge_pages"}
+    assert {name for name in registered if "_backward" not in name} - parts == OPS.keys()
+    assert all(hasattr(rankkernels, layer) for op in OPS.values() for layer in op.layers)
+
+
 def test_the_readme_has_the_table_of_the_ops():
     assert info.markdown() in (ROOT / "README.md").read_text(), "put there what rankkernels.info.markdown() returns"
 
@@ -141,6 +153,7 @@ MAX_LINES, MAX_FUNCTION = 400, 60
 LONG_FILES = {
     "rankkernels/reference.py": "every formula stands in one file",
     "rankkernels/testing.py": "one case a family, read side by side",
+    "tests/ops/bad_inputs.py": "one table",
     "tests/ops/test_din_attention.py": "one op",
     "tests/nn/test_fused_step.py": "one step, under every kind of backward",
     "tests/nn/test_layers.py": "all layers",

@@ -1,6 +1,6 @@
 """The CUDA ops, their kernels under the shim, against the reference. Run by test_cuda.py in a process of its own.
 
-    python run.py LIBRARY accuracy | launches | bad_ids | bad_ids_fm | bad_arguments
+    python run.py LIBRARY accuracy | launches | bad_ids | bad_ids_fm | bad_inputs | bad_arguments
 
 The library has the ops' CUDA implementations compiled for the CPU; here they are called for CPU tensors. Uninitialised
 memory is NaN. ``accuracy`` prints a digest of all results, which must not depend on the order of threads and blocks.
@@ -21,6 +21,7 @@ from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_cas
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
+from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
 library = torch.library.Library("rankkernels", "IMPL")
@@ -29,10 +30,7 @@ library = torch.library.Library("rankkernels", "IMPL")
 def call_cuda() -> None:
     """From here on the ops call their CUDA implementations for CPU tensors, and before their pure-PyTorch ones."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for name in (
-        "embedding_bag", "embedding_bag_backward", "embedding_bag_backward_sparse", "embedding_bag_update",
-        "sparse_update", "embedding_fm", "embedding_fm_backward",
-    ):  # fmt: skip
+    for name in CUDA_OPS:
         op = getattr(torch.ops.rankkernels, name).default
         library.impl(name, lambda *args, op=op, **kwargs: op.redispatch(keys, *args, **kwargs), "CPU")
 
@@ -334,7 +332,7 @@ def assert_refused(expected: str, function, *args, **kwargs) -> None:
 def bad_arguments() -> None:
     call_cuda()
     weight, ids = torch.randn(5, 4), torch.tensor([[0, 1], [2, 3]])
-    for arguments, expected in (
+    for changes, expected in (
         ({"indices": ids.float()}, "embedding_bag: indices must be int32 or int64, got"),
         ({"indices": ids[0]}, r"embedding_bag: indices must be [B, L], or [N] beside offsets [B], got shape [2]"),
         ({"weight": weight[0]}, "embedding_bag: weights[0] must be [R, D], got shape [4]"),
@@ -343,7 +341,7 @@ def bad_arguments() -> None:
         ({"per_sample_weights": torch.ones(2, 2).double()}, "per_sample_weights of indices must be like its table"),
         ({"per_sample_weights": torch.ones(2, 2), "mode": "max"}, "mode sum or mean, got [2, 2] and max"),
     ):
-        assert_refused(expected, ops.embedding_bag, **{"weight": weight, "indices": ids, **arguments})
+        assert_refused(expected, ops.embedding_bag, **{"weight": weight, "indices": ids, **changes})
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     fm, shop = torch.ops.rankkernels.embedding_fm.default, [torch.randn(5, 4), torch.randn(7, 4)]
     numbers = [0, 1], [0, 0], [-1, -1], [-1, -1], "item\nshop"
@@ -394,5 +392,5 @@ if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    commands = accuracy, launches, bad_ids, bad_ids_fm, bad_arguments
+    commands = accuracy, launches, bad_ids, bad_ids_fm, bad_inputs, bad_arguments
     {command.__name__: command for command in commands}[sys.argv[2]]()
