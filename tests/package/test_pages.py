@@ -208,6 +208,10 @@ def test_every_public_name_has_a_docstring():
     assert not [name for name, value in names.items() if not vars(value).get("__doc__", value.__doc__)]
 
 
+def test_every_page_has_a_title():
+    assert not [page.name for page in PAGES if not page.read_text().startswith("# ") or len(page.read_text()) < 80]
+
+
 def test_the_site_has_every_page():
     """Pages that the navigation leaves out, or that are not there, fail `make docs`, too."""
     nav = re.findall(r":\s+([\w/.-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
