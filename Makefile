@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test fuzz sanitize bench results gpu-check gpu-report lint format wheel smoke clean
+.PHONY: help demo test fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
@@ -28,6 +28,7 @@ help:
 	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
 	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
 	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/gpu/gpu_kernels.md"
+	@echo "make docs    the pages and the API reference, to build/docs; a broken link or an undocumented name fails"
 	@echo "make lint    ruff and clang-format; make format applies them"
 	@echo "make wheel   build dist/*.whl"
 	@echo "make smoke   install that wheel beside another torch, SMOKE_TORCH=torch==2.14.1, and try it"
@@ -97,6 +98,9 @@ gpu-check: $(VENV)/test.stamp
 
 gpu-report: $(VENV)/test.stamp
 	$(BIN)/python -m bench.gpu.report --out bench/gpu/gpu_kernels.md
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build
 
 lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .

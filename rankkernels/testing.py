@@ -65,10 +65,12 @@ def relative_errors(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> lis
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    """Standard normal values times ``scale``, drawn in float64: the same values in every dtype but for rounding."""
     return (torch.randn(shape, dtype=torch.float64, generator=generator) * scale).to(dtype)
 
 
 def fm_interaction_case(B: int, F: int, D: int, reduce_sum: bool = True) -> OpCase:
+    """Field embeddings [B, F, D]."""
     return OpCase(
         op="fm_interaction",
         id=f"fm_interaction-B{B}-F{F}-D{D}" + ("" if reduce_sum else "-keep_dim"),

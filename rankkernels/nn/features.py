@@ -31,6 +31,8 @@ class Initializer:
 
 
 class RandomNormal(Initializer):
+    """Normally distributed values."""
+
     def __init__(self, mean: float = 0.0, std: float = 1.0):
         self.mean, self.std = mean, std
 
@@ -39,6 +41,8 @@ class RandomNormal(Initializer):
 
 
 class RandomUniform(Initializer):
+    """Values spread evenly over [minval, maxval)."""
+
     def __init__(self, minval: float = 0.0, maxval: float = 1.0):
         self.minval, self.maxval = minval, maxval
 
@@ -47,6 +51,8 @@ class RandomUniform(Initializer):
 
 
 class XavierNormal(Initializer):
+    """``torch.nn.init.xavier_normal_``."""
+
     def __init__(self, gain: float = 1.0):
         self.gain = gain
 
@@ -55,6 +61,8 @@ class XavierNormal(Initializer):
 
 
 class XavierUniform(Initializer):
+    """``torch.nn.init.xavier_uniform_``."""
+
     def __init__(self, gain: float = 1.0):
         self.gain = gain
 

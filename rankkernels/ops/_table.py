@@ -93,7 +93,7 @@ def notice_reference(op: str, tensor: Tensor) -> None:
     elif device == "cuda" and not has_triton:
         reason = "Triton is not installed"
     elif device == "cuda":
-        reason = "the Triton kernels do not serve this configuration (see the README)"
+        reason = "the Triton kernels do not serve this configuration (see docs/gpu.md)"
     else:
         reason = f"there is no kernel for device type {device!r}"
     reference_notices[op, device] = reason

@@ -210,7 +210,8 @@ def din_attention(
         batch_norm: a batch normalization after each hidden linear layer.
         use_softmax: softmax of the scores over each sample's valid rows.
         training: normalize with the statistics of the batch's valid rows.
-        norm_eps, dice_eps: epsilons of the batch normalization and of Dice.
+        norm_eps: epsilon of the batch normalization.
+        dice_eps: epsilon of Dice.
         dropout: probability of dropping a unit behind each hidden layer's activation; the others are scaled by
             1 / (1 - dropout), as torch does it. It applies wherever it is not 0, in eval too.
         seed: [] or [1], int64, needed with dropout: the units dropped are a function of it, of the unit, the row's

@@ -234,7 +234,12 @@ def embedding_fm(
         linear_weight: F * D values in the tables' dtype, in the order of the embeddings' columns, or None.
         dense: [B, n] in the tables' dtype, n more columns of the result, or None.
         modes: "none", "sum", "mean" or "max" a feature; none for all by default.
-        tables, padding_idx, frozen_rows, names, sparse, optimizer: see ``table_batched_embedding_bag``.
+        tables: the table of each feature, by position in ``weights``; one each in order by default.
+        padding_idx: the id that a feature's pooling leaves out, or None; negative ones count from the table's end.
+        frozen_rows: the row of a table that gets no gradient, or None; negative ones likewise.
+        names: what error messages call the features; by default indices[0], indices[1], ...
+        sparse: give the tables sparse gradients, coalesced.
+        optimizer: one of ``rankkernels.optim``, to step on the rows looked up in the backward itself.
 
     Returns:
         The embeddings and the dense columns [B, F * D + n]; the FM interaction [B, 1]; the linear term [B, 1], or None.

@@ -252,13 +252,16 @@ def norm_activation(
 
     Args:
         x: [N, H], any strides; float32, float64, float16 or bfloat16.
-        weight, bias: [H] of an affine normalization.
+        weight: [H] of an affine normalization.
+        bias: [H], beside ``weight``.
         alpha: [1] or [H], the slope of prelu and of both kinds of Dice.
-        running_mean, running_var: [H], for a normalization in eval; never written.
+        running_mean: [H], for a normalization in eval; never written.
+        running_var: [H], beside it.
         activation: linear, sigmoid, relu, leakyrelu, prelu, dice (statistics of a row's units) or dice_batch_norm.
         batch_norm: whether there is a normalization.
         training: normalize with the statistics of the batch.
-        norm_eps, dice_eps: epsilons of the normalization and of Dice.
+        norm_eps: epsilon of the normalization.
+        dice_eps: epsilon of Dice.
 
     Returns:
         out [N, H] in the dtype of ``x``, and in training with a normalization the batch's mean and its unbiased
