@@ -15,12 +15,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T> void look_up_block(const Lookups&))
-RK_DECLARE_ISA(template <class T>
-               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T> const T* hidden_layers(const HiddenLayer*, int64_t, const DeepBlock&))
-
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
 
 // The texts are those of ops/deepfm.py.
@@ -91,6 +85,42 @@ struct PackedLayers {
   }
 };
 
+// A thread's activations of a block. Zeroed: rows that only fill a tile are multiplied too, and denormal
+// numbers would be slow.
+struct Block {
+  Block(const PackedLayers& packed, int64_t in)
+      : stride_x(padded<float>(in)), stride_hidden(padded<float>(packed.widest)) {
+    x = arena.take(kMlpRows * stride_x);
+    for (float*& h : hidden) h = arena.take(kMlpRows * stride_hidden);
+    for (float** sums : {&fm, &linear, &deep}) *sums = arena.take(kMlpRows);
+  }
+  HiddenLayers hidden_layers(const PackedLayers& packed, int64_t rows) const {
+    HiddenLayers a{};
+    a.layers = packed.layers.data();
+    a.num_layers = static_cast<int64_t>(packed.layers.size());
+    a.x = x;
+    for (int i : {0, 1}) a.hidden[i] = hidden[i];
+    a.stride_x = stride_x;
+    a.stride_hidden = stride_hidden;
+    a.rows = rows;
+    return a;
+  }
+
+  Arena<float> arena;
+  int64_t stride_x, stride_hidden;
+  float *x, *hidden[2], *fm, *linear, *deep;
+};
+
+// x [n, columns of dense] = dense's rows from b0 on. Columns in the outer loop: in a batch each is
+// contiguous.
+static void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float* x, int64_t stride_x) {
+  if (!dense || dense->size(1) == 0) return;
+  const float* from = static_cast<const float*>(dense->const_data_ptr()) + b0 * dense->stride(0);
+  const int64_t stride_row = dense->stride(0), stride_column = dense->stride(1), columns = dense->size(1);
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t b = 0; b < n; ++b) x[b * stride_x + c] = from[b * stride_row + c * stride_column];
+}
+
 static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables,
                          const Names& names, const Tensor& linear_weight, const OptionalTensor& dense,
                          const Tensors& mlp) {
@@ -101,7 +131,7 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
   std::vector<Bags>& bags = features.bags;
   const int64_t F = bags.size(), B = bags[0].B,
                 D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
-  const int64_t width = F * D, more = dense && dense->dim() == 2 ? dense->size(1) : 0, in = width + more;
+  const int64_t width = F * D, in = width + (dense && dense->dim() == 2 ? dense->size(1) : 0);
   Tensors rows;
   for (size_t t = 0; t < weights.size(); ++t) {
     RK_CHECK_BAG(weights[t].dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(weights[t]));
@@ -124,48 +154,59 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
   if (dense) check_dense("deepfm", *dense, rows[0], B);
   check_layers(mlp, in, rows[0]);
   const PackedLayers packed(mlp, in);
-  const Tensor head = torch::stable::contiguous(mlp[mlp.size() - 2]);
-  const float* head_weight = static_cast<const float*>(head.const_data_ptr());
-  const float head_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
-  const float* a_weight = static_cast<const float*>(a.const_data_ptr());
-  const float* beside = more ? static_cast<const float*>(dense->const_data_ptr()) : nullptr;
-  const int64_t stride_db = more ? dense->stride(0) : 0, stride_dn = more ? dense->stride(1) : 0;
+  const Tensor output_weight = torch::stable::contiguous(mlp[mlp.size() - 2]);
+  const float output_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
 
   Tensor out = torch::stable::new_empty(rows[0], {B, 1});
   float* y = static_cast<float*>(out.mutable_data_ptr());
-  constexpr int64_t kRows = Lookups::kRows;
-  const int64_t blocks = (B + kRows - 1) / kRows;
+  const int64_t blocks = (B + kMlpRows - 1) / kMlpRows;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
   std::atomic<int64_t> next{0};
-  std::atomic<bool> fit{true};
+  std::atomic<bool> in_range{true};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const int64_t stride_x = padded<float>(in), stride_hidden = padded<float>(packed.widest);
-    // Zeroed, which suits rows that only fill a tile: they are multiplied too, and denormal numbers would be
-    // slow.
-    Arena<float> arena;
-    float* x = arena.take(kRows * stride_x);
-    float* hidden[] = {arena.take(kRows * stride_hidden), arena.take(kRows * stride_hidden)};
-    float *fm = arena.take(kRows), *linear = arena.take(kRows), *deep = arena.take(kRows);
-    for (int64_t b0; fit && (b0 = next++ * kRows) < B;) {
-      const int64_t b1 = std::min(B, b0 + kRows), n = b1 - b0;
+    Block block(packed, in);
+    BlockLookups lookups{};
+    lookups.bags = bags.data();
+    lookups.F = F;
+    lookups.D = D;
+    lookups.x = block.x;
+    lookups.stride_x = block.stride_x;
+    FmInteraction<float> fm{};
+    fm.x = block.x;
+    fm.stride_sample = block.stride_x;
+    fm.stride_field = D;
+    fm.out = block.fm;
+    fm.F = F;
+    fm.D = D;
+    fm.reduce_sum = true;
+    Linear<float> linear{}, output{};
+    linear.x = block.x;
+    linear.stride_row = block.stride_x;
+    linear.weight = static_cast<const float*>(a.const_data_ptr());
+    linear.n = width;
+    linear.out = block.linear;
+    output.stride_row = block.stride_hidden;
+    output.weight = static_cast<const float*>(output_weight.const_data_ptr());
+    output.n = output_weight.size(1);
+    output.out = block.deep;
+    for (int64_t b0; in_range && (b0 = next++ * kMlpRows) < B;) {
+      const int64_t b1 = std::min(B, b0 + kMlpRows), n = b1 - b0;
       for (const Bags& bag : bags)
-        if (!ids_fit(bag, b0, b1)) {
-          fit = false;
+        if (!ids_in_range(bag, b0, b1)) {
+          in_range = false;
           return;
         }
-      RK_DISPATCH_ISA(look_up_block<float>, {bags.data(), F, D, b0, b1, x, stride_x});
-      for (int64_t c = 0; c < more; ++c)  // in the outer loop: as a batch has them, each column is contiguous
-        for (int64_t b = 0; b < n; ++b)
-          x[b * stride_x + width + c] = beside[(b0 + b) * stride_db + c * stride_dn];
-      RK_DISPATCH_ISA(fm_interaction<float>, x, stride_x, D, fm, 0, n, F, D, true);
-      RK_DISPATCH_ISA(linear<float>, x, stride_x, a_weight, width, linear, 0, n);
-      const float* h = RK_DISPATCH_ISA(hidden_layers<float>, packed.layers.data(), packed.layers.size(),
-                                       {x, {hidden[0], hidden[1]}, stride_x, stride_hidden, n});
-      RK_DISPATCH_ISA(linear<float>, h, stride_hidden, head_weight, head.size(1), deep, 0, n);
-      for (int64_t b = 0; b < n; ++b) y[b0 + b] = fm[b] + linear[b] + (deep[b] + head_bias);
+      RK_DISPATCH_ISA(look_up_block<float>, lookups, {b0, b1});
+      copy_dense(dense, b0, n, block.x + width, block.stride_x);
+      RK_DISPATCH_ISA(fm_interaction<float>, fm, {0, n});
+      RK_DISPATCH_ISA(linear<float>, linear, {0, n});
+      output.x = RK_DISPATCH_ISA(hidden_layers<float>, block.hidden_layers(packed, n));
+      RK_DISPATCH_ISA(linear<float>, output, {0, n});
+      for (int64_t b = 0; b < n; ++b)
+        y[b0 + b] = block.fm[b] + block.linear[b] + (block.deep[b] + output_bias);
     }
   });
-  if (!fit)
+  if (!in_range)
     for (int64_t f = 0; f < F; ++f) features.check_range(args, f);
   return out;
 }

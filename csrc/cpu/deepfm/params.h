@@ -2,17 +2,17 @@
 #pragma once
 
 #include "cpu/embedding/params.h"
+#include "cpu/simd/kernel.h"
 
 namespace rk {
 
-// Samples [b0, b1), kRows or fewer, of F features with one id each: rows of D values side by side, to be x
-// [., F D].
-struct Lookups {
-  static constexpr int64_t kRows = 64;
+// Samples of F features with one id each: their rows of D values side by side become rows of x [., F D].
+struct BlockLookups {
   const Bags* bags;
-  int64_t F, D, b0, b1;
+  int64_t F, D;
   float* x;
   int64_t stride_x;
 };
+RK_KERNEL(template <class T> void look_up_block(BlockLookups, Range samples))
 
 }  // namespace rk

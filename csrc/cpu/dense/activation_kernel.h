@@ -3,7 +3,7 @@
 // structures of pointers come by value: as the stores may alias anything, through a reference each pointer
 // would be read again after each.
 //
-// With y = ys g + yo and v = vs g + vo (see DinLayer), per unit:
+// With y = ys g + yo and v = vs g + vo (see LayerParams), per unit:
 //
 //   leaky            a = y > 0 ? y : alpha y
 //   relu             a = y < 0 ? 0 : y
@@ -19,6 +19,8 @@
 #pragma once
 
 #include "cpu/dense/params.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/math.h"
 #include "cpu/simd/operand.h"
 #include "cpu/simd/vec.h"
 
@@ -32,7 +34,8 @@ RK_INLINE int64_t vectors(int64_t n) {
 
 // g -> y of one vector.
 template <class A>
-RK_INLINE typename Traits<A>::vec pre_activation(const DinLayer<A>& f, typename Traits<A>::vec g, int64_t n) {
+RK_INLINE typename Traits<A>::vec pre_activation(const LayerParams<A>& f, typename Traits<A>::vec g,
+                                                 int64_t n) {
   using X = Traits<A>;
   return f.y_scale ? g * X::load(f.y_scale + n) + X::load(f.y_shift + n) : g;
 }
@@ -79,11 +82,11 @@ RK_INLINE void dot_rows(int64_t rows, int64_t end, const Vector& x, const A* w, 
 // Each (y_j - mean)^2 is at most their sum, k's too: sum c^2 is at most H + 1 times the difference, so the
 // difference loses no more than that to rounding, and nothing to a mean that is large.
 template <class A>
-static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
+static void dice_statistics(LayerParams<A> f, int64_t rows, LayerScratch<A> s) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), last = (f.out - 1) / X::lanes * X::lanes;  // 0 units: 0
-  const V unit = X::load(f.unit + last);
+  const V ones_mask = X::load(f.ones_mask + last);
   const A share = 1 / static_cast<A>(f.out);
   for (int64_t r0 = 0; r0 < rows; r0 += X::lanes) {
     const int64_t group = rows - r0 < X::lanes ? rows - r0 : X::lanes;
@@ -91,7 +94,7 @@ static void dice_statistics(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s) {
     for (int64_t i = 0; i < group; ++i) {
       const A* g = s.g + (r0 + i) * ld;
       const A k = shift[i] = f.y_scale ? g[0] * f.y_scale[0] + f.y_shift[0] : g[0];
-      V c = (pre_activation(f, X::load(g + last), last) - k) * unit;
+      V c = (pre_activation(f, X::load(g + last), last) - k) * ones_mask;
       sum[i] = c;
       squares[i] = c * c;
       for (int64_t n = 0; n < last; n += X::lanes) {
@@ -119,11 +122,11 @@ struct Score {
 // g -> a, or the score of it; with dice also its statistics unless they are known, and without need_a them
 // alone.
 template <class A>
-static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool need_a,
+static void activate(LayerParams<A> f, int64_t rows, LayerScratch<A> s, bool need_a,
                      bool statistics_known = false, Score<A> score = {}) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  if (f.activation == DinActivation::dice && !statistics_known) dice_statistics(f, rows, s);
+  if (f.activation == Activation::dice && !statistics_known) dice_statistics(f, rows, s);
   if (!need_a) return;
   using V = typename X::vec;
   const auto each = [&](const auto& function) __attribute__((always_inline)) {
@@ -136,20 +139,20 @@ static void activate(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, bool nee
       for (int64_t n = 0; n < end; n += X::lanes) X::store(s.a + r * ld + n, a(r, n));
   };
   switch (f.activation) {
-    case DinActivation::leaky:
+    case Activation::leaky:
       return each([&](V, V y, int64_t n, int64_t) { return y > 0 ? y : y * X::load(f.alpha + n); });
-    case DinActivation::relu:
+    case Activation::relu:
       return each([&](V, V y, int64_t, int64_t) { return relu(y); });
-    case DinActivation::sigmoid:
+    case Activation::sigmoid:
       return each([&](V, V y, int64_t, int64_t) { return sigmoid(y); });
-    case DinActivation::dice_batch_norm:
+    case Activation::dice_batch_norm:
       return each([&](V g, V y, int64_t n, int64_t) {
         const V ay = y * X::load(f.alpha + n);
         return ay + sigmoid(g * X::load(f.v_scale + n) + X::load(f.v_shift + n)) * (y - ay);
       });
-    case DinActivation::dice:
+    case Activation::dice:
       return each([&](V, V y, int64_t n, int64_t r) {
-        const V u = (y - s.mean[r] * X::load(f.unit + n)) * s.inverse[r];
+        const V u = (y - s.mean[r] * X::load(f.ones_mask + n)) * s.inverse[r];
         const V alpha = X::load(f.alpha + n);
         return y * (alpha + (1 - alpha) * sigmoid_unit(u));
       });
@@ -165,10 +168,10 @@ struct LastLayer {
 
 // Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place. What is left of dL/dy, - mean(w) / s and
 // - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and
-// s.along_u. Adds to alpha's gradient. Four rows at a time, so that what belongs to the units is read once
-// for four of them.
+// s.along_units. Adds to alpha's gradient. Four rows at a time, so that what belongs to the units is read
+// once for four of them.
 template <bool kLast, class A>
-static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, A* grad_alpha,
+static void dice_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, A* grad_alpha,
                           LastLayer<A> top) {
   using X = Traits<A>;
   using V = typename X::vec;
@@ -182,14 +185,14 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
     A* dp = d + r0 * ld;
     V w_of_row[kRows] = {}, wu_of_row[kRows] = {};
     for (int64_t n = 0; n < end; n += X::lanes) {
-      const V alpha = X::load(f.alpha + n), beta = 1 - alpha, unit = X::load(f.unit + n),
+      const V alpha = X::load(f.alpha + n), beta = 1 - alpha, ones_mask = X::load(f.ones_mask + n),
               scale = f.y_scale ? X::load(f.y_scale + n) : V{} + 1,
               shift = f.y_scale ? X::load(f.y_shift + n) : V{};
       V out_weight = {}, to_alpha = {}, to_out_weight = {};
       if (kLast) out_weight = X::load(top.out_weight + n);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const V y = X::load(g + r * ld + n) * scale + shift, u = (y - mean[r] * unit) * inverse[r];
+        const V y = X::load(g + r * ld + n) * scale + shift, u = (y - mean[r] * ones_mask) * inverse[r];
         const V p = sigmoid_unit(u), da = kLast ? ds[r] * out_weight : X::load(dp + r * ld + n);
         const V day = da * y, w = beta * day * (p - p * p), slope = alpha + beta * p;
         w_of_row[r] += w;
@@ -213,15 +216,15 @@ static void dice_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* 
     for (; i < group; ++i) some_rows(Int<1>(), r0 + i, i);
     const V inverse = X::load(s.inverse + r0);
     X::store(s.mean_w + r0, sum_each(sum_w) * inverse / static_cast<A>(f.out));
-    X::store(s.along_u + r0, sum_each(sum_wu) * inverse * inverse);
+    X::store(s.along_units + r0, sum_each(sum_wu) * inverse * inverse);
   }
 }
 
 // Unit by unit: d = dL/da (for dice what dice_backward left) -> dL/dz in place, unless only the sums are
 // wanted; adds to the gradients of the bias (dL/dz), alpha and the sums.
-template <DinActivation kind, bool kNormalized, class A>
-static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
-                           A* grad_bias, DinLayerGrad<A> grad) {
+template <Activation kind, bool kNormalized, class A>
+static void units_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, bool only_sums,
+                           A* grad_bias, LayerGrad<A> grad) {
   using X = Traits<A>;
   using V = typename X::vec;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
@@ -235,17 +238,17 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
       A* dp = d + row * ld + n;
       const V da = X::load(dp), g = X::load(s.g + row * ld + n), y = kNormalized ? y_scale * g + y_shift : g;
       V dy = da, dv = {};
-      if (kind == DinActivation::leaky) {
+      if (kind == Activation::leaky) {
         dy = y > 0 ? da : da * alpha;
         grad_alpha += y > 0 ? V{} : da * y;
-      } else if (kind == DinActivation::relu) {
+      } else if (kind == Activation::relu) {
         dy = relu_backward(da, y);
-      } else if (kind == DinActivation::sigmoid) {
+      } else if (kind == Activation::sigmoid) {
         const V a = X::load(s.a + row * ld + n) * (1 - f.dropped);
         dy = da * (a - a * a);
-      } else if (kind == DinActivation::dice) {
-        dy = da - s.mean_w[row] - (y - s.mean[row]) * s.along_u[row];
-      } else if (kind == DinActivation::dice_batch_norm) {
+      } else if (kind == Activation::dice) {
+        dy = da - s.mean_w[row] - (y - s.mean[row]) * s.along_units[row];
+      } else if (kind == Activation::dice_batch_norm) {
         const V p = sigmoid(v_scale * g + v_shift);
         dy = da * (alpha + (1 - alpha) * p);
         dv = (1 - alpha) * da * y * (p - p * p);
@@ -255,7 +258,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
         sum_y += dy;
         sum_yg += dy * g;
         dy *= y_scale;
-        if (kind == DinActivation::dice_batch_norm) {
+        if (kind == Activation::dice_batch_norm) {
           sum_v += dv;
           sum_vg += dv * g;
           dy += dv * v_scale;
@@ -267,7 +270,7 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
     }
     const auto add = [&](A* p, V v) { X::store(p + n, X::load(p + n) + v); };
     if (!only_sums) add(grad_bias, bias);
-    if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm) add(grad.alpha, grad_alpha);
+    if (kind == Activation::leaky || kind == Activation::dice_batch_norm) add(grad.alpha, grad_alpha);
     if (kNormalized) {
       add(grad.sums[0], sum_y);
       add(grad.sums[1], sum_yg);
@@ -280,9 +283,9 @@ static void units_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A*
 // d = dL/da, of the last layer's Dice to be computed, -> dL/dz in place, or with only_sums nothing but the
 // sums.
 template <class A>
-static void activation_backward(DinLayer<A> f, int64_t rows, DinLayerScratch<A> s, A* d, bool only_sums,
-                                A* grad_bias, DinLayerGrad<A> grad, LastLayer<A> top = {}) {
-  using Kind = DinActivation;
+static void activation_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, bool only_sums,
+                                A* grad_bias, LayerGrad<A> grad, LastLayer<A> top = {}) {
+  using Kind = Activation;
   switch (f.activation) {
     case Kind::leaky:
       return f.r ? units_backward<Kind::leaky, true>(f, rows, s, d, only_sums, grad_bias, grad)

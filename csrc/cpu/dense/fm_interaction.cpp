@@ -3,17 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/dense/params.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
 #include "stable/check.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(template <class T>
-               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T> void fm_interaction_backward(const T*, int64_t, const T*, int64_t, int64_t,
-                                                               T*, int64_t, int64_t, int64_t, int64_t, bool,
-                                                               bool))
 
 // A chunk of work worth waking a thread for, in elements of x: about 10 us.
 constexpr int64_t kGrain = 32768;
@@ -26,11 +21,16 @@ static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
   Tensor out = torch::stable::new_empty(x, {B, reduce_sum ? 1 : D});
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T* xp = static_cast<const T*>(xu.const_data_ptr());
-    T* outp = static_cast<T*>(out.mutable_data_ptr());
-    const int64_t stride_xb = xu.stride(0), stride_xf = xu.stride(1);
-    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [=](int64_t b0, int64_t b1) {
-      RK_DISPATCH_ISA(fm_interaction<T>, xp, stride_xb, stride_xf, outp, b0, b1, F, D, reduce_sum);
+    FmInteraction<T> a{};
+    a.x = static_cast<const T*>(xu.const_data_ptr());
+    a.stride_sample = xu.stride(0);
+    a.stride_field = xu.stride(1);
+    a.out = static_cast<T*>(out.mutable_data_ptr());
+    a.F = F;
+    a.D = D;
+    a.reduce_sum = reduce_sum;
+    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
+      RK_DISPATCH_ISA(fm_interaction<T>, a, {b0, b1});
     });
   });
   return out;
@@ -45,14 +45,19 @@ static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& 
   Tensor grad_x = new_empty_paged(x, {B, F, D});
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const T *xp = static_cast<const T*>(xu.const_data_ptr()),
-            *gp = static_cast<const T*>(gu.const_data_ptr());
-    T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
-    const bool streamed = is_streamed(grad_x);
-    const int64_t stride_gb = gu.stride(0), stride_xb = xu.stride(0), stride_xf = xu.stride(1);
-    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [=](int64_t b0, int64_t b1) {
-      RK_DISPATCH_ISA(fm_interaction_backward<T>, gp, stride_gb, xp, stride_xb, stride_xf, grad_xp, b0, b1, F,
-                      D, reduce_sum, streamed);
+    FmInteractionBackward<T> a{};
+    a.grad_out = static_cast<const T*>(gu.const_data_ptr());
+    a.stride_grad = gu.stride(0);
+    a.x = static_cast<const T*>(xu.const_data_ptr());
+    a.stride_sample = xu.stride(0);
+    a.stride_field = xu.stride(1);
+    a.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
+    a.F = F;
+    a.D = D;
+    a.reduce_sum = reduce_sum;
+    a.non_temporal = is_non_temporal(grad_x);
+    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
+      RK_DISPATCH_ISA(fm_interaction_backward<T>, a, {b0, b1});
     });
   });
   return grad_x;

@@ -8,21 +8,20 @@
 
 #include "cpu/dense/params.h"
 #include "cpu/simd/gemm.h"
+#include "cpu/simd/math.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace hidden {
 
-constexpr int64_t kTileRows = RK_VECTOR_BYTES == 64 ? 8 : 4;  // as gemm_panel has them
 constexpr int64_t kDepth = 144;  // rows of a panel, at most, that stay in the first-level cache
 
 template <int kVecs>
-RK_INLINE void columns(const HiddenLayer& layer, const float* x, int64_t stride_x, int64_t rows, float* y,
-                       int64_t stride_y, int64_t k, int64_t depth, const float* b, int64_t ldb,
-                       const float* bias) {
-  for (int64_t m = 0; m < rows; m += kTileRows, y += kTileRows * stride_y)
-    gemm_tile<float, kTileRows, kVecs, 0>(depth, {x + m * stride_x + k, stride_x, 1}, b, ldb, nullptr, y,
-                                          stride_y, k ? y : bias, k ? stride_y : 0);
+RK_INLINE void columns(const float* x, int64_t stride_x, int64_t rows, float* y, int64_t stride_y, int64_t k,
+                       int64_t depth, const float* b, int64_t ldb, const float* bias) {
+  for (int64_t m = 0; m < rows; m += kGemmTileRows, y += kGemmTileRows * stride_y)
+    gemm_tile<float, kGemmTileRows, kVecs, 0>(depth, {x + m * stride_x + k, stride_x, 1}, b, ldb, nullptr, y,
+                                              stride_y, k ? y : bias, k ? stride_y : 0);
 }
 
 RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int64_t rows, float* y,
@@ -39,8 +38,8 @@ RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int
         const int64_t rest = (width - n) / kLanes;
         vecs = rest == 1 ? 1 : rest == 2 || rest == 4 ? 2 : 3;
         const auto multiply = [&](auto count) __attribute__((always_inline)) {
-          columns<decltype(count)::value>(l, x, stride_x, rows, y + n0 + n, stride_y, k, depth, panel + n,
-                                          width, l.bias + n0 + n);
+          columns<decltype(count)::value>(x, stride_x, rows, y + n0 + n, stride_y, k, depth, panel + n, width,
+                                          l.bias + n0 + n);
         };
         if (vecs == 1)
           multiply(Int<1>());
@@ -61,21 +60,20 @@ RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int
 
 }  // namespace hidden
 
-// The last hidden layer's results for the block at x, in one of `hidden`.
 template <class T>
-const T* hidden_layers(const HiddenLayer* layers, int64_t n, const DeepBlock& block) {
-  const int64_t rows = (block.rows + hidden::kTileRows - 1) / hidden::kTileRows * hidden::kTileRows;
-  const T* x = block.x;
-  int64_t stride = block.stride_x;
-  for (int64_t i = 0; i < n; ++i) {
-    hidden::layer(layers[i], x, stride, rows, block.hidden[i % 2], block.stride_hidden);
-    x = block.hidden[i % 2];
-    stride = block.stride_hidden;
+const T* hidden_layers(const HiddenLayers& a) {
+  const int64_t rows = (a.rows + kGemmTileRows - 1) / kGemmTileRows * kGemmTileRows;
+  const T* x = a.x;
+  int64_t stride = a.stride_x;
+  for (int64_t i = 0; i < a.num_layers; ++i) {
+    hidden::layer(a.layers[i], x, stride, rows, a.hidden[i % 2], a.stride_hidden);
+    x = a.hidden[i % 2];
+    stride = a.stride_hidden;
   }
   return x;
 }
 
-template const float* hidden_layers<float>(const HiddenLayer*, int64_t, const DeepBlock&);
+template const float* hidden_layers<float>(const HiddenLayers&);
 
 }  // namespace RK_ISA
 }  // namespace rk

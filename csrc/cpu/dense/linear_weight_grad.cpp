@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/dense/params.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/memory.h"
@@ -12,11 +13,6 @@
 #include "stable/check.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(int64_t linear_weight_grad_panel())
-RK_DECLARE_ISA(int64_t linear_weight_grad_memory(int64_t))
-RK_DECLARE_ISA(void linear_weight_grad(const float*, int64_t, const float*, int64_t, float*, int64_t, int64_t,
-                                       int64_t, int64_t, int64_t, int64_t, bool, float*))
 
 // Rows of dW a task takes with one panel of columns: many, because each copies the panel, and few enough for
 // two tasks a panel where there are 256 units. A multiple of the tile's rows.
@@ -35,20 +31,25 @@ static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   RK_CHECK(x.size(0) == N, "linear_weight_grad: x must have the rows of dy, ", N, ", got ", x.size(0));
   const Tensor dyu = unit_stride_last(dy), xu = unit_stride_last(x);
   Tensor grad = torch::stable::new_empty(x, {M, K});
-  const float *dyp = static_cast<const float*>(dyu.const_data_ptr()),
-              *xp = static_cast<const float*>(xu.const_data_ptr());
-  float* gradp = static_cast<float*>(grad.mutable_data_ptr());
+  LinearWeightGrad shared{};
+  shared.grad_out = static_cast<const float*>(dyu.const_data_ptr());
+  shared.stride_grad = dyu.stride(0);
+  shared.x = static_cast<const float*>(xu.const_data_ptr());
+  shared.stride_x = xu.stride(0);
+  shared.grad_weight = static_cast<float*>(grad.mutable_data_ptr());
+  shared.K = K;
   const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
-                blocks = (M + kTaskRows - 1) / kTaskRows, stride_dyn = dyu.stride(0),
-                stride_xn = xu.stride(0);
+                blocks = (M + kTaskRows - 1) / kTaskRows;
   for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kSamples) {
-    const int64_t n1 = std::min(N, n0 + kSamples);
-    run_tasks(panels * blocks, (n1 - n0) * M * K / 16, [&](int64_t task) {
+    shared.samples = {n0, std::min(N, n0 + kSamples)};
+    shared.add = n0 > 0;
+    run_tasks(panels * blocks, (shared.samples.end - n0) * M * K / 16, [&](int64_t task) {
       const int64_t m0 = task / panels * kTaskRows, m1 = std::min(M, m0 + kTaskRows);
       Arena<float> arena;
       float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
-      RK_DISPATCH_ISA(linear_weight_grad, dyp, stride_dyn, xp, stride_xn, gradp, K, n0, n1, m0, m1,
-                      task % panels * panel, n0 > 0, memory);
+      LinearWeightGrad a = shared;
+      a.first_column = task % panels * panel;
+      RK_DISPATCH_ISA(linear_weight_grad, a, {m0, m1}, memory);
     });
   }
   return grad;

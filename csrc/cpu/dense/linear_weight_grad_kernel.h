@@ -9,6 +9,8 @@
 // N M ceil(K / panel)) out of the second-level cache. The sum over n runs in order, whatever the threads.
 #pragma once
 
+#include "cpu/dense/params.h"
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/vec.h"
 
 namespace rk {
@@ -45,37 +47,34 @@ RK_INLINE void tile(const float* dy, int64_t stride_dyn, const float* panel, int
 
 }  // namespace weight_grad
 
-// Columns of a task, and the floats of memory that one with so many rows needs.
 int64_t linear_weight_grad_panel() { return weight_grad::kPanel; }
 int64_t linear_weight_grad_memory(int64_t rows) { return (weight_grad::kBlock + rows) * weight_grad::kPanel; }
 
-// dW's rows [m0, m1) and columns [k0, min(k0 + panel, K)) of samples [n0, n1), written or, with `add`, added;
-// `memory` is zeroed.
-void linear_weight_grad(const float* dy, int64_t stride_dyn, const float* x, int64_t stride_xn, float* grad,
-                        int64_t K, int64_t n0, int64_t n1, int64_t m0, int64_t m1, int64_t k0, bool add,
-                        float* memory) {
+void linear_weight_grad(LinearWeightGrad a, Range rows, float* memory) {
   using namespace weight_grad;
-  const int64_t columns = K - k0 < kPanel ? K - k0 : kPanel;
+  const int64_t left = a.K - a.first_column, columns = left < kPanel ? left : kPanel;
   float *panel = memory, *sums = memory + kBlock * kPanel;
-  for (; n0 < n1; n0 += kBlock) {
-    const int64_t n = n1 - n0 < kBlock ? n1 - n0 : kBlock;
+  for (int64_t n0 = a.samples.begin; n0 < a.samples.end; n0 += kBlock) {
+    const int64_t n = a.samples.end - n0 < kBlock ? a.samples.end - n0 : kBlock;
     for (int64_t i = 0; i < n; ++i)
-      __builtin_memcpy(panel + i * kPanel, x + (n0 + i) * stride_xn + k0, columns * sizeof(float));
-    const float* d = dy + n0 * stride_dyn;
-    int64_t m = m0;
-    const auto rows = [&](auto number) __attribute__((always_inline)) {
+      __builtin_memcpy(panel + i * kPanel, a.x + (n0 + i) * a.stride_x + a.first_column,
+                       columns * sizeof(float));
+    const float* d = a.grad_out + n0 * a.stride_grad;
+    int64_t m = rows.begin;
+    const auto tiles = [&](auto number) __attribute__((always_inline)) {
       constexpr int kRows = decltype(number)::value;
-      for (; m + kRows <= m1; m += kRows) tile<kRows>(d + m, stride_dyn, panel, n, sums + (m - m0) * kPanel);
+      for (; m + kRows <= rows.end; m += kRows)
+        tile<kRows>(d + m, a.stride_grad, panel, n, sums + (m - rows.begin) * kPanel);
     };
-    rows(Int<kTileRows>());
-    rows(Int<4>());
-    rows(Int<2>());
-    rows(Int<1>());
+    tiles(Int<kTileRows>());
+    tiles(Int<4>());
+    tiles(Int<2>());
+    tiles(Int<1>());
   }
-  for (int64_t m = m0; m < m1; ++m)
+  for (int64_t m = rows.begin; m < rows.end; ++m)
     for (int64_t k = 0; k < columns; ++k) {
-      float& out = grad[m * K + k0 + k];
-      out = (add ? out : 0.f) + sums[(m - m0) * kPanel + k];
+      float& out = a.grad_weight[m * a.K + a.first_column + k];
+      out = (a.add ? out : 0.f) + sums[(m - rows.begin) * kPanel + k];
     }
 }
 

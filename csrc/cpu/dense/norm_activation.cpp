@@ -21,17 +21,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T> void norm_statistics(const T*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                                       Accumulator<T>*, DinStats&))
-RK_DECLARE_ISA(template <class T> void norm_activation(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*,
-                                                       bool, int64_t, int64_t, int64_t,
-                                                       const DinLayerScratch<Accumulator<T>>&))
-RK_DECLARE_ISA(template <class T>
-               void norm_activation_backward(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,
-                                             int64_t, T*, int64_t, int64_t, int64_t,
-                                             const DinLayerScratch<Accumulator<T>>&, Accumulator<T>*,
-                                             Accumulator<T>*, const DinLayerGrad<Accumulator<T>>&))
-
 using OptionalTensor = std::optional<Tensor>;
 
 struct NormArguments {
@@ -94,7 +83,7 @@ struct NormChunks {
     rows = std::max<int64_t>(1, (N + most - 1) / most);
     // Blocks of rows: three arrays of accumulators stay in the first-level cache, rows read in groups of
     // vectors.
-    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kDinRows);
+    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kBlockRows);
   }
   int64_t size() const { return (N + rows - 1) / rows; }
   int64_t begin(int64_t chunk) const { return chunk * rows; }
@@ -114,13 +103,13 @@ class NormLayer {
   explicit NormLayer(const NormArguments& a) : args_(a) {
     const int64_t H = a.H();
     f.out = H;
-    f.unit = arena_.row(std::vector<A>(H, A(1)));
+    f.ones_mask = arena_.row(std::vector<A>(H, A(1)));
     f.epsilon = static_cast<A>(H * a.dice_eps);
-    f.activation = a.activation == ActivationName::relu              ? DinActivation::relu
-                   : a.activation == ActivationName::sigmoid         ? DinActivation::sigmoid
-                   : a.activation == ActivationName::dice            ? DinActivation::dice
-                   : a.activation == ActivationName::dice_batch_norm ? DinActivation::dice_batch_norm
-                                                                     : DinActivation::leaky;
+    f.activation = a.activation == ActivationName::relu              ? Activation::relu
+                   : a.activation == ActivationName::sigmoid         ? Activation::sigmoid
+                   : a.activation == ActivationName::dice            ? Activation::dice
+                   : a.activation == ActivationName::dice_batch_norm ? Activation::dice_batch_norm
+                                                                     : Activation::leaky;
     std::vector<A> alpha{static_cast<A>(a.activation == ActivationName::linear      ? 1
                                         : a.activation == ActivationName::leakyrelu ? 0.01
                                                                                     : 0)};
@@ -150,7 +139,7 @@ class NormLayer {
   }
 
   // The means of e and of e n over the batch.
-  void set_backward_means(const DinLayerGrad<A>& sums) {
+  void set_backward_means(const LayerGrad<A>& sums) {
     const int64_t H = args_.H();
     A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
     for (int64_t h = 0; h < H; ++h) {
@@ -161,7 +150,7 @@ class NormLayer {
     f.c2 = c2;
   }
 
-  DinLayer<A> f{};
+  LayerParams<A> f{};
 
  private:
   const NormArguments& args_;
@@ -171,18 +160,18 @@ class NormLayer {
 // One thread's memory for blocks of rows: dice's alone, the others go without.
 template <class A>
 struct NormWorkspace {
-  NormWorkspace(const DinLayer<A>& f, int64_t block) {
-    if (f.activation != DinActivation::dice) return;
+  NormWorkspace(const LayerParams<A>& f, int64_t block) {
+    if (f.activation != Activation::dice) return;
     const int64_t ld = padded<A>(f.out);
+    LayerScratch<A>& s = scratch.layer;
     s.g = arena.take(block * ld);
     s.a = arena.take(block * ld);
-    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_u}) *of_rows = arena.take(block);
-    d = arena.take(block * ld);
-    vector = arena.take(ld);
+    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_units}) *of_rows = arena.take(block);
+    scratch.d = arena.take(block * ld);
+    scratch.grad_shift = arena.take(ld);
   }
   Arena<A> arena;
-  DinLayerScratch<A> s{};
-  A *d = nullptr, *vector = nullptr;
+  NormScratch<A> scratch{};
 };
 
 // Sums of a range of rows.
@@ -197,26 +186,29 @@ struct NormSums {
   }
   int64_t ld;
   Arena<A> arena;
-  DinLayerGrad<A> grad{};
+  LayerGrad<A> grad{};
 };
 
 template <class T, class A = Accumulator<T>>
-void take_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x, NormLayer<A>& layer,
-                     A* batch_stats) {
-  const int64_t H = a.H(), stride_xn = x.stride(0);
-  const T* xp = static_cast<const T*>(x.const_data_ptr());
+void accumulate_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x,
+                           NormLayer<A>& layer, A* batch_stats) {
+  const int64_t H = a.H();
+  NormStatistics<T> k{};
+  k.x = static_cast<const T*>(x.const_data_ptr());
+  k.stride_row = x.stride(0);
+  k.H = H;
+  k.block = kStatisticsRows;
   std::vector<double> memory(2 * H * chunks.size());
-  std::vector<DinStats> stats(chunks.size());
+  std::vector<ColumnStats> stats(chunks.size());
   for (size_t c = 0; c < stats.size(); ++c)
     stats[c] = {0, memory.data() + 2 * c * H, memory.data() + (2 * c + 1) * H};
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
     Arena<A> arena;
     A* vectors = arena.take(2 * padded<A>(H));
     for (int64_t c = c0; c < c1; ++c)
-      RK_DISPATCH_ISA(norm_statistics<T>, xp, stride_xn, chunks.begin(c), chunks.end(c), H, kStatisticsRows,
-                      vectors, stats[c]);
+      RK_DISPATCH_ISA(norm_statistics<T>, k, {chunks.begin(c), chunks.end(c)}, vectors, stats[c]);
   });
-  const DinMoments all(stats, H);
+  const MergedStats all(stats, H);
   std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) {
     batch_stats[h] = static_cast<A>(all.mean[h]);
@@ -253,15 +245,17 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
     const NormChunks chunks(a, sizeof(A));
     NormLayer<A> layer(a);
     if (a.batch_statistics())
-      take_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
-    const T* xp = static_cast<const T*>(xu.const_data_ptr());
-    T* outp = static_cast<T*>(out.mutable_data_ptr());
-    const int64_t stride_xn = xu.stride(0);
-    const bool streamed = is_streamed(out);
+      accumulate_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
+    NormActivation<T> k{};
+    k.layer = layer.f;
+    k.x = static_cast<const T*>(xu.const_data_ptr());
+    k.stride_row = xu.stride(0);
+    k.out = static_cast<T*>(out.mutable_data_ptr());
+    k.block = chunks.block;
+    k.non_temporal = is_non_temporal(out);
     chunks.parallel_for([&](int64_t c0, int64_t c1) {
       const NormWorkspace<A> w(layer.f, chunks.block);
-      RK_DISPATCH_ISA(norm_activation<T>, layer.f, xp, stride_xn, outp, streamed, chunks.begin(c0),
-                      chunks.end(c1 - 1), chunks.block, w.s);
+      RK_DISPATCH_ISA(norm_activation<T>, k, {chunks.begin(c0), chunks.end(c1 - 1)}, w.scratch.layer);
     });
   });
   return {out, batch_stats};
@@ -313,17 +307,22 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
       for (double& v : var) v *= (N - 1.) / N;
       layer.set_statistics(mean, var);
     }
-    const T *xp = static_cast<const T*>(xu.const_data_ptr()),
-            *gp = static_cast<const T*>(gu.const_data_ptr());
-    const int64_t stride_xn = xu.stride(0), stride_gn = gu.stride(0);
+    NormActivationBackward<T> k{};
+    k.grad_out = static_cast<const T*>(gu.const_data_ptr());
+    k.stride_grad = gu.stride(0);
+    k.x = static_cast<const T*>(xu.const_data_ptr());
+    k.stride_row = xu.stride(0);
+    k.block = chunks.block;
     std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
     const auto pass = [&](T* grad_xp) {
+      k.layer = layer.f;
+      k.grad_x = grad_xp;
       chunks.parallel_for([&](int64_t c0, int64_t c1) {
         const NormWorkspace<A> w(layer.f, chunks.block);
         for (int64_t c = c0; c < c1; ++c) {
           partial[c] = std::make_unique<NormSums<A>>(H);
-          RK_DISPATCH_ISA(norm_activation_backward<T>, layer.f, gp, stride_gn, xp, stride_xn, grad_xp,
-                          chunks.begin(c), chunks.end(c), chunks.block, w.s, w.d, w.vector, partial[c]->grad);
+          RK_DISPATCH_ISA(norm_activation_backward<T>, k, {chunks.begin(c), chunks.end(c)}, w.scratch,
+                          partial[c]->grad);
         }
       });
     };

@@ -31,7 +31,11 @@
 #include "cpu/dense/params.h"
 #include "cpu/simd/accumulator.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/math.h"
+#include "cpu/simd/non_temporal.h"
 #include "cpu/simd/operand.h"
+#include "cpu/simd/rows.h"
 #include "cpu/simd/vec.h"
 
 namespace rk {
@@ -40,12 +44,12 @@ namespace norm {
 
 // What one vector of columns knows of itself, and its sums over the rows. Absent columns are zero in the
 // constants.
-template <DinActivation kind, bool kNormalized, class A>
+template <Activation kind, bool kNormalized, class A>
 struct Units {
   using X = Traits<A>;
   using V = typename X::vec;
 
-  RK_INLINE Units at(const DinLayer<A>& f, int64_t h) {
+  RK_INLINE Units at(const LayerParams<A>& f, int64_t h) {
     const auto constant = [&](const A* p) { return p ? X::load(p + h) : V{}; };
     return {constant(f.g_scale), constant(f.g_shift), constant(f.y_scale), constant(f.y_shift),
             constant(f.alpha),   constant(f.r),       constant(f.c1),      constant(f.c2)};
@@ -53,9 +57,9 @@ struct Units {
 
   V forward(V x) const {
     const V v = argument(normalized(x));
-    if (kind == DinActivation::leaky) return v > 0 ? v : v * alpha;
-    if (kind == DinActivation::relu) return relu(v);
-    if (kind == DinActivation::sigmoid) return sigmoid(v);
+    if (kind == Activation::leaky) return v > 0 ? v : v * alpha;
+    if (kind == Activation::relu) return relu(v);
+    if (kind == Activation::sigmoid) return sigmoid(v);
     const V ax = alpha * x;
     return ax + sigmoid(v) * (x - ax);
   }
@@ -65,14 +69,14 @@ struct Units {
   V backward(V grad, V x) {
     const V n = normalized(x), v = argument(n);
     V e, d = {};
-    if (kind == DinActivation::leaky) {
+    if (kind == Activation::leaky) {
       e = v > 0 ? grad : grad * alpha;
       sum_alpha += v > 0 ? V{} : grad * v;
-    } else if (kind == DinActivation::relu) {
+    } else if (kind == Activation::relu) {
       e = relu_backward(grad, v);
     } else {
       const V p = sigmoid(v), slope = p - p * p;
-      if (kind == DinActivation::sigmoid) {
+      if (kind == Activation::sigmoid) {
         e = grad * slope;
       } else {
         const V gx = grad * x;
@@ -96,7 +100,7 @@ struct Units {
 
 // Calls body(ColumnBlock, its first column, its Units): four vectors of columns at a time, then one.
 template <class U, class T, class Body>
-RK_INLINE void for_each_units(const DinLayer<Accumulator<T>>& f, const Body& body) {
+RK_INLINE void for_each_units(const LayerParams<Accumulator<T>>& f, const Body& body) {
   constexpr int64_t kLanes = Traits<T>::lanes;
   const auto call = [&](auto columns, int64_t h) __attribute__((always_inline)) {
     U units[decltype(columns)::vecs];
@@ -110,26 +114,23 @@ RK_INLINE void for_each_units(const DinLayer<Accumulator<T>>& f, const Body& bod
   if (h < f.out) call(ColumnBlock<1, true>(), h);
 }
 
-template <DinActivation kind, bool kNormalized, class T>
-static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out,
-                          int64_t rows, bool streamed) {
+template <Activation kind, bool kNormalized, class T>
+static void forward_units(const LayerParams<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out,
+                          int64_t rows, bool non_temporal) {
   constexpr int64_t kLanes = Traits<T>::lanes;
   const int64_t H = f.out;
   const Tail<T> tail(static_cast<int>(H % kLanes));
   for_each_units<Units<kind, kNormalized, Accumulator<T>>, T>(
       f, [&](auto columns, int64_t h, const auto* units) __attribute__((always_inline)) {
-        const bool lines = streamed && decltype(columns)::vecs * kLanes * sizeof(T) % kCacheLine == 0;
+        const bool lines = non_temporal && decltype(columns)::vecs * kLanes * sizeof(T) % kCacheLine == 0;
         for (int64_t n = 0; n < rows; ++n)
 #pragma GCC unroll 4
           for (int v = 0; v < decltype(columns)::vecs; ++v) {
-            const T* xp = x + n * stride_xn + h + v * kLanes;
-            T* to = out + n * H + h + v * kLanes;
-            if (decltype(columns)::tail)
-              tail.store(to, units[v].forward(tail.load(xp)));
-            else if (lines)
-              Traits<T>::stream(to, units[v].forward(Traits<T>::load(xp)));
+            const auto y = units[v].forward(columns.load(x + n * stride_xn + h, v, tail));
+            if (lines && !decltype(columns)::tail)
+              Traits<T>::store_non_temporal(out + n * H + h + v * kLanes, y);
             else
-              Traits<T>::store(to, units[v].forward(Traits<T>::load(xp)));
+              columns.store(out + n * H + h, v, y, tail);
           }
       });
 }
@@ -137,125 +138,105 @@ static void forward_units(const DinLayer<Accumulator<T>>& f, const T* x, int64_t
 // What a pass of the backward is for: sums alone, or grad_x, by the means that these are of or without.
 constexpr int kSums = 0, kCentred = 1, kPlain = 2;
 
-template <DinActivation kind, bool kNormalized, int kPass, class T>
-static void backward_units(const DinLayer<Accumulator<T>>& f, const T* grad_out, int64_t stride_gn,
+template <Activation kind, bool kNormalized, int kPass, class T>
+static void backward_units(const LayerParams<Accumulator<T>>& f, const T* grad_out, int64_t stride_gn,
                            const T* x, int64_t stride_xn, T* grad_x, int64_t rows,
-                           const DinLayerGrad<Accumulator<T>>& grad) {
+                           const LayerGrad<Accumulator<T>>& grad) {
   using A = Accumulator<T>;
   constexpr int64_t kLanes = Traits<T>::lanes;
   constexpr bool kOnlySums = kPass == kSums;
   const int64_t H = f.out;
   const Tail<T> tail(static_cast<int>(H % kLanes));
-  for_each_units<Units<kind, kNormalized, A>, T>(f, [&](auto columns, int64_t h,
-                                                        auto* units) __attribute__((always_inline)) {
-    for (int64_t n = 0; n < rows; ++n)
+  for_each_units<Units<kind, kNormalized, A>, T>(
+      f, [&](auto columns, int64_t h, auto* units) __attribute__((always_inline)) {
+        for (int64_t n = 0; n < rows; ++n)
 #pragma GCC unroll 4
-      for (int v = 0; v < decltype(columns)::vecs; ++v) {
-        const T *gp = grad_out + n * stride_gn + h + v * kLanes, *xp = x + n * stride_xn + h + v * kLanes;
-        T* to = grad_x + n * H + h + v * kLanes;
-        if (decltype(columns)::tail) {
-          const auto grad_xv = units[v].template backward<kPass == kCentred>(tail.load(gp), tail.load(xp));
-          if (!kOnlySums) tail.store(to, grad_xv);
-        } else {
-          const auto grad_xv =
-              units[v].template backward<kPass == kCentred>(Traits<T>::load(gp), Traits<T>::load(xp));
-          if (!kOnlySums) Traits<T>::store(to, grad_xv);
+          for (int v = 0; v < decltype(columns)::vecs; ++v) {
+            const auto grad_xv = units[v].template backward<kPass == kCentred>(
+                columns.load(grad_out + n * stride_gn + h, v, tail),
+                columns.load(x + n * stride_xn + h, v, tail));
+            if (!kOnlySums) columns.store(grad_x + n * H + h, v, grad_xv, tail);
+          }
+#pragma GCC unroll 4
+        for (int v = 0; v < decltype(columns)::vecs; ++v) {
+          const auto add = [&](A* p, auto sum) {
+            p += h + v * kLanes;
+            Traits<A>::store(p, Traits<A>::load(p) + sum);
+          };
+          if (kind == Activation::leaky || kind == Activation::dice_batch_norm)
+            add(grad.alpha, units[v].sum_alpha);
+          if (kNormalized) {
+            add(grad.sums[0], units[v].sum_e);
+            add(grad.sums[1], units[v].sum_en);
+          }
         }
-      }
-#pragma GCC unroll 4
-    for (int v = 0; v < decltype(columns)::vecs; ++v) {
-      const auto add = [&](A* p, auto sum) {
-        p += h + v * kLanes;
-        Traits<A>::store(p, Traits<A>::load(p) + sum);
-      };
-      if (kind == DinActivation::leaky || kind == DinActivation::dice_batch_norm)
-        add(grad.alpha, units[v].sum_alpha);
-      if (kNormalized) {
-        add(grad.sums[0], units[v].sum_e);
-        add(grad.sums[1], units[v].sum_en);
-      }
-    }
-  });
+      });
 }
 
-template <DinActivation activation, bool kNormalized_>
+template <Activation activation, bool kNormalized_>
 struct Kind {
-  static constexpr DinActivation kind = activation;
+  static constexpr Activation kind = activation;
   static constexpr bool normalized = kNormalized_;
 };
 
 // body(Kind) of a layer of any activation but dice.
 template <class A, class Body>
-RK_INLINE void with_kind(const DinLayer<A>& f, const Body& body) {
-  if (f.activation == DinActivation::dice_batch_norm)
-    return body(Kind<DinActivation::dice_batch_norm, true>());
-  if (f.activation == DinActivation::relu)
-    return f.r ? body(Kind<DinActivation::relu, true>()) : body(Kind<DinActivation::relu, false>());
-  if (f.activation == DinActivation::sigmoid)
-    return f.r ? body(Kind<DinActivation::sigmoid, true>()) : body(Kind<DinActivation::sigmoid, false>());
-  f.r ? body(Kind<DinActivation::leaky, true>()) : body(Kind<DinActivation::leaky, false>());
+RK_INLINE void with_kind(const LayerParams<A>& f, const Body& body) {
+  if (f.activation == Activation::dice_batch_norm) return body(Kind<Activation::dice_batch_norm, true>());
+  if (f.activation == Activation::relu)
+    return f.r ? body(Kind<Activation::relu, true>()) : body(Kind<Activation::relu, false>());
+  if (f.activation == Activation::sigmoid)
+    return f.r ? body(Kind<Activation::sigmoid, true>()) : body(Kind<Activation::sigmoid, false>());
+  f.r ? body(Kind<Activation::leaky, true>()) : body(Kind<Activation::leaky, false>());
 }
 
-// A row as accumulators with absent columns zero; through affine, a -> scale a + shift, if there is one.
+// to [H] = from [H, up to whole vectors].
 template <class T>
-RK_INLINE void load_row(const T* from, Accumulator<T>* to, int64_t H, const Tail<T>& tail,
-                        const Accumulator<T>* scale, const Accumulator<T>* shift) {
-  using A = Accumulator<T>;
-  using X = Traits<A>;
-  int64_t h = 0;
-  const auto put = [&](typename X::vec v) __attribute__((always_inline)) {
-    X::store(to + h, scale ? v * X::load(scale + h) + X::load(shift + h) : v);
-  };
-  for (; h + X::lanes <= H; h += X::lanes) put(Traits<T>::load(from + h));
-  if (h < H) put(tail.load(from + h));
+RK_INLINE void store_row(const Accumulator<T>* from, T* to, int64_t H, const Tail<T>& tail,
+                         bool non_temporal) {
+  if (!non_temporal) return narrow_row(from, to, H, tail);
+  for (int64_t h = 0; h < H; h += Traits<T>::lanes)
+    Traits<T>::store_non_temporal(to + h, Traits<Accumulator<T>>::load(from + h));
 }
 
+// g = n (or x) of rows of x.
 template <class T>
-RK_INLINE void store_row(const Accumulator<T>* from, T* to, int64_t H, const Tail<T>& tail, bool streamed) {
-  using A = Accumulator<T>;
-  int64_t h = 0;
-  if (streamed)
-    for (; h < H; h += Traits<T>::lanes) Traits<T>::stream(to + h, Traits<A>::load(from + h));
-  for (; h + Traits<T>::lanes <= H; h += Traits<T>::lanes)
-    Traits<T>::store(to + h, Traits<A>::load(from + h));
-  if (h < H) tail.store(to + h, Traits<A>::load(from + h));
-}
-
-// g = n (or x), and what the activation's backward needs of its forward: dice's statistics, sigmoid's values.
-template <class T>
-RK_INLINE void load_block(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, int64_t rows,
-                          const Tail<T>& tail, const DinLayerScratch<Accumulator<T>>& s) {
+RK_INLINE void load_block(const LayerParams<Accumulator<T>>& f, const T* x, int64_t stride_row, int64_t rows,
+                          const Tail<T>& tail, const LayerScratch<Accumulator<T>>& s) {
+  using X = Traits<Accumulator<T>>;
+  using V = typename X::vec;
   const int64_t ld = padded<Accumulator<T>>(f.out);
+  const auto *scale = f.g_scale, *shift = f.g_shift;
   for (int64_t r = 0; r < rows; ++r)
-    load_row(x + r * stride_xn, s.g + r * ld, f.out, tail, f.g_scale, f.g_shift);
+    widen_row(x + r * stride_row, s.g + r * ld, f.out, tail,
+              [&](int64_t h, V v) __attribute__((always_inline)) {
+                return scale ? v * X::load(scale + h) + X::load(shift + h) : v;
+              });
 }
 
 }  // namespace norm
 
-// Mean and sum of squared deviations of each column over rows [n0, n1), `block` at a time: blocks are merged
-// as Chan, Golub and LeVeque (1983) do. A block's values are taken relative to its first row: as that is one
-// of them, the sum of squares is at most rows + 1 times that of the deviations, however far from zero the
-// mean is. `memory` is of 2 padded(H) values.
+// A block's values are taken relative to its first row: as that is one of them, the sum of squares is at most
+// rows + 1 times that of the deviations, however far from zero the mean is.
 template <class T>
-void norm_statistics(const T* x, int64_t stride_xn, int64_t n0, int64_t n1, int64_t H, int64_t block,
-                     Accumulator<T>* memory, DinStats& stats) {
+void norm_statistics(NormStatistics<T> a, Range rows, Accumulator<T>* memory, ColumnStats& stats) {
   using V = typename Traits<T>::vec;
   using A = Accumulator<T>;
+  const int64_t H = a.H;
   A *sum = memory, *squares = sum + padded<A>(H);
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
-  for (; n0 < n1; n0 += block) {
-    const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
-    const T* first = x + n0 * stride_xn;
+  for (int64_t n0 = rows.begin; n0 < rows.end; n0 += a.block) {
+    const int64_t n = rows.end - n0 < a.block ? rows.end - n0 : a.block;
+    const T* first = a.x + n0 * a.stride_row;
     for_each_column_block<T>(H, [&](auto columns, int64_t h) __attribute__((always_inline)) {
       constexpr int kVecs = decltype(columns)::vecs;
       const auto load = [&](int64_t r, int v) __attribute__((always_inline)) {
-        const T* p = first + r * stride_xn + h + v * Traits<T>::lanes;
-        return decltype(columns)::tail && v == kVecs - 1 ? tail.load(p) : Traits<T>::load(p);
+        return columns.load(first + r * a.stride_row + h, v, tail);
       };
       V origin[kVecs], s[kVecs] = {}, q[kVecs] = {};
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) origin[v] = load(0, v);
-      for (int64_t r = 1; r < rows; ++r)
+      for (int64_t r = 1; r < n; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
           const V relative = load(r, v) - origin[v];
@@ -268,60 +249,55 @@ void norm_statistics(const T* x, int64_t stride_xn, int64_t n0, int64_t n1, int6
         Traits<A>::store(squares + h + v * Traits<A>::lanes, q[v]);
       }
     });
-    const double count = stats.count + rows, share = rows / count, between = stats.count * share;
+    const MergeRows merge(stats, n);
     for (int64_t h = 0; h < H; ++h) {
-      const double mean = sum[h] / static_cast<double>(rows),
-                   delta = to_scalar(first[h]) + mean - stats.mean[h];
-      stats.mean[h] += delta * share;
-      stats.deviation[h] += squares[h] - sum[h] * mean + delta * delta * between;
+      const double mean = sum[h] / static_cast<double>(n);
+      merge(stats, h, to_scalar(first[h]) + mean, squares[h] - sum[h] * mean);
     }
-    stats.count = count;
+    stats.count = merge.count;
   }
 }
 
-// Rows [n0, n1), `block` at a time. x has unit stride along H, out [N, H] is contiguous, and stored past the
-// caches if `streamed` and its rows are whole cache lines.
 template <class T>
-void norm_activation(const DinLayer<Accumulator<T>>& f, const T* x, int64_t stride_xn, T* out, bool streamed,
-                     int64_t n0, int64_t n1, int64_t block, const DinLayerScratch<Accumulator<T>>& s) {
+void norm_activation(const NormActivation<T>& a, Range rows, const LayerScratch<Accumulator<T>>& s) {
+  const LayerParams<Accumulator<T>>& f = a.layer;
   const int64_t H = f.out, ld = padded<Accumulator<T>>(H);
-  streamed &= H * sizeof(T) % kCacheLine == 0;
+  const bool non_temporal = a.non_temporal && H * sizeof(T) % kCacheLine == 0;
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
-  for (; n0 < n1; n0 += block) {
-    const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
-    if (f.activation != DinActivation::dice) {
+  for (int64_t n0 = rows.begin; n0 < rows.end; n0 += a.block) {
+    const int64_t n = rows.end - n0 < a.block ? rows.end - n0 : a.block;
+    if (f.activation != Activation::dice) {
       norm::with_kind(f, [&](auto k) __attribute__((always_inline)) {
         using K = decltype(k);
-        norm::forward_units<K::kind, K::normalized>(f, x + n0 * stride_xn, stride_xn, out + n0 * H, rows,
-                                                    streamed);
+        norm::forward_units<K::kind, K::normalized>(f, a.x + n0 * a.stride_row, a.stride_row, a.out + n0 * H,
+                                                    n, non_temporal);
       });
       continue;
     }
-    norm::load_block(f, x + n0 * stride_xn, stride_xn, rows, tail, s);
-    activate(f, rows, s, true);
-    for (int64_t r = 0; r < rows; ++r) norm::store_row(s.a + r * ld, out + (n0 + r) * H, H, tail, streamed);
+    norm::load_block(f, a.x + n0 * a.stride_row, a.stride_row, n, tail, s);
+    activate(f, n, s, true);
+    for (int64_t r = 0; r < n; ++r)
+      norm::store_row(s.a + r * ld, a.out + (n0 + r) * H, H, tail, non_temporal);
   }
-  if (streamed) end_of_stream();
+  if (non_temporal) fence_non_temporal();
 }
 
-// Adds to the sums and alpha's gradient in `grad`; writes grad_x [N, H], contiguous, unless it is null. d and
-// grad_shift are memory of [block, padded(H)] and [padded(H)].
 template <class T>
-void norm_activation_backward(const DinLayer<Accumulator<T>>& f, const T* grad_out, int64_t stride_gn,
-                              const T* x, int64_t stride_xn, T* grad_x, int64_t n0, int64_t n1, int64_t block,
-                              const DinLayerScratch<Accumulator<T>>& s, Accumulator<T>* d,
-                              Accumulator<T>* grad_shift, const DinLayerGrad<Accumulator<T>>& grad) {
+void norm_activation_backward(const NormActivationBackward<T>& a, Range rows,
+                              const NormScratch<Accumulator<T>>& s, const LayerGrad<Accumulator<T>>& grad) {
+  const LayerParams<Accumulator<T>>& f = a.layer;
   const int64_t H = f.out, ld = padded<Accumulator<T>>(H);
   const Tail<T> tail(static_cast<int>(H % Traits<T>::lanes));
-  for (; n0 < n1; n0 += block) {
-    const int64_t rows = n1 - n0 < block ? n1 - n0 : block;
-    if (f.activation != DinActivation::dice) {
-      const T *gp = grad_out + n0 * stride_gn, *xp = x + n0 * stride_xn;
+  for (int64_t n0 = rows.begin; n0 < rows.end; n0 += a.block) {
+    const int64_t n = rows.end - n0 < a.block ? rows.end - n0 : a.block;
+    const T *gp = a.grad_out + n0 * a.stride_grad, *xp = a.x + n0 * a.stride_row;
+    T* grad_x = a.grad_x ? a.grad_x + n0 * H : a.grad_x;
+    if (f.activation != Activation::dice) {
       norm::with_kind(f, [&](auto k) __attribute__((always_inline)) {
         using K = decltype(k);
         const auto run = [&](auto pass) __attribute__((always_inline)) {
-          norm::backward_units<K::kind, K::normalized, decltype(pass)::value>(
-              f, gp, stride_gn, xp, stride_xn, grad_x ? grad_x + n0 * H : grad_x, rows, grad);
+          norm::backward_units<K::kind, K::normalized, decltype(pass)::value>(f, gp, a.stride_grad, xp,
+                                                                              a.stride_row, grad_x, n, grad);
         };
         if constexpr (!K::normalized)
           run(Int<norm::kPlain>());
@@ -332,25 +308,21 @@ void norm_activation_backward(const DinLayer<Accumulator<T>>& f, const T* grad_o
       });
       continue;
     }
-    norm::load_block(f, x + n0 * stride_xn, stride_xn, rows, tail, s);
-    activate(f, rows, s, false);
-    for (int64_t r = 0; r < rows; ++r)
-      norm::load_row<T>(grad_out + (n0 + r) * stride_gn, d + r * ld, H, tail, nullptr, nullptr);
-    activation_backward(f, rows, s, d, !grad_x, grad_shift, grad);
+    norm::load_block(f, xp, a.stride_row, n, tail, s.layer);
+    activate(f, n, s.layer, false);
+    for (int64_t r = 0; r < n; ++r) widen_row(gp + r * a.stride_grad, s.d + r * ld, H, tail);
+    activation_backward(f, n, s.layer, s.d, !grad_x, s.grad_shift, grad);
     if (grad_x)
-      for (int64_t r = 0; r < rows; ++r) norm::store_row(d + r * ld, grad_x + (n0 + r) * H, H, tail, false);
+      for (int64_t r = 0; r < n; ++r) narrow_row(s.d + r * ld, grad_x + r * H, H, tail);
   }
 }
 
-#define RK_INSTANTIATE(T)                                                                                  \
-  template void norm_statistics<T>(const T*, int64_t, int64_t, int64_t, int64_t, int64_t, Accumulator<T>*, \
-                                   DinStats&);                                                             \
-  template void norm_activation<T>(const DinLayer<Accumulator<T>>&, const T*, int64_t, T*, bool, int64_t,  \
-                                   int64_t, int64_t, const DinLayerScratch<Accumulator<T>>&);              \
-  template void norm_activation_backward<T>(const DinLayer<Accumulator<T>>&, const T*, int64_t, const T*,  \
-                                            int64_t, T*, int64_t, int64_t, int64_t,                        \
-                                            const DinLayerScratch<Accumulator<T>>&, Accumulator<T>*,       \
-                                            Accumulator<T>*, const DinLayerGrad<Accumulator<T>>&);
+#define RK_INSTANTIATE(T)                                                                                 \
+  template void norm_statistics<T>(NormStatistics<T>, Range, Accumulator<T>*, ColumnStats&);              \
+  template void norm_activation<T>(const NormActivation<T>&, Range, const LayerScratch<Accumulator<T>>&); \
+  template void norm_activation_backward<T>(const NormActivationBackward<T>&, Range,                      \
+                                            const NormScratch<Accumulator<T>>&,                           \
+                                            const LayerGrad<Accumulator<T>>&);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 

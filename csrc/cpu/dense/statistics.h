@@ -8,9 +8,9 @@
 namespace rk {
 
 // Of all rows: each unit's mean and sum of squared deviations from it, joined in the parts' order.
-struct DinMoments {
-  DinMoments(const std::vector<DinStats>& parts, int64_t H) : mean(H), deviation(H) {
-    for (const DinStats& part : parts) {
+struct MergedStats {
+  MergedStats(const std::vector<ColumnStats>& parts, int64_t H) : mean(H), deviation(H) {
+    for (const ColumnStats& part : parts) {
       if (part.count == 0) continue;
       const double total = count + part.count, share = part.count / total;
       for (int64_t h = 0; h < H; ++h) {

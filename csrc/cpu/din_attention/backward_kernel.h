@@ -36,14 +36,14 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
   using X = Traits<A>;
   const bool only_sums = until >= 0;
   // The last layer's Dice makes da and w_out's gradient on the way, unless units were dropped in between.
-  const bool dice_last = net.layer[net.layers - 1].activation == DinActivation::dice && !net.drops;
+  const bool dice_last = net.layer[net.layers - 1].activation == Activation::dice && !net.drops;
   const int64_t lowest_grad = only_sums ? until : 0, low = lowest(net, lowest_grad), last = net.layers - 1;
   for (int64_t i = low; i <= last; ++i) {
-    const DinLayer<A>& f = net.layer[i];
+    const LayerParams<A>& f = net.layer[i];
     ahead.fetch(n / 4 + 1);
     product<FirstLayer<A>>(net, i, f.kept, row, n, history, s);
     ahead.fetch(n / 4 + 1);
-    const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == DinActivation::sigmoid ||
+    const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == Activation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
     if (f.kept_mean) {
       __builtin_memcpy(s.layer[i].mean, f.kept_mean + row, n * sizeof(A));
@@ -68,7 +68,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     for (int64_t r = 0; r < n; ++r) *grad.out_bias += ds[r];
   }
   for (int64_t i = last; i >= lowest_grad; --i) {
-    const DinLayer<A>& f = net.layer[i];
+    const LayerParams<A>& f = net.layer[i];
     const int64_t ld = padded<A>(f.out), ldk = padded<A>(f.in);
     ahead.fetch(n / 4 + 1);
     if (net.drops) multiply_factors(f, n, s.layer[i], d);
@@ -100,7 +100,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
 
 // From the gradients by M and c of one sample to those of the first layer and the target.
 template <class A>
-static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayerGrad<A> grad) {
+static void backward_operand(const Din<A>& net, const DinScratch<A>& s, LayerGrad<A> grad) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(net.D), end = vectors<A>(net.D) * X::lanes;
   const A *target_rows = net.target_rows, *product_rows = net.product_rows, *grad_operand = s.grad_operand;
@@ -125,12 +125,13 @@ static void backward_operand(const Din<A>& net, const DinScratch<A>& s, DinLayer
 
 }  // namespace din
 
-// Samples [b0, b1). With until >= 0, the sums of layer `until`; otherwise all gradients. With need_score,
-// dL/dscore first.
 template <class T>
-void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, bool need_score,
-                  int64_t b0, int64_t b1, const DinScratch<Accumulator<T>>& scratch,
+void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accumulator<T>>& scratch,
                   const DinGrad<Accumulator<T>>& grad) {
+  const Din<Accumulator<T>>& net = a.network;
+  const DinRows<T>& rows = a.rows;
+  const int64_t until = a.until, b0 = samples.begin, b1 = samples.end;
+  const bool need_score = a.need_score;
   using A = Accumulator<T>;
   const bool only_sums = until >= 0;
   const int64_t D = net.D, ld = padded<A>(D), H = net.layer[0].out, ldH = padded<A>(H);
@@ -140,10 +141,10 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
     const int64_t count = rows.count[b], first = rows.first[b], places = rows.first[b + 1] - first;
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
-    din::convert_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
+    widen_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
     din::Block<const A> history{};
     if (need_score) history = din::grad_score(net, rows, b, position, s);
-    const bool gathered = need_score && count <= kDinRows;
+    const bool gathered = need_score && count <= kBlockRows;
     if (from_history && count) din::FirstLayer<A>::form(net, rows, b, position, s);
     if (!only_sums) {
       din::form_operand_rows(net, s);
@@ -167,13 +168,13 @@ void din_backward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_
     });
     if (only_sums) continue;
     din::backward_operand(net, s, grad.layer[0]);
-    din::convert_row_back(s.grad_target, rows.grad_target + b * D, D, tail);
+    narrow_row(s.grad_target, rows.grad_target + b * D, D, tail);
   }
 }
 
-#define RK_INSTANTIATE(T)                                                                              \
-  template void din_backward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, bool, int64_t, \
-                                int64_t, const DinScratch<Accumulator<T>>&, const DinGrad<Accumulator<T>>&);
+#define RK_INSTANTIATE(T)                                                                        \
+  template void din_backward<T>(const DinBackward<T>&, Range, const DinScratch<Accumulator<T>>&, \
+                                const DinGrad<Accumulator<T>>&);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 

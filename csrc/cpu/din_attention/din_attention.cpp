@@ -22,13 +22,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T> void din_forward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t,
-                                                   int64_t, int64_t, const DinScratch<Accumulator<T>>&,
-                                                   DinStats*))
-RK_DECLARE_ISA(template <class T> void din_backward(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t,
-                                                    bool, int64_t, int64_t, const DinScratch<Accumulator<T>>&,
-                                                    const DinGrad<Accumulator<T>>&))
-
 template <class T>
 DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometry& g) {
   DinRows<T> rows{};
@@ -66,7 +59,7 @@ class DinChunks {
     grain_ = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(size() * kGrain / (total + 1))));
   }
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
-  int64_t begin(int64_t chunk) const { return bounds_[chunk]; }
+  Range samples(int64_t chunk, int64_t end) const { return {bounds_[chunk], bounds_[end]}; }
 
   // Calls body(first chunk, end) on ranges of chunks, which depend on the number of threads only.
   template <class Body>
@@ -83,7 +76,7 @@ class DinChunks {
 template <class A>
 struct DinWorkspace {
   DinWorkspace(const Din<A>& net, const DinGeometry& g, bool backward) {
-    const int64_t R = std::min(kDinRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out,
+    const int64_t R = std::min(kBlockRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out,
                   ldH = padded<A>(H);
     int64_t widest = 0;
     for (int64_t i = 0; i < net.layers; ++i) {
@@ -116,7 +109,7 @@ struct DinWorkspace {
     }
   }
   Arena<A> arena;
-  std::vector<DinLayerScratch<A>> layers;
+  std::vector<LayerScratch<A>> layers;
   std::vector<int32_t> positions;
   DinScratch<A> scratch{};
 };
@@ -148,28 +141,28 @@ static int64_t stats_size(const DinArguments& a) {
 
 // Lays out `saved`: the rows' weights, then what is kept of each layer.
 template <class A>
-void place_saved(DinPlan<A>& plan, const DinArguments& a, int64_t rows, A* saved) {
-  plan.net().row_weight = saved;
+void place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows, A* saved) {
+  network.net().row_weight = saved;
   saved += rows;
   if (a.config.keeps_dice())
     for (int64_t i = 0; i < a.layers(); ++i) {
-      plan.layer(i).kept_mean = saved;
-      plan.layer(i).kept_inverse = saved + rows;
+      network.layer(i).kept_mean = saved;
+      network.layer(i).kept_inverse = saved + rows;
       saved += 2 * rows;
     }
   if (!a.config.training || a.config.norms() == 0) return;
   for (int64_t i = first_kept(a); i < a.layers(); ++i) {
-    plan.layer(i).kept = saved;
-    saved += rows * plan.layer(i).out;
+    network.layer(i).kept = saved;
+    saved += rows * network.layer(i).out;
   }
 }
 
 template <class A>
-void set_running_statistics(DinPlan<A>& plan, const DinArguments& a) {
+void set_running_statistics(FoldedNetwork<A>& network, const DinArguments& a) {
   auto stats = a.running_stats.begin();
   for (int64_t i = 0; i < a.layers(); ++i) {
-    for (auto* norm : {a.config.batch_norm ? &plan.hidden(i).own : nullptr,
-                       a.config.dice_norm() ? &plan.hidden(i).dice : nullptr}) {
+    for (auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
+                       a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
       if (!norm) continue;
       norm->mean = values_of<double>(*stats++);
       norm->var = values_of<double>(*stats++);
@@ -177,28 +170,28 @@ void set_running_statistics(DinPlan<A>& plan, const DinArguments& a) {
   }
 }
 
-// Statistics of layer i's z over all valid rows, into the plan and batch_stats.
+// Statistics of layer i's z over all valid rows, into the network and batch_stats.
 template <class T, class A = Accumulator<T>>
-void take_statistics(DinPlan<A>& plan, const DinArguments& a, const DinGeometry& g, const DinChunks& chunks,
-                     const DinRows<T>& rows, int64_t i, A*& batch_stats) {
-  const int64_t H = plan.layer(i).out, ld = padded<double>(H) + 16;
+void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, const DinGeometry& g,
+                           const DinChunks& chunks, const DinRows<T>& rows, int64_t i, A*& batch_stats) {
+  const int64_t H = network.layer(i).out, ld = padded<double>(H) + 16;
   std::vector<double> memory(chunks.size() * 2 * ld);
-  std::vector<DinStats> stats(chunks.size());
+  std::vector<ColumnStats> stats(chunks.size());
   for (size_t c = 0; c < stats.size(); ++c) stats[c] = {0, &memory[2 * c * ld], &memory[(2 * c + 1) * ld]};
-  plan.fold_forward(i, /*statistics_known=*/false);
+  network.fold_forward(i, /*statistics_known=*/false);
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
-    DinWorkspace<A> workspace(plan.net(), g, false);
+    DinWorkspace<A> workspace(network.net(), g, false);
     for (int64_t c = c0; c < c1; ++c)
-      RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, i, chunks.begin(c), chunks.begin(c + 1),
-                      workspace.scratch, &stats[c]);
+      RK_DISPATCH_ISA(din_forward<T>, {network.net(), rows, i}, chunks.samples(c, c + 1), workspace.scratch,
+                      &stats[c]);
   });
-  const DinMoments all(stats, H);
+  const MergedStats all(stats, H);
   std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / all.count;
-  plan.set_batch_statistics(i, all.mean, var);
+  network.set_batch_statistics(i, all.mean, var);
   const double unbiased = g.valid / (g.valid - 1.);
-  for (const auto* norm : {a.config.batch_norm ? &plan.hidden(i).own : nullptr,
-                           a.config.dice_norm() ? &plan.hidden(i).dice : nullptr}) {
+  for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
+                           a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
     if (!norm) continue;
     batch_stats = std::copy(norm->mean.begin(), norm->mean.end(), batch_stats);
     for (const double v : norm->var) *batch_stats++ = static_cast<A>(v * unbiased);
@@ -207,28 +200,28 @@ void take_statistics(DinPlan<A>& plan, const DinArguments& a, const DinGeometry&
 
 template <class T, class A = Accumulator<T>>
 void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& batch_stats, Tensor& saved) {
-  DinPlan<A> plan(a.config, a.D(), a.params);
-  place_saved(plan, a, g.first.back(), static_cast<A*>(saved.mutable_data_ptr()));
+  FoldedNetwork<A> network(a.config, a.D(), a.params);
+  place_saved(network, a, g.first.back(), static_cast<A*>(saved.mutable_data_ptr()));
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
   DinRows<T> rows = rows_of<T>(history, target, g);
   rows.out = static_cast<T*>(out.mutable_data_ptr());
-  const DinChunks chunks(plan.net(), g);
+  const DinChunks chunks(network.net(), g);
   A* stats = static_cast<A*>(batch_stats.mutable_data_ptr());
-  if (!a.config.training) set_running_statistics(plan, a);
-  for (int64_t i = 0; i < plan.layers(); ++i) {
-    if (a.config.training && plan.has_norm()) take_statistics(plan, a, g, chunks, rows, i, stats);
-    plan.fold_forward(i);
+  if (!a.config.training) set_running_statistics(network, a);
+  for (int64_t i = 0; i < network.layers(); ++i) {
+    if (a.config.training && network.has_norm()) accumulate_statistics(network, a, g, chunks, rows, i, stats);
+    network.fold_forward(i);
   }
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
-    DinWorkspace<A> workspace(plan.net(), g, false);
+    DinWorkspace<A> workspace(network.net(), g, false);
 #if defined(RK_HAS_AVX512_BF16)
     // Not in training: its statistics go on into float32, and its backward computes some of z again.
     if constexpr (std::is_same_v<T, bf16>)
       if (!a.config.training && isa() == Isa::avx512_bf16)
-        return avx512_bf16::din_forward<T>(plan.net(), rows, plan.layers(), chunks.begin(c0),
-                                           chunks.begin(c1), workspace.scratch, nullptr);
+        return avx512_bf16::din_forward<T>({network.net(), rows, network.layers()}, chunks.samples(c0, c1),
+                                           workspace.scratch, nullptr);
 #endif
-    RK_DISPATCH_ISA(din_forward<T>, plan.net(), rows, plan.layers(), chunks.begin(c0), chunks.begin(c1),
+    RK_DISPATCH_ISA(din_forward<T>, {network.net(), rows, network.layers()}, chunks.samples(c0, c1),
                     workspace.scratch, nullptr);
   });
 }
@@ -237,13 +230,13 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
 
 // Gradients summed over a range of chunks, in memory of its own.
 template <class A>
-struct DinPartial {
-  explicit DinPartial(const Din<A>& net) {
+struct PartialGrads {
+  explicit PartialGrads(const Din<A>& net) {
     for (int64_t i = 0; i < net.layers; ++i) {
-      const DinLayer<A>& f = net.layer[i];
+      const LayerParams<A>& f = net.layer[i];
       const int64_t ld = padded<A>(f.out), size = f.out * padded<A>(i == 0 ? net.D : f.in);
-      DinLayerGrad<A> grad{take(size), nullptr,  nullptr,
-                           take(ld),   take(ld), {take(ld), take(ld), take(ld), take(ld)}};
+      LayerGrad<A> grad{take(size), nullptr,  nullptr,
+                        take(ld),   take(ld), {take(ld), take(ld), take(ld), take(ld)}};
       if (i == 0) {
         grad.weight_product = take(size);
         grad.weight_target = take(size);
@@ -252,7 +245,7 @@ struct DinPartial {
     }
     grad = {layers.data(), take(padded<A>(net.layer[net.layers - 1].out)), take(1)};
   }
-  void operator+=(const DinPartial& other) {
+  void operator+=(const PartialGrads& other) {
     for (size_t k = 0; k < parts.size(); ++k)
       for (int64_t i = 0; i < parts[k].second; ++i) parts[k].first[i] += other.parts[k].first[i];
   }
@@ -262,22 +255,23 @@ struct DinPartial {
   }
   Arena<A> arena;
   std::vector<std::pair<A*, int64_t>> parts;
-  std::vector<DinLayerGrad<A>> layers;
+  std::vector<LayerGrad<A>> layers;
   DinGrad<A> grad;
 };
 
 // One pass over the rows; returns the sums of all ranges, in order.
 template <class T, class A = Accumulator<T>>
-std::unique_ptr<DinPartial<A>> backward_pass(DinPlan<A>& plan, const DinGeometry& g, const DinChunks& chunks,
-                                             const DinRows<T>& rows, int64_t until, bool need_score) {
-  std::vector<std::unique_ptr<DinPartial<A>>> partial(chunks.size());
+std::unique_ptr<PartialGrads<A>> backward_pass(FoldedNetwork<A>& network, const DinGeometry& g,
+                                               const DinChunks& chunks, const DinRows<T>& rows, int64_t until,
+                                               bool need_score) {
+  std::vector<std::unique_ptr<PartialGrads<A>>> partial(chunks.size());
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
-    DinWorkspace<A> workspace(plan.net(), g, true);
-    partial[c0] = std::make_unique<DinPartial<A>>(plan.net());
-    RK_DISPATCH_ISA(din_backward<T>, plan.net(), rows, until, need_score, chunks.begin(c0), chunks.begin(c1),
+    DinWorkspace<A> workspace(network.net(), g, true);
+    partial[c0] = std::make_unique<PartialGrads<A>>(network.net());
+    RK_DISPATCH_ISA(din_backward<T>, {network.net(), rows, until, need_score}, chunks.samples(c0, c1),
                     workspace.scratch, partial[c0]->grad);
   });
-  auto sum = std::make_unique<DinPartial<A>>(plan.net());
+  auto sum = std::make_unique<PartialGrads<A>>(network.net());
   for (const auto& p : partial)
     if (p) *sum += *p;
   return sum;
@@ -297,14 +291,15 @@ Tensor gradient_of(const Tensor& param, const Values& value) {
 
 // The parameters' gradients in the order of the schema.
 template <class A>
-std::vector<Tensor> param_gradients(DinPlan<A>& plan, const DinArguments& a, const DinPartial<A>& sum) {
+std::vector<Tensor> param_gradients(FoldedNetwork<A>& network, const DinArguments& a,
+                                    const PartialGrads<A>& sum) {
   std::vector<Tensor> grads;
   const int64_t D = a.D();
   const auto push = [&](const auto& value) { grads.push_back(gradient_of(a.params[grads.size()], value)); };
   const auto push_vector = [&](const auto& values) { push([&](int64_t i) { return values[i]; }); };
-  for (int64_t i = 0; i < plan.layers(); ++i) {
-    const DinLayerGrad<A>& grad = sum.layers[i];
-    const int64_t in = plan.layer(i).in, ld = padded<A>(i == 0 ? D : in);
+  for (int64_t i = 0; i < network.layers(); ++i) {
+    const LayerGrad<A>& grad = sum.layers[i];
+    const int64_t in = network.layer(i).in, ld = padded<A>(i == 0 ? D : in);
     if (i == 0)
       push([&](int64_t j) {
         const int64_t part = j % in / D, k = j / in * ld + j % D;
@@ -315,19 +310,19 @@ std::vector<Tensor> param_gradients(DinPlan<A>& plan, const DinArguments& a, con
       });
     else
       push([&](int64_t j) { return grad.weight[j / in * ld + j % in]; });
-    if (a.config.training && a.config.batch_norm && !plan.no_hidden())
+    if (a.config.training && a.config.batch_norm && !network.no_hidden())
       push([](int64_t) { return A(0); });  // the normalization takes the mean away, and any bias with it
     else
       push_vector(grad.bias);
-    if (plan.no_hidden()) return grads;
+    if (network.no_hidden()) return grads;
     std::vector<double> own[2], dice[2];
-    plan.norm_gradients(i, grad.sums, own, dice);
+    network.norm_gradients(i, grad.sums, own, dice);
     if (a.config.batch_norm)
       for (const auto& values : own) push_vector(values);
     if (a.config.activation_params()) {
       A all = 0;
-      for (int64_t h = 0; h < plan.layer(i).out; ++h) all += grad.alpha[h];
-      const bool one = plan.hidden(i).alpha.size() == 1;
+      for (int64_t h = 0; h < network.layer(i).out; ++h) all += grad.alpha[h];
+      const bool one = network.hidden(i).alpha.size() == 1;
       push([&](int64_t h) { return one ? all : grad.alpha[h]; });
     }
     if (a.config.dice_norm())
@@ -342,38 +337,39 @@ template <class T, class A = Accumulator<T>>
 std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const Tensor& grad_out,
                              const Tensor& batch_stats, const Tensor& saved, Tensor& grad_history,
                              Tensor& grad_target) {
-  DinPlan<A> plan(a.config, a.D(), a.params);
-  const int64_t last = plan.layers() - 1;
+  FoldedNetwork<A> network(a.config, a.D(), a.params);
+  const int64_t last = network.layers() - 1;
   const Tensor saved_ = torch::stable::contiguous(saved), grad = unit_stride_last(grad_out);
-  place_saved(plan, a, g.first.back(), static_cast<A*>(saved_.data_ptr()));
+  place_saved(network, a, g.first.back(), static_cast<A*>(saved_.data_ptr()));
   std::vector<A> grad_score(g.first.back());
-  plan.net().grad_score = grad_score.data();
+  network.net().grad_score = grad_score.data();
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
   DinRows<T> rows = rows_of<T>(history, target, g);
   rows.grad_out = static_cast<const T*>(grad.const_data_ptr());
   rows.stride_gb = grad.stride(0);
   rows.grad_history = static_cast<T*>(grad_history.mutable_data_ptr());
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
-  const bool batch_statistics = a.config.training && plan.has_norm();
-  if (!a.config.training) set_running_statistics(plan, a);
+  const bool batch_statistics = a.config.training && network.has_norm();
+  if (!a.config.training) set_running_statistics(network, a);
   const std::vector<double> all_stats = values_of<double>(batch_stats);
   const double* stats = all_stats.data();
   for (int64_t i = 0; i <= last; ++i) {
     if (batch_statistics) {
-      const int64_t H = plan.layer(i).out;
+      const int64_t H = network.layer(i).out;
       std::vector<double> mean(stats, stats + H), var(stats + H, stats + 2 * H);
       for (double& v : var) v *= (g.valid - 1.) / g.valid;
-      plan.set_batch_statistics(i, mean, var);
+      network.set_batch_statistics(i, mean, var);
       stats += 2 * H * a.config.norms();
     }
-    plan.fold_backward(i);
+    network.fold_backward(i);
   }
-  const DinChunks chunks(plan.net(), g);
+  const DinChunks chunks(network.net(), g);
   bool need_score = true;
   for (int64_t i = last; batch_statistics && i >= 0; --i, need_score = false)
-    plan.set_backward_sums(i, backward_pass(plan, g, chunks, rows, i, need_score)->layers[i].sums, g.valid);
-  const auto sum = backward_pass(plan, g, chunks, rows, -1, need_score);
-  return param_gradients(plan, a, *sum);
+    network.set_backward_sums(i, backward_pass(network, g, chunks, rows, i, need_score)->layers[i].sums,
+                              g.valid);
+  const auto sum = backward_pass(network, g, chunks, rows, -1, need_score);
+  return param_gradients(network, a, *sum);
 }
 
 // ---- ops

@@ -64,8 +64,8 @@ RK_INLINE void store_factors(double* to, int64_t units, u32v words, const DinDro
 // The factors of n rows behind layer i, which begin at position r0 of sample b (or are those listed in
 // `position`), into s.factor.
 template <class A>
-static void draw_factors(const DinDropout<A>& drop, const DinLayer<A>& f, int64_t i, int64_t b,
-                         const int32_t* position, int64_t r0, int64_t n, DinLayerScratch<A> s) {
+static void draw_factors(const DinDropout<A>& drop, const LayerParams<A>& f, int64_t i, int64_t b,
+                         const int32_t* position, int64_t r0, int64_t n, LayerScratch<A> s) {
   const int64_t ld = padded<A>(f.out);
   u32v lane;
   for (int j = 0; j < kFloats; ++j) lane[j] = j;
@@ -85,7 +85,7 @@ static void draw_factors(const DinDropout<A>& drop, const DinLayer<A>& f, int64_
 
 // x times the factors of n rows.
 template <class A>
-static void multiply_factors(const DinLayer<A>& f, int64_t n, DinLayerScratch<A> s, A* x) {
+static void multiply_factors(const LayerParams<A>& f, int64_t n, LayerScratch<A> s, A* x) {
   using X = Traits<A>;
   const int64_t end = n * padded<A>(f.out);
   for (int64_t j = 0; j < end; j += X::lanes) X::store(x + j, X::load(x + j) * X::load(s.factor + j));

@@ -44,8 +44,8 @@ struct FirstLayer {
       for (int64_t i = d * ld; i < d * ld + end; i += X::lanes)
         X::store(s.operand + i, operand_at(net, i, splat<A>(t[d])));
     with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
-      constexpr int kTogether = X::lanes / decltype(width)::value;
-      for (int64_t d = 0, i = net.D * ld; d < net.D; d += kTogether, i += X::lanes)
+      constexpr int kRowsPerVector = X::lanes / decltype(width)::value;
+      for (int64_t d = 0, i = net.D * ld; d < net.D; d += kRowsPerVector, i += X::lanes)
         X::store(s.operand + i, operand_at(net, i, spread(t + d, width)));
     });
   }
@@ -131,11 +131,11 @@ struct FirstLayer<bf16> {
         X::store(s.bias + j, lost);
       }
     with_tail<A>(tail, [&](auto width) __attribute__((always_inline)) {
-      constexpr int kTogether = X::lanes / decltype(width)::value;
+      constexpr int kRowsPerVector = X::lanes / decltype(width)::value;
       f32v lost{};
-      for (int64_t d = 0, i = D * ld; d < D; d += 2 * kTogether, i += 2 * X::lanes, to += X::lanes) {
-        const bool two = d + kTogether < D;
-        const int64_t d2 = two ? d + kTogether : d;
+      for (int64_t d = 0, i = D * ld; d < D; d += 2 * kRowsPerVector, i += 2 * X::lanes, to += X::lanes) {
+        const bool two = d + kRowsPerVector < D;
+        const int64_t d2 = two ? d + kRowsPerVector : d;
         const f32v first = operand_at(net, i, spread(t + d, width));
         const f32v second = two ? operand_at(net, i + X::lanes, spread(t + d2, width)) : f32v{};
         X::store(to, pairs_of(first, second, spread(mean + d, width), spread(mean + d2, width), lost, width));
@@ -155,9 +155,7 @@ struct FirstLayer<bf16> {
       for (int64_t r = 0; r < n; ++r) {
         const bf16* row = base + (position ? position[r] : r) * rows.stride_hl + d;
 #  pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v)
-          sum[v] += decltype(block)::tail && v == kVecs - 1 ? tail.load(row + v * X::lanes)
-                                                            : Traits<bf16>::load(row + v * X::lanes);
+        for (int v = 0; v < kVecs; ++v) sum[v] += block.load(row, v, tail);
       }
       for (int v = 0; v < kVecs; ++v) X::store(mean + d + v * X::lanes, sum[v] * (1.f / n));
     });

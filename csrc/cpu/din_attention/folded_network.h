@@ -37,7 +37,7 @@ struct DinConfig {
 };
 
 // A batch normalization of H channels: parameters and biased statistics.
-struct DinNorm {
+struct BatchNorm {
   std::vector<double> weight, bias, mean, var;
   double eps;
 
@@ -45,23 +45,23 @@ struct DinNorm {
 };
 
 template <class A>
-struct DinHidden {
+struct HiddenParams {
   int64_t in, out;
   std::vector<A> weight, bias, alpha;
-  DinNorm own, dice;  // empty where there is none
+  BatchNorm own, dice;  // empty where there is none
 };
 
 template <class A>
-class DinPlan {
+class FoldedNetwork {
  public:
-  DinPlan(const DinConfig& config, int64_t D, const std::vector<Tensor>& params) : config_(config) {
+  FoldedNetwork(const DinConfig& config, int64_t D, const std::vector<Tensor>& params) : config_(config) {
     auto param = params.begin();
     const auto norm = [&](double eps) {
       const auto weight = values_of<double>(*param++), bias = values_of<double>(*param++);
-      return DinNorm{weight, bias, {}, {}, eps};
+      return BatchNorm{weight, bias, {}, {}, eps};
     };
     while (params.end() - param > 2) {
-      DinHidden<A> hidden{};
+      HiddenParams<A> hidden{};
       hidden.in = param->size(1);
       hidden.out = param->size(0);
       hidden.weight = values_of<A>(*param++);
@@ -93,13 +93,13 @@ class DinPlan {
   bool no_hidden() const { return no_hidden_; }
   bool has_norm() const { return config_.norms() > 0 && !no_hidden_; }
   Din<A>& net() { return net_; }
-  DinHidden<A>& hidden(int64_t i) { return hidden_[i]; }
-  DinLayer<A>& layer(int64_t i) { return layers_[i]; }
+  HiddenParams<A>& hidden(int64_t i) { return hidden_[i]; }
+  LayerParams<A>& layer(int64_t i) { return layers_[i]; }
 
   // The statistics of layer i's z in training: biased, over all valid rows.
   void set_batch_statistics(int64_t i, const std::vector<double>& mean, const std::vector<double>& var) {
-    DinHidden<A>& f = hidden_[i];
-    DinNorm& of_z = config_.batch_norm ? f.own : f.dice;
+    HiddenParams<A>& f = hidden_[i];
+    BatchNorm& of_z = config_.batch_norm ? f.own : f.dice;
     of_z.mean = mean;
     of_z.var = var;
     if (!config_.batch_norm || !config_.dice_norm()) return;
@@ -111,8 +111,8 @@ class DinPlan {
 
   // Operands of the forward product of layer i. Before its statistics are known: g = z.
   void fold_forward(int64_t i, bool statistics_known = true) {
-    const DinHidden<A>& f = hidden_[i];
-    DinLayer<A>& layer = layers_[i];
+    const HiddenParams<A>& f = hidden_[i];
+    LayerParams<A>& layer = layers_[i];
     std::vector<double> scale(f.out, 1), shift(f.out, 0), v_scale(f.out), v_shift(f.out);
     if (statistics_known && has_norm()) {
       for (int64_t h = 0; h < f.out; ++h) {
@@ -135,11 +135,11 @@ class DinPlan {
 
   // Operands of the backward: g = n, and the products by W's rows.
   void fold_backward(int64_t i) {
-    const DinHidden<A>& f = hidden_[i];
-    DinLayer<A>& layer = layers_[i];
+    const HiddenParams<A>& f = hidden_[i];
+    LayerParams<A>& layer = layers_[i];
     std::vector<double> scale(f.out, 1), shift(f.out, 0), y_scale, y_shift, v_scale(f.out), v_shift(f.out);
     if (has_norm()) {
-      const DinNorm& of_z = config_.batch_norm ? f.own : f.dice;
+      const BatchNorm& of_z = config_.batch_norm ? f.own : f.dice;
       y_scale = of_z.weight;
       y_shift = of_z.bias;
       for (int64_t h = 0; h < f.out; ++h) {
@@ -179,9 +179,9 @@ class DinPlan {
     }
   }
 
-  // From the sums over N rows that a layer's backward left (see DinLayerGrad::sums): c1 and c2.
+  // From the sums over N rows that a layer's backward left (see LayerGrad::sums): c1 and c2.
   void set_backward_sums(int64_t i, const A* const (&sums)[4], double N) {
-    const DinHidden<A>& f = hidden_[i];
+    const HiddenParams<A>& f = hidden_[i];
     std::vector<double> c1(f.out), c2(f.out);
     for (int64_t h = 0; h < f.out; ++h) {
       if (config_.batch_norm) {
@@ -202,7 +202,7 @@ class DinPlan {
   // Gradients of the normalizations' parameters from the same sums.
   void norm_gradients(int64_t i, const A* const (&sums)[4], std::vector<double> (&own)[2],
                       std::vector<double> (&dice)[2]) {
-    const DinHidden<A>& f = hidden_[i];
+    const HiddenParams<A>& f = hidden_[i];
     for (int64_t h = 0; h < f.out; ++h) {
       const double y = sums[0][h], yn = sums[1][h], v = sums[2][h], vn = sums[3][h];
       if (config_.batch_norm) {
@@ -232,28 +232,28 @@ class DinPlan {
   }
 
  private:
-  void fixed_part(DinLayer<A>& layer, const DinHidden<A>& f) {
+  void fixed_part(LayerParams<A>& layer, const HiddenParams<A>& f) {
     layer.in = f.in;
     layer.out = f.out;
     layer.dropped = static_cast<A>(net_.drops ? config_.dropout : 0);
-    layer.unit = arena_.row(std::vector<A>(f.out, A(1)));
+    layer.ones_mask = arena_.row(std::vector<A>(f.out, A(1)));
     layer.epsilon = static_cast<A>(f.out * config_.dice_eps);
     std::vector<A> alpha = f.alpha;
     switch (config_.activation) {
       case ActivationName::relu:
-        layer.activation = DinActivation::relu;
+        layer.activation = Activation::relu;
         break;
       case ActivationName::sigmoid:
-        layer.activation = DinActivation::sigmoid;
+        layer.activation = Activation::sigmoid;
         break;
       case ActivationName::dice:
-        layer.activation = DinActivation::dice;
+        layer.activation = Activation::dice;
         break;
       case ActivationName::dice_batch_norm:
-        layer.activation = DinActivation::dice_batch_norm;
+        layer.activation = Activation::dice_batch_norm;
         break;
       default:
-        layer.activation = DinActivation::leaky;
+        layer.activation = Activation::leaky;
         if (config_.activation == ActivationName::linear) alpha = {A(1)};
         if (config_.activation == ActivationName::leakyrelu) alpha = {A(0.01)};
     }
@@ -264,7 +264,7 @@ class DinPlan {
   // scale (Wt + Wd), scale (Wh - Wd) and scale Wp with unit h and column d at h * stride_h + d * stride_d.
   void first_layer_parts(const std::vector<double>& scale, int64_t stride_h, int64_t stride_d,
                          const A** target, const A** history, const A** product) {
-    const DinHidden<A>& f = hidden_[0];
+    const HiddenParams<A>& f = hidden_[0];
     const int64_t D = net_.D, size = stride_h > stride_d ? f.out * stride_h : operand_size<A>(D, f.out);
     A *t = arena_.take(size), *h_ = arena_.take(size), *p = arena_.take(size);
     for (int64_t h = 0; h < f.out; ++h) {
@@ -284,15 +284,15 @@ class DinPlan {
   }
 
   static void copy_tail(A* operand, int64_t K, int64_t n) {
-    const DinTail tail(n);
+    const PackedTail tail(n);
     A* to = operand + K * padded<A>(n);
     for (int64_t k = 0; k < K; ++k, to += tail.width)
       std::copy_n(operand + k * padded<A>(n) + tail.first, tail.width, to);
   }
 
   void fold(int64_t i, const std::vector<double>& scale, const std::vector<double>& shift) {
-    const DinHidden<A>& f = hidden_[i];
-    DinLayer<A>& layer = layers_[i];
+    const HiddenParams<A>& f = hidden_[i];
+    LayerParams<A>& layer = layers_[i];
     layer.g_scale = arena_.row(scale);
     layer.g_shift = arena_.row(shift);
     std::vector<double> bias(f.out);
@@ -311,8 +311,8 @@ class DinPlan {
 
   DinConfig config_;
   bool no_hidden_ = false;
-  std::vector<DinHidden<A>> hidden_;
-  std::vector<DinLayer<A>> layers_;
+  std::vector<HiddenParams<A>> hidden_;
+  std::vector<LayerParams<A>> layers_;
   Arena<A> arena_;
   Din<A> net_{};
 };

@@ -48,13 +48,13 @@ namespace din {
 template <class T, class A>
 static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int64_t b0, int64_t b, int64_t b1,
                                  bool need_c, DinScratch<A> s) {
-  const DinLayer<A>& f = net.layer[0];
+  const LayerParams<A>& f = net.layer[0];
   const int64_t ld = padded<A>(net.D), ldH = padded<A>(f.out), i = (b - b0) % kDinTargets;
   if (i == 0) {
     const int64_t n = b1 - b < kDinTargets ? b1 - b : kDinTargets;
     const Tail<T> tail(static_cast<int>(net.D % Traits<T>::lanes));
     for (int64_t j = 0; j < n; ++j)
-      convert_row(rows.target + (b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
+      widen_row(rows.target + (b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
     if (need_c)
       gemm<A>(n, vectors<A>(f.out), net.D, {s.target, ld, 1}, net.target_weight, ldH, s.bias, ldH, f.bias, 0,
               tail_width<A>(f.out));
@@ -83,7 +83,7 @@ template <class First, class A>
 static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, int64_t n,
                     Block<const typename First::Row> history, const DinScratch<A>& s) {
   using X = Traits<A>;
-  const DinLayer<A>& f = net.layer[i];
+  const LayerParams<A>& f = net.layer[i];
   const int64_t ld = padded<A>(f.out), vecs = vectors<A>(f.out), packed = tail_width<A>(f.out);
   A* g = s.layer[i].g;
   if (!from_kept && i == 0) return First::product(net, n, history, s);
@@ -100,13 +100,12 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
   }
 }
 
-// Merges n rows of z into the statistics: Chan, Golub and LeVeque (1983), so that the variance loses nothing
-// to the mean.
+// Merges n rows of z into the statistics.
 template <class A>
-static void add_statistics(const DinLayer<A>& f, int64_t n, const A* z, DinStats& stats) {
+static void add_statistics(const LayerParams<A>& f, int64_t n, const A* z, ColumnStats& stats) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
-  const double count = stats.count + n, share = n / count, between = stats.count * share;
+  const MergeRows merge(stats, n);
   for (int64_t h = 0; h < end; h += X::lanes) {
     typename X::vec sum = {}, squares = {};
     for (int64_t r = 0; r < n; ++r) sum += X::load(z + r * ld + h);
@@ -115,13 +114,9 @@ static void add_statistics(const DinLayer<A>& f, int64_t n, const A* z, DinStats
       const auto centred = X::load(z + r * ld + h) - mean;
       squares += centred * centred;
     }
-    for (int j = 0; j < X::lanes; ++j) {
-      const double delta = mean[j] - stats.mean[h + j];
-      stats.mean[h + j] += delta * share;
-      stats.deviation[h + j] += squares[j] + delta * delta * between;
-    }
+    for (int j = 0; j < X::lanes; ++j) merge(stats, h + j, mean[j], squares[j]);
   }
-  stats.count = count;
+  stats.count = merge.count;
 }
 
 // out[r] = <x_r, w> + bias.
@@ -162,11 +157,12 @@ RK_INLINE int64_t lowest(const Din<A>& net, int64_t i) {
 
 }  // namespace din
 
-// Samples [b0, b1). With until < layers, the statistics of z of layer `until` (whose gs is 1, go 0), which is
-// kept if there is room for it; with until = layers, the output.
 template <class T>
-void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t until, int64_t b0,
-                 int64_t b1, const DinScratch<Accumulator<T>>& scratch, DinStats* stats) {
+void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumulator<T>>& scratch,
+                 ColumnStats* stats) {
+  const Din<Accumulator<T>>& net = a.network;
+  const DinRows<T>& rows = a.rows;
+  const int64_t until = a.until, b0 = samples.begin, b1 = samples.end;
   using A = Accumulator<T>;
   const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D),
                 last = until < net.layers ? until : net.layers - 1;
@@ -193,7 +189,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
         din::product<First>(net, i, net.layer[i].kept && i < until && i == low, first + r0, n, history, s);
         ahead.fetch(n / 3 + 1);
         if (i >= until) continue;
-        const DinLayer<A>& f = net.layer[i];
+        const LayerParams<A>& f = net.layer[i];
         Score<A> score{};
         if (scores && i == last) score = {net.out_weight, net.out_bias, net.row_weight + first + r0};
         activate(f, n, s.layer[i], true, false, score);
@@ -207,7 +203,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
       }
       ahead.fetch(n);
       if (!pooling) {
-        const DinLayer<A>& f = net.layer[until];
+        const LayerParams<A>& f = net.layer[until];
         din::add_statistics(f, n, s.layer[until].g, *stats);
         if (f.kept)
           for (int64_t r = 0; r < n; ++r)
@@ -234,7 +230,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
       gemm<A, MultiplyAdd<A, Row>>(1, vecs, n, {w + r0, 0, 1}, history.p, history.ld, s.out, ld, s.out, ld);
     });
     if (!pooling) {
-      const DinLayer<A>& f = net.layer[until];
+      const LayerParams<A>& f = net.layer[until];
       const int64_t padding = rows.first[b + 1] - first - count;
       if (f.kept) __builtin_memset(f.kept + (first + count) * f.out, 0, padding * f.out * sizeof(A));
       return;
@@ -248,7 +244,7 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
       for (int64_t i = 0; i < net.layers; ++i)
         if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
     }
-    din::convert_row_back(s.out, rows.out + b * D, D, tail);
+    narrow_row(s.out, rows.out + b * D, D, tail);
   };
   for (int64_t b = b0; b < b1; ++b) {
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
@@ -262,9 +258,8 @@ void din_forward(const Din<Accumulator<T>>& net, const DinRows<T>& rows, int64_t
   }
 }
 
-#define RK_INSTANTIATE(T)                                                                                \
-  template void din_forward<T>(const Din<Accumulator<T>>&, const DinRows<T>&, int64_t, int64_t, int64_t, \
-                               const DinScratch<Accumulator<T>>&, DinStats*);
+#define RK_INSTANTIATE(T) \
+  template void din_forward<T>(const DinForward<T>&, Range, const DinScratch<Accumulator<T>>&, ColumnStats*);
 #ifdef RK_BF16_PAIRS
 RK_INSTANTIATE(bf16)
 #else

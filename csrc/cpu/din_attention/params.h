@@ -7,6 +7,7 @@
 
 #include "cpu/dense/params.h"
 #include "cpu/simd/accumulator.h"
+#include "cpu/simd/kernel.h"
 
 namespace rk {
 
@@ -21,7 +22,7 @@ struct DinDropout {
 template <class A>
 struct Din {
   int64_t D, layers;
-  const DinLayer<A>* layer;
+  const LayerParams<A>* layer;
   // The first layer's weight in the parts of its identity, as forward operands [D, padded(H)] and as rows
   // [H, padded(D)]: Wt + Wd, Wh - Wd and Wp. The former have tails.
   const A *target_weight, *history_weight, *product_weight;
@@ -50,7 +51,7 @@ struct DinRows {
 
 template <class A>
 struct DinGrad {
-  DinLayerGrad<A>* layer;
+  LayerGrad<A>* layer;
   A *out_weight, *out_bias;  // [padded(H)], [1]
 };
 
@@ -60,17 +61,41 @@ constexpr int64_t kDinTargets = 8;
 // Memory of one thread.
 template <class A>
 struct DinScratch {
-  DinLayerScratch<A>* layer;
+  LayerScratch<A>* layer;
   A* target;                        // [kDinTargets, padded(D)]
   A *grad_out, *out, *grad_target;  // [padded(D)]
-  A* history;                       // [kDinRows, padded(D)]
+  A* history;                       // [kBlockRows, padded(D)]
   A* operand;                       // M [D, padded(H)] of a sample, with its tail
   A* bias;                          // [kDinTargets, padded(H)]: c
   A* operand_rows;                  // M [H, padded(D)]
   A *grad_operand, *grad_bias;      // and their gradients, [H, padded(D)] and [padded(H)]
-  A *grad, *grad_below;             // [kDinRows, the widest layer]
-  A* grad_history;                  // [kDinRows, padded(D)]
+  A *grad, *grad_below;             // [kBlockRows, the widest layer]
+  A* grad_history;                  // [kBlockRows, padded(D)]
   int32_t* positions;               // [L]
 };
+
+// A pass over the rows of samples, from layer 0 up. With until < layers: the statistics of z of layer `until`
+// (whose gs is 1, go 0), which is kept if there is room for it, into `stats`; with until = layers the output.
+template <class T>
+struct DinForward {
+  const Din<Accumulator<T>>& network;
+  const DinRows<T>& rows;
+  int64_t until;
+};
+RK_KERNEL(template <class T> void din_forward(const DinForward<T>&, Range samples,
+                                              const DinScratch<Accumulator<T>>&, ColumnStats* stats))
+
+// A pass back to layer `until`: its sums, or with until < 0 all gradients. With need_score dL/dscore comes
+// first.
+template <class T>
+struct DinBackward {
+  const Din<Accumulator<T>>& network;
+  const DinRows<T>& rows;
+  int64_t until;
+  bool need_score;
+};
+RK_KERNEL(template <class T> void din_backward(const DinBackward<T>&, Range samples,
+                                               const DinScratch<Accumulator<T>>&,
+                                               const DinGrad<Accumulator<T>>&))
 
 }  // namespace rk

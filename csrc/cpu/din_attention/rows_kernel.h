@@ -4,6 +4,7 @@
 
 #include "cpu/din_attention/params.h"
 #include "cpu/simd/operand.h"
+#include "cpu/simd/rows.h"
 #include "cpu/simd/vec.h"
 
 namespace rk {
@@ -34,26 +35,11 @@ RK_INLINE const T* history_of(const DinRows<T>& rows, int64_t b) {
 // tiles.
 template <class Body>
 RK_INLINE void for_each_block(int64_t n, const Body& body) {
-  const int64_t blocks = (n + kDinRows - 1) / kDinRows;
+  const int64_t blocks = (n + kBlockRows - 1) / kBlockRows;
   for (int64_t i = 1, r0 = 0, r1; i <= blocks; ++i, r0 = r1) {
     r1 = i == blocks ? n : (n * i / blocks + 7) / 8 * 8;
     body(r0, r1 - r0);
   }
-}
-
-template <class T, class A>
-RK_INLINE void convert_row(const T* from, A* to, int64_t D, const Tail<T>& tail) {
-  int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
-    Traits<A>::store(to + d, Traits<T>::load(from + d));
-  if (d < D) Traits<A>::store(to + d, tail.load(from + d));
-}
-template <class T, class A>
-RK_INLINE void convert_row_back(const A* from, T* to, int64_t D, const Tail<T>& tail) {
-  int64_t d = 0;
-  for (; d + Traits<T>::lanes <= D; d += Traits<T>::lanes)
-    Traits<T>::store(to + d, Traits<A>::load(from + d));
-  if (d < D) tail.store(to + d, Traits<A>::load(from + d));
 }
 
 // n rows of D values that the products can read, or write: ld apart.
@@ -86,8 +72,8 @@ static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int3
     if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
-    convert_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D),
-                D, tail);
+    widen_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D), D,
+              tail);
   return {s.history, padded<A>(D)};
 }
 
@@ -114,7 +100,7 @@ struct Ahead {
         int64_t low) {
     if (r0 == rows.count[b]) ++b, r0 = 0;
     if (b == b1 || rows.mask) return;
-    const int64_t left = rows.count[b] - r0, n = left < kDinRows ? left : kDinRows;
+    const int64_t left = rows.count[b] - r0, n = left < kBlockRows ? left : kBlockRows;
     const T* base = history_of(rows, b);
     const auto bytes = [](const auto* p) { return reinterpret_cast<const char*>(p); };
     const int64_t size = sizeof(T);
@@ -145,9 +131,8 @@ static void store_grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* po
   if (grad.p != s.grad_history) return;
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
-    convert_row_back(grad.p + r * grad.ld,
-                     rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D,
-                     tail);
+    narrow_row(grad.p + r * grad.ld,
+               rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D, tail);
 }
 
 }  // namespace din

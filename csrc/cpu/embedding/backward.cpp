@@ -10,9 +10,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class T, class A>
-               void embedding_update(const Update&, const int64_t*, const T*, int64_t, int64_t, int64_t, A*))
-
 static std::vector<ScalarType> dtypes_of(const BackwardArgs& backward) {
   std::vector<ScalarType> dtypes;
   for (const Tensor* t : backward.like) dtypes.push_back((t ? *t : backward.any).scalar_type());
@@ -125,11 +122,11 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
   constexpr int64_t kRows = 256;
   dispatch_floating(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    const SparseStep<T> step{u, rp, static_cast<const T*>(value.const_data_ptr()), D};
     run_tasks((n + kRows - 1) / kRows, n * (D + 16), [&](int64_t task) {
-      auto scratch = uninitialized<A>(chunk_of(D) * D);
-      RK_DISPATCH_ISA(embedding_update, u, rp, static_cast<const T*>(value.const_data_ptr()), D, task * kRows,
-                      std::min(n, (task + 1) * kRows), scratch.get());
+      auto scratch = uninitialized<Accumulator<T>>(chunk_of(D) * D);
+      RK_DISPATCH_ISA(embedding_optimizer_step<T>, step, {task * kRows, std::min(n, (task + 1) * kRows)},
+                      scratch.get());
     });
   });
 }

@@ -8,12 +8,8 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_ids_fit(const Bags&, const I*, int64_t, int64_t))
-
-bool ids_fit(const Bags& bags, int64_t b0, int64_t b1) {
-  return dispatch_ids(bags, [&](const auto* ids) {
-    return RK_DISPATCH_ISA(embedding_ids_fit, bags, ids, bags.begin(b0), bags.begin(b1));
-  });
+bool ids_in_range(const Bags& bags, int64_t b0, int64_t b1) {
+  return RK_DISPATCH_ISA(embedding_ids_in_range, bags, {bags.begin(b0), bags.begin(b1)});
 }
 
 static bool same_shape(const Tensor& a, const Tensor& b) {

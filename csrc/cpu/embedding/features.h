@@ -44,6 +44,6 @@ auto dispatch_ids(const Bags& bags, const Body& body) {
 }
 
 // Whether every id of bags [b0, b1) is inside its table.
-bool ids_fit(const Bags& bags, int64_t b0, int64_t b1);
+bool ids_in_range(const Bags& bags, int64_t b0, int64_t b1);
 
 }  // namespace rk

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "cpu/dense/params.h"
 #include "cpu/embedding/lookup.h"
 #include "cpu/embedding/params.h"
 #include "cpu/embedding/sorted_lookups.h"
@@ -13,15 +14,6 @@
 #include "cpu/runtime/memory.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(template <class T>
-               void fm_interaction(const T*, int64_t, int64_t, T*, int64_t, int64_t, int64_t, int64_t, bool))
-RK_DECLARE_ISA(template <class T> void linear(const T*, int64_t, const T*, int64_t, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class I, class T>
-               void embedding_fm_rows(const Bags*, int64_t, const T*, T*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_backward(const FmGrads&, int64_t, int64_t, A*))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sums(const FmGrads&, int64_t, int64_t, A*, A*))
-RK_DECLARE_ISA(template <class T, class A> void embedding_fm_sum(const A*, int64_t, int64_t, T*))
 
 // A block of samples is looked up, all features, and then combined while its rows are in the cache.
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
@@ -59,7 +51,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {
     const int64_t b0 = task * block, b1 = std::min(B, b0 + block);
     for (int64_t f = 0; f < F; ++f)
-      if (!(rows ? ids_fit(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
+      if (!(rows ? ids_in_range(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
         fit = false;
         return;
       }
@@ -71,13 +63,30 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
       T* linear_out = static_cast<T*>(linear.mutable_data_ptr());
       const T* a_ = linear_weight ? static_cast<const T*>(a.const_data_ptr()) : nullptr;
       if (rows) {
-        dispatch_ids(bags[0], [&](const auto* ids) {
-          using I = std::remove_const_t<std::remove_pointer_t<decltype(ids)>>;
-          RK_DISPATCH_ISA(embedding_fm_rows<I>, bags.data(), F, a_, y, linear_out, b0, b1);
-        });
+        FmRows<T> k{};
+        k.features = bags.data();
+        k.F = F;
+        k.linear_weight = a_;
+        k.fm = y;
+        k.linear = linear_out;
+        RK_DISPATCH_ISA(embedding_fm_rows<T>, k, {b0, b1});
       } else {
-        RK_DISPATCH_ISA(fm_interaction<T>, x, stride_xb, D, y, b0, b1, F, D, true);
-        if (a_) RK_DISPATCH_ISA(linear<T>, x, stride_xb, a_, width, linear_out, b0, b1);
+        FmInteraction<T> k{};
+        k.x = x;
+        k.stride_sample = stride_xb;
+        k.stride_field = D;
+        k.out = y;
+        k.F = F;
+        k.D = D;
+        k.reduce_sum = true;
+        RK_DISPATCH_ISA(fm_interaction<T>, k, {b0, b1});
+        Linear<T> dot{};
+        dot.x = x;
+        dot.stride_row = stride_xb;
+        dot.weight = a_;
+        dot.n = width;
+        dot.out = linear_out;
+        if (a_) RK_DISPATCH_ISA(linear<T>, dot, {b0, b1});
       }
       if (more == 0) return;
       const T* beside = static_cast<const T*>(dense->const_data_ptr());
@@ -91,25 +100,27 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   return {embeddings, fm, linear};
 }
 
-// What the kernels of the backward are given, `grad_lookups` left out.
+// What the kernels of the backward are given, without their outputs.
 static FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
-  return {args.embeddings.const_data_ptr(),
-          data_of(args.grad_embeddings),
-          data_of(args.grad_fm),
-          data_of(args.grad_linear),
-          data_of(args.linear_weight),
-          nullptr,
-          args.embeddings.stride(0),
-          row_stride_of(args.grad_embeddings),
-          args.F,
-          D};
+  FmGrads grads{};
+  grads.embeddings = args.embeddings.const_data_ptr();
+  grads.grad_embeddings = data_of(args.grad_embeddings);
+  grads.grad_fm = data_of(args.grad_fm);
+  grads.grad_linear = data_of(args.grad_linear);
+  grads.linear_weight = data_of(args.linear_weight);
+  grads.stride_xb = args.embeddings.stride(0);
+  grads.stride_gb = row_stride_of(args.grad_embeddings);
+  grads.F = args.F;
+  grads.D = D;
+  return grads;
 }
 
-// Calls kernel(grads, first sample, end, its part of grad_a) on blocks of samples, and adds the parts up:
+// Calls kernel(samples, their part of grad_a) on blocks of samples, and adds the parts up:
 // -> the gradient of the linear weights, [0] where there are none.
-template <class T, class A, class Kernel>
+template <class T, class Kernel>
 static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear_weight, int64_t work,
                         const Kernel& kernel) {
+  using A = Accumulator<T>;
   constexpr int64_t kBlock = 256;  // samples; a constant, because the order of grad_a's sums follows from it
   const int64_t B = args.B, blocks = (B + kBlock - 1) / kBlock;
   const int64_t partials = args.linear_weight ? args.width : 0;
@@ -119,9 +130,14 @@ static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear
   run_tasks(blocks, work, [&](int64_t i) {
     A* sum = sums.get() + i * partials;
     std::fill_n(sum, partials, A(0));
-    kernel(i * kBlock, std::min(B, (i + 1) * kBlock), sum);
+    kernel(Range{i * kBlock, std::min(B, (i + 1) * kBlock)}, sum);
   });
-  RK_DISPATCH_ISA(embedding_fm_sum, sums.get(), blocks, partials, static_cast<T*>(grad_a.mutable_data_ptr()));
+  SumParts<T> parts{};
+  parts.sums = sums.get();
+  parts.parts = blocks;
+  parts.n = partials;
+  parts.total = static_cast<T*>(grad_a.mutable_data_ptr());
+  RK_DISPATCH_ISA(embedding_fm_sum<T>, parts);
   return grad_a;
 }
 
@@ -139,10 +155,9 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor
   grads.grad_lookups = grad_lookups.mutable_data_ptr();
   dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
     grad_a =
-        in_blocks<T, A>(args, linear_weight, 3 * args.B * args.width, [&](int64_t b0, int64_t b1, A* sum) {
-          RK_DISPATCH_ISA(embedding_fm_backward<T>, grads, b0, b1, sum);
+        in_blocks<T>(args, linear_weight, 3 * args.B * args.width, [&](Range samples, Accumulator<T>* sum) {
+          RK_DISPATCH_ISA(embedding_fm_backward<T>, grads, samples, sum);
         });
   });
   return {grad_lookups, grad_a};
@@ -200,14 +215,13 @@ struct LookupGrads {
                                 static_cast<const char*>(a.const_data_ptr()) + f * D * a.element_size(),
                                 w.stride(0)};
     }
-    const FmGrads grads = grads_of(args, D);
+    FmGrads grads = grads_of(args, D);
+    grads.grad_fm_s = grad_fm_s.mutable_data_ptr();
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
-      A* s = static_cast<A*>(grad_fm_s.mutable_data_ptr());
       grad_linear_weight =
-          in_blocks<T, A>(args, linear_weight, B * args.width, [&](int64_t b0, int64_t b1, A* sum) {
-            RK_DISPATCH_ISA(embedding_fm_sums<T>, grads, b0, b1, s, sum);
+          in_blocks<T>(args, linear_weight, B * args.width, [&](Range samples, Accumulator<T>* sum) {
+            RK_DISPATCH_ISA(embedding_fm_sums<T>, grads, samples, sum);
           });
     });
   }

@@ -8,9 +8,6 @@
 
 namespace rk {
 
-RK_DECLARE_ISA(template <class I> bool embedding_rows(const Bags&, const I*, int64_t, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I> bool embedding_bags(const Bags&, const I*, int64_t, int64_t))
-
 ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
     : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
@@ -27,6 +24,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     bag.R = w.size(0);
     bag.D = w.size(1);
     bag.stride_wr = w.stride(0);
+    bag.item_bytes = w.element_size();
     features.check_factors(args, f, dtype(f));
     width += bag.D;
     RK_CHECK_BAG(!concat || (dtype(f) == dtype(0) && bag.B == features.bags[0].B &&
@@ -57,16 +55,12 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
 
 bool ForwardArgs::look_up(size_t f, int64_t b0, int64_t b1) const {
   const Bags& bag = features.bags[f];
-  return dispatch_ids(bag, [&](const auto* ids) {
-    bool fit = true;
-    if (bag.are_rows())
-      fit = RK_DISPATCH_ISA(embedding_rows, bag, ids, tables[args.tables[f]].element_size(), b0, b1);
-    else
-      dispatch_floating(dtype(f), [&](auto* type) {
-        fit = RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, ids, b0, b1);
-      });
-    return fit;
+  if (bag.are_rows()) return RK_DISPATCH_ISA(embedding_rows, bag, {b0, b1});
+  bool in_range = true;
+  dispatch_floating(dtype(f), [&](auto* type) {
+    in_range = RK_DISPATCH_ISA(embedding_bags<std::remove_pointer_t<decltype(type)>>, bag, {b0, b1});
   });
+  return in_range;
 }
 
 void ForwardArgs::check_range() const {

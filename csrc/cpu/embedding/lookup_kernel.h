@@ -8,16 +8,13 @@
 //   max   out[b, d] = max_p e_{i_p, d}
 //   none  out[p] = e_{i_p}
 //
-// and an empty bag is zeros. Gradients (those of the rows are summed in segment_sum_kernel.h):
-//
-//   sum   grad e_{i_p} += w_p grad_out[b]      grad w_p = <grad_out[b], e_{i_p}>
-//   mean  the same over n
-//   max   grad e_{i_p, d} += grad_out[b, d] for the first p that attains the maximum or is NaN
+// and an empty bag is zeros.
 //
 // Bytes: n D loads in lines scattered over the table, D stores a bag; 2 n D flops. The latency of the loads
 // is all there is.
 #pragma once
 
+#include "cpu/embedding/ids_kernel.h"
 #include "cpu/embedding/params.h"
 #include "cpu/simd/columns.h"
 #include "cpu/simd/vec.h"
@@ -80,50 +77,31 @@ RK_INLINE bool for_each_cover(int64_t D, int64_t b0, int64_t b1, const Body& bod
   return true;
 }
 
-template <class T, bool kTail>
-RK_INLINE typename Traits<T>::vec load(const T* p, bool last, const Tail<T>& tail) {
-  return kTail && last ? tail.load(p) : Traits<T>::load(p);
-}
-template <class T, bool kTail>
-RK_INLINE void store(T* p, typename Traits<T>::vec v, bool last, const Tail<T>& tail) {
-  if (kTail && last)
-    tail.store(p, v);
-  else
-    Traits<T>::store(p, v);
-}
-
-// The ids of bag b that are not padding.
-template <class I>
-RK_INLINE int64_t count(const Bags& f, const I* ids, int64_t b) {
-  const int64_t p0 = f.begin(b), p1 = f.begin(b + 1);
-  if (f.padding_idx < 0) return p1 - p0;
-  int64_t n = 0;
-  for (int64_t p = p0; p < p1; ++p) n += ids[p] != f.padding_idx;
-  return n;
-}
-
 }  // namespace bags
 
-// Whether all of ids [p0, p1) are in [0, R).
-template <class I>
-bool embedding_ids_fit(const Bags& f, const I* ids, int64_t p0, int64_t p1) {
-  uint64_t bad = 0;
-  for (int64_t p = p0; p < p1; ++p) bad |= static_cast<uint64_t>(ids[p]) >= static_cast<uint64_t>(f.R);
-  return !bad;
+bool embedding_ids_in_range(const Bags& f, Range lookups) {
+  return with_ids(f, [&](const auto* ids) __attribute__((always_inline)) {
+    uint64_t bad = 0;
+    for (int64_t p = lookups.begin; p < lookups.end; ++p)
+      bad |= static_cast<uint64_t>(ids[p]) >= static_cast<uint64_t>(f.R);
+    return !bad;
+  });
 }
 
-// Bags [b0, b1) of one id each, without factors or padding: rows are copied as they are. Returns whether
-// their ids are in the table; at one that is not it ends.
+namespace bags {
+
 template <class I>
-bool embedding_rows(const Bags& f, const I* ids, int64_t item_bytes, int64_t b0, int64_t b1) {
-  const int64_t bytes = f.D * item_bytes, stride = f.stride_wr * item_bytes,
-                stride_out = f.stride_ob * item_bytes;
-  const bool streamed = stride_out == bytes && bytes % kCacheLine == 0 && is_streamed(f.out, f.N * bytes);
+__attribute__((noinline)) static bool copy_rows(const Bags& f, const I* ids, Range range) {
+  const int64_t bytes = f.D * f.item_bytes, stride = f.stride_wr * f.item_bytes,
+                stride_out = f.stride_ob * f.item_bytes;
+  const bool non_temporal =
+      stride_out == bytes && bytes % kCacheLine == 0 && is_non_temporal(f.out, f.N * bytes);
   const uint64_t R = f.R;
   const int64_t N = f.N;
-  const bags::Asking asking(f, item_bytes);
-  const bool fit = bags::for_each_cover<uint8_t, 1, bags::kMostVecs>(
-      bytes, b0, b1, [&](auto cover, int64_t d, int64_t p0, int64_t p1) __attribute__((always_inline)) {
+  const Asking asking(f, f.item_bytes);
+  const bool in_range = for_each_cover<uint8_t, 1, kMostVecs>(
+      bytes, range.begin, range.end,
+      [&](auto cover, int64_t d, int64_t p0, int64_t p1) __attribute__((always_inline)) {
         const uint8_t* weight = static_cast<const uint8_t*>(f.weight) + d;
         uint8_t* out = static_cast<uint8_t*>(f.out) + p0 * stride_out + d;
         for (int64_t p = p0; p < p1; ++p, out += stride_out) {
@@ -132,28 +110,25 @@ bool embedding_rows(const Bags& f, const I* ids, int64_t item_bytes, int64_t b0,
           if (asking.ahead) cover.prefetch(weight + ids[next < N ? next : p] * stride, asking.ends);
           const uint8_t* row = weight + ids[p] * stride;
           // Where a row is to be written too: 100,000 rows of 128 bytes, 0.86 of the time.
-          if (!streamed) cover.prefetch(out + bags::kOutAhead, false);
-          if (streamed)
+          if (!non_temporal) cover.prefetch(out + kOutAhead, false);
+          if (non_temporal)
 #pragma GCC unroll 16
-            for (int v = 0; v < cover.vecs; ++v) cover.stream(out, v, cover.load(row, v));
+            for (int v = 0; v < cover.vecs; ++v) cover.store_non_temporal(out, v, cover.load(row, v));
           else
 #pragma GCC unroll 16
             for (int v = 0; v < cover.vecs; ++v) cover.store(out, v, cover.load(row, v));
         }
         return true;
       });
-  if (streamed) end_of_stream();
-  return fit;
+  if (non_temporal) fence_non_temporal();
+  return in_range;
 }
-
-namespace bags {
 
 enum Pooling { kSums, kWeightedSums, kPeaks };
 
-// Without kAsks for tables that stay in the second-level cache: fewer instructions an id, which are all their
-// time.
-template <class T, class I, Pooling kPooling, bool kAsks, int kLeast, int kMost>
-__attribute__((noinline)) bool pool(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
+// Without kPrefetch for tables that stay in L2: fewer instructions an id, which are all their time.
+template <Pooling kPooling, bool kPrefetch, int kLeast, int kMost, class T, class I>
+__attribute__((noinline)) bool pool(const Bags& f, const I* ids, Range range) {
   using A = typename Traits<T>::scalar;
   using V = typename Traits<T>::vec;
   const uint64_t R = f.R;
@@ -161,7 +136,7 @@ __attribute__((noinline)) bool pool(const Bags& f, const I* ids, int64_t b0, int
   const T* factors = static_cast<const T*>(f.per_sample_weights);
   const Asking asking(f, sizeof(T));
   return for_each_cover<T, kLeast, kMost>(
-      f.D, b0, b1,
+      f.D, range.begin, range.end,
       [&](auto cover, int64_t d, int64_t begin, int64_t bags_end) __attribute__((always_inline)) {
         constexpr int kVecs = decltype(cover)::vecs;
         const int64_t ahead = asking.ahead;
@@ -177,7 +152,7 @@ __attribute__((noinline)) bool pool(const Bags& f, const I* ids, int64_t b0, int
           for (int64_t p = first; p < end; ++p) {
             const int64_t id = ids[p];
             if (static_cast<uint64_t>(id) >= R) return false;
-            if (kAsks && ahead)
+            if (kPrefetch && ahead)
               cover.prefetch(reinterpret_cast<const T*>(weight + ids[p + ahead < N ? p + ahead : p] * stride),
                              ends);
             if (id == padding_idx) {
@@ -206,91 +181,29 @@ __attribute__((noinline)) bool pool(const Bags& f, const I* ids, int64_t b0, int
 
 }  // namespace bags
 
-// Bags [b0, b1) of the other modes, likewise. Sums of more than eight vectors are a function of their own: in
-// one with all covers the compiler makes each of them slower, by up to a fifth.
-template <class T, class I>
-bool embedding_bags(const Bags& f, const I* ids, int64_t b0, int64_t b1) {
+bool embedding_rows(const Bags& f, Range range) {
+  return with_ids(f, [&](const auto* ids) { return bags::copy_rows(f, ids, range); });
+}
+
+// Sums of more than eight vectors are a function of their own: in one with all covers the compiler makes each
+// of them slower, by up to a fifth.
+template <class T>
+bool embedding_bags(const Bags& f, Range range) {
   using namespace bags;
-  if (f.mode == kMax) return pool<T, I, kPeaks, true, 1, 8>(f, ids, b0, b1);
-  if (f.per_sample_weights) return pool<T, I, kWeightedSums, true, 1, 8>(f, ids, b0, b1);
-  if constexpr (kMostVecs > 8 && sizeof(T) < 8)
-    if (f.D > 8 * Traits<T>::lanes)
-      return pool<T, I, kSums, true, (kMostVecs + 1) / 2, kMostVecs>(f, ids, b0, b1);
-  if (Asking(f, sizeof(T)).ahead) return pool<T, I, kSums, true, 1, 8>(f, ids, b0, b1);
-  return pool<T, I, kSums, false, 1, 8>(f, ids, b0, b1);
+  return with_ids(f, [&](const auto* ids) {
+    if (f.mode == kMax) return pool<kPeaks, true, 1, 8, T>(f, ids, range);
+    if (f.per_sample_weights) return pool<kWeightedSums, true, 1, 8, T>(f, ids, range);
+    if constexpr (kMostVecs > 8 && sizeof(T) < 8)
+      if (f.D > 8 * Traits<T>::lanes)
+        return pool<kSums, true, (kMostVecs + 1) / 2, kMostVecs, T>(f, ids, range);
+    if (Asking(f, sizeof(T)).ahead) return pool<kSums, true, 1, 8, T>(f, ids, range);
+    return pool<kSums, false, 1, 8, T>(f, ids, range);
+  });
 }
 
-// Bags [b0, b1) of mode max in the backward: grad_rows [N, D] gets each lookup's own part of grad_out.
-template <class T, class I>
-void embedding_max_grad_rows(const Bags& f, const I* ids, T* grad_rows, int64_t b0, int64_t b1) {
-  using V = typename Traits<T>::vec;
-  constexpr int64_t kLanes = Traits<T>::lanes;
-  const Tail<T> tail(static_cast<int>(f.D % kLanes));
-  for (int64_t b = b0; b < b1; ++b)
-    for (int64_t d = 0; d < f.D; d += kLanes) {
-      const bool last = d + kLanes > f.D;
-      const auto row = [&](int64_t p) __attribute__((always_inline)) {
-        return bags::load<T, true>(static_cast<const T*>(f.weight) + ids[p] * f.stride_wr + d, last, tail);
-      };
-      V peak = {};
-      bool empty = true;
-      for (int64_t p = f.begin(b); p < f.begin(b + 1); ++p) {
-        if (ids[p] == f.padding_idx) continue;
-        const V x = row(p);
-        peak = empty ? x : (x > peak) | (x != x) ? x : peak;
-        empty = false;
-      }
-      V grad = bags::load<T, true>(static_cast<const T*>(f.out) + b * f.stride_ob + d, last, tail);
-      for (int64_t p = f.begin(b); p < f.begin(b + 1); ++p) {
-        if (ids[p] == f.padding_idx) continue;
-        const V x = row(p);
-        const auto attained = (x == peak) | (x != x);  // beside a NaN no other value is the largest
-        bags::store<T, true>(grad_rows + p * f.D + d, attained ? grad : V{}, last, tail);
-        grad = attained ? V{} : grad;
-      }
-    }
-}
-
-// Bags [b0, b1): the gradient of the per-sample weights, [N].
-template <class T, class I>
-void embedding_factor_grad(const Bags& f, const I* ids, T* grad_factors, int64_t b0, int64_t b1) {
-  using A = typename Traits<T>::scalar;
-  using V = typename Traits<T>::vec;
-  constexpr int64_t kLanes = Traits<T>::lanes;
-  const Tail<T> tail(static_cast<int>(f.D % kLanes));
-  for (int64_t b = b0; b < b1; ++b) {
-    const int64_t n = f.mode == kMean ? bags::count(f, ids, b) : 1;
-    const T* grad = static_cast<const T*>(f.out) + b * f.stride_ob;
-    for (int64_t p = f.begin(b); p < f.begin(b + 1); ++p) {
-      const T* row = static_cast<const T*>(f.weight) + ids[p] * f.stride_wr;
-      V product = {};
-      if (ids[p] != f.padding_idx)
-        for (int64_t d = 0; d < f.D; d += kLanes) {
-          const bool last = d + kLanes > f.D;
-          product += bags::load<T, true>(grad + d, last, tail) * bags::load<T, true>(row + d, last, tail);
-        }
-      const A dot = sum_lanes<T>(product);
-      assign(grad_factors[p], n > 1 ? dot / A(n) : dot);
-    }
-  }
-}
-
-#define RK_INSTANTIATE_IDS(I)                                                  \
-  template bool embedding_ids_fit<I>(const Bags&, const I*, int64_t, int64_t); \
-  template bool embedding_rows<I>(const Bags&, const I*, int64_t, int64_t, int64_t);
-#define RK_INSTANTIATE(T, I)                                                                \
-  template bool embedding_bags<T, I>(const Bags&, const I*, int64_t, int64_t);              \
-  template void embedding_max_grad_rows<T, I>(const Bags&, const I*, T*, int64_t, int64_t); \
-  template void embedding_factor_grad<T, I>(const Bags&, const I*, T*, int64_t, int64_t);
-#define RK_INSTANTIATE_ALL(T) \
-  RK_INSTANTIATE(T, int32_t)  \
-  RK_INSTANTIATE(T, int64_t)
-RK_INSTANTIATE_IDS(int32_t)
-RK_INSTANTIATE_IDS(int64_t)
-RK_FOR_EACH_STORAGE(RK_INSTANTIATE_ALL)
-#undef RK_INSTANTIATE_ALL
+#define RK_INSTANTIATE(T) template bool embedding_bags<T>(const Bags&, Range);
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
-#undef RK_INSTANTIATE_IDS
 
 }  // namespace RK_ISA
 }  // namespace rk

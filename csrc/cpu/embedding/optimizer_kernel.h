@@ -21,59 +21,14 @@
 #pragma once
 
 #include "cpu/embedding/params.h"
+#include "cpu/simd/columns.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace update {
-
-// Without the call of the library that __builtin_sqrtf makes of a negative x.
-RK_INLINE float root(float x) {
-#if RK_VECTOR_BYTES > 16
-  return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x)));
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-RK_INLINE double root(double x) {
-#if RK_VECTOR_BYTES > 16
-  return _mm_cvtsd_f64(_mm_sqrt_pd(_mm_set1_pd(x)));
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-RK_INLINE f32v root(f32v x) {
-#if RK_VECTOR_BYTES == 64
-  return (f32v)_mm512_sqrt_ps((__m512)x);
-#elif RK_VECTOR_BYTES == 32
-  return (f32v)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < kFloats; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-RK_INLINE f64v root(f64v x) {
-#if RK_VECTOR_BYTES == 64
-  return (f64v)_mm512_sqrt_pd((__m512d)x);
-#elif RK_VECTOR_BYTES == 32
-  return (f64v)_mm256_sqrt_pd((__m256d)x);
-#else
-  for (int i = 0; i < kDoubles; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-#endif
-}
-
-template <class T>
-RK_INLINE typename Traits<T>::vec load(const T* p, bool whole, const Tail<T>& tail) {
-  return whole ? Traits<T>::load(p) : tail.load(p);
-}
-template <class T>
-RK_INLINE void store(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>& tail) {
-  if (whole)
-    Traits<T>::store(p, v);
-  else
-    tail.store(p, v);
-}
 
 template <Optimizer optimizer>
 struct Kind {
@@ -110,7 +65,7 @@ struct Step {
   Tail<T> tail;
   Tail<A> tail_state;
 
-  // With a null pointer, of no use.
+  // `update` may be null; the object must then not be used.
   __attribute__((always_inline)) Step(const Update* update, int64_t D)
       : D(D), tail(static_cast<int>(D % kLanes)), tail_state(static_cast<int>(D % kLanes)) {
     const Update u = update ? *update : Update{};
@@ -121,9 +76,9 @@ struct Step {
     max_norm = A(u.max_norm);
   }
 
-  // Asks for the state that a step on columns [d, d + kLanes) of a row reads.
+  // Prefetches the state that a step on columns [d, d + kLanes) of a row reads.
   template <Optimizer kind>
-  __attribute__((always_inline)) void ask(int64_t row, int64_t d) const {
+  __attribute__((always_inline)) void prefetch_state(int64_t row, int64_t d) const {
     if (kind == kAdagrad || kind == kAdam || kind == kAdamW)
       __builtin_prefetch(state1 + row * stride_sr + d, 1);
     if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * stride_sr + d, 1);
@@ -147,7 +102,7 @@ struct Step {
       const A g = s.grad_factor * grad[d] / most;
       squares += g * g;
     }
-    return most * root(squares);
+    return most * square_root(squares);
   }
 
   // Multiplies the gradients by grad_factor and shortens those that are then longer than max_norm.
@@ -155,10 +110,10 @@ struct Step {
     for (A* grad = grads; grad < grads + n * s.D; grad += s.D) {
       V squares = {};
       for (int64_t d = 0; d < s.D; d += kLanes) {
-        const V g = s.grad_factor * load(grad + d, d + kLanes <= s.D, s.tail_state);
+        const V g = s.grad_factor * load_columns(grad + d, d + kLanes <= s.D, s.tail_state);
         squares += g * g;
       }
-      A norm = root(sum_lanes<T>(squares));
+      A norm = square_root(sum_lanes<T>(squares));
       // Squares beyond the range, or so small that they lose digits: of the gradient over its largest value.
       if (s.max_norm != 0 && !(norm >= kLeastNorm && norm <= kMostNorm)) norm = scaled_norm(s, grad);
       // Not norm > max_norm: a NaN takes its row along, as it does in torch.
@@ -173,8 +128,8 @@ struct Step {
     V squares = {};
     for (int64_t d = 0; d < D; d += kLanes) {
       const bool whole = d + kLanes <= D;
-      V g = load(grad + d, whole, tail_state);
-      if (decay != 0) g += decay * load(weight + row * stride_wr + d, whole, tail);
+      V g = load_columns(grad + d, whole, tail_state);
+      if (decay != 0) g += decay * load_columns(weight + row * stride_wr + d, whole, tail);
       squares += g * g;
     }
     return state1[row] += sum_lanes<T>(squares) / A(D);
@@ -186,17 +141,18 @@ struct Step {
     for (int64_t k = 0; k < n; ++k) scales[k] = add_to_state(rows[k], grads + k * D);
     for (int64_t k = n; k % kLanes; ++k) scales[k] = 0;
     for (int64_t k = 0; k < n; k += kLanes)
-      Traits<A>::store(scales + k, lr / (root(Traits<A>::load(scales + k)) + eps));
+      Traits<A>::store(scales + k, lr / (square_root(Traits<A>::load(scales + k)) + eps));
   }
 
-  // A step on columns [d, d + kLanes) of a row, `whole` or its last, of gradient g; `scale` is scale_rows'.
-  // No sum has two products in it: which of them is fused into it would be the compiler's choice, in every
-  // copy that it makes of a loop anew, and a row must have the same bits wherever in a batch it comes.
+  // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g; `scale` is
+  // scale_rows'. No sum has two products in it: which of them is fused into it would be the compiler's
+  // choice, in every copy that it makes of a loop anew, and a row must have the same bits wherever in a batch
+  // it comes.
   template <Optimizer kind>
-  __attribute__((always_inline)) void take_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
+  __attribute__((always_inline)) void apply_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
     T* w_row = weight + row * stride_wr;
     A *s1 = state1 + row * stride_sr, *s2 = state2 + row * stride_sr;
-    V w = load(w_row + d, whole, tail);
+    V w = load_columns(w_row + d, whole, tail);
     if (kind == kAdamW)
       w -= lr * decay * w;
     else if (decay != 0)
@@ -204,65 +160,64 @@ struct Step {
     if (kind == kSGD) w -= lr * g;
     if (kind == kRowWiseAdagrad) w -= scale * g;
     if (kind == kAdagrad) {
-      const V sum = load(s1 + d, whole, tail_state) + g * g;
-      store(s1 + d, sum, whole, tail_state);
-      w -= lr * g / (root(sum) + eps);
+      const V sum = load_columns(s1 + d, whole, tail_state) + g * g;
+      store_columns(s1 + d, sum, whole, tail_state);
+      w -= lr * g / (square_root(sum) + eps);
     }
     if (kind == kAdam || kind == kAdamW) {
-      V m = load(s1 + d, whole, tail_state), v = load(s2 + d, whole, tail_state);
+      V m = load_columns(s1 + d, whole, tail_state), v = load_columns(s2 + d, whole, tail_state);
       m += keep1 * (g - m);
       v += keep2 * (g * g - v);
-      store(s1 + d, m, whole, tail_state);
-      store(s2 + d, v, whole, tail_state);
-      w -= step * m / (inverse_root * root(v) + eps);
+      store_columns(s1 + d, m, whole, tail_state);
+      store_columns(s2 + d, v, whole, tail_state);
+      w -= step * m / (inverse_root * square_root(v) + eps);
     }
-    store(w_row + d, w, whole, tail);
+    store_columns(w_row + d, w, whole, tail);
   }
 
   template <Optimizer kind>
-  __attribute__((noinline)) static void take_as(Step s, const int64_t* rows, const A* grads, int64_t n,
-                                                const int64_t* next, int64_t n_next) {
+  __attribute__((noinline)) static void apply_as(Step s, const int64_t* rows, const A* grads, int64_t n,
+                                                 const int64_t* next, int64_t n_next) {
     constexpr bool kRowWise = kind == kRowWiseAdagrad;
     A scales[kRowWise ? kMostLookups : 1];
     if (kRowWise) s.scale_rows(rows, grads, n, scales);
     const int64_t D = s.D;
     for (int64_t k = 0; k < n; ++k) {
-      const int64_t row = rows[k], asked = next[k < n_next ? k : n_next - 1];
+      const int64_t row = rows[k], ahead = next[k < n_next ? k : n_next - 1];
       const A* grad = grads + k * D;
       for (int64_t d = 0; d < D; d += kLanes) {
         const bool whole = d + kLanes <= D;
-        s.template ask<kind>(asked, d);
-        s.template take_columns<kind>(row, d, load(grad + d, whole, s.tail_state), scales[kRowWise ? k : 0],
-                                      whole);
+        s.template prefetch_state<kind>(ahead, d);
+        s.template apply_columns<kind>(row, d, load_columns(grad + d, whole, s.tail_state),
+                                       scales[kRowWise ? k : 0], whole);
       }
     }
     for (int64_t k = n; k < n_next; ++k)
-      for (int64_t d = 0; d < D; d += kLanes) s.template ask<kind>(next[k], d);
+      for (int64_t d = 0; d < D; d += kLanes) s.template prefetch_state<kind>(next[k], d);
   }
 
-  // On n <= kMostLookups distinct rows of gradients grads [n, D], which it may change; asks for the state of
-  // the rows next [n_next], whose turn comes then.
-  void take(const int64_t* rows, A* grads, int64_t n, const int64_t* next, int64_t n_next) const {
+  // Applies the step to n <= kMostLookups distinct rows of gradients grads [n, D], which it may change;
+  // prefetches the state of the rows next [n_next], which come after.
+  void apply(const int64_t* rows, A* grads, int64_t n, const int64_t* next, int64_t n_next) const {
     if (grad_factor != 1 || max_norm != 0) scale_grads(*this, grads, n);
     if (n_next == 0) next = rows, n_next = n != 0;
     with_kind(optimizer, [&](auto kind) __attribute__((always_inline)) {
-      take_as<decltype(kind)::value>(*this, rows, grads, n, next, n_next);
+      apply_as<decltype(kind)::value>(*this, rows, grads, n, next, n_next);
     });
   }
 };
 
 }  // namespace update
 
-// Rows [i0, i1) of a coalesced sparse gradient: row rows[i] of the table has the gradient values[i], [D].
-// scratch [chunk_of(D), D].
-template <class T, class A>
-void embedding_update(const Update& u, const int64_t* rows, const T* values, int64_t D, int64_t i0,
-                      int64_t i1, A* scratch) {
-  const update::Step<T> step(&u, D);
-  const int64_t chunk = chunk_of(D);
-  for (int64_t i = i0, end, next_end; i < i1; i = end) {
-    end = i + chunk < i1 ? i + chunk : i1, next_end = end + chunk < i1 ? end + chunk : i1;
-    const T* grads = values + i * D;
+template <class T>
+void embedding_optimizer_step(const SparseStep<T>& a, Range range, Accumulator<T>* scratch) {
+  using A = Accumulator<T>;
+  const int64_t D = a.D, chunk = chunk_of(D);
+  const update::Step<T> step(&a.update, D);
+  for (int64_t i = range.begin, end, next_end; i < range.end; i = end) {
+    end = i + chunk < range.end ? i + chunk : range.end;
+    next_end = end + chunk < range.end ? end + chunk : range.end;
+    const T* grads = a.values + i * D;
     const int64_t n = (end - i) * D;
     int64_t d = 0;
     for (; d + Traits<T>::lanes <= n; d += Traits<T>::lanes)
@@ -271,19 +226,15 @@ void embedding_update(const Update& u, const int64_t* rows, const T* values, int
     Tail<A>(left).store(scratch + d, Tail<T>(left).load(grads + d));
     for (int64_t k = end; k < next_end; ++k)
       for (d = 0; d < D; d += Traits<T>::lanes)
-        __builtin_prefetch(step.weight + rows[k] * u.stride_wr + d, 1);
-    step.take(rows + i, scratch, end - i, rows + end, next_end - end);
+        __builtin_prefetch(step.weight + a.rows[k] * step.stride_wr + d, 1);
+    step.apply(a.rows + i, scratch, end - i, a.rows + end, next_end - end);
   }
 }
 
-template void embedding_update<float, float>(const Update&, const int64_t*, const float*, int64_t, int64_t,
-                                             int64_t, float*);
-template void embedding_update<double, double>(const Update&, const int64_t*, const double*, int64_t, int64_t,
-                                               int64_t, double*);
-template void embedding_update<fp16, float>(const Update&, const int64_t*, const fp16*, int64_t, int64_t,
-                                            int64_t, float*);
-template void embedding_update<bf16, float>(const Update&, const int64_t*, const bf16*, int64_t, int64_t,
-                                            int64_t, float*);
+#define RK_INSTANTIATE(T) \
+  template void embedding_optimizer_step<T>(const SparseStep<T>&, Range, Accumulator<T>*);
+RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
+#undef RK_INSTANTIATE
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -4,17 +4,17 @@
 
 #include <stdint.h>
 
+#include "cpu/simd/accumulator.h"
+#include "cpu/simd/kernel.h"
 #include "embedding/params.h"
 
 namespace rk {
-
-enum EmbeddingMode : int64_t { kNone = 0, kSum = 1, kMean = 2, kMax = 3 };  // ops/embedding_bag.py: MODES
 
 // One feature: B bags of the rows of one table. Without offsets bag b has the ids [b L, (b + 1) L), with them
 // [starts[b], starts[b + 1]). In mode kNone a bag is one id.
 struct Bags {
   const void* weight;  // [R, D], unit stride along D
-  int64_t stride_wr, R, D;
+  int64_t stride_wr, R, D, item_bytes;
   const void* ids;  // [N], int64 or int32
   bool wide_ids;
   int64_t N, B, L;
@@ -32,20 +32,34 @@ struct Bags {
   }
 };
 
+// Whether all of these lookups' ids are in the table.
+RK_KERNEL(bool embedding_ids_in_range(const Bags&, Range lookups))
+// Bags of one id each, without factors or padding: rows are copied as they are. Returns whether their ids are
+// in the table; at one that is not it ends. embedding_bags: those of the other modes.
+RK_KERNEL(bool embedding_rows(const Bags&, Range bags))
+RK_KERNEL(template <class T> bool embedding_bags(const Bags&, Range bags))
+// Bags of mode max in the backward: grad_rows [N, D] gets each lookup's own part of the gradient.
+RK_KERNEL(template <class T> void embedding_max_grad_rows(const Bags&, Range bags, T* grad_rows))
+// The gradient of the per-sample weights, [N].
+RK_KERNEL(template <class T> void embedding_factor_grad(const Bags&, Range bags, T* grad_factors))
+
 // How a feature's lookups become keys: one of row r has the key first_key + r, those of the feature's
 // padding_idx or the table's frozen row have skipped_key. The gradient that lookup p of bag b is to get is
-// number place + b, or with `one_each` place + p.
+// number first_grad + b, or with `one_each` first_grad + p.
 struct LookupKeys {
   uint64_t first_key, skipped_key;
   int64_t frozen_row;  // -1: none
-  int64_t place;
+  int64_t first_grad;
   int shift;
   bool one_each;
 };
+// Writes key << shift | number of the gradient for each lookup of these bags, or returns false: an id is
+// outside its table.
+RK_KERNEL(bool embedding_keys(const Bags&, const LookupKeys&, Range bags, uint64_t* keyed))
 
-// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A run is a stretch of
-// equal keys.
-struct Runs {
+// Lookups sorted by (table, row): sorted[p] = key << shift | number of the gradient. A segment is a
+// stretch of equal keys, the lookups of one row.
+struct Segments {
   const uint64_t* sorted;
   int64_t n;
   int shift;
@@ -58,8 +72,9 @@ struct Runs {
   }
 };
 
-// A run over several tiles leaves one partial sum in each of them: `left` of the run that came in, `right` of
-// the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two tables.
+// A segment over several tiles leaves one partial sum in each of them: `left` of the one that came in,
+// `right` of the one that goes on. Each has `bytes`, enough for the widest table: a tile's two may be of two
+// tables.
 struct Carries {
   char* sums;
   int64_t bytes;
@@ -119,6 +134,45 @@ struct TableGrad {
   const FmPart* fm;
 };
 
+// Rows of one table's lookups, summed.
+struct SegmentSum {
+  Segments segments;
+  TableGrad table;
+  Carries carries;
+  int64_t tile;         // lookups
+  int64_t rows_before;  // distinct rows of the table before the first segment that starts in the range
+};
+// Lookups in whole tiles but where the table begins or ends; scratch [chunk_of(D), D].
+RK_KERNEL(template <class T> void embedding_reduce(const SegmentSum&, Range lookups, void* scratch))
+// The segment that starts in a tile and goes on after it: adds up its carries, from that of the tile which
+// ends at `end`.
+RK_KERNEL(template <class T> void embedding_join(const SegmentSum&, int64_t end))
+// Zeros to whole cache lines, non-temporal.
+RK_KERNEL(void zero_lines(char* p, int64_t bytes))
+
+// A step on the rows of a coalesced sparse gradient: row rows[i] of the table has the gradient values[i],
+// [D].
+template <class T>
+struct SparseStep {
+  Update update;
+  const int64_t* rows;
+  const T* values;
+  int64_t D;
+};
+// scratch [chunk_of(D), D]
+RK_KERNEL(template <class T>
+          void embedding_optimizer_step(const SparseStep<T>&, Range rows, Accumulator<T>* scratch))
+
+// The FM and the linear term of features of one id a sample, without factors or padding.
+template <class T>
+struct FmRows {
+  const Bags* features;
+  int64_t F;
+  const T* linear_weight;  // [F, D], or null: no linear term
+  T *fm, *linear;          // [B]
+};
+RK_KERNEL(template <class T> void embedding_fm_rows(FmRows<T>, Range samples))
+
 // The backward of the FM and the linear term, in one dtype; matrices have unit stride along their columns.
 struct FmGrads {
   const void* embeddings;       // [B, F D], rows stride_xb apart
@@ -126,8 +180,25 @@ struct FmGrads {
   const void* grad_fm;          // [B], or null: zero
   const void* grad_linear;      // [B]
   const void* linear_weight;    // [F, D]; null with grad_linear
-  void* grad_lookups;           // [B, F D], contiguous
+  void* grad_lookups;           // [B, F D], contiguous: of embedding_fm_backward
+  void* grad_fm_s;              // [B, D] of accumulators, contiguous: of embedding_fm_sums
   int64_t stride_xb, stride_gb, F, D;
 };
+
+// The samples' part of the linear weights' gradient, if any, is added to grad_linear_weight [F, D].
+RK_KERNEL(template <class T>
+          void embedding_fm_backward(const FmGrads&, Range samples, Accumulator<T>* grad_linear_weight))
+// What an FmPart needs, grad_fm_s, and the same part.
+RK_KERNEL(template <class T>
+          void embedding_fm_sums(const FmGrads&, Range samples, Accumulator<T>* grad_linear_weight))
+
+// total [n] = the sum of `parts` rows of sums [parts, n].
+template <class T>
+struct SumParts {
+  const Accumulator<T>* sums;
+  int64_t parts, n;
+  T* total;
+};
+RK_KERNEL(template <class T> void embedding_fm_sum(const SumParts<T>&))
 
 }  // namespace rk

@@ -4,21 +4,9 @@
 #include <cstring>
 
 #include "cpu/runtime/dispatch.h"
-#include "cpu/simd/stream.h"
+#include "cpu/simd/non_temporal.h"
 
 namespace rk {
-
-RK_DECLARE_ISA(template <class I>
-               bool embedding_keys(const Bags&, const I*, const LookupKeys&, int64_t, int64_t, uint64_t*))
-RK_DECLARE_ISA(template <class T, class I>
-               void embedding_max_grad_rows(const Bags&, const I*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T, class I>
-               void embedding_factor_grad(const Bags&, const I*, T*, int64_t, int64_t))
-RK_DECLARE_ISA(template <class T> void embedding_reduce(const Runs&, const TableGrad&, int64_t, int64_t,
-                                                        int64_t, int64_t, const Carries&, void*))
-RK_DECLARE_ISA(template <class T>
-               void embedding_join(const Runs&, const TableGrad&, int64_t, int64_t, int64_t, const Carries&))
-RK_DECLARE_ISA(void zero_lines(char*, int64_t))
 
 // Lookups of a tile. A constant: the order of the sums follows from it. A thread takes several in a row,
 // because at a thread's first lookups nobody has asked for their rows.
@@ -119,11 +107,9 @@ Tensors BackwardArgs::factor_grads() const {
     const auto [f, b0, b1] = plan.tasks[task];
     const Bags& bag = features.bags[f];
     if (!bag.per_sample_weights) return;
-    dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
-      dispatch_floating(grads[f].scalar_type(), [&](auto* type) {
-        auto* grad_factor = static_cast<decltype(type)>(grad_factors[f].mutable_data_ptr());
-        RK_DISPATCH_ISA(embedding_factor_grad, bag, ids, grad_factor, b0, b1);
-      });
+    dispatch_floating(grads[f].scalar_type(), [&, f = f, b0 = b0, b1 = b1](auto* type) {
+      auto* grad_factor = static_cast<decltype(type)>(grad_factors[f].mutable_data_ptr());
+      RK_DISPATCH_ISA(embedding_factor_grad, bag, {b0, b1}, grad_factor);
     });
   });
   return grad_factors;
@@ -186,14 +172,14 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
     const LookupKeys keys{first_key_[t], first_key_[t + 1] - 1, args.frozen_rows[t], place_grad[f],
                           shift,         one_each(bag)};
     dispatch_ids(bag, [&, f = f, b0 = b0, b1 = b1](const auto* ids) {
-      if (!RK_DISPATCH_ISA(embedding_keys, bag, ids, keys, b0, b1, sorted_.get() + place[f])) {
+      if (!RK_DISPATCH_ISA(embedding_keys, bag, keys, {b0, b1}, sorted_.get() + place[f])) {
         fit = false;
         return;
       }
       if (bag.mode == kMax)
         dispatch_floating(grads[f].scalar_type(), [&](auto* type) {
           auto* grad_rows = static_cast<decltype(type)>(max_grad_rows_[f].mutable_data_ptr());
-          RK_DISPATCH_ISA(embedding_max_grad_rows, bag, ids, grad_rows, b0, b1);
+          RK_DISPATCH_ISA(embedding_max_grad_rows, bag, {b0, b1}, grad_rows);
         });
       const void** grad_rows = grad_rows_.get() + place_grad[f];
       double* factors = scaled ? factors_.get() + place_grad[f] : nullptr;
@@ -241,45 +227,49 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
     if (end != first_[t]) std::copy(from, to, sorted_.get() + end);
     end += to - from;
   }
-  runs_ = {sorted_.get(), end, shift, grad_rows_.get(), factors_.get()};
+  segments_ = {sorted_.get(), end, shift, grad_rows_.get(), factors_.get()};
 }
 
-int64_t SortedLookups::tiles() const { return (runs_.n + kTile - 1) / kTile; }
+int64_t SortedLookups::tiles() const { return (segments_.n + kTile - 1) / kTile; }
 
 int64_t SortedLookups::table_of(uint64_t key) const {
   return std::upper_bound(first_key_.begin(), first_key_.end(), key) - first_key_.begin() - 1;
 }
 
-static int64_t count_starts(const Runs& runs, int64_t p0, int64_t p1) {
+static int64_t count_starts(const Segments& lookups, int64_t p0, int64_t p1) {
   int64_t n = 0;
-  for (int64_t p = p0; p < p1; ++p) n += p == 0 || runs.key(p - 1) != runs.key(p);
+  for (int64_t p = p0; p < p1; ++p) n += p == 0 || lookups.key(p - 1) != lookups.key(p);
   return n;
 }
 
-int64_t SortedLookups::runs_before(int64_t p) const {
-  if (runs_before_tile_.empty()) return 0;
-  return runs_before_tile_[p / kTile] + count_starts(runs_, p / kTile * kTile, p);
+int64_t SortedLookups::segments_before(int64_t p) const {
+  if (segments_before_tile_.empty()) return 0;
+  return segments_before_tile_[p / kTile] + count_starts(segments_, p / kTile * kTile, p);
 }
 
 Ints SortedLookups::count_rows() {
-  runs_before_tile_.assign(tiles() + 1, 0);
-  run_tasks(tiles(), runs_.n, [&](int64_t tile) {
-    runs_before_tile_[tile + 1] = count_starts(runs_, tile * kTile, std::min(runs_.n, (tile + 1) * kTile));
+  segments_before_tile_.assign(tiles() + 1, 0);
+  run_tasks(tiles(), segments_.n, [&](int64_t tile) {
+    segments_before_tile_[tile + 1] =
+        count_starts(segments_, tile * kTile, std::min(segments_.n, (tile + 1) * kTile));
   });
-  for (int64_t tile = 0; tile < tiles(); ++tile) runs_before_tile_[tile + 1] += runs_before_tile_[tile];
+  for (int64_t tile = 0; tile < tiles(); ++tile)
+    segments_before_tile_[tile + 1] += segments_before_tile_[tile];
   Ints counts;
   for (const uint64_t key : first_key_) {
-    const uint64_t* at = std::lower_bound(runs_.sorted, runs_.sorted + runs_.n, key << runs_.shift);
-    runs_before_table_.push_back(runs_before(at - runs_.sorted));
-    if (runs_before_table_.size() > 1)
-      counts.push_back(runs_before_table_.back() - runs_before_table_[runs_before_table_.size() - 2]);
+    const uint64_t* at =
+        std::lower_bound(segments_.sorted, segments_.sorted + segments_.n, key << segments_.shift);
+    segments_before_table_.push_back(segments_before(at - segments_.sorted));
+    if (segments_before_table_.size() > 1)
+      counts.push_back(segments_before_table_.back() -
+                       segments_before_table_[segments_before_table_.size() - 2]);
   }
   return counts;
 }
 
 void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes,
                            const Ints& widths) const {
-  if (runs_.n == 0) return;
+  if (segments_.n == 0) return;
   for (size_t t = 0; t < tables.size(); ++t) {
     tables[t].first_key = first_key_[t];
     tables[t].first_grad = first_grad_[t];
@@ -290,31 +280,33 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
   const auto carry_bytes = uninitialized<char>(2 * tiles() * sum_bytes);
   const Carries carries{carry_bytes.get(), sum_bytes};
   const auto rows_before = [&](int64_t t, int64_t p) {
-    return runs_before_table_.empty() ? 0 : runs_before(p) - runs_before_table_[t];
+    return segments_before_table_.empty() ? 0 : segments_before(p) - segments_before_table_[t];
   };
   constexpr int64_t kTask = kTile * kTilesPerTask;
-  run_tasks((runs_.n + kTask - 1) / kTask, runs_.n * (width + 16), [&](int64_t task) {
+  run_tasks((segments_.n + kTask - 1) / kTask, segments_.n * (width + 16), [&](int64_t task) {
     auto scratch = uninitialized<double>(std::max(kChunkValues, kFewestLookups * width));
-    const int64_t end = std::min(runs_.n, (task + 1) * kTask);
+    const int64_t end = std::min(segments_.n, (task + 1) * kTask);
     for (int64_t p0 = task * kTask, p1; p0 < end; p0 = p1) {
-      const int64_t t = table_of(runs_.key(p0));
-      const uint64_t next = first_key_[t + 1] << runs_.shift;
-      p1 = std::lower_bound(runs_.sorted + p0, runs_.sorted + end, next) - runs_.sorted;
+      const int64_t t = table_of(segments_.key(p0));
+      const uint64_t next = first_key_[t + 1] << segments_.shift;
+      p1 = std::lower_bound(segments_.sorted + p0, segments_.sorted + end, next) - segments_.sorted;
       dispatch_floating(dtypes[t], [&](auto* type) {
-        RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p0, p1,
-                        kTile, rows_before(t, p0), carries, scratch.get());
+        const SegmentSum sum{segments_, tables[t], carries, kTile, rows_before(t, p0)};
+        RK_DISPATCH_ISA(embedding_reduce<std::remove_pointer_t<decltype(type)>>, sum, {p0, p1},
+                        scratch.get());
       });
     }
   });
-  run_tasks(tiles() - 1, runs_.n, [&](int64_t tile) {
+  run_tasks(tiles() - 1, segments_.n, [&](int64_t tile) {
     const int64_t p0 = tile * kTile, p1 = p0 + kTile;
-    const uint64_t key = runs_.key(p1);
-    const bool goes_on = runs_.key(p1 - 1) == key, started_before = p0 > 0 && runs_.key(p0 - 1) == key;
+    const uint64_t key = segments_.key(p1);
+    const bool goes_on = segments_.key(p1 - 1) == key,
+               started_before = p0 > 0 && segments_.key(p0 - 1) == key;
     if (!goes_on || started_before) return;
     const int64_t t = table_of(key);
     dispatch_floating(dtypes[t], [&](auto* type) {
-      RK_DISPATCH_ISA(embedding_join<std::remove_pointer_t<decltype(type)>>, runs_, tables[t], p1, kTile,
-                      rows_before(t, p1) - 1, carries);
+      const SegmentSum sum{segments_, tables[t], carries, kTile, rows_before(t, p1) - 1};
+      RK_DISPATCH_ISA(embedding_join<std::remove_pointer_t<decltype(type)>>, sum, p1);
     });
   });
 }
@@ -331,7 +323,7 @@ void zero(const Tensors& tensors) {
   }
   run_tasks(chunks.size(), chunks.size() * kChunk / 64, [&](int64_t i) {
     auto [p, bytes] = chunks[i];
-    if (is_streamed(p, all_bytes)) {
+    if (is_non_temporal(p, all_bytes)) {
       const int64_t rest = bytes % kCacheLine, lines = bytes - rest;
       RK_DISPATCH_ISA(zero_lines, p, lines);
       p += lines;

@@ -52,8 +52,8 @@ class SortedLookups {
  private:
   int64_t tiles() const;
   int64_t table_of(uint64_t key) const;
-  // The number of runs that start before p.
-  int64_t runs_before(int64_t p) const;
+  // The number of segments that start before p.
+  int64_t segments_before(int64_t p) const;
 
   Ints first_, first_grad_;  // lookup, and gradient, of each table, and the end of the last's
   std::unique_ptr<uint64_t[]> sorted_;
@@ -61,8 +61,8 @@ class SortedLookups {
   std::unique_ptr<double[]> factors_;
   Tensors max_grad_rows_;
   std::vector<uint64_t> first_key_;  // of each table, and the end of the last; a table's last key is no row's
-  std::vector<int64_t> runs_before_tile_, runs_before_table_;
-  Runs runs_;
+  std::vector<int64_t> segments_before_tile_, segments_before_table_;
+  Segments segments_;
 };
 
 // The rows of each table that were looked up, ascending; their gradients; those of the per-sample weights.

@@ -28,24 +28,6 @@ Isa isa();
     (rk::isa() >= rk::Isa::avx512 ? rk::avx512::fn(__VA_ARGS__) \
      : rk::isa() == rk::Isa::avx2 ? rk::avx2::fn(__VA_ARGS__)   \
                                   : rk::baseline::fn(__VA_ARGS__))
-// Declares a kernel's function once for each instruction set.
-#  define RK_DECLARE_ISA(...) \
-    namespace baseline {      \
-    __VA_ARGS__;              \
-    }                         \
-    namespace avx2 {          \
-    __VA_ARGS__;              \
-    }                         \
-    namespace avx512 {        \
-    __VA_ARGS__;              \
-    }                         \
-    namespace avx512_bf16 {   \
-    __VA_ARGS__;              \
-    }
 #else
 #  define RK_DISPATCH_ISA(fn, ...) (rk::baseline::fn(__VA_ARGS__))
-#  define RK_DECLARE_ISA(...) \
-    namespace baseline {      \
-    __VA_ARGS__;              \
-    }
 #endif

@@ -10,7 +10,7 @@
 #  include <sys/mman.h>
 #endif
 
-#include "cpu/simd/stream.h"
+#include "cpu/simd/non_temporal.h"
 
 namespace rk {
 
@@ -42,8 +42,8 @@ inline torch::stable::Tensor new_empty_paged(const torch::stable::Tensor& like,
   return t;
 }
 
-inline bool is_streamed(const torch::stable::Tensor& out) {
-  return is_streamed(out.data_ptr(), out.numel() * out.element_size());
+inline bool is_non_temporal(const torch::stable::Tensor& out) {
+  return is_non_temporal(out.data_ptr(), out.numel() * out.element_size());
 }
 
 // A tensor whose rows the kernels can read: itself where its last dimension has unit stride, else a copy.

@@ -11,9 +11,26 @@ template <int kVecs, bool kTail>
 struct ColumnBlock {
   static constexpr int vecs = kVecs;
   static constexpr bool tail = kTail;
+
+  // Vector v of the block at p; `partial` has the last columns of the row.
+  template <class T>
+  static inline __attribute__((always_inline)) typename Traits<T>::vec load(const T* p, int v,
+                                                                            const Tail<T>& partial) {
+    p += v * Traits<T>::lanes;
+    return kTail && v == kVecs - 1 ? partial.load(p) : Traits<T>::load(p);
+  }
+  template <class T>
+  static inline __attribute__((always_inline)) void store(T* p, int v, typename Traits<T>::vec x,
+                                                          const Tail<T>& partial) {
+    p += v * Traits<T>::lanes;
+    if (kTail && v == kVecs - 1)
+      partial.store(p, x);
+    else
+      Traits<T>::store(p, x);
+  }
 };
-// Calls body(ColumnBlock, first column) on the D columns of a row, in blocks of up to four vectors, after
-// those of kWide vectors if there are such.
+// Splits a row's D columns into blocks and calls body(ColumnBlock, first column) on each: first blocks of
+// kWide vectors (if not zero), then blocks of up to four.
 template <class T, int kWide = 0, class Body>
 RK_INLINE void for_each_column_block(int64_t D, const Body& body) {
   constexpr int64_t N = Traits<T>::lanes;
@@ -34,6 +51,19 @@ RK_INLINE void for_each_column_block(int64_t D, const Body& body) {
   return body(ColumnBlock<4, true>(), d);
 }
 
+// A vector of columns at p: a whole one, or the row's last, which `partial` has.
+template <class T>
+RK_INLINE typename Traits<T>::vec load_columns(const T* p, bool whole, const Tail<T>& partial) {
+  return whole ? Traits<T>::load(p) : partial.load(p);
+}
+template <class T>
+RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const Tail<T>& partial) {
+  if (whole)
+    Traits<T>::store(p, v);
+  else
+    partial.store(p, v);
+}
+
 // ---- columns each of which is computed by itself
 //
 // Vectors cover a row, of which the last ends where the row does, over values of the one before it: what is
@@ -50,7 +80,7 @@ struct Traits<uint8_t> {
   static constexpr int lanes = RK_VECTOR_BYTES;
   RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
   RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
-  RK_INLINE void stream(uint8_t* p, vec v) { stream_vector(p, v); }
+  RK_INLINE void store_non_temporal(uint8_t* p, vec v) { store_vector_non_temporal(p, v); }
 };
 
 // kVecs vectors, the last of which begins at column `last`.
@@ -64,7 +94,7 @@ struct VectorCover {
   RK_MEMBER int64_t at(int v) const { return v == kVecs - 1 ? last : v * Traits<T>::lanes; }
   RK_MEMBER V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
   RK_MEMBER void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
-  RK_MEMBER void stream(T* p, int v, V x) const { Traits<T>::stream(p + at(v), x); }
+  RK_MEMBER void store_non_temporal(T* p, int v, V x) const { Traits<T>::store_non_temporal(p + at(v), x); }
   // With `ends` the line of the last byte too.
   RK_MEMBER void prefetch(const T* p, bool ends) const {
     constexpr int kBytes = Traits<T>::lanes * sizeof(T), kStep = kBytes < 64 ? 64 / kBytes : 1;
@@ -148,7 +178,7 @@ struct PieceCover {
   RK_MEMBER void store(T* p, int, V x) const {
     Pieces<kPiece * sizeof(T)>::store(p, p + last, narrow(x, T()));
   }
-  RK_MEMBER void stream(T* p, int, V x) const { store(p, 0, x); }
+  RK_MEMBER void store_non_temporal(T* p, int, V x) const { store(p, 0, x); }
   RK_MEMBER void prefetch(const T* p, bool ends) const {
     __builtin_prefetch(p);
     if (ends) __builtin_prefetch(p + last + kPiece - 1);
@@ -162,7 +192,7 @@ struct NoCover {
   static constexpr int vecs = 0;
   RK_MEMBER V load(const T*, int) const { return V{}; }
   RK_MEMBER void store(T*, int, V) const {}
-  RK_MEMBER void stream(T*, int, V) const {}
+  RK_MEMBER void store_non_temporal(T*, int, V) const {}
   RK_MEMBER void prefetch(const T*, bool) const {}
 };
 

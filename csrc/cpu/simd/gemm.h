@@ -8,12 +8,13 @@
 // long sums are sums of partial sums.
 //
 // 36 columns are two vectors and a quarter, and a third of the work on three vectors would be on padding.
-// Where the last `tail` columns fill at most half a vector (see DinTail), a vector holds them of several k
+// Where the last `tail` columns fill at most half a vector (see PackedTail), a vector holds them of several k
 // side by side, each times its own A[m, k]; its parts are added at the end. Nine multiply-adds instead of
 // twelve for 36 columns, five instead of six for 40. A then has stride_k 1, and finite values up to the next
 // multiple of four.
 #pragma once
 
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/operand.h"
 #include "cpu/simd/vec.h"
 
@@ -40,7 +41,7 @@ struct MultiplyAdd {
 template <class A>
 RK_INLINE int64_t tail_width(int64_t n) {
   constexpr int lanes = Traits<A>::lanes;
-  const DinTail tail(n);
+  const PackedTail tail(n);
   return kFloats >= 8 && sizeof(A) == 4 && tail.first % lanes == 0 && tail.width < lanes ? tail.width : 0;
 }
 
@@ -53,13 +54,16 @@ RK_INLINE void with_tail(int64_t width, const Body& body) {
     if (width == 8) body(Int<8>());
 }
 
+// Rows of the largest tile.
+constexpr int kGemmTileRows = RK_VECTOR_BYTES == 64 ? 8 : 4;
+
 template <class A, int kRows, int kVecs, int kTail, class Step = MultiplyAdd<A>>
 RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const typename Step::Stored* b, int64_t ldb,
                          const typename Step::Stored* tail, A* c, int64_t ldc, const A* init, int64_t ldi) {
   using X = Traits<A>;
   using B = Traits<typename Step::Stored>;
   using V = typename X::vec;
-  constexpr int kTogether = kTail ? X::lanes / kTail : 1;
+  constexpr int kRowsPerVector = kTail ? X::lanes / kTail : 1;
   V acc[kRows][kVecs + (kTail > 0)] = {};
   const A* a4 = a.p + 4 * a.stride_m;  // so that the eight rows need four address registers
   const auto row = [&](int i)
@@ -84,9 +88,9 @@ RK_INLINE void gemm_tile(int64_t K, Operand<A> a, const typename Step::Stored* b
       for (int i = 0; i < kRows; ++i)
         acc[i][kVecs] = Step::add(acc[i][kVecs], spread(row(i), Int<kTail>()), bv);
     };
-    for (; K >= kTogether; K -= kTogether, a.p += kTogether, a4 += kTogether) {
+    for (; K >= kRowsPerVector; K -= kRowsPerVector, a.p += kRowsPerVector, a4 += kRowsPerVector) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kTogether; ++j) step(j);
+      for (int j = 0; j < kRowsPerVector; ++j) step(j);
       tail_step();
     }
     if (K > 0) tail_step();
@@ -117,8 +121,7 @@ static __attribute__((noinline)) void gemm_panel(int64_t M, int64_t K, Operand<A
     c += kRows * ldc;
     if (init) init += kRows * ldi;
   };
-  constexpr int kMost = RK_VECTOR_BYTES == 64 ? 8 : 4;
-  while (M >= kMost) step(Int<kMost>());
+  while (M >= kGemmTileRows) step(Int<kGemmTileRows>());
   if (M >= 4) step(Int<4>());
   if (M >= 2) step(Int<2>());
   if (M >= 1) step(Int<1>());

@@ -17,9 +17,9 @@ static inline int64_t padded(int64_t n) {
 // An operand [K, padded(n)] whose n columns end with a few beyond whole vectors has these once more behind
 // it, `width` a row, so that one vector holds those of several rows and the product wastes no lanes on
 // padding (gemm.h). Which they are suits vectors of 16 and of 8 floats; others do without.
-struct DinTail {
+struct PackedTail {
   int64_t first, width;
-  explicit DinTail(int64_t n) : first(n - n % 16), width(0) {
+  explicit PackedTail(int64_t n) : first(n - n % 16), width(0) {
     const int64_t rest = n % 16;
     if (rest > 8) first += 8;
     if (rest > 0 && rest <= 12) width = rest > 4 && rest <= 8 ? 8 : 4;
@@ -27,7 +27,7 @@ struct DinTail {
 };
 template <class A>
 static inline int64_t operand_size(int64_t K, int64_t n) {
-  return K * padded<A>(n) + (K + 3) / 4 * 4 * DinTail(n).width;
+  return K * padded<A>(n) + (K + 3) / 4 * 4 * PackedTail(n).width;
 }
 
 }  // namespace rk

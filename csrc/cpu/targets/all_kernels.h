@@ -6,6 +6,8 @@
 #include "cpu/dense/linear_weight_grad_kernel.h"
 #include "cpu/dense/norm_activation_kernel.h"
 #include "cpu/din_attention/backward_kernel.h"
+#include "cpu/embedding/bag_grad_kernel.h"
 #include "cpu/embedding/fm_kernel.h"
 #include "cpu/embedding/lookup_kernel.h"
+#include "cpu/embedding/lookup_keys_kernel.h"
 #include "cpu/embedding/segment_sum_kernel.h"

@@ -16,11 +16,10 @@
 #pragma once
 
 #include "cuda/common/device.cuh"
+#include "embedding/params.h"
 
 namespace rk {
 namespace cuda {
-
-enum EmbeddingMode : uint8_t { kNone, kSum, kMean, kMax };  // ops/embedding_bag.py: MODES
 
 // One feature. Bag b has the ids [b L, (b + 1) L), beside offsets [offsets[b], offsets[b + 1]) of all L.
 struct Bags {
