@@ -15,9 +15,6 @@
 
 namespace rk {
 
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-
 // A str argument: the features' names, one a line, or nothing. It stays torch's until a message needs a name.
 class Names {
  public:
@@ -70,11 +67,6 @@ constexpr int64_t kModes = 4;
 // Of all tables of a backward together.
 constexpr int64_t kMostRows = int64_t(1) << 60;
 
-// t, or a contiguous copy of it if it is not a matrix with elements side by side.
-inline Tensor unit_stride_rows(const Tensor& t) {
-  return t.dim() == 2 && (t.stride(1) == 1 || t.size(1) == 1) ? t : torch::stable::contiguous(t);
-}
-
 inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   const size_t n = args.size();
   RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
@@ -126,6 +118,18 @@ void check_padding(const FeatureArgs& args, const Rows& rows) {
   for (size_t t = 0; t < args.frozen_rows.size(); ++t)
     RK_CHECK_BAG(is_row(args.frozen_rows[t], t), "frozen_rows[", t,
                  "] must be -1 or a row of its table with ", rows(t), " rows, got ", args.frozen_rows[t]);
+}
+
+// The error of lookup p of feature f: its id is outside a table with R rows.
+inline std::string out_of_range(const FeatureArgs& args, size_t f, int64_t p, int64_t id, int64_t R) {
+  std::string index;
+  for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
+    const int64_t size = args.indices[f].size(d);
+    index = std::to_string(p % size) + (index.empty() ? "" : ", ") + index;
+    p /= size;
+  }
+  return "embedding_bag: " + args.name(f) + "[" + index + "] = " + std::to_string(id) +
+         " is out of range for a table with " + std::to_string(R) + " rows";
 }
 
 // Raises unless a table is a matrix of a floating-point dtype that there are kernels for.

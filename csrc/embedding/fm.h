@@ -2,13 +2,9 @@
 // them.
 #pragma once
 
-#include <optional>
-
 #include "embedding/features.h"
 
 namespace rk {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // Like `like`, which the dispatcher has brought to this implementation.
 inline bool same_device(const Tensor& t, const Tensor& like) {

@@ -75,8 +75,7 @@ Update make_update(const char* op, int64_t optimizer, const double* hyper, const
   const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
   u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
   u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
-  const ScalarType dtype =
-      weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = accumulator_dtype(weight.scalar_type());
   const bool one_a_row = optimizer == kRowWiseAdagrad;
   const int64_t R = weight.size(0), D = one_a_row ? 1 : weight.size(1);
   for (size_t i = 0; i < states_of(optimizer); ++i) {

@@ -2,19 +2,15 @@
 // before anything is written.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cctype>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
-namespace rk {
+#include "stable/tensor.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace rk {
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -29,13 +25,6 @@ inline std::string shape_of(const Tensor& t) {
   for (int64_t d = 0; d < t.dim(); ++d) s << (d ? ", " : "") << t.size(d);
   s << ']';
   return s.str();
-}
-
-// Tensor::scalar_type() fails on dtypes that the stable ABI has no number for: these have torch's own.
-inline ScalarType dtype_of(const Tensor& t) {
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
-  return static_cast<ScalarType>(dtype);
 }
 
 // Whether it is one of the dtypes that the kernels are compiled for.

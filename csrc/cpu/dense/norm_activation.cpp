@@ -21,8 +21,6 @@
 
 namespace rk {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct NormArguments {
   const Tensor& x;
   const OptionalTensor &weight, &bias, &alpha, &running_mean, &running_var;
@@ -238,7 +236,8 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
   check(a);
   const Tensor xu = unit_stride_last(x);
   Tensor out = new_empty_paged(x, {a.N(), a.H()});
-  Tensor batch_stats = torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, wide(dtype_of(x)));
+  Tensor batch_stats =
+      torch::stable::new_empty(x, {a.batch_statistics() ? 2 * a.H() : 0}, accumulator_dtype(dtype_of(x)));
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
@@ -261,17 +260,6 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
   return {out, batch_stats};
 }
 
-template <class A, class Value>
-Tensor vector_gradient(const Tensor& param, const Value& value) {
-  Tensor grad = torch::stable::new_empty(param, param.sizes());
-  with_values(grad.scalar_type(), [&](auto* type) {
-    using P = std::remove_pointer_t<decltype(type)>;
-    P* p = static_cast<P*>(grad.mutable_data_ptr());
-    for (int64_t h = 0; h < grad.numel(); ++h) p[h] = static_cast<P>(value(h));
-  });
-  return grad;
-}
-
 static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     const Tensor& grad_out, const Tensor& batch_stats, const Tensor& x, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& alpha, const OptionalTensor& running_mean,
@@ -292,7 +280,7 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
   const int64_t N = a.N(), H = a.H();
   check_form("norm_activation_backward", "grad_out", grad_out, {N, H}, dtype_of(x));
   check_form("norm_activation_backward", "batch_stats", batch_stats, {a.batch_statistics() ? 2 * H : 0},
-             wide(dtype_of(x)));
+             accumulator_dtype(dtype_of(x)));
   const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
   Tensor grad_x = new_empty_paged(x, {N, H});
   std::vector<Tensor> grad_params;
@@ -342,15 +330,14 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     }
     if (a.weight) {
       const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
-      grad_params.push_back(vector_gradient<A>(*a.weight, [&](int64_t h) { return en[h]; }));
-      grad_params.push_back(vector_gradient<A>(*a.bias, [&](int64_t h) { return e[h]; }));
+      grad_params.push_back(gradient_of(*a.weight, [&](int64_t h) { return en[h]; }));
+      grad_params.push_back(gradient_of(*a.bias, [&](int64_t h) { return e[h]; }));
     }
     if (a.alpha) {
       A all = 0;
       for (int64_t h = 0; h < H; ++h) all += sums.grad.alpha[h];
       const bool one = a.alpha->numel() == 1;
-      grad_params.push_back(
-          vector_gradient<A>(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
+      grad_params.push_back(gradient_of(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
     }
   });
   return {grad_x, grad_params};

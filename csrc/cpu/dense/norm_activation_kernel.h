@@ -49,7 +49,7 @@ struct Units {
   using X = Traits<A>;
   using V = typename X::vec;
 
-  RK_INLINE Units at(const LayerParams<A>& f, int64_t h) {
+  static RK_INLINE Units at(const LayerParams<A>& f, int64_t h) {
     const auto constant = [&](const A* p) { return p ? X::load(p + h) : V{}; };
     return {constant(f.g_scale), constant(f.g_shift), constant(f.y_scale), constant(f.y_shift),
             constant(f.alpha),   constant(f.r),       constant(f.c1),      constant(f.c2)};

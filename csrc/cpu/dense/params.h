@@ -118,10 +118,9 @@ struct ColumnStats {
 struct MergeRows {
   double count, share, between;
 
-  __attribute__((always_inline)) MergeRows(const ColumnStats& stats, int64_t rows)
+  RK_INLINE MergeRows(const ColumnStats& stats, int64_t rows)
       : count(stats.count + rows), share(rows / count), between(stats.count * share) {}
-  __attribute__((always_inline)) void operator()(ColumnStats& stats, int64_t h, double mean,
-                                                 double deviation) const {
+  RK_INLINE void operator()(ColumnStats& stats, int64_t h, double mean, double deviation) const {
     const double delta = mean - stats.mean[h];
     stats.mean[h] += delta * share;
     stats.deviation[h] += deviation + delta * delta * between;

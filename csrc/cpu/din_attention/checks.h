@@ -13,8 +13,6 @@
 
 namespace rk {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct DinArguments {
   const Tensor &history, &target;
   const OptionalTensor &lengths, &mask, &offsets;

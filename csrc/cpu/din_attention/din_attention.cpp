@@ -277,18 +277,6 @@ std::unique_ptr<PartialGrads<A>> backward_pass(FoldedNetwork<A>& network, const 
   return sum;
 }
 
-template <class Values>
-Tensor gradient_of(const Tensor& param, const Values& value) {
-  Tensor grad = torch::stable::new_empty(param, param.sizes());
-  with_values(grad.scalar_type(), [&](auto* type) {
-    using P = std::remove_pointer_t<decltype(type)>;
-    P* p = static_cast<P*>(grad.mutable_data_ptr());
-    const int64_t n = grad.numel();
-    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<P>(value(i));
-  });
-  return grad;
-}
-
 // The parameters' gradients in the order of the schema.
 template <class A>
 std::vector<Tensor> param_gradients(FoldedNetwork<A>& network, const DinArguments& a,
@@ -412,8 +400,10 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
                                    batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   Tensor out = torch::stable::new_empty(target, {a.B(), a.D()});
-  Tensor batch_stats = torch::stable::new_empty(target, {stats_size(a)}, wide(dtype_of(history)));
-  Tensor saved = new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, wide(dtype_of(history)));
+  Tensor batch_stats =
+      torch::stable::new_empty(target, {stats_size(a)}, accumulator_dtype(dtype_of(history)));
+  Tensor saved =
+      new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, accumulator_dtype(dtype_of(history)));
   dispatch_floating(history.scalar_type(), [&](auto* type) {
     forward<std::remove_pointer_t<decltype(type)>>(a, g, out, batch_stats, saved);
   });
@@ -430,7 +420,7 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cp
                                    batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   const int64_t B = a.B(), D = a.D();
-  const ScalarType kept = wide(dtype_of(history));
+  const ScalarType kept = accumulator_dtype(dtype_of(history));
   check_form("din_attention_backward", "grad_out", grad_out, {B, D}, dtype_of(history));
   check_form("din_attention_backward", "batch_stats", batch_stats, {stats_size(a)}, kept);
   check_form("din_attention_backward", "saved", saved, {g.first.back() * (1 + kept_widths(a))}, kept);

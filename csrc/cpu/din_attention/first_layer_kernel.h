@@ -51,8 +51,8 @@ struct FirstLayer {
   }
 
   template <class T>
-  RK_INLINE Block<const A> rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
-                                int64_t n, int64_t D, const DinScratch<A>& s) {
+  static RK_INLINE Block<const A> rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
+                                       int64_t n, int64_t D, const DinScratch<A>& s) {
     return history_rows(rows, b, position, r0, n, D, s);
   }
 
@@ -67,12 +67,12 @@ struct FirstLayer {
 // A word, of type float, is a pair of bfloat16, the first in its low half.
 struct MultiplyAddPairs {
   using Stored = float;
-  RK_INLINE f32v broadcast(const float* p) {
+  static RK_INLINE f32v broadcast(const float* p) {
     int word;
     __builtin_memcpy(&word, p, sizeof word);
     return (f32v)_mm512_set1_epi32(word);
   }
-  RK_INLINE f32v add(f32v sum, f32v a, f32v b) {
+  static RK_INLINE f32v add(f32v sum, f32v a, f32v b) {
     return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };

@@ -89,16 +89,7 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
   for (int64_t p = 0; p < bag.N; ++p) {
     const int64_t id =
         bag.wide_ids ? static_cast<const int64_t*>(bag.ids)[p] : static_cast<const int32_t*>(bag.ids)[p];
-    if (id >= 0 && id < bag.R) continue;
-    std::string position;
-    int64_t rest = p;
-    for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
-      const int64_t size = args.indices[f].size(d);
-      position = std::to_string(rest % size) + (position.empty() ? "" : ", ") + position;
-      rest /= size;
-    }
-    RK_CHECK_BAG(false, args.name(f), "[", position, "] = ", id, " is out of range for a table with ", bag.R,
-                 " rows");
+    RK_CHECK(id >= 0 && id < bag.R, out_of_range(args, f, p, id, bag.R));
   }
 }
 

@@ -198,9 +198,8 @@ struct LookupGrads {
     const Tensor nothing = args.grad_embeddings ? embeddings : zeros(B, D);
     const Tensor grad_l = args.grad_linear ? *args.grad_linear : zeros(B, 1);
     const Tensor a = args.linear_weight ? *args.linear_weight : zeros(F, D);
-    const bool wide = embeddings.scalar_type() == ScalarType::Double;
     Tensor grad_fm_s =
-        torch::stable::new_empty(embeddings, {B, D}, wide ? ScalarType::Double : ScalarType::Float);
+        torch::stable::new_empty(embeddings, {B, D}, accumulator_dtype(embeddings.scalar_type()));
     kept = {*args.grad_fm, grad_l, a, grad_fm_s};
     fm.resize(weights.size());
     for (int64_t f = 0; f < F; ++f) {

@@ -42,7 +42,7 @@ struct Asking {
   int64_t ahead;
   bool ends;
 
-  RK_MEMBER Asking(const Bags& f, int64_t item_bytes) {
+  RK_INLINE Asking(const Bags& f, int64_t item_bytes) {
     constexpr int64_t kSecondLevel = 384 << 10, kThirdLevel = 16 << 20, kNear = 16, kFirstLevel = 16 << 10;
     const int64_t bytes = f.D * item_bytes, stride = f.stride_wr * item_bytes, table = f.R * stride;
     const int64_t far = bytes * kAhead <= kFirstLevel ? kAhead : kAhead / 2;

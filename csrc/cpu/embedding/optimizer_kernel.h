@@ -66,7 +66,7 @@ struct Step {
   Tail<A> tail_state;
 
   // `update` may be null; the object must then not be used.
-  __attribute__((always_inline)) Step(const Update* update, int64_t D)
+  RK_INLINE Step(const Update* update, int64_t D)
       : D(D), tail(static_cast<int>(D % kLanes)), tail_state(static_cast<int>(D % kLanes)) {
     const Update u = update ? *update : Update{};
     optimizer = u.optimizer, weight = static_cast<T*>(u.weight), stride_wr = u.stride_wr;
@@ -78,7 +78,7 @@ struct Step {
 
   // Prefetches the state that a step on columns [d, d + kLanes) of a row reads.
   template <Optimizer kind>
-  __attribute__((always_inline)) void prefetch_state(int64_t row, int64_t d) const {
+  RK_INLINE void prefetch_state(int64_t row, int64_t d) const {
     if (kind == kAdagrad || kind == kAdam || kind == kAdamW)
       __builtin_prefetch(state1 + row * stride_sr + d, 1);
     if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * stride_sr + d, 1);
@@ -124,7 +124,7 @@ struct Step {
   }
 
   // Adds what a row's gradient [D] adds to its s -> s.
-  __attribute__((always_inline)) A add_to_state(int64_t row, const A* grad) const {
+  RK_INLINE A add_to_state(int64_t row, const A* grad) const {
     V squares = {};
     for (int64_t d = 0; d < D; d += kLanes) {
       const bool whole = d + kLanes <= D;
@@ -136,8 +136,7 @@ struct Step {
   }
 
   // scales [n] = lr / (sqrt s + eps) of rows of gradients grads [n, D], after adding to their s.
-  __attribute__((always_inline)) void scale_rows(const int64_t* rows, const A* grads, int64_t n,
-                                                 A* scales) const {
+  RK_INLINE void scale_rows(const int64_t* rows, const A* grads, int64_t n, A* scales) const {
     for (int64_t k = 0; k < n; ++k) scales[k] = add_to_state(rows[k], grads + k * D);
     for (int64_t k = n; k % kLanes; ++k) scales[k] = 0;
     for (int64_t k = 0; k < n; k += kLanes)
@@ -149,7 +148,7 @@ struct Step {
   // choice, in every copy that it makes of a loop anew, and a row must have the same bits wherever in a batch
   // it comes.
   template <Optimizer kind>
-  __attribute__((always_inline)) void apply_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
+  RK_INLINE void apply_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
     T* w_row = weight + row * stride_wr;
     A *s1 = state1 + row * stride_sr, *s2 = state2 + row * stride_sr;
     V w = load_columns(w_row + d, whole, tail);

@@ -25,11 +25,9 @@ struct Bags {
   void* out;  // [B, D], in the backward its gradient
   int64_t stride_ob;
 
-  __attribute__((always_inline)) int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
+  RK_INLINE int64_t begin(int64_t b) const { return starts ? starts[b] : b * L; }
   // Whether every bag is one row as it is.
-  __attribute__((always_inline)) bool are_rows() const {
-    return L == 1 && !per_sample_weights && padding_idx < 0;
-  }
+  RK_INLINE bool are_rows() const { return L == 1 && !per_sample_weights && padding_idx < 0; }
 };
 
 // Whether all of these lookups' ids are in the table.
@@ -66,10 +64,8 @@ struct Segments {
   const void* const* grad_rows;  // of each number: a gradient, [D]
   const double* factors;         // of each number, or null: all 1
 
-  __attribute__((always_inline)) uint64_t key(int64_t p) const { return sorted[p] >> shift; }
-  __attribute__((always_inline)) uint64_t grad(int64_t p) const {
-    return sorted[p] & ((uint64_t(1) << shift) - 1);
-  }
+  RK_INLINE uint64_t key(int64_t p) const { return sorted[p] >> shift; }
+  RK_INLINE uint64_t grad(int64_t p) const { return sorted[p] & ((uint64_t(1) << shift) - 1); }
 };
 
 // A segment over several tiles leaves one partial sum in each of them: `left` of the one that came in,
@@ -80,11 +76,11 @@ struct Carries {
   int64_t bytes;
 
   template <class A>
-  __attribute__((always_inline)) A* left(int64_t tile) const {
+  RK_INLINE A* left(int64_t tile) const {
     return reinterpret_cast<A*>(sums + 2 * tile * bytes);
   }
   template <class A>
-  __attribute__((always_inline)) A* right(int64_t tile) const {
+  RK_INLINE A* right(int64_t tile) const {
     return reinterpret_cast<A*>(sums + (2 * tile + 1) * bytes);
   }
 };
@@ -104,7 +100,7 @@ constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 // Of those with an FmPart, which ask for three lines where others ask for one or two: with 128 lookups a step
 // of fused Adam on 39 x 100k x 16 B8192 takes 13.0 ms with one thread, with 64 12.3, with 32 11.3.
 constexpr int64_t kMostFmLookups = 32;
-__attribute__((always_inline)) inline int64_t chunk_of(int64_t D) {
+RK_INLINE int64_t chunk_of(int64_t D) {
   int64_t n = kMostLookups;
   while (n > kFewestLookups && n * D > kChunkValues) n /= 2;
   return n;

@@ -1,15 +1,12 @@
 // A backward from the op's arguments to sorted lookups and the sums of their rows.
 #pragma once
 
-#include <optional>
 #include <tuple>
 
 #include "cpu/embedding/features.h"
 #include "cpu/runtime/radix_sort.h"
 
 namespace rk {
-
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 inline Ints rows_of(const Tensors& weights) {
   Ints rows;

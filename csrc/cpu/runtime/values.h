@@ -8,23 +8,14 @@
 #include <type_traits>
 #include <vector>
 
-#include "stable/check.h"
+#include "stable/dispatch.h"
 
 namespace rk {
 
-// Calls body with a null pointer to the C++ type of a floating-point dtype.
+// Calls body with a null pointer to a type of the dtype's values that converts to and from others.
 template <class Body>
 void with_values(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return body(static_cast<torch::headeronly::Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return body(static_cast<torch::headeronly::BFloat16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
+  dispatch_dtype<torch::headeronly::Half, torch::headeronly::BFloat16>(dtype, body);
 }
 
 template <class A>
@@ -38,9 +29,17 @@ std::vector<A> values_of(const Tensor& t) {
   return values;
 }
 
-// The dtype of what is kept beside tensors of a dtype, the one they are computed in.
-inline ScalarType wide(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// A gradient like `param`, whose element i is value(i).
+template <class Value>
+Tensor gradient_of(const Tensor& param, const Value& value) {
+  Tensor grad = torch::stable::new_empty(param, param.sizes());
+  with_values(grad.scalar_type(), [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    P* p = static_cast<P*>(grad.mutable_data_ptr());
+    const int64_t n = grad.numel();
+    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<P>(value(i));
+  });
+  return grad;
 }
 
 }  // namespace rk

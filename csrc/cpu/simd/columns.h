@@ -14,14 +14,12 @@ struct ColumnBlock {
 
   // Vector v of the block at p; `partial` has the last columns of the row.
   template <class T>
-  static inline __attribute__((always_inline)) typename Traits<T>::vec load(const T* p, int v,
-                                                                            const Tail<T>& partial) {
+  static RK_INLINE typename Traits<T>::vec load(const T* p, int v, const Tail<T>& partial) {
     p += v * Traits<T>::lanes;
     return kTail && v == kVecs - 1 ? partial.load(p) : Traits<T>::load(p);
   }
   template <class T>
-  static inline __attribute__((always_inline)) void store(T* p, int v, typename Traits<T>::vec x,
-                                                          const Tail<T>& partial) {
+  static RK_INLINE void store(T* p, int v, typename Traits<T>::vec x, const Tail<T>& partial) {
     p += v * Traits<T>::lanes;
     if (kTail && v == kVecs - 1)
       partial.store(p, x);
@@ -70,17 +68,15 @@ RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const 
 // computed twice is the same twice. A row shorter than a vector is covered by two pieces of one. So nothing
 // beyond a row is touched and nothing is masked: a masked store is 40 operations to Zen 3.
 
-#define RK_MEMBER inline __attribute__((always_inline))
-
 // Bytes, copied as they are.
 template <>
 struct Traits<uint8_t> {
   using scalar = uint8_t;
   using vec = f32v;
   static constexpr int lanes = RK_VECTOR_BYTES;
-  RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
-  RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
-  RK_INLINE void store_non_temporal(uint8_t* p, vec v) { store_vector_non_temporal(p, v); }
+  static RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
+  static RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
+  static RK_INLINE void store_non_temporal(uint8_t* p, vec v) { store_vector_non_temporal(p, v); }
 };
 
 // kVecs vectors, the last of which begins at column `last`.
@@ -90,13 +86,13 @@ struct VectorCover {
   static constexpr int vecs = kVecs;
   int64_t last;
 
-  explicit RK_MEMBER VectorCover(int64_t width) : last(width - Traits<T>::lanes) {}
-  RK_MEMBER int64_t at(int v) const { return v == kVecs - 1 ? last : v * Traits<T>::lanes; }
-  RK_MEMBER V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
-  RK_MEMBER void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
-  RK_MEMBER void store_non_temporal(T* p, int v, V x) const { Traits<T>::store_non_temporal(p + at(v), x); }
+  explicit RK_INLINE VectorCover(int64_t width) : last(width - Traits<T>::lanes) {}
+  RK_INLINE int64_t at(int v) const { return v == kVecs - 1 ? last : v * Traits<T>::lanes; }
+  RK_INLINE V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
+  RK_INLINE void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
+  RK_INLINE void store_non_temporal(T* p, int v, V x) const { Traits<T>::store_non_temporal(p + at(v), x); }
   // With `ends` the line of the last byte too.
-  RK_MEMBER void prefetch(const T* p, bool ends) const {
+  RK_INLINE void prefetch(const T* p, bool ends) const {
     constexpr int kBytes = Traits<T>::lanes * sizeof(T), kStep = kBytes < 64 ? 64 / kBytes : 1;
 #pragma GCC unroll 16
     for (int v = 0; v < kVecs; v += kStep) __builtin_prefetch(p + v * Traits<T>::lanes);
@@ -117,7 +113,7 @@ template <int bytes>
 struct Pieces {
   using Piece = typename VectorOf<float, bytes / 4>::type;
   template <class V>
-  RK_INLINE V load(const void* p, const void* q) {
+  static RK_INLINE V load(const void* p, const void* q) {
 #if RK_VECTOR_BYTES >= 32
     const Piece first = load_vector<Piece>(p), second = load_vector<Piece>(q);
     if constexpr (bytes == 32)
@@ -131,7 +127,7 @@ struct Pieces {
 #endif
   }
   template <class V>
-  RK_INLINE void store(void* p, void* q, V v) {
+  static RK_INLINE void store(void* p, void* q, V v) {
     const auto x = (typename VectorOf<float, sizeof(V) / 4>::type) v;
     if constexpr (bytes == 32) {
       store_vector(p, __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7));
@@ -145,12 +141,12 @@ struct Pieces {
 template <class Piece>
 struct SmallPieces {
   template <class V>
-  RK_INLINE V load(const void* p, const void* q) {
+  static RK_INLINE V load(const void* p, const void* q) {
     typedef Piece pieces __attribute__((vector_size(sizeof(V))));
     return (V)pieces{load_vector<Piece>(p), load_vector<Piece>(q)};
   }
   template <class V>
-  RK_INLINE void store(void* p, void* q, V v) {
+  static RK_INLINE void store(void* p, void* q, V v) {
     typedef Piece pieces __attribute__((vector_size(sizeof(V))));
     store_vector<Piece>(p, ((pieces)v)[0]);
     store_vector<Piece>(q, ((pieces)v)[1]);
@@ -171,15 +167,15 @@ struct PieceCover {
   static constexpr int vecs = 1;
   int64_t last;
 
-  explicit RK_MEMBER PieceCover(int64_t width) : last(width - kPiece) {}
-  RK_MEMBER V load(const T* p, int) const {
+  explicit RK_INLINE PieceCover(int64_t width) : last(width - kPiece) {}
+  RK_INLINE V load(const T* p, int) const {
     return widen(Pieces<kPiece * sizeof(T)>::template load<Stored>(p, p + last), T());
   }
-  RK_MEMBER void store(T* p, int, V x) const {
+  RK_INLINE void store(T* p, int, V x) const {
     Pieces<kPiece * sizeof(T)>::store(p, p + last, narrow(x, T()));
   }
-  RK_MEMBER void store_non_temporal(T* p, int, V x) const { store(p, 0, x); }
-  RK_MEMBER void prefetch(const T* p, bool ends) const {
+  RK_INLINE void store_non_temporal(T* p, int, V x) const { store(p, 0, x); }
+  RK_INLINE void prefetch(const T* p, bool ends) const {
     __builtin_prefetch(p);
     if (ends) __builtin_prefetch(p + last + kPiece - 1);
   }
@@ -190,10 +186,10 @@ template <class T>
 struct NoCover {
   using V = typename Traits<T>::vec;
   static constexpr int vecs = 0;
-  RK_MEMBER V load(const T*, int) const { return V{}; }
-  RK_MEMBER void store(T*, int, V) const {}
-  RK_MEMBER void store_non_temporal(T*, int, V) const {}
-  RK_MEMBER void prefetch(const T*, bool) const {}
+  RK_INLINE V load(const T*, int) const { return V{}; }
+  RK_INLINE void store(T*, int, V) const {}
+  RK_INLINE void store_non_temporal(T*, int, V) const {}
+  RK_INLINE void prefetch(const T*, bool) const {}
 };
 
 // Calls body(cover) of columns [0, width): kLeast to kVecs vectors.

@@ -33,8 +33,8 @@ template <class A, class S = A>
 struct MultiplyAdd {
   using Stored = S;
   using V = typename Traits<A>::vec;
-  RK_INLINE V broadcast(const A* p) { return splat<A>(*p); }
-  RK_INLINE V add(V sum, V a, V b) { return sum + a * b; }
+  static RK_INLINE V broadcast(const A* p) { return splat<A>(*p); }
+  static RK_INLINE V add(V sum, V a, V b) { return sum + a * b; }
 };
 
 // How many of n columns are a tail that this instruction set packs, or 0.

@@ -5,6 +5,9 @@
 
 #include <stdint.h>
 
+// A function that no copy of may be left to the linker: what two instruction sets compile is not the same.
+#define RK_INLINE inline __attribute__((always_inline))
+
 namespace rk {
 
 // What a call works on: [begin, end) of the samples, rows, bags or lookups.

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "cpu/simd/kernel.h"
+
 namespace rk {
 
 // From this size on an output, and as much that was read for it, leave nothing of it in the caches for its
@@ -12,7 +14,7 @@ namespace rk {
 constexpr int64_t kNonTemporalMinBytes = 16 << 20;
 constexpr uintptr_t kCacheLine = 64;
 
-static inline __attribute__((always_inline)) bool is_non_temporal(const void* out, int64_t bytes) {
+static RK_INLINE bool is_non_temporal(const void* out, int64_t bytes) {
   return bytes >= kNonTemporalMinBytes && reinterpret_cast<uintptr_t>(out) % kCacheLine == 0;
 }
 

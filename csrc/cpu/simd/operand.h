@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "cpu/simd/kernel.h"
+
 namespace rk {
 
 // Rows of operands start at multiples of 64 bytes, an odd number of them, so that a column of a wide matrix

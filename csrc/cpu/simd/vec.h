@@ -13,6 +13,7 @@
 #  include <immintrin.h>
 #endif
 
+#include "cpu/simd/kernel.h"
 #include "cpu/simd/non_temporal.h"
 #include "cpu/simd/storage.h"
 
@@ -32,8 +33,6 @@ using u32v = VectorOf<uint32_t, kFloats>::type;
 using i32v = VectorOf<int32_t, kFloats>::type;
 using i64v = VectorOf<int64_t, kDoubles>::type;
 using u16v = VectorOf<uint16_t, kFloats>::type;
-
-#define RK_INLINE static inline __attribute__((always_inline))
 
 template <class V>
 RK_INLINE V load_vector(const void* p) {
@@ -118,27 +117,27 @@ struct Traits {  // bf16, fp16
   using scalar = float;
   using vec = f32v;
   static constexpr int lanes = kFloats;
-  RK_INLINE vec load(const T* p) { return widen(load_vector<u16v>(p), T()); }
-  RK_INLINE void store(T* p, vec v) { store_vector(p, narrow(v, T())); }
-  RK_INLINE void store_non_temporal(T* p, vec v) { store_vector_non_temporal(p, narrow(v, T())); }
+  static RK_INLINE vec load(const T* p) { return widen(load_vector<u16v>(p), T()); }
+  static RK_INLINE void store(T* p, vec v) { store_vector(p, narrow(v, T())); }
+  static RK_INLINE void store_non_temporal(T* p, vec v) { store_vector_non_temporal(p, narrow(v, T())); }
 };
 template <>
 struct Traits<float> {
   using scalar = float;
   using vec = f32v;
   static constexpr int lanes = kFloats;
-  RK_INLINE vec load(const float* p) { return load_vector<vec>(p); }
-  RK_INLINE void store(float* p, vec v) { store_vector(p, v); }
-  RK_INLINE void store_non_temporal(float* p, vec v) { store_vector_non_temporal(p, v); }
+  static RK_INLINE vec load(const float* p) { return load_vector<vec>(p); }
+  static RK_INLINE void store(float* p, vec v) { store_vector(p, v); }
+  static RK_INLINE void store_non_temporal(float* p, vec v) { store_vector_non_temporal(p, v); }
 };
 template <>
 struct Traits<double> {
   using scalar = double;
   using vec = f64v;
   static constexpr int lanes = kDoubles;
-  RK_INLINE vec load(const double* p) { return load_vector<vec>(p); }
-  RK_INLINE void store(double* p, vec v) { store_vector(p, v); }
-  RK_INLINE void store_non_temporal(double* p, vec v) { store_vector_non_temporal(p, v); }
+  static RK_INLINE vec load(const double* p) { return load_vector<vec>(p); }
+  static RK_INLINE void store(double* p, vec v) { store_vector(p, v); }
+  static RK_INLINE void store_non_temporal(double* p, vec v) { store_vector_non_temporal(p, v); }
 };
 
 template <class T>

@@ -3,6 +3,7 @@
 
 #include "cuda/common/device.cuh"
 #include "stable/check.h"
+#include "stable/dispatch.h"
 
 namespace rk {
 namespace cuda {
@@ -63,19 +64,9 @@ inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
-// Calls body with a null pointer to the type of a floating-point dtype.
 template <class Body>
 void dispatch_floating(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return body(static_cast<double*>(nullptr));
-    case ScalarType::Half:
-      return body(static_cast<fp16*>(nullptr));
-    case ScalarType::BFloat16:
-      return body(static_cast<bf16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
+  dispatch_dtype<fp16, bf16>(dtype, body);
 }
 
 }  // namespace cuda

@@ -260,8 +260,7 @@ void Backward::reduce(const Sorted& sorted, ScalarType dtype, const std::vector<
         pieces = std::max<int64_t>(pieces, tables[t].packed ? widths_[t] / kPack<T> : widths_[t]);
     const int lanes = log2_lanes(pieces);
     const int64_t staged_bytes = (kThreads >> lanes) * kTile * sizeof(Staged<A>);
-    const Tensor rows = torch::stable::new_empty(like(), {2 * tiles, width(dtype)},
-                                                 sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+    const Tensor rows = torch::stable::new_empty(like(), {2 * tiles, width(dtype)}, accumulator_dtype(dtype));
     const Carries<A> carries{static_cast<A*>(rows.mutable_data_ptr()), width(dtype)};
     for_tables(tables, wanted, [&](const Batch<TableGrad>& batch, size_t) {
       device_.launch(embedding_reduce<T>, blocks_for(tiles, lanes), staged_bytes, batch, sorted.lookups,

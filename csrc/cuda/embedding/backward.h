@@ -1,15 +1,12 @@
 // What an optimizer's step takes from the embedding op's backward.
 #pragma once
 
-#include <optional>
 #include <utility>
 
 #include "cuda/embedding/features.h"
 
 namespace rk {
 namespace cuda {
-
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 // The gradient of every row that was looked up. Run i, from 0, is of the row with key keys[i], the rows
 // numbered over all tables; how many runs there are is the last of `ranks`, on the device.

@@ -56,11 +56,9 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
   RangeReport report(device, weights[0]);
   dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = accumulate_t<T>;
     Tensor carry;
     if (args.size() > Batch<Bags>::kItems)
-      carry = torch::stable::new_empty(embeddings, {B, D + 2},
-                                       sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+      carry = torch::stable::new_empty(embeddings, {B, D + 2}, accumulator_dtype(embeddings.scalar_type()));
     const int lanes = log2_lanes(packed ? D / kPack<T> : D);
     for (size_t f = 0; f < args.size();) {
       Batch<Bags> batch;
@@ -126,8 +124,8 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cuda(const OptionalTenso
     if (!args.linear_weight) return;
     // At most 256 parts of at least 128 samples; the order of the sums follows from B alone.
     const int64_t part = std::max<int64_t>(128, (B + 255) / 256), n = (B + part - 1) / part;
-    const Tensor parts = torch::stable::new_empty(embeddings, {n, width},
-                                                  sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+    const Tensor parts =
+        torch::stable::new_empty(embeddings, {n, width}, accumulator_dtype(embeddings.scalar_type()));
     A* p = static_cast<A*>(parts.mutable_data_ptr());
     device.launch(embedding_linear_parts<T>, n * blocks_for(width, 0), 0, grads, part, p);
     device.launch(embedding_linear_total<T>, blocks_for(width, 0), 0, p, n, width,

@@ -37,26 +37,16 @@ static int64_t read_int(const Device& device, const void* p, bool wide, int64_t 
 static std::string message(const Device& device, const FeatureArgs& args, size_t f, const Bags& bags,
                            Report report) {
   const int64_t position = report & ((Report(1) << kPositionBits) - 1);
-  std::ostringstream s;
-  s << "embedding_bag: ";
   if ((report >> kPositionBits) % 2 == kBadOffset) {
-    s << "offsets of " << args.name(f) << " must start at 0, not decrease and not exceed " << bags.L
-      << ", the number of ids: offsets[" << position
+    std::ostringstream s;
+    s << "embedding_bag: offsets of " << args.name(f) << " must start at 0, not decrease and not exceed "
+      << bags.L << ", the number of ids: offsets[" << position
       << "] = " << read_int(device, bags.offsets, bags.wide_offsets, position);
     if (position + 1 < bags.B)
       s << " is before " << read_int(device, bags.offsets, bags.wide_offsets, position + 1);
     return s.str();
   }
-  std::string index;
-  int64_t rest = position;
-  for (int64_t d = args.indices[f].dim() - 1; d >= 0; --d) {
-    const int64_t size = args.indices[f].size(d);
-    index = std::to_string(rest % size) + (index.empty() ? "" : ", ") + index;
-    rest /= size;
-  }
-  s << args.name(f) << '[' << index << "] = " << read_int(device, bags.ids, bags.wide_ids, position)
-    << " is out of range for a table with " << bags.R << " rows";
-  return s.str();
+  return out_of_range(args, f, position, read_int(device, bags.ids, bags.wide_ids, position), bags.R);
 }
 
 RangeReport::RangeReport(const Device& device, const Tensor& like) : device_(device) {
