@@ -20,16 +20,17 @@ BELOW = {
     "": {},
     "stable": {},
     "embedding": {"stable"},
-    "cpu/simd": {},
-    "cpu/runtime": {"cpu/simd", "stable"},
-    "cpu/dense": {"cpu/runtime", "cpu/simd", "stable"},
-    "cpu/embedding": {"cpu/dense", "cpu/runtime", "cpu/simd", "stable", "embedding"},
-    "cpu/din_attention": {"cpu/dense", "cpu/runtime", "cpu/simd", "stable"},
+    "cpu": set(),
+    "cpu/simd": {"cpu"},
+    "cpu/runtime": {"cpu/simd", "cpu", "stable"},
+    "cpu/dense": {"cpu/runtime", "cpu/simd", "cpu", "stable"},
+    "cpu/embedding": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding"},
+    "cpu/din_attention": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable"},
     "cpu/deepfm": {
-        "cpu/dense", "cpu/runtime", "cpu/simd", "stable", "embedding",
+        "cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding",
         "cpu/embedding/params.h", "cpu/embedding/features.h",
     },
-    "cpu/targets": {"cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd"},
+    "cpu/targets": {"cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu"},
     "cuda/common": {"stable"},
     "cuda/embedding": {"cuda/common", "stable", "embedding"},
 }  # fmt: skip
@@ -45,7 +46,7 @@ def kind(path: str) -> str:
         return "target" if path.startswith("cpu/targets/") else "source"
     if name.endswith("_kernel.h") or path == "cpu/targets/all_kernels.h":
         return "kernel"
-    if name == "params.h" or path.startswith("cpu/simd/"):
+    if name in ("params.h", "tuning.h") or path.startswith("cpu/simd/"):
         return "plain"
     return "device" if name.endswith(".cuh") else "host"
 

@@ -78,7 +78,7 @@ struct PackedLayers {
 
   // `real` rows of a weight -> columns of a panel `width` wide, the others zeros.
   static void pack(const float* rows, int64_t K, int64_t real, int64_t width, float* panel) {
-    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in the first-level cache
+    for (int64_t k0 = 0; k0 < K; k0 += 64)  // a stretch of rows that stays in L1
       for (int64_t n = 0; n < width; ++n)
         for (int64_t k = k0, k1 = std::min(K, k0 + 64); k < k1; ++k)
           panel[k * width + n] = n < real ? rows[n * K + k] : 0.f;

@@ -1,10 +1,9 @@
 // The lookups of a block of samples for an MLP on them, for one instruction set.
 //
-// The rest of DeepFM finds its operands in the second-level cache (dense/hidden_layers_kernel.h), so memory
-// has only the tables' rows to give, in lines all over them. All rows of a feature are asked for at once,
-// while those of the feature before are copied: that has as many on their way as the processor can (5 ns a
-// row). Asked for little by little between the tiles of the product before, they would hold up the product's
-// own loads for longer than that: 5.7 ms instead of 5.4 for 4096 samples on one thread.
+// The MLP finds its operands in L2 (dense/hidden_layers_kernel.h), so memory has only the tables' rows to
+// give, scattered lines. All rows of a feature are prefetched while those of the feature before are copied,
+// so the miss queue is full; between the tiles of the GEMM before they would stall its loads
+// (docs/performance/deepfm.md).
 #pragma once
 
 #include "cpu/deepfm/params.h"

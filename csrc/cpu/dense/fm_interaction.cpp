@@ -6,12 +6,10 @@
 #include "cpu/dense/params.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/tuning.h"
 #include "stable/check.h"
 
 namespace rk {
-
-// A chunk of work worth waking a thread for, in elements of x: about 10 us.
-constexpr int64_t kGrain = 32768;
 
 static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
   RK_CHECK_DIM("fm_interaction", x, 3);
@@ -29,7 +27,7 @@ static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
     a.F = F;
     a.D = D;
     a.reduce_sum = reduce_sum;
-    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
+    torch::stable::parallel_for(0, B, kFmChunk / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
       RK_DISPATCH_ISA(fm_interaction<T>, a, {b0, b1});
     });
   });
@@ -56,7 +54,7 @@ static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& 
     a.D = D;
     a.reduce_sum = reduce_sum;
     a.non_temporal = is_non_temporal(grad_x);
-    torch::stable::parallel_for(0, B, kGrain / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
+    torch::stable::parallel_for(0, B, kFmChunk / (F * D + 1) + 1, [&](int64_t b0, int64_t b1) {
       RK_DISPATCH_ISA(fm_interaction_backward<T>, a, {b0, b1});
     });
   });

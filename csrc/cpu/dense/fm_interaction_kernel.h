@@ -11,8 +11,8 @@
 // side to hide the add's latency.
 //
 // Per sample: F*D loads, 3 F*D flops forward; backward F*D loads, F*D stores, 3 F*D flops (s_F is recomputed
-// from rows that stay in the first-level cache for the second pass). Both are bound by memory, and a large
-// grad_x is stored past the caches: an ordinary store would load its lines too.
+// from rows that stay in L1 for the second pass). Both are bound by memory, and a large
+// grad_x is stored non-temporally: an ordinary store would load its lines too.
 #pragma once
 
 #include "cpu/dense/params.h"
@@ -20,20 +20,16 @@
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/non_temporal.h"
 #include "cpu/simd/vec.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace fm {
 
-// How far ahead the first read of x asks for its rows. The short sums of every sample keep too few loads in
-// flight for the memory's latency, and the hardware's own prefetch stops at each page: without this a large x
-// is read at half the bandwidth (Zen 5). Beyond 4 KiB the next page's translation is under way too.
-constexpr int64_t kPrefetchBytes = 5120;
-
 // A block's vector v, for the first read of x.
 template <class Block, class T>
 RK_INLINE typename Traits<T>::vec load_first(const T* p, int v, const Tail<T>& tail) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p + v * Traits<T>::lanes) + kPrefetchBytes);
+  __builtin_prefetch(reinterpret_cast<const char*>(p + v * Traits<T>::lanes) + kFmAheadBytes);
   return Block::load(p, v, tail);
 }
 

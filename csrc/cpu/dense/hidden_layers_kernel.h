@@ -2,19 +2,18 @@
 //
 //   h_0 = x,    h_i = relu(W_i h_{i-1} + b_i),    float32
 //
-// 2 in out flops a layer and sample. The block's activations and the weights stay in the second-level cache
+// 2 in out flops a layer and sample. The block's activations and the weights stay in L2
 // (26 x 16 + 13 -> 256 -> 128 and 64 samples: 0.2 and 0.6 MB).
 #pragma once
 
 #include "cpu/dense/params.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/math.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace hidden {
-
-constexpr int64_t kDepth = 144;  // rows of a panel, at most, that stay in the first-level cache
 
 template <int kVecs>
 RK_INLINE void columns(const float* x, int64_t stride_x, int64_t rows, float* y, int64_t stride_y, int64_t k,
@@ -27,7 +26,8 @@ RK_INLINE void columns(const float* x, int64_t stride_x, int64_t rows, float* y,
 RK_INLINE void layer(const HiddenLayer& l, const float* x, int64_t stride_x, int64_t rows, float* y,
                      int64_t stride_y) {
   constexpr int64_t kLanes = Traits<float>::lanes;
-  const int64_t parts = l.in > kDepth ? (l.in + kDepth - 1) / kDepth : 1, most = (l.in + parts - 1) / parts;
+  const int64_t parts = l.in > kMlpDepth ? (l.in + kMlpDepth - 1) / kMlpDepth : 1,
+                most = (l.in + parts - 1) / parts;
   int64_t k = 0;
   do {  // once where there is no input: the bias
     const int64_t depth = l.in - k < most ? l.in - k : most;

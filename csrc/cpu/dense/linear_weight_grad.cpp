@@ -10,15 +10,10 @@
 #include "cpu/runtime/isa.h"
 #include "cpu/runtime/memory.h"
 #include "cpu/runtime/parallel.h"
+#include "cpu/tuning.h"
 #include "stable/check.h"
 
 namespace rk {
-
-// Rows of dW a task takes with one panel of columns: many, because each copies the panel, and few enough for
-// two tasks a panel where there are 256 units. A multiple of the tile's rows.
-constexpr int64_t kTaskRows = 132;
-// Samples between two sums: what all tasks read of them stays in the third-level cache.
-constexpr int64_t kSamples = 4096;
 
 // The texts are those of ops/linear_weight_grad.py.
 static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
@@ -39,12 +34,12 @@ static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   shared.grad_weight = static_cast<float*>(grad.mutable_data_ptr());
   shared.K = K;
   const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
-                blocks = (M + kTaskRows - 1) / kTaskRows;
-  for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kSamples) {
-    shared.samples = {n0, std::min(N, n0 + kSamples)};
+                blocks = (M + kWeightGradRows - 1) / kWeightGradRows;
+  for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kWeightGradSamples) {
+    shared.samples = {n0, std::min(N, n0 + kWeightGradSamples)};
     shared.add = n0 > 0;
     run_tasks(panels * blocks, (shared.samples.end - n0) * M * K / 16, [&](int64_t task) {
-      const int64_t m0 = task / panels * kTaskRows, m1 = std::min(M, m0 + kTaskRows);
+      const int64_t m0 = task / panels * kWeightGradRows, m1 = std::min(M, m0 + kWeightGradRows);
       Arena<float> arena;
       float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
       LinearWeightGrad a = shared;

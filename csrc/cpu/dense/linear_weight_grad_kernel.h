@@ -5,20 +5,21 @@
 // both first (11 MiB for [4096, 256] and [4096, 429], half as long as the product).
 //
 // A tile of kTileRows x kTileVecs vectors of dW stays in registers over kBlock samples; the panel of x that
-// its columns need is copied to the first-level cache, dy is read where it is. Flops 2 N M K; bytes 4 (N K +
-// N M ceil(K / panel)) out of the second-level cache. The sum over n runs in order, whatever the threads.
+// its columns need is copied to L1, dy is read where it is. Flops 2 N M K; bytes 4 (N K +
+// N M ceil(K / panel)) out of L2. The sum over n runs in order, whatever the threads.
 #pragma once
 
 #include "cpu/dense/params.h"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/vec.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace weight_grad {
 
 constexpr int kTileRows = 6, kTileVecs = RK_VECTOR_BYTES == 64 ? 4 : 2, kPanel = kTileVecs * kFloats;
-constexpr int64_t kBlock = 128;
+constexpr int64_t kBlock = kWeightGradPanelSamples;
 
 // sums [kRows, kPanel] += dy^T panel over n samples.
 template <int kRows>

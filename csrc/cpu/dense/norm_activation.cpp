@@ -76,12 +76,12 @@ constexpr int64_t kStatisticsRows = 64;
 // same bits for any number of threads.
 struct NormChunks {
   explicit NormChunks(const NormArguments& a, int64_t bytes) : N(a.N()) {
-    constexpr int64_t kGrain = 16384;  // values worth waking a thread for: about 20 us
-    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kGrain, 128));
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(N * a.H() / kNormChunk, 128));
     rows = std::max<int64_t>(1, (N + most - 1) / most);
-    // Blocks of rows: three arrays of accumulators stay in the first-level cache, rows read in groups of
+    // Blocks of rows: three arrays of accumulators stay in L1, rows read in groups of
     // vectors.
-    block = std::min<int64_t>(std::max<int64_t>(12288 / (a.H() * bytes + 1), 16), kBlockRows);
+    block =
+        std::min<int64_t>(std::max<int64_t>(kNormBlockBytes / (a.H() * bytes + 1), kNormMinRows), kBlockRows);
   }
   int64_t size() const { return (N + rows - 1) / rows; }
   int64_t begin(int64_t chunk) const { return chunk * rows; }

@@ -7,11 +7,10 @@
 //   n = (x - m) r,    out = activation(gamma n + beta)                          any activation but the last:
 //                     out = alpha x + sigmoid(gamma n + beta) (x - alpha x)     dice_batch_norm
 //
-// and without a normalization out = activation(x). Dice, whose statistics run along a row, goes through the
-// blocks of rows of dense/activation_kernel.h; the units of the others do not know of each other and go from
-// memory to memory, a few vectors of columns at a time (21 to 40 % faster forward and backward than through
-// the blocks, AMD Zen 5). Backward, with e = dL/dn and, for dice_batch_norm, d what of dL/dx goes past
-// the normalization (0 else), in training
+// and without a normalization out = activation(x). Dice, whose statistics run along a row, works on blocks of
+// rows (activation_kernel.h); the other activations' units are independent and are processed straight from
+// memory, a few vectors of columns at a time. Backward, with e = dL/dn and, for dice_batch_norm, d what of
+// dL/dx goes past the normalization (0 else), in training
 //
 //   grad_x = d + r (e - mean(e) - n mean(e n)),    grad_gamma = sum n dL/d(gamma n + beta),    grad_beta =
 //   its sum
@@ -22,9 +21,8 @@
 // write out; backward read x and grad_out for the sums, read both, write grad_x: 8 in all, where torch's
 // normalization and activation need 10 (relu) to about 50 (dice in plain operations). Without statistics of
 // the batch: forward 2, backward 3. Nothing of x's size is kept but x. Flops: about 10 a value for relu, 60
-// for dice, forward and backward; memory is the bound. A large out is stored past the caches, 1.05 to 1.4
-// times as fast forward, and no slower with its reader (65536 x 256, two Zen 3 cores); grad_x gained nothing
-// from it.
+// for dice, forward and backward; memory is the bound. A large out is stored
+// non-temporally; for grad_x that gained nothing.
 #pragma once
 
 #include "cpu/dense/activation_kernel.h"
@@ -42,8 +40,7 @@ namespace rk {
 namespace RK_ISA {
 namespace norm {
 
-// What one vector of columns knows of itself, and its sums over the rows. Absent columns are zero in the
-// constants.
+// The constants of one vector of columns, zero for absent ones, and its sums over the rows.
 template <Activation kind, bool kNormalized, class A>
 struct Units {
   using X = Traits<A>;
@@ -135,7 +132,7 @@ static void forward_units(const LayerParams<Accumulator<T>>& f, const T* x, int6
       });
 }
 
-// What a pass of the backward is for: sums alone, or grad_x, by the means that these are of or without.
+// A pass of the backward: sums alone, grad_x with the means taken away, or without.
 constexpr int kSums = 0, kCentred = 1, kPlain = 2;
 
 template <Activation kind, bool kNormalized, int kPass, class T>

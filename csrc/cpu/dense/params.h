@@ -6,6 +6,7 @@
 
 #include "cpu/simd/accumulator.h"
 #include "cpu/simd/kernel.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -69,14 +70,13 @@ RK_KERNEL(void linear_weight_grad(LinearWeightGrad, Range rows, float* memory))
 
 // ---- activation_kernel.h
 
-// linear, leakyrelu and prelu are one function, y for y > 0 and alpha * y otherwise. relu is not: its 0 is
-// that of minus infinity, too.
+// linear, leakyrelu and prelu are all `leaky`: y for y > 0 and alpha y otherwise. relu is not: of minus
+// infinity it is 0.
 enum class Activation : int64_t { leaky, relu, sigmoid, dice, dice_batch_norm };
 
-// One hidden layer, z = W x + b. Its product is computed as g = gs z + go, an affine function of each channel
-// that is folded into the weight; from it come y = ys g + yo, what the activation is of, and for
-// dice_batch_norm the sigmoid's argument v = vs g + vo. Vectors have padded(out) values, absent channels
-// zero.
+// One hidden layer, z = W x + b. The GEMM yields g = gs z + go, the affine part folded into the weights. The
+// activation's input is y = ys g + yo, for dice_batch_norm the sigmoid's v = vs g + vo. Vectors have
+// padded(out) values, absent channels zero.
 template <class A>
 struct LayerParams {
   int64_t in, out;
@@ -126,10 +126,6 @@ struct MergeRows {
     stats.deviation[h] += deviation + delta * delta * between;
   }
 };
-
-// Rows are processed in blocks of at most this many, whose intermediate values stay in the caches: most of
-// them in the first-level one, and 128 took 5 to 8 % longer with 100 rows a sample.
-constexpr int64_t kBlockRows = 64;
 
 // Memory of one thread.
 template <class A>
@@ -206,9 +202,6 @@ struct HiddenLayer {
     return left == 64 ? 32 : left < 48 ? left : 48;
   }
 };
-
-// Rows of samples that are multiplied together.
-constexpr int64_t kMlpRows = 64;
 
 // A block of samples, and room for the layers' results by turns. Up to whole tiles the rows may be read and
 // written.

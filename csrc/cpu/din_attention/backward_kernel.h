@@ -27,6 +27,21 @@ static Block<const A> grad_score(const Din<A>& net, const DinRows<T>& rows, int6
   return history;
 }
 
+// d = dL/dz of the first layer -> the gradients of n rows of the history, and of M.
+template <class A>
+RK_INLINE void backward_history(const Din<A>& net, int64_t row, int64_t n, const A* d, Block<const A> history,
+                                Block<A> grad_history, const DinScratch<A>& s) {
+  using X = Traits<A>;
+  const int64_t D = net.D, H = net.layer[0].out, ld = padded<A>(D), vecs = vectors<A>(D), ld0 = padded<A>(H);
+  const A *w = net.row_weight + row, *g = s.grad_out;
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes)
+      X::store(grad_history.p + r * grad_history.ld + j, w[r] * X::load(g + j));
+  gemm<A>(n, vecs, H, {d, ld0, 1}, s.operand_rows, ld, grad_history.p, grad_history.ld, grad_history.p,
+          grad_history.ld);
+  gemm<A>(H, vecs, n, {d, 1, ld0}, history.p, history.ld, s.grad_operand, ld, s.grad_operand, ld);
+}
+
 // One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
 // which those by M, c and the rows are left in scratch.
 template <class T, class A>
@@ -86,16 +101,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     d = below;
     below = swap;
   }
-  if (only_sums) return;
-  const int64_t D = net.D, ld = padded<A>(D), vecs = vectors<A>(D), ld0 = padded<A>(net.layer[0].out);
-  const A *w = net.row_weight + row, *g = s.grad_out;
-  for (int64_t r = 0; r < n; ++r)
-    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes)
-      X::store(grad_history.p + r * grad_history.ld + j, w[r] * X::load(g + j));
-  gemm<A>(n, vecs, net.layer[0].out, {d, ld0, 1}, s.operand_rows, ld, grad_history.p, grad_history.ld,
-          grad_history.p, grad_history.ld);
-  gemm<A>(net.layer[0].out, vecs, n, {d, 1, ld0}, history.p, history.ld, s.grad_operand, ld, s.grad_operand,
-          ld);
+  if (!only_sums) backward_history(net, row, n, d, history, grad_history, s);
 }
 
 // From the gradients by M and c of one sample to those of the first layer and the target.

@@ -55,8 +55,7 @@ class DinChunks {
       if (done * most >= total * bounds_.size()) bounds_.push_back(b + 1);
     }
     if (bounds_.back() != B) bounds_.push_back(B);
-    constexpr double kGrain = 1e6;  // multiply-adds worth waking a thread for: about 40 us
-    grain_ = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(size() * kGrain / (total + 1))));
+    grain_ = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(size() * kDinChunkFlops / (total + 1))));
   }
   int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
   Range samples(int64_t chunk, int64_t end) const { return {bounds_[chunk], bounds_[end]}; }

@@ -104,12 +104,12 @@ struct FirstLayer<bf16> {
   using X = Traits<float>;
   using Row = bf16;
 
-  // Of all rows the mean would be read from memory, not from the cache, where a sample has more than a block.
+  // Rows averaged into the mean row that compensates for rounding M. Only the first 16: all rows of a sample
+  // longer than a block would be fetched from memory a second time.
   static constexpr int64_t kMeanRows = 16;
 
-  // Few rows and short ones are left to float32: where a sample's output is the sum of few terms that cancel,
-  // what the rounding of M does to each shows. Of 192000 samples of 16 to 50 rows with D 32 to 200 none was
-  // further from float64 than 7.6e-3 (in float32, 3.7e-3, all but rounding the output).
+  // Few rows and short ones stay in float32: in a sum of few terms that cancel, M's rounding shows in each
+  // (docs/performance/din_attention.md).
   static bool serves(int64_t D, int64_t rows) { return D >= 32 && rows >= 16; }
 
   static int64_t words(int64_t D) { return (D + 1) / 2; }
@@ -167,7 +167,8 @@ struct FirstLayer<bf16> {
     const bf16* base = history_of(rows, b);
     const int64_t whole = D / X::lanes * X::lanes, ld = padded<bf16>(D);
     bf16* copy = reinterpret_cast<bf16*>(s.history);
-    if (!position && rows.stride_hl == D && D == whole && D * static_cast<int64_t>(sizeof(bf16)) <= kInPlace)
+    if (!position && rows.stride_hl == D && D == whole &&
+        D * static_cast<int64_t>(sizeof(bf16)) <= kDinInPlaceBytes)
       return {base + r0 * D, D};
     const __mmask16 rest = static_cast<__mmask16>((1u << (D - whole)) - 1);
     for (int64_t r = 0; r < n; ++r) {

@@ -20,12 +20,9 @@
 //
 // A normalization in training needs sums over all rows before it can be applied, forward (mean and variance
 // of z) and backward (of e = dL/dg and of e g): one pass over the rows for each, from the first layer down
-// and back up. Where z is kept, a pass reads it, 4 bytes a value, and where it is not, computes it again from
-// the layer before, 2 in flops a value. Reading took less wherever it was measured, as long as what the next
-// block will read is fetched ahead and the memory comes in large pages: B4096 L100 D64 [36] in 48 ms and not
-// 58, B2048 L50 D64 [80,40] in 33 and not 38, B1024 L50 D16 [36] in 2.9 and not 3.1. din_attention.cpp says
-// which layers' z is kept. So are the two statistics of a row that Dice takes in training, 8 bytes against
-// two sums over the row's units.
+// and back up. Passes read z where it is kept (din_attention.cpp), 4 bytes a value, and else recompute it
+// from the layer before, 2 in flops a value: reading is faster as long as the next block is prefetched and
+// lies in huge pages (docs/performance/din_attention.md). Dice's two statistics of a row are kept too.
 //
 // Per row and layer 2 in out flops forward (the first layer's in is D, not 4 D), four more backward and two a
 // pass; D loads a row and pass, D stores a row backward. Per sample 4 D H flops form M, 6 D H its gradients.
@@ -43,8 +40,8 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
-// The scratch with sample b's target and c. They are made for some samples together, so that the weights are
-// read once for all of them: a product of one row would wait for them, and for each sum.
+// The scratch with sample b's target and c, computed for kDinTargets samples at a time: a GEMM of one row
+// would be bound by its weights' bandwidth and by the latency of its sums.
 template <class T, class A>
 static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int64_t b0, int64_t b, int64_t b1,
                                  bool need_c, DinScratch<A> s) {
@@ -148,6 +145,39 @@ static A exponentials(int64_t n, A* x, A peak) {
   return sum;
 }
 
+// Rows [r0, r0 + n) of a softmax: w -> e^(w - peak), and what came before, relative to a lower peak, made
+// relative to the new one: w, the weighted sum out [ld] and the total.
+template <class A>
+RK_INLINE void add_exponentials(A* w, int64_t r0, int64_t n, int64_t ld, A* out, A& peak, A& total) {
+  const A before = peak;
+  for (int64_t r = r0; r < r0 + n; ++r) peak = w[r] > peak ? w[r] : peak;
+  if (r0 > 0) {
+    A factor = before - peak;
+    exponentials<A>(1, &factor, 0);
+    scale(r0, w, factor);
+    scale(ld, out, factor);
+    total *= factor;
+  }
+  total += exponentials(n, w + r0, peak);
+}
+
+// kept [n, out] = z of n rows.
+template <class A>
+RK_INLINE void keep_rows(const LayerParams<A>& f, int64_t n, const A* z, A* kept) {
+  for (int64_t r = 0; r < n; ++r)
+    __builtin_memcpy(kept + r * f.out, z + r * padded<A>(f.out), f.out * sizeof(A));
+}
+
+// Zeros for what is kept of positions [begin, end), which have no row.
+template <class A>
+RK_INLINE void clear_absent_rows(const Din<A>& net, int64_t begin, int64_t end) {
+  for (int64_t l = begin; l < end; ++l) {
+    net.row_weight[l] = 0;
+    for (int64_t i = 0; i < net.layers; ++i)
+      if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
+  }
+}
+
 // The first layer that a pass has to compute, when it needs g of layer i and all after it.
 template <class A>
 RK_INLINE int64_t lowest(const Din<A>& net, int64_t i) {
@@ -205,28 +235,14 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       if (!pooling) {
         const LayerParams<A>& f = net.layer[until];
         din::add_statistics(f, n, s.layer[until].g, *stats);
-        if (f.kept)
-          for (int64_t r = 0; r < n; ++r)
-            __builtin_memcpy(f.kept + (first + r0 + r) * f.out, s.layer[until].g + r * padded<A>(f.out),
-                             f.out * sizeof(A));
+        if (f.kept) din::keep_rows(f, n, s.layer[until].g, f.kept + (first + r0) * f.out);
         return;
       }
       A* w = net.row_weight + first;
       if (!scores)
         din::dot_rows(n, net.layer[last].out, s.layer[last].a, padded<A>(net.layer[last].out), net.out_weight,
                       net.out_bias, w + r0);
-      if (net.use_softmax) {
-        const A before = peak;
-        for (int64_t r = r0; r < r0 + n; ++r) peak = w[r] > peak ? w[r] : peak;
-        if (r0 > 0) {  // what came before was relative to a lower peak
-          A factor = before - peak;
-          din::exponentials<A>(1, &factor, 0);
-          din::scale(r0, w, factor);
-          din::scale(ld, s.out, factor);
-          total *= factor;
-        }
-        total += din::exponentials(n, w + r0, peak);
-      }
+      if (net.use_softmax) din::add_exponentials(w, r0, n, ld, s.out, peak, total);
       gemm<A, MultiplyAdd<A, Row>>(1, vecs, n, {w + r0, 0, 1}, history.p, history.ld, s.out, ld, s.out, ld);
     });
     if (!pooling) {
@@ -239,11 +255,7 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       din::scale(count, net.row_weight + first, 1 / total);
       din::scale(ld, s.out, 1 / total);
     }
-    for (int64_t l = first + count; l < rows.first[b + 1]; ++l) {
-      net.row_weight[l] = 0;
-      for (int64_t i = 0; i < net.layers; ++i)
-        if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
-    }
+    din::clear_absent_rows(net, first + count, rows.first[b + 1]);
     narrow_row(s.out, rows.out + b * D, D, tail);
   };
   for (int64_t b = b0; b < b1; ++b) {

@@ -8,6 +8,7 @@
 #include "cpu/dense/params.h"
 #include "cpu/simd/accumulator.h"
 #include "cpu/simd/kernel.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -54,9 +55,6 @@ struct DinGrad {
   LayerGrad<A>* layer;
   A *out_weight, *out_bias;  // [padded(H)], [1]
 };
-
-// Targets that become operands together.
-constexpr int64_t kDinTargets = 8;
 
 // Memory of one thread.
 template <class A>

@@ -49,27 +49,22 @@ struct Block {
   int64_t ld;
 };
 
-// Rows that lie together in the accumulators' own type, D values of whole vectors, are read and written where
-// they are. That takes the compiler's word for T and A being one type.
-RK_INLINE float* same(float* p, float*) { return p; }
-RK_INLINE double* same(double* p, double*) { return p; }
+// Zero-copy path: where storage and accumulator types are equal and rows are contiguous whole vectors, they
+// are used in place. Returns the pointer only if T is A.
+RK_INLINE float* in_place(float* p, float*) { return p; }
+RK_INLINE double* in_place(double* p, double*) { return p; }
 template <class T, class A>
-RK_INLINE A* same(T*, A*) {
+RK_INLINE A* in_place(T*, A*) {
   return nullptr;
 }
-
-// Wider rows, in bytes, are copied: beside their products that costs little, it reads ahead where the
-// products, which begin with eight rows at once, would wait for each, and the copy's odd number of lines
-// suits the caches.
-constexpr int64_t kInPlace = 256;
 
 // Rows [r0, r0 + n) of sample b: in place, or converted into s.history.
 template <class T, class A>
 static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                                    int64_t n, int64_t D, const DinScratch<A>& s) {
   const T* base = history_of(rows, b);
-  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kInPlace)
-    if (const A* p = same(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
+  if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kDinInPlaceBytes)
+    if (const A* p = in_place(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
     widen_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D), D,
@@ -77,9 +72,9 @@ static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int3
   return {s.history, padded<A>(D)};
 }
 
-// Rows of memory on their way to the second-level cache. The next block's are fetched a part at a time
-// between the products of the one before: read when they are needed, a thread waits for them at some 15 GB/s.
-struct Stream {
+// Rows that are prefetched into L2, a part at a time between the GEMMs of the block before. Read only when
+// they are needed, a thread waits for them at some 15 GB/s.
+struct PrefetchRows {
   const char* p;
   int64_t stride, bytes, rows;
 
@@ -94,7 +89,7 @@ struct Stream {
 template <class T, class A>
 struct Ahead {
   static constexpr int kMost = 4;  // layers
-  Stream history{}, kept[kMost]{};
+  PrefetchRows history{}, kept[kMost]{};
 
   Ahead(const Din<A>& net, const DinRows<T>& rows, int64_t b, int64_t r0, int64_t b1, bool need_history,
         int64_t low) {
@@ -113,7 +108,7 @@ struct Ahead {
   }
   void fetch(int64_t n) {
     history.fetch(n);
-    for (Stream& z : kept) z.fetch(n);
+    for (PrefetchRows& z : kept) z.fetch(n);
   }
 };
 
@@ -122,7 +117,7 @@ template <class T, class A>
 RK_INLINE Block<A> grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                              int64_t D, const DinScratch<A>& s) {
   if (!position && D % Traits<T>::lanes == 0)
-    if (A* p = same(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
+    if (A* p = in_place(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
   return {s.grad_history, padded<A>(D)};
 }
 template <class T, class A>

@@ -6,6 +6,7 @@
 #include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/tuning.h"
 #include "embedding/optimizer.h"
 
 namespace rk {
@@ -119,14 +120,13 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
   for (int64_t i = 0; i < n; ++i)
     RK_CHECK(rp[i] >= 0 && rp[i] < weight.size(0) && (i == 0 || rp[i - 1] < rp[i]), "sparse_update: rows[", i,
              "] = ", rp[i], " must ascend in a table with ", weight.size(0), " rows");
-  constexpr int64_t kRows = 256;
   dispatch_floating(weight.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const SparseStep<T> step{u, rp, static_cast<const T*>(value.const_data_ptr()), D};
-    run_tasks((n + kRows - 1) / kRows, n * (D + 16), [&](int64_t task) {
+    run_tasks((n + kSparseStepRows - 1) / kSparseStepRows, n * (D + kLookupOverhead), [&](int64_t task) {
       auto scratch = uninitialized<Accumulator<T>>(chunk_of(D) * D);
-      RK_DISPATCH_ISA(embedding_optimizer_step<T>, step, {task * kRows, std::min(n, (task + 1) * kRows)},
-                      scratch.get());
+      RK_DISPATCH_ISA(embedding_optimizer_step<T>, step,
+                      {task * kSparseStepRows, std::min(n, (task + 1) * kSparseStepRows)}, scratch.get());
     });
   });
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/runtime/isa.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -94,11 +95,9 @@ void Features::check_range(const FeatureArgs& args, size_t f) const {
 }
 
 BagTasks::BagTasks(const Features& features) {
-  // What a task asks for beyond its end comes to a core that does not read it, and its own first rows nobody
-  // has asked for: tasks are no shorter than the threads' balance needs.
-  constexpr int64_t kTaskWork = 16384, kTasksPerThread = 8;
   for (const Bags& bag : features.bags) work += lookup_work(bag);
-  const int64_t task_work = std::max(kTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
+  const int64_t task_work =
+      std::max(kLookupTaskWork, work / (kTasksPerThread * torch::stable::get_num_threads()));
   for (size_t f = 0; f < features.bags.size(); ++f) {
     const Bags& bag = features.bags[f];
     if (bag.B == 0) continue;

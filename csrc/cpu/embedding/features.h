@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/embedding/params.h"
+#include "cpu/tuning.h"
 #include "embedding/features.h"
 
 namespace rk {
@@ -27,8 +28,10 @@ struct BagTask {
   size_t f;
   int64_t b0, b1;
 };
-// Elements that looking these bags up reads; a lookup costs as much as reading some 16 more.
-inline int64_t lookup_work(const Bags& bags) { return bags.B ? (bags.N + bags.B) * (bags.D + 16) : 0; }
+// Elements that looking these bags up reads.
+inline int64_t lookup_work(const Bags& bags) {
+  return bags.B ? (bags.N + bags.B) * (bags.D + kLookupOverhead) : 0;
+}
 // The bags of all features, cut into tasks of about the same work.
 struct BagTasks {
   std::vector<BagTask> tasks;

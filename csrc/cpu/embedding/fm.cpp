@@ -12,6 +12,7 @@
 #include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -45,8 +46,8 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   const bool rows = std::all_of(bags.begin(), bags.end(), [&](const Bags& bag) {
     return bag.are_rows() && bag.wide_ids == bags[0].wide_ids;
   });
-  constexpr int64_t kBlockBytes = 1 << 17;  // an eighth of a second-level cache
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / (width * embeddings.element_size() + 1), 16, 1024);
+  const int64_t block = std::clamp<int64_t>(kFmBlockBytes / (width * embeddings.element_size() + 1),
+                                            kFmMinSamples, kFmMaxSamples);
   std::atomic<bool> fit{true};
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {
     const int64_t b0 = task * block, b1 = std::min(B, b0 + block);

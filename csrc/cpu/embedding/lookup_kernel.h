@@ -23,30 +23,29 @@ namespace rk {
 namespace RK_ISA {
 namespace bags {
 
-// Ids between a row's turn and asking for it, where the table is larger than the third-level cache. Further
-// than covers one row's latency: what counts is how many rows are on their way. A row's lines are asked for
-// one by one, as they are used: a burst of requests fills the queue of misses, and the loads wait behind it.
+// Prefetch distance, in ids, of tables larger than L3. Longer than one row's latency: what counts is how many
+// misses are in flight. One cache line per vector processed: a whole row at once would fill the miss queue
+// and stall the loads.
 constexpr int64_t kAhead = 64;
 
-// Bytes between where a row is stored and what is asked for there.
+// Prefetch distance, in bytes, of the output.
 constexpr int64_t kOutAhead = 1024;
 
-// Vectors that are gone through at once: a row's lines are on their way together, and its id is read once.
-// AVX2 has 16 registers: with 16 sums, none of them in memory, rows of 480 bytes take 0.82 of the time of two
-// passes.
+// Vectors of a row in one pass: its lines are in flight together, and its id is read once. AVX2 has 16
+// registers; with 16 sums, none of them spilled, rows of 480 bytes take 0.82 of the time of two passes.
 constexpr int kMostVecs = RK_VECTOR_BYTES == 16 ? 8 : RK_VECTOR_BYTES == 32 ? 16 : 12;
 
-// How rows are asked for before their turn: `ahead` ids before, 0 where the table stays in the second-level
-// cache and asking is all cost. `ends` says that a row can end on a line more than its length asks for.
-struct Asking {
+// How rows are prefetched: `ahead` ids before their turn, 0 for tables that stay in L2, where it only costs.
+// `ends`: a row can end on one line more than its length takes.
+struct Prefetch {
   int64_t ahead;
   bool ends;
 
-  RK_INLINE Asking(const Bags& f, int64_t item_bytes) {
-    constexpr int64_t kSecondLevel = 384 << 10, kThirdLevel = 16 << 20, kNear = 16, kFirstLevel = 16 << 10;
+  RK_INLINE Prefetch(const Bags& f, int64_t item_bytes) {
+    constexpr int64_t kL2Table = 384 << 10, kL3Table = 16 << 20, kNear = 16, kL1Rows = 16 << 10;
     const int64_t bytes = f.D * item_bytes, stride = f.stride_wr * item_bytes, table = f.R * stride;
-    const int64_t far = bytes * kAhead <= kFirstLevel ? kAhead : kAhead / 2;
-    ahead = table <= kSecondLevel ? 0 : table <= kThirdLevel ? kNear : far;
+    const int64_t far = bytes * kAhead <= kL1Rows ? kAhead : kAhead / 2;
+    ahead = table <= kL2Table ? 0 : table <= kL3Table ? kNear : far;
     const int64_t places = reinterpret_cast<int64_t>(f.weight) | stride | 64;  // rows begin at multiples of
     const int64_t step = places & -places;                                     // its lowest bit
     ends = 64 - step + bytes > (bytes + 63) / 64 * 64;
@@ -98,7 +97,7 @@ __attribute__((noinline)) static bool copy_rows(const Bags& f, const I* ids, Ran
       stride_out == bytes && bytes % kCacheLine == 0 && is_non_temporal(f.out, f.N * bytes);
   const uint64_t R = f.R;
   const int64_t N = f.N;
-  const Asking asking(f, f.item_bytes);
+  const Prefetch prefetch(f, f.item_bytes);
   const bool in_range = for_each_cover<uint8_t, 1, kMostVecs>(
       bytes, range.begin, range.end,
       [&](auto cover, int64_t d, int64_t p0, int64_t p1) __attribute__((always_inline)) {
@@ -106,10 +105,9 @@ __attribute__((noinline)) static bool copy_rows(const Bags& f, const I* ids, Ran
         uint8_t* out = static_cast<uint8_t*>(f.out) + p0 * stride_out + d;
         for (int64_t p = p0; p < p1; ++p, out += stride_out) {
           if (static_cast<uint64_t>(ids[p]) >= R) return false;
-          const int64_t next = p + asking.ahead;
-          if (asking.ahead) cover.prefetch(weight + ids[next < N ? next : p] * stride, asking.ends);
+          const int64_t next = p + prefetch.ahead;
+          if (prefetch.ahead) cover.prefetch(weight + ids[next < N ? next : p] * stride, prefetch.ends);
           const uint8_t* row = weight + ids[p] * stride;
-          // Where a row is to be written too: 100,000 rows of 128 bytes, 0.86 of the time.
           if (!non_temporal) cover.prefetch(out + kOutAhead, false);
           if (non_temporal)
 #pragma GCC unroll 16
@@ -134,15 +132,15 @@ __attribute__((noinline)) bool pool(const Bags& f, const I* ids, Range range) {
   const uint64_t R = f.R;
   const int64_t N = f.N, stride = f.stride_wr * int64_t(sizeof(T)), padding_idx = f.padding_idx;
   const T* factors = static_cast<const T*>(f.per_sample_weights);
-  const Asking asking(f, sizeof(T));
+  const Prefetch prefetch(f, sizeof(T));
   return for_each_cover<T, kLeast, kMost>(
       f.D, range.begin, range.end,
       [&](auto cover, int64_t d, int64_t begin, int64_t bags_end) __attribute__((always_inline)) {
         constexpr int kVecs = decltype(cover)::vecs;
-        const int64_t ahead = asking.ahead;
-        const bool ends = asking.ends;
+        const int64_t ahead = prefetch.ahead;
+        const bool ends = prefetch.ends;
         const char* weight = reinterpret_cast<const char*>(static_cast<const T*>(f.weight) + d);
-        asm("" : "+r"(weight));  // one register: else each row's address is two additions more
+        asm("" : "+r"(weight));  // in one register: else each row's address takes two more additions
         T* out = static_cast<T*>(f.out) + begin * f.stride_ob + d;
         for (int64_t b = begin; b < bags_end; ++b, out += f.stride_ob) {
           V acc[kVecs] = {};
@@ -170,7 +168,7 @@ __attribute__((noinline)) bool pool(const Bags& f, const I* ids, Range range) {
             }
             empty = false;
           }
-          cover.prefetch(out + kOutAhead / int64_t(sizeof(T)), false);  // where a bag is to be written
+          cover.prefetch(out + kOutAhead / int64_t(sizeof(T)), false);
           const bool divided = f.mode == kMean && n > 1;
 #pragma GCC unroll 16
           for (int v = 0; v < kVecs; ++v) cover.store(out, v, divided ? acc[v] / A(n) : acc[v]);
@@ -196,7 +194,7 @@ bool embedding_bags(const Bags& f, Range range) {
     if constexpr (kMostVecs > 8 && sizeof(T) < 8)
       if (f.D > 8 * Traits<T>::lanes)
         return pool<kSums, true, (kMostVecs + 1) / 2, kMostVecs, T>(f, ids, range);
-    if (Asking(f, sizeof(T)).ahead) return pool<kSums, true, 1, 8, T>(f, ids, range);
+    if (Prefetch(f, sizeof(T)).ahead) return pool<kSums, true, 1, 8, T>(f, ids, range);
     return pool<kSums, false, 1, 8, T>(f, ids, range);
   });
 }

@@ -6,6 +6,7 @@
 
 #include "cpu/simd/accumulator.h"
 #include "cpu/simd/kernel.h"
+#include "cpu/tuning.h"
 #include "embedding/params.h"
 
 namespace rk {
@@ -95,19 +96,15 @@ struct Update {
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
 };
 
-// Lookups whose rows are summed, and then stepped on, together: what both touch stays in a first-level cache.
-constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
-// Of those with an FmPart, which ask for three lines where others ask for one or two: with 128 lookups a step
-// of fused Adam on 39 x 100k x 16 B8192 takes 13.0 ms with one thread, with 64 12.3, with 32 11.3.
-constexpr int64_t kMostFmLookups = 32;
+// Lookups of a chunk: rows that are summed, and then stepped on, together.
 RK_INLINE int64_t chunk_of(int64_t D) {
   int64_t n = kMostLookups;
   while (n > kFewestLookups && n * D > kChunkValues) n /= 2;
   return n;
 }
 
-// What the FM and the linear term add to the gradient of the table's row w that a feature looked up for
-// sample b, where the feature is the table's only one and has one id a sample (fm_kernel.h):
+// What the FM and the linear term add to the gradient of row w, which a feature looked up for sample b. The
+// feature is the table's only one and has one id a sample (fm_kernel.h):
 //
 //   grad_fm[b] (s_b - w) + grad_linear[b] a
 struct FmPart {
@@ -117,10 +114,9 @@ struct FmPart {
   int64_t stride_wr;
 };
 
-// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. The
-// sum of a row goes to grad_weight [R, D], dense; or, with `rows`, to the next free row of grad_weight
-// [number of distinct rows, D], r itself into `rows`; or, with `update`, into the table. `fm` is null or adds
-// to it.
+// A table in the backward: key first_key + r is its row r, its gradients' numbers begin with first_grad. A
+// row's sum goes to grad_weight [R, D], dense; with `rows` to the next free row of grad_weight [distinct
+// rows, D], r itself into `rows`; with `update` into the table. `fm` may be null.
 struct TableGrad {
   uint64_t first_key;
   int64_t first_grad, D;

@@ -1,19 +1,19 @@
 // Sums of the rows' gradients over sorted lookups, for one instruction set.
 //
-// The lookups of all tables are sorted by (table, row), ties in their order in the batch; a run is the
+// The lookups of all tables are sorted by (table, row), ties in their order in the batch; a segment is the
 // lookups of one row r, and
 //
-//   grad_weight[r] = sum over its run of factor_i grad_rows[i]
+//   grad_weight[r] = sum over its segment of factor_i grad_rows[i]
 //
-// in that order. The sorted lookups are cut into tiles of kTile. A run inside one tile is summed and stored
-// there. A run over several tiles leaves one partial sum in each ("carries", two for a tile: of the run that
+// in that order. The sorted lookups are cut into tiles. A segment inside one tile is summed and stored there.
+// A segment over several tiles leaves one partial sum in each ("carries", two for a tile: of the segment that
 // came in from the left, and of the one that goes on to the right), and these are added in the tiles' order.
 // The tiles do not depend on the number of threads, so neither do the bits; and a row that half of the batch
 // looks up is summed by all threads.
 //
 // Bytes: a gradient row of D values for each lookup, D stores for each row; 2 D flops a lookup. With the FM's
 // and the linear term's part of the gradient (FmPart), which is added lookup by lookup and is never stored,
-// the row itself is read too, once a run, and grad_fm_s, which a near cache holds: 8 D flops a lookup.
+// the row itself is read too, once a segment, and grad_fm_s, which L2 holds: 8 D flops a lookup.
 #pragma once
 
 #include "cpu/embedding/optimizer_kernel.h"
@@ -25,9 +25,6 @@
 namespace rk {
 namespace RK_ISA {
 namespace segments {
-
-// Where the pointer to a gradient lies is asked for kFar lookups before it is read.
-constexpr int64_t kFar = 64;
 
 template <class A>
 struct MaskOf {
@@ -46,12 +43,12 @@ struct Chunk {
   using A = typename Traits<T>::scalar;
   using M = typename MaskOf<A>::scalar;
   int64_t begin = 0, n = 0;  // lookups [begin, begin + n)
-  bool continued, goes_on;   // the first run began before, the last one ends after
+  bool continued, goes_on;   // the first segment began before, the last one ends after
   int64_t segments = 0;
-  int64_t row[kMostLookups];    // of each run
+  int64_t row[kMostLookups];    // of each segment
   const T* grad[kMostLookups];  // of each lookup
   A factor[kMostLookups];
-  M keep[kMostLookups];              // no bit where a run begins, else all
+  M keep[kMostLookups];              // no bit where a segment begins, else all
   const A* grad_fm_s[kMostLookups];  // of each lookup's sample, with an FmPart
   A grad_fm[kMostLookups], grad_linear[kMostLookups];
 
@@ -65,7 +62,8 @@ struct Chunk {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t p = p0 + j;
       const uint64_t key = lookups.key(p), i = lookups.grad(p);
-      __builtin_prefetch(lookups.grad_rows + lookups.grad(p + kFar < lookups.n ? p + kFar : p));
+      __builtin_prefetch(lookups.grad_rows +
+                         lookups.grad(p + kPointerAhead < lookups.n ? p + kPointerAhead : p));
       const bool same = key == before;
       before = key;
       k += !same;
@@ -111,23 +109,23 @@ RK_INLINE void sum_segments(const Chunk<T>& chunk, const Chunk<T>& next, int64_t
     A* sum = sums + d - (chunk.continued ? 0 : D);
     int64_t run = chunk.continued - 1;
     for (int64_t j = 0; j < chunk.n; ++j) {
-      const T *row = chunk.grad[j] + d, *asked = next.grad[j < next.n ? j : 0] + d,
-              *asked_w = weight + next.row[j < next.segments ? j : 0] * stride_wr + d;
+      const T *row = chunk.grad[j] + d, *next_row = next.grad[j < next.n ? j : 0] + d,
+              *next_weight = weight + next.row[j < next.segments ? j : 0] * stride_wr + d;
       const A factor = chunk.factor[j];
       const auto keep = chunk.keep[j];
       sum += D & ~int64_t(keep);
       run += 1 + int64_t(keep);
       const T* w = kFm ? weight + chunk.row[run] * stride_wr + d : nullptr;
       const A *grad_fm_s = kFm ? chunk.grad_fm_s[j] + d : nullptr,
-              *asked_s = kFm ? next.grad_fm_s[j < next.n ? j : 0] + d : nullptr;
+              *next_s = kFm ? next.grad_fm_s[j < next.n ? j : 0] + d : nullptr;
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        __builtin_prefetch(asked + v * kLanes);
-        __builtin_prefetch(asked_w + v * kLanes, 1);
+        __builtin_prefetch(next_row + v * kLanes);
+        __builtin_prefetch(next_weight + v * kLanes, 1);
         acc[v] = (V)((M)acc[v] & keep);
         V grad = block.load(row, v, tail);
         if constexpr (kFm) {
-          __builtin_prefetch(asked_s + v * kLanes);
+          __builtin_prefetch(next_s + v * kLanes);
           grad += block.load(grad_fm_s, v, tail_sum);
           grad -= chunk.grad_fm[j] * block.load(w, v, tail);
           grad += chunk.grad_linear[j] * a_[v];

@@ -16,9 +16,6 @@ namespace rk {
 namespace RK_ISA {
 namespace segments {
 
-// Longer ones gain nothing: what bounds this is the number of misses that a core has in flight.
-constexpr int64_t kNearWide = 3, kFarWide = 10;
-
 template <Optimizer kind, int D, class T>
 __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
   using A = typename Traits<T>::scalar;

@@ -5,12 +5,12 @@
 
 #include "cpu/runtime/dispatch.h"
 #include "cpu/simd/non_temporal.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
-// Lookups of a tile. A constant: the order of the sums follows from it. A thread takes several in a row,
-// because at a thread's first lookups nobody has asked for their rows.
-constexpr int64_t kTile = 256, kTilesPerTask = 8;
+// Lookups of a tile. The order of the sums follows from it, so no machine's cache or threads may change it.
+constexpr int64_t kTile = 256;
 
 #define RK_CHECK_BACKWARD(condition, ...) RK_CHECK(condition, "embedding_bag_backward: ", __VA_ARGS__)
 
@@ -210,18 +210,17 @@ SortedLookups::SortedLookups(const BackwardArgs& backward) {
 
   // Each table by itself: fewer bits than all tables' keys have, and a batch's lookups in one table fit in a
   // near cache. Long tables are sorted one after another, each by all threads.
-  constexpr int64_t kAlone = kSerialWork / 4;
   auto other = uninitialized<uint64_t>(N);
   const auto sort = [&](int64_t t) {
     radix_sort(sorted_.get() + first_[t], other.get() + first_[t], first_[t + 1] - first_[t],
                first_key_[t] << shift, shift, bits_of(backward.rows[t]));
   };
   run_tasks(num_tables, 4 * N, [&](int64_t t) {
-    if (first_[t + 1] - first_[t] < kAlone) sort(t);
+    if (first_[t + 1] - first_[t] < kSortedByAll) sort(t);
   });
   int64_t end = 0;
   for (size_t t = 0; t < num_tables; ++t) {
-    if (first_[t + 1] - first_[t] >= kAlone) sort(t);
+    if (first_[t + 1] - first_[t] >= kSortedByAll) sort(t);
     uint64_t *from = sorted_.get() + first_[t], *to = sorted_.get() + first_[t + 1];
     to = std::lower_bound(from, to, (first_key_[t + 1] - 1) << shift);
     if (end != first_[t]) std::copy(from, to, sorted_.get() + end);
@@ -283,7 +282,7 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
     return segments_before_table_.empty() ? 0 : segments_before(p) - segments_before_table_[t];
   };
   constexpr int64_t kTask = kTile * kTilesPerTask;
-  run_tasks((segments_.n + kTask - 1) / kTask, segments_.n * (width + 16), [&](int64_t task) {
+  run_tasks((segments_.n + kTask - 1) / kTask, segments_.n * (width + kLookupOverhead), [&](int64_t task) {
     auto scratch = uninitialized<double>(std::max(kChunkValues, kFewestLookups * width));
     const int64_t end = std::min(segments_.n, (task + 1) * kTask);
     for (int64_t p0 = task * kTask, p1; p0 < end; p0 = p1) {
@@ -312,16 +311,16 @@ void SortedLookups::reduce(std::vector<TableGrad> tables, const std::vector<Scal
 }
 
 void zero(const Tensors& tensors) {
-  constexpr int64_t kChunk = 1 << 20;
   int64_t all_bytes = 0;
   std::vector<std::pair<char*, int64_t>> chunks;
   for (const Tensor& t : tensors) {
     char* begin = static_cast<char*>(t.data_ptr());
     const int64_t bytes = t.numel() * t.element_size();
     all_bytes += bytes;
-    for (int64_t i = 0; i < bytes; i += kChunk) chunks.emplace_back(begin + i, std::min(kChunk, bytes - i));
+    for (int64_t i = 0; i < bytes; i += kZeroBytes)
+      chunks.emplace_back(begin + i, std::min(kZeroBytes, bytes - i));
   }
-  run_tasks(chunks.size(), chunks.size() * kChunk / 64, [&](int64_t i) {
+  run_tasks(chunks.size(), chunks.size() * kZeroBytes / 64, [&](int64_t i) {
     auto [p, bytes] = chunks[i];
     if (is_non_temporal(p, all_bytes)) {
       const int64_t rest = bytes % kCacheLine, lines = bytes - rest;

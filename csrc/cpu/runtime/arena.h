@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/simd/operand.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -40,7 +41,7 @@ class Arena {
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(A), kBlock = 65536 / sizeof(A);
+  static constexpr int64_t kLine = 64 / sizeof(A), kBlock = kArenaBytes / sizeof(A);
   std::vector<std::unique_ptr<A, decltype(&std::free)>> blocks_;
   A* next_ = nullptr;
   int64_t left_ = 0;

@@ -8,12 +8,12 @@
 #endif
 
 #include "cpu/simd/non_temporal.h"
+#include "cpu/tuning.h"
 #include "stable/tensor.h"
 
 namespace rk {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-constexpr uintptr_t kHugePage = 2 << 20;
 // Where the first huge page begins and the last one ends that lie within a tensor's memory.
 inline std::pair<uintptr_t, uintptr_t> huge_pages_of(const Tensor& t) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());

@@ -6,11 +6,9 @@
 #include <algorithm>
 #include <atomic>
 
-namespace rk {
+#include "cpu/tuning.h"
 
-// Work not worth waking a thread for, in elements read: some 50 us. Two threads gain from half of that on,
-// but only where both cores are free: waiting for one that is not takes milliseconds.
-constexpr int64_t kSerialWork = 131072;
+namespace rk {
 
 // Calls body(task) for every task in [0, tasks). Each thread takes the next task when it is done with its
 // last: which thread runs a task is left to chance, so a task must not write what another reads.

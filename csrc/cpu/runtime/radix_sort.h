@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cpu/runtime/parallel.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 
@@ -20,13 +21,11 @@ std::unique_ptr<T[]> uninitialized(int64_t n) {
 // blocks at once, each with counters of its own: where many keys have one digit, as under Zipf ids, each
 // waits for the counter as the key before left it.
 inline void radix_sort(uint64_t* keys, uint64_t* other, int64_t n, uint64_t base, int shift, int bits) {
-  constexpr int kMaxDigit = 12;
-  constexpr int64_t kPair = 16384, kFew = 64;
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
-  if (n <= kFew) return std::sort(keys, keys + n);  // to zero and add up counters would take longer
+  if (n <= kFewKeys) return std::sort(keys, keys + n);  // to zero and add up counters would take longer
   if (passes == 0) return;
   const int digit = (bits + passes - 1) / passes;
-  const int64_t buckets = int64_t(1) << digit, pairs = std::max<int64_t>(1, n / kPair);
+  const int64_t buckets = int64_t(1) << digit, pairs = std::max<int64_t>(1, n / kSortBlockPair);
   auto places = uninitialized<int64_t>(2 * pairs * buckets);
   const auto each = [=](int64_t pair, const uint64_t* from, int64_t* place, int low, const auto& body) {
     const int64_t begin = n * pair / pairs, length = n * (pair + 1) / pairs - begin, half = length / 2;

@@ -62,11 +62,11 @@ RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const 
     partial.store(p, v);
 }
 
-// ---- columns each of which is computed by itself
+// ---- elementwise columns
 //
-// Vectors cover a row, of which the last ends where the row does, over values of the one before it: what is
-// computed twice is the same twice. A row shorter than a vector is covered by two pieces of one. So nothing
-// beyond a row is touched and nothing is masked: a masked store is 40 operations to Zen 3.
+// Vectors cover a row; the last one ends where the row does and overlaps the one before: what is computed
+// twice is the same twice. A row shorter than a vector is covered by two overlapping pieces. Nothing beyond
+// the row is touched, nothing masked: a masked store is 40 operations on Zen 3.
 
 // Bytes, copied as they are.
 template <>
@@ -91,7 +91,7 @@ struct VectorCover {
   RK_INLINE V load(const T* p, int v) const { return Traits<T>::load(p + at(v)); }
   RK_INLINE void store(T* p, int v, V x) const { Traits<T>::store(p + at(v), x); }
   RK_INLINE void store_non_temporal(T* p, int v, V x) const { Traits<T>::store_non_temporal(p + at(v), x); }
-  // With `ends` the line of the last byte too.
+  // With `ends` also the line of the last byte.
   RK_INLINE void prefetch(const T* p, bool ends) const {
     constexpr int kBytes = Traits<T>::lanes * sizeof(T), kStep = kBytes < 64 ? 64 / kBytes : 1;
 #pragma GCC unroll 16
@@ -100,7 +100,7 @@ struct VectorCover {
   }
 };
 
-// As the vectors' conversion to and from 16-bit storage, of what is stored as it is computed with.
+// No conversion: stored as it is computed with.
 RK_INLINE f32v widen(f32v v, float) { return v; }
 RK_INLINE f32v narrow(f32v v, float) { return v; }
 RK_INLINE f64v widen(f64v v, double) { return v; }
@@ -108,7 +108,7 @@ RK_INLINE f64v narrow(f64v v, double) { return v; }
 RK_INLINE f32v widen(f32v v, uint8_t) { return v; }
 RK_INLINE f32v narrow(f32v v, uint8_t) { return v; }
 
-// What two pieces of so many bytes are in a vector V whose other bytes are zero.
+// Two pieces of so many bytes, in a vector V whose other bytes are zero.
 template <int bytes>
 struct Pieces {
   using Piece = typename VectorOf<float, bytes / 4>::type;

@@ -17,6 +17,7 @@
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/operand.h"
 #include "cpu/simd/vec.h"
+#include "cpu/tuning.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -133,9 +134,8 @@ template <class A, class Step = MultiplyAdd<A>>
 static void gemm(int64_t M, int64_t vecs, int64_t K, Operand<A> a, const typename Step::Stored* b,
                  int64_t ldb, A* c, int64_t ldc, const A* init, int64_t ldi, int64_t tail = 0) {
   constexpr int64_t lanes = Traits<A>::lanes;
-  constexpr int64_t kBlock = 128;  // rows of B: three vectors of them are 24 KiB, half of a first-level cache
-  for (int64_t k = 0; k == 0 || k < K; k += kBlock) {
-    const int64_t left = K - k < kBlock ? K - k : kBlock;
+  for (int64_t k = 0; k == 0 || k < K; k += kGemmDepth) {
+    const int64_t left = K - k < kGemmDepth ? K - k : kGemmDepth;
     const Operand<A> ak{a.p + k * a.stride_k, a.stride_m, a.stride_k};
     const typename Step::Stored *bk = b + k * ldb, *tail_k = b + K * ldb + k * tail;
     const auto panel = [&](int64_t v, auto whole, auto width) __attribute__((always_inline)) {

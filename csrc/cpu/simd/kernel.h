@@ -5,7 +5,7 @@
 
 #include <stdint.h>
 
-// A function that no copy of may be left to the linker: what two instruction sets compile is not the same.
+// Always inlined: a copy compiled for one instruction set could be the linker's choice for all others.
 #define RK_INLINE inline __attribute__((always_inline))
 
 namespace rk {

@@ -8,7 +8,7 @@
 
 namespace rk {
 
-// Rows of operands start at multiples of 64 bytes, an odd number of them, so that a column of a wide matrix
+// Values of an operand's row: whole cache lines, an odd number of them, so that a column of a wide matrix
 // spreads over all sets of the caches.
 template <class A>
 static inline int64_t padded(int64_t n) {
@@ -16,9 +16,9 @@ static inline int64_t padded(int64_t n) {
   return ((n + line - 1) / line | 1) * line;
 }
 
-// An operand [K, padded(n)] whose n columns end with a few beyond whole vectors has these once more behind
-// it, `width` a row, so that one vector holds those of several rows and the product wastes no lanes on
-// padding (gemm.h). Which they are suits vectors of 16 and of 8 floats; others do without.
+// Packed tail of a GEMM operand [K, padded(n)]. The last `width` columns, beyond whole vectors, are stored a
+// second time behind the matrix, several rows to a vector, so that the GEMM wastes no lanes on padding
+// (gemm.h). For 8 and 16 lanes.
 struct PackedTail {
   int64_t first, width;
   explicit PackedTail(int64_t n) : first(n - n % 16), width(0) {

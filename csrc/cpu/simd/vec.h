@@ -45,9 +45,9 @@ RK_INLINE void store_vector(void* p, V v) {
   *static_cast<unaligned*>(p) = v;
 }
 
-// Stores v past the caches, where the processor can. An ordinary store first reads the line it is to write;
-// this one does not, but whoever reads the line next has to fetch it from memory, and a line that is not
-// written at once and as a whole costs more than it saves. p is a multiple of V's size.
+// Non-temporal store, where the processor has one: an ordinary store would first read the line. Whoever reads
+// it next has to fetch it from memory, and a line not written at once and as a whole costs more than it
+// saves. p is a multiple of V's size.
 template <class V>
 RK_INLINE void store_vector_non_temporal(void* p, V v) {
 #if defined(__x86_64__)
@@ -61,7 +61,7 @@ RK_INLINE void store_vector_non_temporal(void* p, V v) {
 #endif
   store_vector(p, v);
 }
-// Between non_temporal stores and what tells another thread of them.
+// Orders non-temporal stores before what tells another thread of them.
 RK_INLINE void fence_non_temporal() {
 #if defined(__x86_64__)
   _mm_sfence();
