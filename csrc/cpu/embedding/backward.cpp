@@ -1,11 +1,15 @@
 // The embedding op's backwards: dense gradients, coalesced sparse ones, or an optimizer's step on the rows.
 // How rows are summed is in sorted_lookups.h, the mathematics in segment_sum_kernel.h and
 // optimizer_kernel.h.
+#include "cpu/embedding/backward.h"
+
 #include <tuple>
 
 #include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/radix_sort.h"
 #include "cpu/tuning.h"
 #include "embedding/optimizer.h"
 
@@ -13,7 +17,7 @@ namespace rk {
 
 static std::vector<ScalarType> dtypes_of(const BackwardArgs& backward) {
   std::vector<ScalarType> dtypes;
-  for (const Tensor* t : backward.like) dtypes.push_back((t ? *t : backward.any).scalar_type());
+  for (const Tensor* t : backward.grad_of) dtypes.push_back((t ? *t : backward.some_grad).scalar_type());
   return dtypes;
 }
 
@@ -28,9 +32,9 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
   Tensors grad_weights;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
-    grad_weights.push_back(backward.like[t]
-                               ? new_empty_paged(*backward.like[t], {rows[t], backward.widths[t]})
-                               : torch::stable::new_empty(backward.any, {0}));
+    grad_weights.push_back(backward.grad_of[t]
+                               ? new_empty_paged(*backward.grad_of[t], {rows[t], backward.widths[t]})
+                               : torch::stable::new_empty(backward.some_grad, {0}));
     sums[t].grad_weight = grad_weights[t].data_ptr();
   }
   zero(grad_weights);
@@ -45,8 +49,8 @@ std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backw
   Tensors grad_rows, values;
   std::vector<TableGrad> sums(counts.size(), TableGrad{});
   for (size_t t = 0; t < counts.size(); ++t) {
-    grad_rows.push_back(torch::stable::new_empty(backward.any, {counts[t]}, ScalarType::Long));
-    values.push_back(new_empty_paged(backward.like[t] ? *backward.like[t] : backward.any,
+    grad_rows.push_back(torch::stable::new_empty(backward.some_grad, {counts[t]}, ScalarType::Long));
+    values.push_back(new_empty_paged(backward.grad_of[t] ? *backward.grad_of[t] : backward.some_grad,
                                      {counts[t], backward.widths[t]}));
     sums[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
     sums[t].grad_weight = values[t].mutable_data_ptr();

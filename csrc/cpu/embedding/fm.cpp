@@ -7,11 +7,13 @@
 #include <tuple>
 
 #include "cpu/dense/params.h"
+#include "cpu/embedding/backward.h"
 #include "cpu/embedding/lookup.h"
 #include "cpu/embedding/params.h"
-#include "cpu/embedding/sorted_lookups.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/runtime/radix_sort.h"
 #include "cpu/tuning.h"
 
 namespace rk {

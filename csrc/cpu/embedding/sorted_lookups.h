@@ -1,37 +1,11 @@
-// A backward from the op's arguments to sorted lookups and the sums of their rows.
+// Lookups sorted by (table, row), and the sums of their rows' gradients.
 #pragma once
 
-#include <tuple>
+#include <memory>
 
-#include "cpu/embedding/features.h"
-#include "cpu/runtime/radix_sort.h"
+#include "cpu/embedding/backward_args.h"
 
 namespace rk {
-
-inline Ints rows_of(const Tensors& weights) {
-  Ints rows;
-  for (size_t t = 0; t < weights.size(); ++t) {
-    check_table("embedding_bag_update", weights[t], t);
-    rows.push_back(weights[t].size(0));
-  }
-  return rows;
-}
-
-// The arguments of a backward, checked; `bags` have the gradients of the outputs as `out`.
-struct BackwardArgs {
-  FeatureArgs args;
-  Features features;
-  Tensors grads;                    // of each feature's output, rows of unit stride
-  Tensors tables;                   // rows of unit stride; empty if their values are not needed
-  Ints rows, widths;                // of each table
-  std::vector<const Tensor*> like;  // a gradient with the dtype of the table, null for one without
-  const Tensor& any;                // a gradient
-
-  BackwardArgs(const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows,
-               const FeatureArgs& args);
-  // The gradients of the per-sample weights.
-  Tensors factor_grads() const;
-};
 
 // The lookups of all features that have a gradient, sorted by (table, row).
 class SortedLookups {
@@ -41,39 +15,37 @@ class SortedLookups {
 
   // The rows of each table that were looked up.
   Ints count_rows();
-  // Sums every row's gradient and brings the sum to where its table says; first_key, first_grad and D are
-  // filled in here.
-  // With `rows` in a table, count_rows must have been called.
+  // Sums every row's gradient and brings the sum to where its table says; fills in first_key, first_grad and
+  // D. With `rows` in a table, count_rows must have been called.
   void reduce(std::vector<TableGrad> tables, const std::vector<ScalarType>& dtypes, const Ints& widths) const;
 
  private:
+  // Where a feature's lookups begin in sorted_, and its gradients in grad_rows_: what belongs to a table lies
+  // together.
+  struct Offsets {
+    int64_t lookup, grad;
+  };
+
+  void place_lookups(const BackwardArgs& backward);
+  void write_keys(const BackwardArgs& backward);
+  // Pointers to the gradients of these bags of feature f, and their factors.
+  void write_gradients(const Bags& bag, size_t f, const double* weights, int64_t item_bytes, Range range);
+  void sort(const Ints& rows);
   int64_t tiles() const;
   int64_t table_of(uint64_t key) const;
   // The number of segments that start before p.
   int64_t segments_before(int64_t p) const;
 
   Ints first_, first_grad_;  // lookup, and gradient, of each table, and the end of the last's
+  std::vector<Offsets> offsets_;
+  int shift_ = 0;  // bits of a gradient's number
   std::unique_ptr<uint64_t[]> sorted_;
   std::unique_ptr<const void*[]> grad_rows_;
   std::unique_ptr<double[]> factors_;
   Tensors max_grad_rows_;
   std::vector<uint64_t> first_key_;  // of each table, and the end of the last; a table's last key is no row's
   std::vector<int64_t> segments_before_tile_, segments_before_table_;
-  Segments segments_;
+  Segments segments_{};
 };
-
-// The rows of each table that were looked up, ascending; their gradients; those of the per-sample weights.
-// `fm` has a part for each table, or is empty.
-std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backward,
-                                                       const std::vector<FmPart>& fm = {});
-// An optimizer's step on the rows that were looked up -> the gradients of the per-sample weights.
-Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
-                      int64_t optimizer, const std::vector<double>& hyper,
-                      const std::vector<FmPart>& fm = {});
-
-// Fills with zeros, past the caches if they are many: the dense gradients of 26 tables of 100,000 rows of 16
-// floats take 8.2 for 16.3 ms, 6.0 for 10.5 with two threads (Zen 3), where std::memset reads what it is to
-// overwrite.
-void zero(const Tensors& tensors);
 
 }  // namespace rk

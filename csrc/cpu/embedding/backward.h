@@ -1,0 +1,19 @@
+// The embedding op's backwards, for ops that add to the gradients of its lookups.
+#pragma once
+
+#include <tuple>
+
+#include "cpu/embedding/backward_args.h"
+
+namespace rk {
+
+// The rows of each table that were looked up, ascending; their gradients; those of the per-sample weights.
+// `fm` has a part for each table, or is empty.
+std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backward,
+                                                       const std::vector<FmPart>& fm = {});
+// An optimizer's step on the rows that were looked up -> the gradients of the per-sample weights.
+Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
+                      int64_t optimizer, const std::vector<double>& hyper,
+                      const std::vector<FmPart>& fm = {});
+
+}  // namespace rk
