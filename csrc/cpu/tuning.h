@@ -19,6 +19,9 @@ constexpr int64_t kSerialWork = 131072;
 // Elements, or multiply-adds, of a chunk that is worth a thread of torch's pool: 10 us, 20 us and 40 us.
 constexpr int64_t kFmChunk = 32768, kNormChunk = 16384;
 constexpr double kDinChunkFlops = 1e6;
+// Multiply-adds that stand for what DIN does beside its GEMMs, a row and a sample; its chunks at most.
+constexpr double kDinRowFlops = 64, kDinSampleFlops = 256;
+constexpr int64_t kDinChunks = 128;
 // Lookups in tasks no shorter than the threads' balance needs: what a task prefetches beyond its end comes to
 // another core's cache, and nobody has prefetched its own first rows.
 constexpr int64_t kLookupTaskWork = 16384, kTasksPerThread = 8;

@@ -14,11 +14,12 @@
 #include "embedding/fm.h"
 
 namespace rk {
+namespace {
 
 #define RK_DEEPFM_CHECK(condition, ...) RK_CHECK(condition, "deepfm: ", __VA_ARGS__)
 
 // The texts are those of ops/deepfm.py.
-static void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
+void check_layers(const Tensors& mlp, int64_t in, const Tensor& like) {
   RK_DEEPFM_CHECK(mlp.size() >= 4 && mlp.size() % 2 == 0,
                   "mlp must be the weight and the bias of each of two layers or more, got ", mlp.size(),
                   " tensors");
@@ -113,7 +114,7 @@ struct Block {
 
 // x [n, columns of dense] = dense's rows from b0 on. Columns in the outer loop: in a batch each is
 // contiguous.
-static void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float* x, int64_t stride_x) {
+void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float* x, int64_t stride_x) {
   if (!dense || dense->size(1) == 0) return;
   const float* from = static_cast<const float*>(dense->const_data_ptr()) + b0 * dense->stride(0);
   const int64_t stride_row = dense->stride(0), stride_column = dense->stride(1), columns = dense->size(1);
@@ -121,17 +122,8 @@ static void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float
     for (int64_t b = 0; b < n; ++b) x[b * stride_x + c] = from[b * stride_row + c * stride_column];
 }
 
-static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables,
-                         const Names& names, const Tensor& linear_weight, const OptionalTensor& dense,
-                         const Tensors& mlp) {
-  const Tensors none;
-  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
-  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
-  Features features(args, weights.size());
-  std::vector<Bags>& bags = features.bags;
-  const int64_t F = bags.size(), B = bags[0].B,
-                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
-  const int64_t width = F * D, in = width + (dense && dense->dim() == 2 ? dense->size(1) : 0);
+// Gives the features their tables, which are checked -> those with rows of unit stride.
+Tensors bind_tables(const Tensors& weights, const FeatureArgs& args, int64_t D, std::vector<Bags>& bags) {
   Tensors rows;
   for (size_t t = 0; t < weights.size(); ++t) {
     RK_CHECK_BAG(weights[t].dim() == 2, "weights[", t, "] must be [R, D], got shape ", shape_of(weights[t]));
@@ -141,69 +133,102 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
         name_of(dtype_of(weights[t])));
     rows.push_back(unit_stride_rows(weights[t]));
   }
-  for (int64_t f = 0; f < F; ++f) {
-    RK_DEEPFM_CHECK(indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B, "], got shape ",
-                    shape_of(indices[f]));
-    const Tensor& w = rows[tables[f]];
+  const int64_t B = bags[0].B;
+  for (size_t f = 0; f < bags.size(); ++f) {
+    RK_DEEPFM_CHECK(args.indices[f].dim() == 1 && bags[f].B == B, args.name(f), " must be [", B,
+                    "], got shape ", shape_of(args.indices[f]));
+    const Tensor& w = rows[args.tables[f]];
     bags[f].weight = w.const_data_ptr();
     bags[f].R = w.size(0);
     bags[f].D = D;
     bags[f].stride_wr = w.stride(0);
   }
-  const Tensor a = linear_weight_of("deepfm", linear_weight, rows[0], width);
+  return rows;
+}
+
+// What all blocks share.
+struct Network {
+  const std::vector<Bags>& bags;
+  int64_t D;
+  const OptionalTensor& dense;
+  Tensor linear_weight, output_weight;
+  float output_bias;
+  PackedLayers layers;
+};
+
+// Samples `range`, a block at most -> y [range].
+void run_block(const Network& net, const Block& block, Range range, float* y) {
+  const int64_t n = range.end - range.begin, F = net.bags.size(), D = net.D, width = F * D;
+  BlockLookups lookups{};
+  lookups.bags = net.bags.data();
+  lookups.F = F;
+  lookups.D = D;
+  lookups.x = block.x;
+  lookups.stride_x = block.stride_x;
+  RK_DISPATCH_ISA(look_up_block<float>, lookups, range);
+  copy_dense(net.dense, range.begin, n, block.x + width, block.stride_x);
+  FmInteraction<float> fm{};
+  fm.x = block.x;
+  fm.stride_sample = block.stride_x;
+  fm.stride_field = D;
+  fm.out = block.fm;
+  fm.F = F;
+  fm.D = D;
+  fm.reduce_sum = true;
+  RK_DISPATCH_ISA(fm_interaction<float>, fm, {0, n});
+  Linear<float> linear{}, output{};
+  linear.x = block.x;
+  linear.stride_row = block.stride_x;
+  linear.weight = static_cast<const float*>(net.linear_weight.const_data_ptr());
+  linear.n = width;
+  linear.out = block.linear;
+  RK_DISPATCH_ISA(linear<float>, linear, {0, n});
+  output.x = RK_DISPATCH_ISA(hidden_layers<float>, block.hidden_layers(net.layers, n));
+  output.stride_row = block.stride_hidden;
+  output.weight = static_cast<const float*>(net.output_weight.const_data_ptr());
+  output.n = net.output_weight.size(1);
+  output.out = block.deep;
+  RK_DISPATCH_ISA(linear<float>, output, {0, n});
+  for (int64_t b = 0; b < n; ++b) y[b] = block.fm[b] + block.linear[b] + (block.deep[b] + net.output_bias);
+}
+
+Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& tables, const Names& names,
+                  const Tensor& linear_weight, const OptionalTensor& dense, const Tensors& mlp) {
+  const Tensors none;
+  const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
+  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
+  Features features(args, weights.size());
+  std::vector<Bags>& bags = features.bags;
+  const int64_t F = bags.size(), B = bags[0].B,
+                D = weights[tables[0]].dim() == 2 ? weights[tables[0]].size(1) : 0;
+  const int64_t width = F * D, in = width + (dense && dense->dim() == 2 ? dense->size(1) : 0);
+  const Tensors rows = bind_tables(weights, args, D, bags);
+  const Tensor linear = linear_weight_of("deepfm", linear_weight, rows[0], width);
   if (dense) check_dense("deepfm", *dense, rows[0], B);
   check_layers(mlp, in, rows[0]);
-  const PackedLayers packed(mlp, in);
-  const Tensor output_weight = torch::stable::contiguous(mlp[mlp.size() - 2]);
-  const float output_bias = *static_cast<const float*>(mlp.back().const_data_ptr());
+  const Network net{bags,
+                    D,
+                    dense,
+                    linear,
+                    torch::stable::contiguous(mlp[mlp.size() - 2]),
+                    *static_cast<const float*>(mlp.back().const_data_ptr()),
+                    PackedLayers(mlp, in)};
 
   Tensor out = torch::stable::new_empty(rows[0], {B, 1});
   float* y = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t blocks = (B + kMlpRows - 1) / kMlpRows;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (B + kMlpRows - 1) / kMlpRows);
   std::atomic<int64_t> next{0};
   std::atomic<bool> in_range{true};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    Block block(packed, in);
-    BlockLookups lookups{};
-    lookups.bags = bags.data();
-    lookups.F = F;
-    lookups.D = D;
-    lookups.x = block.x;
-    lookups.stride_x = block.stride_x;
-    FmInteraction<float> fm{};
-    fm.x = block.x;
-    fm.stride_sample = block.stride_x;
-    fm.stride_field = D;
-    fm.out = block.fm;
-    fm.F = F;
-    fm.D = D;
-    fm.reduce_sum = true;
-    Linear<float> linear{}, output{};
-    linear.x = block.x;
-    linear.stride_row = block.stride_x;
-    linear.weight = static_cast<const float*>(a.const_data_ptr());
-    linear.n = width;
-    linear.out = block.linear;
-    output.stride_row = block.stride_hidden;
-    output.weight = static_cast<const float*>(output_weight.const_data_ptr());
-    output.n = output_weight.size(1);
-    output.out = block.deep;
+    const Block block(net.layers, in);
     for (int64_t b0; in_range && (b0 = next++ * kMlpRows) < B;) {
-      const int64_t b1 = std::min(B, b0 + kMlpRows), n = b1 - b0;
+      const Range samples{b0, std::min(B, b0 + kMlpRows)};
       for (const Bags& bag : bags)
-        if (!ids_in_range(bag, b0, b1)) {
+        if (!ids_in_range(bag, samples.begin, samples.end)) {
           in_range = false;
           return;
         }
-      RK_DISPATCH_ISA(look_up_block<float>, lookups, {b0, b1});
-      copy_dense(dense, b0, n, block.x + width, block.stride_x);
-      RK_DISPATCH_ISA(fm_interaction<float>, fm, {0, n});
-      RK_DISPATCH_ISA(linear<float>, linear, {0, n});
-      output.x = RK_DISPATCH_ISA(hidden_layers<float>, block.hidden_layers(packed, n));
-      RK_DISPATCH_ISA(linear<float>, output, {0, n});
-      for (int64_t b = 0; b < n; ++b)
-        y[b0 + b] = block.fm[b] + block.linear[b] + (block.deep[b] + output_bias);
+      run_block(net, block, samples, y + b0);
     }
   });
   if (!in_range)
@@ -211,6 +236,7 @@ static Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const I
   return out;
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) { m.impl("deepfm", TORCH_BOX(&rk::deepfm_cpu)); }

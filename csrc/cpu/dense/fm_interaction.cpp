@@ -10,8 +10,9 @@
 #include "stable/check.h"
 
 namespace rk {
+namespace {
 
-static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
+Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
   RK_CHECK_DIM("fm_interaction", x, 3);
   RK_CHECK_FLOATING("fm_interaction", x);
   const int64_t B = x.size(0), F = x.size(1), D = x.size(2);
@@ -34,7 +35,7 @@ static Tensor fm_interaction_cpu(const Tensor& x, bool reduce_sum) {
   return out;
 }
 
-static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& x, bool reduce_sum) {
+Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& x, bool reduce_sum) {
   RK_CHECK_DIM("fm_interaction_backward", x, 3);
   RK_CHECK_FLOATING("fm_interaction_backward", x);
   const int64_t B = x.size(0), F = x.size(1), D = x.size(2), width = reduce_sum ? 1 : D;
@@ -61,6 +62,7 @@ static Tensor fm_interaction_backward_cpu(const Tensor& grad_out, const Tensor& 
   return grad_x;
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

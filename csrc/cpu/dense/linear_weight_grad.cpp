@@ -14,9 +14,10 @@
 #include "stable/check.h"
 
 namespace rk {
+namespace {
 
 // The texts are those of ops/linear_weight_grad.py.
-static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
+Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   RK_CHECK_DIM("linear_weight_grad", dy, 2);
   RK_CHECK_DIM("linear_weight_grad", x, 2);
   for (const auto& [name, t] : {std::pair("dy", &dy), std::pair("x", &x)})
@@ -50,6 +51,7 @@ static Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   return grad;
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

@@ -20,6 +20,7 @@
 #include "stable/check.h"
 
 namespace rk {
+namespace {
 
 struct NormArguments {
   const Tensor& x;
@@ -37,7 +38,7 @@ struct NormArguments {
 #define RK_NORM_CHECK(condition, ...) RK_CHECK(condition, "norm_activation: ", __VA_ARGS__)
 
 // The texts are those of ops/norm_activation.py.
-static void check(const NormArguments& a) {
+void check(const NormArguments& a) {
   const Tensor& x = a.x;
   check_activation("norm_activation", a.activation);
   RK_CHECK_DIM("norm_activation", x, 2);
@@ -216,12 +217,12 @@ void accumulate_statistics(const NormArguments& a, const NormChunks& chunks, con
   layer.set_statistics(all.mean, var);
 }
 
-static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, const OptionalTensor& alpha,
-                                                      const OptionalTensor& running_mean,
-                                                      const OptionalTensor& running_var, int64_t activation,
-                                                      bool batch_norm, bool training, double norm_eps,
-                                                      double dice_eps) {
+std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const OptionalTensor& alpha,
+                                               const OptionalTensor& running_mean,
+                                               const OptionalTensor& running_var, int64_t activation,
+                                               bool batch_norm, bool training, double norm_eps,
+                                               double dice_eps) {
   const NormArguments a{x,
                         weight,
                         bias,
@@ -260,7 +261,65 @@ static std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const Opt
   return {out, batch_stats};
 }
 
-static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
+// One pass over the rows, or with statistics of the batch one for the sums and one for grad_x -> the sums.
+template <class T, class A = Accumulator<T>>
+NormSums<A> backward_passes(const NormArguments& a, const NormChunks& chunks, NormLayer<A>& layer,
+                            const Tensor& x, const Tensor& grad_out, Tensor& grad_x) {
+  NormActivationBackward<T> k{};
+  k.grad_out = static_cast<const T*>(grad_out.const_data_ptr());
+  k.stride_grad = grad_out.stride(0);
+  k.x = static_cast<const T*>(x.const_data_ptr());
+  k.stride_row = x.stride(0);
+  k.block = chunks.block;
+  std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
+  const auto pass = [&](T* to) {
+    k.layer = layer.f;
+    k.grad_x = to;
+    chunks.parallel_for([&](int64_t c0, int64_t c1) {
+      const NormWorkspace<A> w(layer.f, chunks.block);
+      for (int64_t c = c0; c < c1; ++c) {
+        partial[c] = std::make_unique<NormSums<A>>(a.H());
+        RK_DISPATCH_ISA(norm_activation_backward<T>, k, {chunks.begin(c), chunks.end(c)}, w.scratch,
+                        partial[c]->grad);
+      }
+    });
+  };
+  NormSums<A> sums(a.H());
+  const auto add = [&] {
+    for (const auto& p : partial) sums += *p;
+  };
+  T* to = static_cast<T*>(grad_x.mutable_data_ptr());
+  if (a.batch_statistics()) {
+    pass(nullptr);
+    add();
+    layer.set_backward_means(sums.grad);
+    pass(to);
+  } else {
+    pass(to);
+    add();
+  }
+  return sums;
+}
+
+// Of weight, bias and alpha, as far as there are such.
+template <class A>
+Tensors param_gradients(const NormArguments& a, const NormSums<A>& sums) {
+  Tensors grads;
+  if (a.weight) {
+    const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
+    grads.push_back(gradient_of(*a.weight, [&](int64_t h) { return en[h]; }));
+    grads.push_back(gradient_of(*a.bias, [&](int64_t h) { return e[h]; }));
+  }
+  if (a.alpha) {
+    A all = 0;
+    for (int64_t h = 0; h < a.H(); ++h) all += sums.grad.alpha[h];
+    const bool one = a.alpha->numel() == 1;
+    grads.push_back(gradient_of(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
+  }
+  return grads;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     const Tensor& grad_out, const Tensor& batch_stats, const Tensor& x, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& alpha, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, int64_t activation, bool batch_norm, bool training, double norm_eps,
@@ -283,7 +342,7 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
              accumulator_dtype(dtype_of(x)));
   const Tensor xu = unit_stride_last(x), gu = unit_stride_last(grad_out);
   Tensor grad_x = new_empty_paged(x, {N, H});
-  std::vector<Tensor> grad_params;
+  Tensors grad_params;
   dispatch_floating(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
@@ -295,54 +354,13 @@ static std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
       for (double& v : var) v *= (N - 1.) / N;
       layer.set_statistics(mean, var);
     }
-    NormActivationBackward<T> k{};
-    k.grad_out = static_cast<const T*>(gu.const_data_ptr());
-    k.stride_grad = gu.stride(0);
-    k.x = static_cast<const T*>(xu.const_data_ptr());
-    k.stride_row = xu.stride(0);
-    k.block = chunks.block;
-    std::vector<std::unique_ptr<NormSums<A>>> partial(chunks.size());
-    const auto pass = [&](T* grad_xp) {
-      k.layer = layer.f;
-      k.grad_x = grad_xp;
-      chunks.parallel_for([&](int64_t c0, int64_t c1) {
-        const NormWorkspace<A> w(layer.f, chunks.block);
-        for (int64_t c = c0; c < c1; ++c) {
-          partial[c] = std::make_unique<NormSums<A>>(H);
-          RK_DISPATCH_ISA(norm_activation_backward<T>, k, {chunks.begin(c), chunks.end(c)}, w.scratch,
-                          partial[c]->grad);
-        }
-      });
-    };
-    NormSums<A> sums(H);
-    const auto add = [&] {
-      for (const auto& p : partial) sums += *p;
-    };
-    T* grad_xp = static_cast<T*>(grad_x.mutable_data_ptr());
-    if (a.batch_statistics()) {
-      pass(nullptr);
-      add();
-      layer.set_backward_means(sums.grad);
-      pass(grad_xp);
-    } else {
-      pass(grad_xp);
-      add();
-    }
-    if (a.weight) {
-      const A *e = sums.grad.sums[0], *en = sums.grad.sums[1];
-      grad_params.push_back(gradient_of(*a.weight, [&](int64_t h) { return en[h]; }));
-      grad_params.push_back(gradient_of(*a.bias, [&](int64_t h) { return e[h]; }));
-    }
-    if (a.alpha) {
-      A all = 0;
-      for (int64_t h = 0; h < H; ++h) all += sums.grad.alpha[h];
-      const bool one = a.alpha->numel() == 1;
-      grad_params.push_back(gradient_of(*a.alpha, [&](int64_t h) { return one ? all : sums.grad.alpha[h]; }));
-    }
+    const NormSums<A> sums = backward_passes<T>(a, chunks, layer, xu, gu, grad_x);
+    grad_params = param_gradients(a, sums);
   });
   return {grad_x, grad_params};
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

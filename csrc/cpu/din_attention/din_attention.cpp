@@ -12,6 +12,7 @@
 #include "cpu/din_attention/checks.h"
 #include "cpu/din_attention/folded_network.h"
 #include "cpu/din_attention/params.h"
+#include "cpu/din_attention/workspace.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
@@ -21,6 +22,7 @@
 #include "stable/check.h"
 
 namespace rk {
+namespace {
 
 template <class T>
 DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometry& g) {
@@ -37,94 +39,18 @@ DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometr
   return rows;
 }
 
-// Rows are divided among threads in chunks of samples of about equal work, which depend on the input alone:
-// statistics are summed by chunk, so that the forward has the same bits on any number of threads.
-class DinChunks {
- public:
-  template <class A>
-  DinChunks(const Din<A>& net, const DinGeometry& g) {
-    const int64_t B = static_cast<int64_t>(g.count.size()), most = std::min<int64_t>(B, 128);
-    double row = 64, sample = 256;  // multiply-adds, and an allowance for the rest
-    for (int64_t i = 0; i < net.layers; ++i) row += (i == 0 ? net.D : net.layer[i].in) * net.layer[i].out;
-    sample += 3. * net.D * net.layer[0].out;
-    const double total = g.valid * row + B * sample;
-    double done = 0;
-    bounds_.push_back(0);
-    for (int64_t b = 0; b < B; ++b) {
-      done += g.count[b] * row + sample;
-      if (done * most >= total * bounds_.size()) bounds_.push_back(b + 1);
-    }
-    if (bounds_.back() != B) bounds_.push_back(B);
-    grain_ = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(size() * kDinChunkFlops / (total + 1))));
-  }
-  int64_t size() const { return static_cast<int64_t>(bounds_.size()) - 1; }
-  Range samples(int64_t chunk, int64_t end) const { return {bounds_[chunk], bounds_[end]}; }
-
-  // Calls body(first chunk, end) on ranges of chunks, which depend on the number of threads only.
-  template <class Body>
-  void parallel_for(const Body& body) const {
-    torch::stable::parallel_for(0, size(), grain_, body);
-  }
-
- private:
-  std::vector<int64_t> bounds_;
-  int64_t grain_ = 1;
-};
-
-// One thread's memory.
-template <class A>
-struct DinWorkspace {
-  DinWorkspace(const Din<A>& net, const DinGeometry& g, bool backward) {
-    const int64_t R = std::min(kBlockRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out,
-                  ldH = padded<A>(H);
-    int64_t widest = 0;
-    for (int64_t i = 0; i < net.layers; ++i) {
-      const int64_t ld = padded<A>(net.layer[i].out);
-      widest = std::max(widest, ld);
-      A* product = arena.take(R * ld);
-      layers.push_back({product, backward ? arena.take(R * ld) : product,
-                        net.drops ? arena.take(R * ld) : nullptr, arena.take(R), arena.take(R), arena.take(R),
-                        arena.take(R)});
-    }
-    scratch.layer = layers.data();
-    scratch.target = arena.take(kDinTargets * ldD);
-    scratch.out = arena.take(ldD);
-    scratch.history = arena.take(R * ldD);
-    scratch.operand = arena.take(operand_size<A>(net.D, H));
-    scratch.bias = arena.take(kDinTargets * ldH);
-    if (backward) {
-      scratch.grad_out = arena.take(ldD);
-      scratch.grad_target = arena.take(ldD);
-      scratch.operand_rows = arena.take(H * ldD);
-      scratch.grad_operand = arena.take(H * ldD);
-      scratch.grad_bias = arena.take(ldH);
-      scratch.grad = arena.take(R * widest);
-      scratch.grad_below = arena.take(R * widest);
-      scratch.grad_history = arena.take(R * ldD);
-    }
-    if (g.mask.defined()) {
-      positions.resize(g.mask.size(1));
-      scratch.positions = positions.data();
-    }
-  }
-  Arena<A> arena;
-  std::vector<LayerScratch<A>> layers;
-  std::vector<int32_t> positions;
-  DinScratch<A> scratch{};
-};
-
 // ---- forward
 
 // What training keeps of a row for the backward: Dice's two statistics of each layer, and z of the normalized
 // layers, of the first where all widths together are at most the concatenation's 4 D. Autograd keeps some
 // nine values a unit of the composed attention, and the concatenation: so this is at most a tenth of that.
-static int64_t first_kept(const DinArguments& a) {
+int64_t first_kept(const DinArguments& a) {
   int64_t widths = 0;
   for (int64_t i = 0; i < a.layers(); ++i) widths += a.width(i);
   return widths > 4 * a.D();
 }
 
-static int64_t kept_widths(const DinArguments& a) {
+int64_t kept_widths(const DinArguments& a) {
   if (!a.config.training) return 0;
   int64_t widths = a.config.keeps_dice() ? 2 * a.layers() : 0;
   if (a.config.norms() > 0)
@@ -132,7 +58,7 @@ static int64_t kept_widths(const DinArguments& a) {
   return widths;
 }
 
-static int64_t stats_size(const DinArguments& a) {
+int64_t stats_size(const DinArguments& a) {
   int64_t widths = 0;
   for (int64_t i = 0; a.config.training && i < a.layers(); ++i) widths += a.width(i);
   return 2 * a.config.norms() * widths;
@@ -226,37 +152,6 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
 }
 
 // ---- backward
-
-// Gradients summed over a range of chunks, in memory of its own.
-template <class A>
-struct PartialGrads {
-  explicit PartialGrads(const Din<A>& net) {
-    for (int64_t i = 0; i < net.layers; ++i) {
-      const LayerParams<A>& f = net.layer[i];
-      const int64_t ld = padded<A>(f.out), size = f.out * padded<A>(i == 0 ? net.D : f.in);
-      LayerGrad<A> grad{take(size), nullptr,  nullptr,
-                        take(ld),   take(ld), {take(ld), take(ld), take(ld), take(ld)}};
-      if (i == 0) {
-        grad.weight_product = take(size);
-        grad.weight_target = take(size);
-      }
-      layers.push_back(grad);
-    }
-    grad = {layers.data(), take(padded<A>(net.layer[net.layers - 1].out)), take(1)};
-  }
-  void operator+=(const PartialGrads& other) {
-    for (size_t k = 0; k < parts.size(); ++k)
-      for (int64_t i = 0; i < parts[k].second; ++i) parts[k].first[i] += other.parts[k].first[i];
-  }
-  A* take(int64_t n) {
-    parts.emplace_back(arena.take(n), n);
-    return parts.back().first;
-  }
-  Arena<A> arena;
-  std::vector<std::pair<A*, int64_t>> parts;
-  std::vector<LayerGrad<A>> layers;
-  DinGrad<A> grad;
-};
 
 // One pass over the rows; returns the sums of all ranges, in order.
 template <class T, class A = Accumulator<T>>
@@ -361,11 +256,11 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
 
 // ---- ops
 
-static DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
-                              const OptionalTensor& mask, const OptionalTensor& offsets,
-                              const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
-                              int64_t activation, bool batch_norm, bool use_softmax, bool training,
-                              double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
+DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
+                       const OptionalTensor& mask, const OptionalTensor& offsets,
+                       const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
+                       int64_t activation, bool batch_norm, bool use_softmax, bool training, double norm_eps,
+                       double dice_eps, double dropout, const OptionalTensor& seed) {
   check_activation("din_attention", static_cast<ActivationName>(activation));
   RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
   RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
@@ -390,7 +285,7 @@ static DinArguments arguments(const Tensor& history, const Tensor& target, const
   return a;
 }
 
-static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
+std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
@@ -409,7 +304,7 @@ static std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
   return {out, batch_stats, saved};
 }
 
-static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
+std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
     const Tensor& grad_out, const Tensor& batch_stats, const Tensor& saved, const Tensor& history,
     const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
@@ -433,6 +328,7 @@ static std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cp
   return {grad_history, grad_target, grad_params};
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

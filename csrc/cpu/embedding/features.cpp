@@ -43,7 +43,7 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
   check_lengths(args, num_tables);
   bags.resize(n);
   starts.resize(n);
-  kept.reserve(4 * n);
+  keepalive.reserve(4 * n);
   for (size_t f = 0; f < n; ++f) {
     const Tensor& ids = args.indices[f];
     const auto type = ids.scalar_type();
@@ -53,8 +53,8 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
     RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
     const bool pooled = args.modes[f] != kNone, jagged = check_bags(args, f);
     // torch's contiguous looks its operator up by name at each call, 0.2 us.
-    kept.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
-    bag.ids = kept.back().const_data_ptr();
+    keepalive.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
+    bag.ids = keepalive.back().const_data_ptr();
     bag.wide_ids = type == ScalarType::Long;
     bag.N = ids.numel();
     bag.mode = args.modes[f];
@@ -72,8 +72,8 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
       RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
                    "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
                    " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bag.mode]);
-      kept.push_back(torch::stable::contiguous(factors));
-      bag.per_sample_weights = kept.back().const_data_ptr();
+      keepalive.push_back(torch::stable::contiguous(factors));
+      bag.per_sample_weights = keepalive.back().const_data_ptr();
     }
   }
 }

@@ -11,7 +11,7 @@ namespace rk {
 
 struct Features {
   std::vector<Bags> bags;  // the fields of the table and `out` are the caller's to fill
-  Tensors kept;            // what the pointers in `bags` point into
+  Tensors keepalive;       // what the pointers in `bags` point into
   std::vector<std::vector<int64_t>> starts;
 
   // Raises on lists of another length than the features' or the tables' and on what does not fit in a

@@ -17,17 +17,65 @@
 #include "cpu/tuning.h"
 
 namespace rk {
+namespace {
+
+// The FM and the linear term of samples: with `rows`, the features' rows as they are, after looking them up;
+// else of the embeddings that are there.
+template <class T>
+void combine(const ForwardArgs& forward, bool rows, const T* linear_weight, T* fm, T* linear, Range samples) {
+  const std::vector<Bags>& bags = forward.features.bags;
+  const int64_t F = bags.size(), D = bags[0].D;
+  if (rows) {
+    FmRows<T> k{};
+    k.features = bags.data();
+    k.F = F;
+    k.linear_weight = linear_weight;
+    k.fm = fm;
+    k.linear = linear;
+    return RK_DISPATCH_ISA(embedding_fm_rows<T>, k, samples);
+  }
+  FmInteraction<T> k{};
+  k.x = static_cast<const T*>(forward.outs[0].const_data_ptr());
+  k.stride_sample = bags[0].stride_ob;
+  k.stride_field = D;
+  k.out = fm;
+  k.F = F;
+  k.D = D;
+  k.reduce_sum = true;
+  RK_DISPATCH_ISA(fm_interaction<T>, k, samples);
+  if (!linear_weight) return;
+  Linear<T> dot{};
+  dot.x = k.x;
+  dot.stride_row = k.stride_sample;
+  dot.weight = linear_weight;
+  dot.n = F * D;
+  dot.out = linear;
+  RK_DISPATCH_ISA(linear<T>, dot, samples);
+}
+
+// The dense columns, behind those of the embeddings.
+template <class T>
+void copy_dense(const Tensor& dense, const Tensor& embeddings, Range samples) {
+  const int64_t columns = dense.size(1), stride_x = embeddings.size(1), stride_row = dense.stride(0),
+                stride_column = dense.stride(1);
+  const T* from = static_cast<const T*>(dense.const_data_ptr());
+  T* x = static_cast<T*>(embeddings.mutable_data_ptr()) + stride_x - columns;
+  for (int64_t b = samples.begin; b < samples.end; ++b)
+    for (int64_t n = 0; n < columns; ++n) x[b * stride_x + n] = from[b * stride_row + n * stride_column];
+}
 
 // A block of samples is looked up, all features, and then combined while its rows are in the cache.
-static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
-    const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
-    const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-    const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
-    bool /* sparse: how the backward is to be */) {
-  const int64_t more = dense && dense->dim() == 2 ? dense->size(1) : 0;
+std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(const Tensors& weights, const Tensors& indices,
+                                                    const Tensors& offsets, const Tensors& per_sample_weights,
+                                                    const Ints& tables, const Ints& modes,
+                                                    const Ints& padding_idx, const Ints& frozen_rows,
+                                                    const Names& names, const OptionalTensor& linear_weight,
+                                                    const OptionalTensor& dense,
+                                                    bool /* sparse: how the backward is to be */) {
+  const int64_t extra_columns = dense && dense->dim() == 2 ? dense->size(1) : 0;
   const ForwardArgs forward(
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names}, true,
-      more);
+      extra_columns);
   const std::vector<Bags>& bags = forward.features.bags;
   const int64_t F = bags.size(), D = bags[0].D, B = bags[0].B, width = F * D;
   for (int64_t f = 0; f < F; ++f)
@@ -50,61 +98,28 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
   });
   const int64_t block = std::clamp<int64_t>(kFmBlockBytes / (width * embeddings.element_size() + 1),
                                             kFmMinSamples, kFmMaxSamples);
-  std::atomic<bool> fit{true};
+  std::atomic<bool> in_range{true};
   run_tasks((B + block - 1) / block, work, [&](int64_t task) {
     const int64_t b0 = task * block, b1 = std::min(B, b0 + block);
     for (int64_t f = 0; f < F; ++f)
       if (!(rows ? ids_in_range(bags[f], b0, b1) : forward.look_up(f, b0, b1))) {
-        fit = false;
+        in_range = false;
         return;
       }
     dispatch_floating(embeddings.scalar_type(), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      T* x = static_cast<T*>(embeddings.mutable_data_ptr());
-      const int64_t stride_xb = width + more;
-      T* y = static_cast<T*>(fm.mutable_data_ptr());
-      T* linear_out = static_cast<T*>(linear.mutable_data_ptr());
-      const T* a_ = linear_weight ? static_cast<const T*>(a.const_data_ptr()) : nullptr;
-      if (rows) {
-        FmRows<T> k{};
-        k.features = bags.data();
-        k.F = F;
-        k.linear_weight = a_;
-        k.fm = y;
-        k.linear = linear_out;
-        RK_DISPATCH_ISA(embedding_fm_rows<T>, k, {b0, b1});
-      } else {
-        FmInteraction<T> k{};
-        k.x = x;
-        k.stride_sample = stride_xb;
-        k.stride_field = D;
-        k.out = y;
-        k.F = F;
-        k.D = D;
-        k.reduce_sum = true;
-        RK_DISPATCH_ISA(fm_interaction<T>, k, {b0, b1});
-        Linear<T> dot{};
-        dot.x = x;
-        dot.stride_row = stride_xb;
-        dot.weight = a_;
-        dot.n = width;
-        dot.out = linear_out;
-        if (a_) RK_DISPATCH_ISA(linear<T>, dot, {b0, b1});
-      }
-      if (more == 0) return;
-      const T* beside = static_cast<const T*>(dense->const_data_ptr());
-      const int64_t stride_db = dense->stride(0), stride_dn = dense->stride(1);
-      for (int64_t b = b0; b < b1; ++b)
-        for (int64_t n = 0; n < more; ++n)
-          x[b * stride_xb + width + n] = beside[b * stride_db + n * stride_dn];
+      combine<T>(forward, rows, linear_weight ? static_cast<const T*>(a.const_data_ptr()) : nullptr,
+                 static_cast<T*>(fm.mutable_data_ptr()), static_cast<T*>(linear.mutable_data_ptr()),
+                 {b0, b1});
+      if (extra_columns > 0) copy_dense<T>(*dense, embeddings, {b0, b1});
     });
   });
-  if (!fit) forward.check_range();
+  if (!in_range) forward.check_range();
   return {embeddings, fm, linear};
 }
 
 // What the kernels of the backward are given, without their outputs.
-static FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
+FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
   FmGrads grads{};
   grads.embeddings = args.embeddings.const_data_ptr();
   grads.grad_embeddings = data_of(args.grad_embeddings);
@@ -121,8 +136,8 @@ static FmGrads grads_of(const FmBackwardArgs& args, int64_t D) {
 // Calls kernel(samples, their part of grad_a) on blocks of samples, and adds the parts up:
 // -> the gradient of the linear weights, [0] where there are none.
 template <class T, class Kernel>
-static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear_weight, int64_t work,
-                        const Kernel& kernel) {
+Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear_weight, int64_t work,
+                 const Kernel& kernel) {
   using A = Accumulator<T>;
   constexpr int64_t kBlock = 256;  // samples; a constant, because the order of grad_a's sums follows from it
   const int64_t B = args.B, blocks = (B + kBlock - 1) / kBlock;
@@ -145,11 +160,11 @@ static Tensor in_blocks(const FmBackwardArgs& args, const OptionalTensor& linear
 }
 
 // -> the gradient of the lookups [B, F D] and of the linear weights, [0] where there are none.
-static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor& grad_embeddings,
-                                                            const OptionalTensor& grad_fm,
-                                                            const OptionalTensor& grad_linear,
-                                                            const Tensor& embeddings,
-                                                            const OptionalTensor& linear_weight, int64_t D) {
+std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor& grad_embeddings,
+                                                     const OptionalTensor& grad_fm,
+                                                     const OptionalTensor& grad_linear,
+                                                     const Tensor& embeddings,
+                                                     const OptionalTensor& linear_weight, int64_t D) {
   RK_CHECK_CPU("embedding_fm_backward", embeddings);
   const FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
   Tensor grad_lookups = new_empty_paged(embeddings, {args.B, args.width});
@@ -166,8 +181,8 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cpu(const OptionalTensor
   return {grad_lookups, grad_a};
 }
 
-// The gradients of each feature's lookups as the embedding op's backwards take them: whole, or what the FM
-// and the linear term add left to them.
+// Per-feature output gradients for the embedding backward: either complete, or only the deep part's, with the
+// FM's and the linear term's contributions added inside the kernel.
 struct LookupGrads {
   OptionalTensors outs;
   std::vector<FmPart> fm;  // of each table, or empty
@@ -192,8 +207,16 @@ struct LookupGrads {
       for (int64_t f = 0; f < F; ++f) outs.push_back(torch::stable::narrow(grad, 1, f * D, D));
       return;
     }
-    FmBackwardArgs args(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D);
-    const int64_t B = args.B;
+    add_in_backward(FmBackwardArgs(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D),
+                    linear_weight, D, weights, features);
+  }
+
+ private:
+  // Leaves the FM's and the linear term's part to the backward of the lookups.
+  void add_in_backward(FmBackwardArgs args, const OptionalTensor& linear_weight, int64_t D,
+                       const Tensors& weights, const FeatureArgs& features) {
+    const Tensor& embeddings = args.embeddings;
+    const int64_t B = args.B, F = features.size();
     const auto zeros = [&](int64_t rows, int64_t columns) {
       return torch::stable::new_zeros(embeddings, {rows, columns});
     };
@@ -203,19 +226,20 @@ struct LookupGrads {
     const Tensor a = args.linear_weight ? *args.linear_weight : zeros(F, D);
     Tensor grad_fm_s =
         torch::stable::new_empty(embeddings, {B, D}, accumulator_dtype(embeddings.scalar_type()));
-    kept = {*args.grad_fm, grad_l, a, grad_fm_s};
+    keepalive = {*args.grad_fm, grad_l, a, grad_fm_s};
     fm.resize(weights.size());
     for (int64_t f = 0; f < F; ++f) {
       outs.push_back(args.grad_embeddings ? torch::stable::narrow(*args.grad_embeddings, 1, f * D, D)
                                           : nothing);
-      kept.push_back(unit_stride_rows(weights[features.tables[f]]));
-      const Tensor& w = kept.back();
-      fm[features.tables[f]] = {grad_fm_s.const_data_ptr(),
-                                args.grad_fm->const_data_ptr(),
-                                grad_l.const_data_ptr(),
-                                w.const_data_ptr(),
-                                static_cast<const char*>(a.const_data_ptr()) + f * D * a.element_size(),
-                                w.stride(0)};
+      keepalive.push_back(unit_stride_rows(weights[features.tables[f]]));
+      const Tensor& w = keepalive.back();
+      FmPart& part = fm[features.tables[f]];
+      part.grad_fm_s = grad_fm_s.const_data_ptr();
+      part.grad_fm = args.grad_fm->const_data_ptr();
+      part.grad_linear = grad_l.const_data_ptr();
+      part.weight = w.const_data_ptr();
+      part.linear_weight = static_cast<const char*>(a.const_data_ptr()) + f * D * a.element_size();
+      part.stride_wr = w.stride(0);
     }
     FmGrads grads = grads_of(args, D);
     grads.grad_fm_s = grad_fm_s.mutable_data_ptr();
@@ -228,8 +252,7 @@ struct LookupGrads {
     });
   }
 
- private:
-  Tensors kept;
+  Tensors keepalive;  // of what `fm` points into
 
   // Whether every embedding is a row of a table of its feature's own; an edit that no version tells of
   // (through .data) is looked for in one row of each.
@@ -274,7 +297,7 @@ struct LookupGrads {
 };
 
 // embedding_fm_backward and then embedding_bag_backward_sparse.
-static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_sparse_cpu(
+std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_sparse_cpu(
     const OptionalTensor& grad_embeddings, const OptionalTensor& grad_fm, const OptionalTensor& grad_linear,
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Ints& rows, const Tensors& indices, const Tensors& offsets,
@@ -294,7 +317,7 @@ static std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_spars
 }
 
 // embedding_fm_backward and then embedding_bag_update.
-static std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
+std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
     const OptionalTensor& grad_embeddings, const OptionalTensor& grad_fm, const OptionalTensor& grad_linear,
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Tensors& states, const Tensors& indices, const Tensors& offsets,
@@ -309,6 +332,7 @@ static std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
   return {update_tables(backward, weights, states, optimizer, hyper, grads.fm), grads.grad_linear_weight};
 }
 
+}  // namespace
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CPU, m) {

@@ -8,7 +8,7 @@
 
 namespace rk {
 
-ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t more_columns)
+ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool concat, int64_t extra_columns)
     : args(args), features(args, weights.size()) {
   for (size_t t = 0; t < weights.size(); ++t) {
     check_table("embedding_bag", weights[t], t);
@@ -16,7 +16,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     tables.push_back(unit_stride_rows(weights[t]));
   }
   check_padding(args, [&](size_t t) { return tables[t].size(0); });
-  int64_t width = more_columns;
+  int64_t width = extra_columns;
   for (size_t f = 0; f < args.size(); ++f) {
     const Tensor& w = tables[args.tables[f]];
     Bags& bag = features.bags[f];
@@ -75,12 +75,12 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
       concat);
   const BagTasks plan(forward.features);
-  std::atomic<bool> fit{true};
+  std::atomic<bool> in_range{true};
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
     const auto [f, b0, b1] = plan.tasks[task];
-    if (!forward.look_up(f, b0, b1)) fit = false;
+    if (!forward.look_up(f, b0, b1)) in_range = false;
   });
-  if (!fit) forward.check_range();
+  if (!in_range) forward.check_range();
   return forward.outs;
 }
 

@@ -1,10 +1,10 @@
 // Which instruction set the kernels run with: the best of the CPU, no better than ATEN_CPU_CAPABILITY
-// ("default", "avx2", "avx512") asks for, read once.
+// ("default", "avx2", "avx512") allows, read once.
 //
-// Each kernel is one header of templates in the namespace `rk::RK_ISA`, compiled three times
-// (targets/baseline.cpp, targets/avx2.cpp, targets/avx512.cpp) with other vector lengths. RK_DISPATCH_ISA
-// calls the right copy. AVX512-BF16 multiplies pairs of bfloat16, which DIN attention alone has a use for:
-// targets/avx512_bf16.cpp is a copy of its kernels, and everything else runs as with AVX-512.
+// A kernel is a header of templates in the namespace `rk::RK_ISA`, compiled once for each file of targets/,
+// with other vector lengths. RK_DISPATCH_ISA calls the right copy. AVX512-BF16 multiplies pairs of bfloat16,
+// which only DIN attention uses: targets/avx512_bf16.cpp has a copy of its kernels, and everything else runs
+// as with AVX-512.
 #pragma once
 
 #include <cstdint>

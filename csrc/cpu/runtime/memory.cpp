@@ -22,9 +22,9 @@ static bool huge_pages_allowed() {
 }
 #endif
 
-// Moves what t holds to huge pages, with what else lies on the first and the last of them: without those, a
-// third of a table of 6.4 MB. A batch's lookups go all over a table: with pages of 4 KiB each of them misses
-// the translation buffer, which costs as much as the row's own bytes.
+// Asks the kernel to back t with huge pages, rounding outward to page boundaries: inward, a third of a 6.4 MB
+// table would stay on small pages. Random lookups miss the TLB on 4 KiB pages, which costs as much as reading
+// the row.
 static void use_huge_pages(Tensor t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   static const bool allowed = huge_pages_allowed();
@@ -32,9 +32,9 @@ static void use_huge_pages(Tensor t) {
   const uintptr_t first = begin & ~(kHugePage - 1);
   const uintptr_t last = (begin + t.numel() * t.element_size() + kHugePage - 1) & ~(kHugePage - 1);
   if (!allowed) return;
-  constexpr int kCollapse =
-      25;  // MADV_COLLAPSE, from Linux 6.1 on: at once; before, the system does it by and by
-  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // what is not mapped stays out
+  // MADV_COLLAPSE (Linux 6.1 and later) acts at once; older kernels do it in the background.
+  constexpr int kCollapse = 25;
+  (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // ignores unmapped ranges
   for (uintptr_t page = first; page < last; page += kHugePage)
     (void)madvise(reinterpret_cast<void*>(page), kHugePage, kCollapse);
 #endif

@@ -22,10 +22,9 @@ inline std::pair<uintptr_t, uintptr_t> huge_pages_of(const Tensor& t) {
 }
 #endif
 
-// torch::stable::new_empty, asking for huge pages where a large buffer has no pages yet. The allocator maps
-// many of them afresh at every call, and the system zeroes and maps each page on first touch: with pages of 4
-// KiB that costs several times the bytes' own traffic. Memory that is used again has its pages, and asking
-// would only cost time. Where huge pages are off the request does nothing.
+// torch::stable::new_empty with huge pages for a large buffer that has no pages yet: the allocator maps it
+// afresh at every call, and zeroing and mapping 4 KiB pages on first touch costs several times the bytes' own
+// traffic. Memory that is reused has its pages; asking again would only cost time.
 inline Tensor new_empty_paged(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
                               std::optional<ScalarType> dtype = {}) {
   Tensor t = torch::stable::new_empty(like, size, dtype);

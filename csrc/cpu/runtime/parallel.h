@@ -10,8 +10,9 @@
 
 namespace rk {
 
-// Calls body(task) for every task in [0, tasks). Each thread takes the next task when it is done with its
-// last: which thread runs a task is left to chance, so a task must not write what another reads.
+// Calls body(task) for every task in [0, tasks); `work`: elements read by all. Each thread takes the next
+// task when it is done with its last, so which thread runs a task is left to chance: a task must not write
+// what another reads.
 template <class Body>
 void run_tasks(int64_t tasks, int64_t work, const Body& body) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);

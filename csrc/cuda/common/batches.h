@@ -25,8 +25,7 @@ inline int32_t checked_int32(int64_t n, const char* what) {
   return static_cast<int32_t>(n);
 }
 
-// Puts items into as few launches as their number allows. `add` says how many blocks an item takes; whoever
-// adds calls `flush` at the end.
+// Batches items into launches of so many blocks each; call flush() when done.
 template <class Item, class Launch>
 class Batches {
  public:

@@ -16,9 +16,9 @@ namespace rk {
 namespace cuda {
 
 // The fields of feature f that do not depend on its table; `like` is the table, or in the backward the
-// gradient: what is not on its device or has another dtype is an error. `kept` gets the copies that pointers
-// point into.
-inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tensors& kept) {
+// gradient: what is not on its device or has another dtype is an error. `keepalive` gets the copies that
+// pointers point into.
+inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tensors& keepalive) {
   const auto check_integers = [&](const Tensor& t, const std::string& what) {
     const auto dtype = t.scalar_type();
     RK_CHECK_BAG(dtype == ScalarType::Long || dtype == ScalarType::Int, what, " must be int32 or int64, got ",
@@ -26,8 +26,8 @@ inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tenso
     RK_CHECK_BAG(on_device(t) && t.get_device_index() == like.get_device_index(), what,
                  " must be on the device of its table, ", like.get_device_index(), ", got ",
                  t.get_device_index());
-    kept.push_back(torch::stable::contiguous(t));
-    return kept.back().const_data_ptr();
+    keepalive.push_back(torch::stable::contiguous(t));
+    return keepalive.back().const_data_ptr();
   };
   const Tensor& ids = args.indices[f];
   Bags bags{};
@@ -57,8 +57,8 @@ inline Bags bags_of(const FeatureArgs& args, size_t f, const Tensor& like, Tenso
                  "per_sample_weights of ", args.name(f), " must be like its table, ", like.scalar_type(),
                  " on device ", like.get_device_index(), ", got ", factors.scalar_type(), " on device ",
                  factors.get_device_index());
-    kept.push_back(torch::stable::contiguous(factors));
-    bags.per_sample_weights = kept.back().const_data_ptr();
+    keepalive.push_back(torch::stable::contiguous(factors));
+    bags.per_sample_weights = keepalive.back().const_data_ptr();
   }
   return bags;
 }

@@ -15,7 +15,7 @@
 // reduces it.
 //
 // Bytes a sample: forward, each row once, an id a lookup, F D out; backward, F D of x (its second read is of
-// the first-level cache), of grad_embeddings and of grad_x, and F D of x again for grad_a. Flops: 5 F D
+// L1), of grad_embeddings and of grad_x, and F D of x again for grad_a. Flops: 5 F D
 // forward, 8 F D backward: bound by memory.
 #pragma once
 

@@ -11,7 +11,7 @@
 //
 // Bytes: each looked-up row once, 4 or 8 an id, each output row once; flops: 2 D a lookup. Bound by memory:
 // what counts is how many rows are on their way. A group of lanes takes a bag, 16 bytes of the row a lane, so
-// a warp holds several bags of a narrow table; rows are asked for kUnroll at a time; and one launch takes all
+// a warp holds several bags of a narrow table; kUnroll rows are loaded at a time; and one launch takes all
 // features.
 #pragma once
 
@@ -32,7 +32,7 @@ struct Bags {
   int64_t B, L;
   int64_t padding_idx;  // -1: none
   int32_t stride_ob, D;
-  int32_t first_block;  // of the launch, that works on this feature
+  int32_t first_block;  // of the launch for this feature, its first
   uint8_t mode;
   uint8_t log2_lanes;  // of the group that takes a bag
   bool wide_ids : 1, wide_offsets : 1;
