@@ -153,3 +153,94 @@ def test_a_planted_violation_is_found(tmp_path, file, line, expected):
     planted.write_text(f"{line}\n{planted.read_text()}")
     found = violations(tmp_path / "csrc")
     assert any(expected in text for text in found), found
+
+
+MAX_FILE, MAX_FUNCTION = 400, 60
+#: Longer functions, and why.
+LONG = {
+    ("cpu/din_attention/forward_kernel.h", "din_forward"): "one pass over a sample's rows; its steps are functions",
+    ("cpu/embedding/segment_sum_wide_kernel.h", "reduce_wide"): "one loop, whose row stays in registers",
+    ("cpu/embedding/backward_args.cpp", "BackwardArgs::BackwardArgs"): "the checks, in the order of the arguments",
+    ("cuda/embedding/backward.cu", "Backward::Backward"): "the checks, in the order of the arguments",
+    ("cuda/embedding/optimizer.cuh", "update_row"): "one loop, whose row stays in registers",
+}
+
+
+def functions(text: str) -> list[tuple[str, int]]:
+    """Names and lengths in lines of the functions and member functions of a file that clang-format has been through."""
+    found, lines = [], text.splitlines()
+    starts = {"": True, "  ": False}  # where one may begin: at the margin, and in a class two columns in
+    line = 0
+    while line < len(lines):
+        text = lines[line]
+        if re.match(r"(template <.*> )?(struct|class) ", text) and text.endswith("{"):
+            starts["  "] = True
+        elif text == "};":
+            starts["  "] = False
+        indent = re.match(" *", text)[0]
+        if (
+            starts.get(indent)
+            and re.match(r" *[\w~:]", text)
+            and not re.match(r" *(namespace|struct|class|enum|using|union)\b", text)
+        ):
+            head, end = "", line
+            while end < len(lines) and not re.search(r"[;{}]( *//.*)?$", lines[end]):
+                head, end = head + lines[end].strip() + " ", end + 1
+            if end < len(lines) and lines[end].endswith("{"):
+                head += lines[end].strip()
+                while end + 1 < len(lines) and lines[end] not in (indent + "}", indent + "};"):
+                    end += 1
+                if named := re.search(
+                    r"([\w~:]+)\(",
+                    re.sub(r"__attribute__\(\(\w+\)\)|__launch_bounds__\([^)]*\)|template <[^>]*> ", "", head),
+                ):
+                    found.append((named[1], end - line + 1))
+            line = end
+        line += 1
+    return found
+
+
+def test_files_and_functions_are_short():
+    files = {path.relative_to(CSRC).as_posix(): path.read_text() for path in sorted(CSRC.rglob("*.*"))}
+    assert {path: n for path, text in files.items() if (n := len(text.splitlines())) > MAX_FILE} == {}
+    long = {(path, name): n for path, text in files.items() for name, n in functions(text) if n > MAX_FUNCTION}
+    assert long.keys() == LONG.keys(), {
+        key: n for key, n in long.items() if key not in LONG
+    } or LONG.keys() - long.keys()
+
+
+def test_functions_are_measured():
+    text = """namespace rk {
+int f(int a,
+      int b) {
+  return a;
+}
+struct S {
+  S() : x(1) {
+    x = 2;
+  }
+  int x;
+};
+}
+"""
+    assert functions(text) == [("f", 4), ("S", 3)]
+
+
+def test_a_kernel_is_declared_once():
+    """By RK_KERNEL beside its parameters; and defined in one header."""
+    declared = {}
+    for path in sorted(CSRC.rglob("*.h")):
+        for name in re.findall(
+            r"^RK_KERNEL\((?:template <class T>\s+)?[\w*: <>]+?\s\*?(\w+)\(", path.read_text(), re.M
+        ):
+            assert name not in declared, (name, path, declared[name])
+            declared[name] = path
+            assert path.name == "params.h", path
+    assert len(declared) > 20
+    for name in declared:
+        definitions = [
+            path.name
+            for path in CSRC.rglob("cpu/**/*_kernel.h")
+            if re.search(rf"^(?!  |.*RK_INSTANTIATE)[\w<>* ]*\b{name}\([^;]*?\) {{", path.read_text(), re.M)
+        ]
+        assert len(definitions) == 1, (name, definitions)

@@ -13,6 +13,20 @@ static bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 static int64_t blocks_of(int64_t B) { return blocks_for(B, 5); }  // a warp a sample
 
+// The embeddings with the dense columns behind them: rows of a width that is no multiple of 16 bytes are
+// written slower than they are copied afterwards.
+static Tensor with_dense(const Tensor& embeddings, const OptionalTensor& dense) {
+  if (!dense) return embeddings;
+  const int64_t B = embeddings.size(0), width = embeddings.size(1);
+  check_dense("embedding_fm", *dense, embeddings, B);
+  Tensor all = torch::stable::new_empty(embeddings, {B, width + dense->size(1)});
+  Tensor left = torch::stable::narrow(all, 1, 0, width);
+  Tensor right = torch::stable::narrow(all, 1, width, dense->size(1));
+  torch::stable::copy_(left, embeddings);
+  torch::stable::copy_(right, *dense);
+  return all;
+}
+
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
     const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
     const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
@@ -24,17 +38,6 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
   std::vector<Bags>& features = forward.features;
   const Tensor& embeddings = forward.outs[0];
   const int64_t B = features[0].B, D = features[0].D;
-  // Rows of a width that is no multiple of 16 bytes are written slower than they are copied afterwards.
-  const auto with_dense = [&] {
-    if (!dense) return embeddings;
-    check_dense("embedding_fm", *dense, embeddings, B);
-    Tensor all = torch::stable::new_empty(embeddings, {B, forward.width + dense->size(1)});
-    Tensor left = torch::stable::narrow(all, 1, 0, forward.width);
-    Tensor right = torch::stable::narrow(all, 1, forward.width, dense->size(1));
-    torch::stable::copy_(left, embeddings);
-    torch::stable::copy_(right, *dense);
-    return all;
-  };
   bool packed = true;
   for (size_t f = 0; f < args.size(); ++f) {
     RK_CHECK(features[f].D == D, "embedding_fm: features must have one width, but that of ", args.name(f),
@@ -50,7 +53,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
   } else {
     linear = torch::stable::new_empty(embeddings, {0, 1});
   }
-  if (B == 0 || D == 0) return {with_dense(), fm, linear};
+  if (B == 0 || D == 0) return {with_dense(embeddings, dense), fm, linear};
 
   const Device device(weights[0]);
   RangeReport report(device, weights[0]);
@@ -80,7 +83,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
       report.finish(args, batch, launched);
     }
   });
-  return {with_dense(), fm, linear};
+  return {with_dense(embeddings, dense), fm, linear};
 }
 
 // -> the gradient of the lookups [B, F D] and of the linear weights, [0] where there are none.
