@@ -43,7 +43,8 @@ class Names {
   StringHandle text_;
 };
 
-// What the op and its backward share; the backward has no names.
+// Lists of one entry a feature (frozen_rows: a table) that the op and its backward share; the backward has no
+// names.
 struct FeatureArgs {
   const Tensors &indices, &offsets, &per_sample_weights;
   const Ints &tables, &modes, &padding_idx, &frozen_rows;
@@ -89,7 +90,7 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   }
 }
 
-// Whether feature f has bags of its own, told by offsets; raises for ids that are neither that nor [B, L],
+// Whether feature f is jagged, its bags given by offsets. Raises for ids that are neither that nor [B, L],
 // and for offsets that nothing would read.
 inline bool check_bags(const FeatureArgs& args, size_t f) {
   const Tensor& ids = args.indices[f];
@@ -106,8 +107,7 @@ inline bool check_bags(const FeatureArgs& args, size_t f) {
   return jagged;
 }
 
-// Raises unless padding indices and frozen rows are -1 or rows of their tables, of which rows(t) says how
-// many table t has.
+// Raises unless padding indices and frozen rows are -1 or rows of their tables; table t has rows(t).
 template <class Rows>
 void check_padding(const FeatureArgs& args, const Rows& rows) {
   const auto is_row = [&](int64_t i, size_t t) { return i >= -1 && i < static_cast<int64_t>(rows(t)); };

@@ -6,7 +6,7 @@
 
 namespace rk {
 
-// Like `like`, which the dispatcher has brought to this implementation.
+// Whether t is on the device of `like`.
 inline bool same_device(const Tensor& t, const Tensor& like) {
   return t.is_cpu() == like.is_cpu() && t.is_cuda() == like.is_cuda() &&
          t.get_device_index() == like.get_device_index();
@@ -28,7 +28,7 @@ inline Tensor linear_weight_of(const char* op, const Tensor& weight, const Tenso
   return torch::stable::contiguous(weight);
 }
 
-// Raises unless `dense` can stand behind the embeddings.
+// Raises unless `dense` [B, n] can be appended to the embeddings.
 inline void check_dense(const char* op, const Tensor& dense, const Tensor& like, int64_t B) {
   RK_CHECK(dense.dim() == 2 && dense.size(0) == B && dense.scalar_type() == like.scalar_type() &&
                same_device(dense, like),

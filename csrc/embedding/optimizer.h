@@ -35,7 +35,7 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return !one_matrix || apart % a.stride(0) < a.size(1) || apart % a.stride(0) + b.size(1) > a.stride(0);
 }
 
-// Raises if two tables share memory: their steps would be taken at once.
+// Raises if two tables share memory: threads would step on both at once.
 inline void check_apart(const Tensors& weights) {
   std::vector<size_t> order;
   for (size_t t = 0; t < weights.size(); ++t)
@@ -52,8 +52,8 @@ inline void check_apart(const Tensors& weights) {
   }
 }
 
-// The step of `op` on a table. `Update` is either implementation's; what it has of its own is left to the
-// caller.
+// The step of `op` on a table, checked. `Update` is the CPU's or CUDA's struct; the caller fills in the rest
+// of it.
 template <class Update>
 Update make_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
                    const Tensor* states) {

@@ -125,7 +125,7 @@ def check_forward(weights: list[Tensor], features: Features, names: str, concat:
 
 
 def check_backward(grad_outs: list[Tensor | None], weights: list[Tensor], rows: list[int], features: Features) -> None:
-    """The texts are those of csrc/cpu/embedding/sorted_lookups.cpp."""
+    """The texts are those of csrc/cpu/embedding/backward_args.cpp."""
     op, check, F = "embedding_bag_backward", torch._check, len(features.indices)
     names = [f"indices[{f}]" for f in range(F)]
     given = [g for g in grad_outs if g is not None]

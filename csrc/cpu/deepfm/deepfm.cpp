@@ -122,7 +122,7 @@ void copy_dense(const OptionalTensor& dense, int64_t b0, int64_t n, float* x, in
     for (int64_t b = 0; b < n; ++b) x[b * stride_x + c] = from[b * stride_row + c * stride_column];
 }
 
-// Gives the features their tables, which are checked -> those with rows of unit stride.
+// Checks the tables and points the bags at them. Returns them with rows of unit stride.
 Tensors bind_tables(const Tensors& weights, const FeatureArgs& args, int64_t D, std::vector<Bags>& bags) {
   Tensors rows;
   for (size_t t = 0; t < weights.size(); ++t) {
@@ -146,7 +146,7 @@ Tensors bind_tables(const Tensors& weights, const FeatureArgs& args, int64_t D, 
   return rows;
 }
 
-// What all blocks share.
+// The arguments, checked; shared by all threads.
 struct Network {
   const std::vector<Bags>& bags;
   int64_t D;
@@ -156,7 +156,7 @@ struct Network {
   PackedLayers layers;
 };
 
-// Samples `range`, a block at most -> y [range].
+// y [samples of the range] = the logits of at most a block of samples.
 void run_block(const Network& net, const Block& block, Range range, float* y) {
   const int64_t n = range.end - range.begin, F = net.bags.size(), D = net.D, width = F * D;
   BlockLookups lookups{};

@@ -166,10 +166,10 @@ struct LastLayer {
   A* grad_out_weight;                // or null
 };
 
-// Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place. What is left of dL/dy, - mean(w) / s and
-// - (y - mean) sum(w u) / s^2, is subtracted unit by unit later: its two factors go to s.mean_w and
-// s.along_units. Adds to alpha's gradient. Four rows at a time, so that what belongs to the units is read
-// once for four of them.
+// Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place; adds to alpha's gradient. The rest of
+// dL/dy,
+// - mean(w) / s - (y - mean) sum(w u) / s^2, is subtracted unit by unit later, with factors left in s.mean_w
+// and s.along_units. Four rows at a time, so that the units' constants are read once for four of them.
 template <bool kLast, class A>
 static void dice_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, A* grad_alpha,
                           LastLayer<A> top) {

@@ -1,4 +1,4 @@
-// The embedding op's backwards, for ops that add to the gradients of its lookups.
+// The embedding op's backwards, for ops whose lookups get more gradients.
 #pragma once
 
 #include <tuple>

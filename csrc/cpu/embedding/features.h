@@ -14,8 +14,7 @@ struct Features {
   Tensors keepalive;       // what the pointers in `bags` point into
   std::vector<std::vector<int64_t>> starts;
 
-  // Raises on lists of another length than the features' or the tables' and on what does not fit in a
-  // feature.
+  // Raises for lists of a wrong length and for features that contradict themselves.
   Features(const FeatureArgs& args, size_t num_tables);
   // Raises unless the per-sample weights of feature f have its table's dtype.
   void check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const;

@@ -19,8 +19,8 @@
 namespace rk {
 namespace {
 
-// The FM and the linear term of samples: with `rows`, the features' rows as they are, after looking them up;
-// else of the embeddings that are there.
+// The FM and the linear term of samples. With `rows` the features are rows as they are, and are looked up
+// too; without, they have been.
 template <class T>
 void combine(const ForwardArgs& forward, bool rows, const T* linear_weight, T* fm, T* linear, Range samples) {
   const std::vector<Bags>& bags = forward.features.bags;
@@ -53,7 +53,7 @@ void combine(const ForwardArgs& forward, bool rows, const T* linear_weight, T* f
   RK_DISPATCH_ISA(linear<T>, dot, samples);
 }
 
-// The dense columns, behind those of the embeddings.
+// Copies the dense columns behind the embeddings.
 template <class T>
 void copy_dense(const Tensor& dense, const Tensor& embeddings, Range samples) {
   const int64_t columns = dense.size(1), stride_x = embeddings.size(1), stride_row = dense.stride(0),
@@ -64,7 +64,7 @@ void copy_dense(const Tensor& dense, const Tensor& embeddings, Range samples) {
     for (int64_t n = 0; n < columns; ++n) x[b * stride_x + n] = from[b * stride_row + n * stride_column];
 }
 
-// A block of samples is looked up, all features, and then combined while its rows are in the cache.
+// Block by block of samples: all features are looked up, then combined while their rows are in L2.
 std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(const Tensors& weights, const Tensors& indices,
                                                     const Tensors& offsets, const Tensors& per_sample_weights,
                                                     const Ints& tables, const Ints& modes,
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(const Tensors& weights, cons
              " is ", bags[f].D, " and that of ", forward.args.name(0), " ", D);
   const Tensor& embeddings = forward.outs[0];
   Tensor fm = torch::stable::new_empty(embeddings, {B, 1});
-  // Without columns there is no pointer to the linear weights, which the kernels take for no linear term.
+  // Without columns there is no pointer to the linear weights, and null means no linear term to the kernels.
   const std::vector<int64_t> linear_shape{linear_weight ? B : 0, 1};
   Tensor linear = width == 0 ? torch::stable::new_zeros(embeddings, linear_shape)
                              : torch::stable::new_empty(embeddings, linear_shape);
@@ -254,8 +254,8 @@ struct LookupGrads {
 
   Tensors keepalive;  // of what `fm` points into
 
-  // Whether every embedding is a row of a table of its feature's own; an edit that no version tells of
-  // (through .data) is looked for in one row of each.
+  // Whether every embedding is a row of a table that is its feature's alone. Edits through .data, which no
+  // version counts, are looked for in one row of each.
   static bool is_rows(const Tensors& weights, const Tensor& embeddings, int64_t D,
                       const FeatureArgs& features) {
     std::vector<const void*> tables;
@@ -273,7 +273,7 @@ struct LookupGrads {
     return std::adjacent_find(tables.begin(), tables.end()) == tables.end();
   }
 
-  // Whether w holds what feature f has looked up for one of the samples, another one for each feature.
+  // Whether w still holds what feature f looked up for one of the samples, a different one for each feature.
   static bool holds(const Tensor& w, const Tensor& embeddings, int64_t f, int64_t D,
                     const FeatureArgs& features) {
     const Tensor& ids = features.indices[f];

@@ -144,9 +144,8 @@ struct Step {
   }
 
   // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g; `scale` is
-  // scale_rows'. No sum has two products in it: which of them is fused into it would be the compiler's
-  // choice, in every copy that it makes of a loop anew, and a row must have the same bits wherever in a batch
-  // it comes.
+  // scale_rows'. No sum has two products: which of them is fused would be the compiler's choice in each copy
+  // of a loop, and a row must have the same bits wherever in a batch it comes.
   template <Optimizer kind>
   RK_INLINE void apply_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
     T* w_row = weight + row * stride_wr;

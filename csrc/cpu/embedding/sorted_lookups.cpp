@@ -64,9 +64,10 @@ void SortedLookups::place_lookups(const BackwardArgs& backward) {
 void SortedLookups::write_keys(const BackwardArgs& backward) {
   const FeatureArgs& args = backward.args;
   const Features& features = backward.features;
-  Tensors factors;
-  for (const Tensor& weights : args.per_sample_weights)
-    factors.push_back(torch::stable::contiguous(torch::stable::to(weights, ScalarType::Double)));
+  Tensors factors = args.per_sample_weights;
+  for (size_t f = 0; f < factors.size(); ++f)
+    if (features.bags[f].per_sample_weights)
+      factors[f] = torch::stable::contiguous(torch::stable::to(factors[f], ScalarType::Double));
   const BagTasks plan(features);
   std::atomic<bool> in_range{true};
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
