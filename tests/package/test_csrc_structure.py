@@ -226,6 +226,7 @@ struct S {
     assert functions(text) == [("f", 4), ("S", 3)]
 
 
+<<<<<<< HEAD
 def test_a_kernel_is_declared_once():
     """By RK_KERNEL beside its parameters; and defined in one header."""
     declared = {}
@@ -244,3 +245,42 @@ def test_a_kernel_is_declared_once():
             if re.search(rf"^(?!  |.*RK_INSTANTIATE)[\w<>* ]*\b{name}\([^;]*?\) {{", path.read_text(), re.M)
         ]
         assert len(definitions) == 1, (name, definitions)
+=======
+def kernels_declared_wrongly(csrc: Path) -> list[str]:
+    """A kernel is declared once, by RK_KERNEL beside its parameters, and defined in one header."""
+    declared, found = {}, []
+    for path in sorted(csrc.rglob("*.*")):
+        for name in re.findall(
+            r"^RK_KERNEL\((?:template <class T>\s+)?[\w*: <>]+?\s\*?(\w+)\(", path.read_text(), re.M
+        ):
+            if path.name != "params.h" or name in declared:
+                found.append(f"{name}: declared in {path.name}, {'again' if name in declared else 'not in params.h'}")
+            declared[name] = path
+    for name in declared:
+        definition = rf"^(?!  |.*RK_INSTANTIATE)[\w<>* ]*\b{name}\([^;]*?\) {{"
+        headers = [path.name for path in csrc.rglob("cpu/**/*.h") if re.search(definition, path.read_text(), re.M)]
+        if len(headers) != 1 or not headers[0].endswith("_kernel.h"):
+            found.append(f"{name}: defined in {headers}")
+    return found if declared else ["no kernel is declared"]
+
+
+def test_kernels_are_declared_once():
+    assert kernels_declared_wrongly(CSRC) == []
+
+
+@pytest.mark.parametrize(
+    "file, line, expected",
+    [
+        ("cpu/dense/params.h", "RK_KERNEL(void zero_lines(char* p, int64_t n))", "declared in params.h, again"),
+        ("cpu/dense/linear.h", "RK_KERNEL(void add(Add))", "add: declared in linear.h, not in params.h"),
+        ("cpu/dense/params.h", "RK_KERNEL(template <class T> void add(Add<T>))", "add: defined in []"),
+        ("cpu/dense/add.h", "void zero_lines(char* p, int64_t bytes) {}", "zero_lines: defined in ["),
+    ],
+)  # fmt: skip
+def test_a_planted_declaration_is_found(tmp_path, file, line, expected):
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    planted = tmp_path / "csrc" / file
+    planted.write_text((planted.read_text() if planted.exists() else "") + f"{line}\n")
+    found = kernels_declared_wrongly(tmp_path / "csrc")
+    assert any(expected in text for text in found), found
+>>>>>>> csrc

@@ -1,15 +1,15 @@
 // Activations of a hidden layer on a block of rows, forward and backward, for one instruction set. Rows
-// have padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out. The
-// structures of pointers come by value: as the stores may alias anything, through a reference each pointer
-// would be read again after each.
+// have padded(out) values, one unit a lane; absent units are zero going in and have no effect coming out.
+// Structures of pointers come by value: through a reference each pointer would be read again after every
+// store.
 //
 // With y = ys g + yo and v = vs g + vo (see LayerParams), per unit:
 //
 //   leaky            a = y > 0 ? y : alpha y
 //   relu             a = y < 0 ? 0 : y
 //   sigmoid          a = p(y)                                               p(x) = 1 / (1 + e^-x)
-//   dice_batch_norm  a = alpha y + p(v) (y - alpha y)                          NaN where y is infinite, as
-//   torch's dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
+//   dice_batch_norm  a = alpha y + p(v) (y - alpha y)              NaN where y is infinite, as torch's
+//   dice             a = y (alpha + (1 - alpha) p(u)),   u = (y - mean) / s,
 //                    s^2 = sum_j ((y_j - mean)^2 + epsilon)
 //
 // Dice's mean and sum run over the units of a row. |u| <= 1 always, so its sigmoid is a short polynomial.
@@ -166,9 +166,14 @@ struct LastLayer {
   A* grad_out_weight;                // or null
 };
 
+<<<<<<< HEAD
 // Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place; adds to alpha's gradient. The rest of
 // dL/dy,
 // - mean(w) / s - (y - mean) sum(w u) / s^2, is subtracted unit by unit later, with factors left in s.mean_w
+=======
+// Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place; adds to alpha's gradient. The other terms
+// of dL/dy are subtracted later, unit by unit; their factors mean(w) / s and sum(w u) / s^2 go to s.mean_w
+>>>>>>> csrc
 // and s.along_units. Four rows at a time, so that the units' constants are read once for four of them.
 template <bool kLast, class A>
 static void dice_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, A* grad_alpha,

@@ -1,4 +1,4 @@
-// Batch normalization and activation of a hidden layer's products, forward and backward, for one instruction
+// Batch normalization and activation of a hidden layer's GEMM, forward and backward, for one instruction
 // set.
 //
 // x [N, H] has a row a sample and a column a unit. With m and v the mean and variance of a column, those of
@@ -12,8 +12,8 @@
 // memory, a few vectors of columns at a time. Backward, with e = dL/dn and, for dice_batch_norm, d what of
 // dL/dx goes past the normalization (0 else), in training
 //
-//   grad_x = d + r (e - mean(e) - n mean(e n)),    grad_gamma = sum n dL/d(gamma n + beta),    grad_beta =
-//   its sum
+//   grad_x     = d + r (e - mean(e) - n mean(e n))
+//   grad_gamma = sum n dL/d(gamma n + beta),    grad_beta = sum dL/d(gamma n + beta)
 //
 // where means and sums run down a column; in eval the two means are absent.
 //

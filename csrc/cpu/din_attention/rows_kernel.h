@@ -1,5 +1,4 @@
-// The rows of a sample on their way into the DIN attention kernels and their gradients' way out, for one
-// instruction set.
+// The rows of a sample as DIN attention's GEMMs read them, and their gradients, for one instruction set.
 #pragma once
 
 #include "cpu/din_attention/params.h"
@@ -42,7 +41,11 @@ RK_INLINE void for_each_block(int64_t n, const Body& body) {
   }
 }
 
+<<<<<<< HEAD
 // n rows of D values that the products can read, or write: ld apart.
+=======
+// n rows of D values, ld apart, that a GEMM can read or write.
+>>>>>>> csrc
 template <class A>
 struct Block {
   A* p;

@@ -69,7 +69,6 @@ RK_INLINE void fence_non_temporal() {
 }
 
 // ---- 16-bit storage
-// -------------------------------------------------------------------------------------------
 
 RK_INLINE f32v widen(u16v h, bf16) { return (f32v)(__builtin_convertvector(h, u32v) << 16); }
 
@@ -110,7 +109,6 @@ RK_INLINE u16v narrow(f32v f, fp16) {
 #endif
 
 // ---- loads and stores by storage type
-// ---------------------------------------------------------------------------
 
 template <class T>
 struct Traits {  // bf16, fp16
