@@ -226,26 +226,6 @@ struct S {
     assert functions(text) == [("f", 4), ("S", 3)]
 
 
-<<<<<<< HEAD
-def test_a_kernel_is_declared_once():
-    """By RK_KERNEL beside its parameters; and defined in one header."""
-    declared = {}
-    for path in sorted(CSRC.rglob("*.h")):
-        for name in re.findall(
-            r"^RK_KERNEL\((?:template <class T>\s+)?[\w*: <>]+?\s\*?(\w+)\(", path.read_text(), re.M
-        ):
-            assert name not in declared, (name, path, declared[name])
-            declared[name] = path
-            assert path.name == "params.h", path
-    assert len(declared) > 20
-    for name in declared:
-        definitions = [
-            path.name
-            for path in CSRC.rglob("cpu/**/*_kernel.h")
-            if re.search(rf"^(?!  |.*RK_INSTANTIATE)[\w<>* ]*\b{name}\([^;]*?\) {{", path.read_text(), re.M)
-        ]
-        assert len(definitions) == 1, (name, definitions)
-=======
 def kernels_declared_wrongly(csrc: Path) -> list[str]:
     """A kernel is declared once, by RK_KERNEL beside its parameters, and defined in one header."""
     declared, found = {}, []
@@ -283,4 +263,3 @@ def test_a_planted_declaration_is_found(tmp_path, file, line, expected):
     planted.write_text((planted.read_text() if planted.exists() else "") + f"{line}\n")
     found = kernels_declared_wrongly(tmp_path / "csrc")
     assert any(expected in text for text in found), found
->>>>>>> csrc

@@ -166,14 +166,8 @@ struct LastLayer {
   A* grad_out_weight;                // or null
 };
 
-<<<<<<< HEAD
-// Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place; adds to alpha's gradient. The rest of
-// dL/dy,
-// - mean(w) / s - (y - mean) sum(w u) / s^2, is subtracted unit by unit later, with factors left in s.mean_w
-=======
 // Dice: d = dL/da -> da (alpha + (1 - alpha) p) + w / s in place; adds to alpha's gradient. The other terms
 // of dL/dy are subtracted later, unit by unit; their factors mean(w) / s and sum(w u) / s^2 go to s.mean_w
->>>>>>> csrc
 // and s.along_units. Four rows at a time, so that the units' constants are read once for four of them.
 template <bool kLast, class A>
 static void dice_backward(LayerParams<A> f, int64_t rows, LayerScratch<A> s, A* d, A* grad_alpha,

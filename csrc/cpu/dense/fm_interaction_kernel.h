@@ -11,13 +11,8 @@
 // side to hide the add's latency.
 //
 // Per sample: F*D loads, 3 F*D flops forward; backward F*D loads, F*D stores, 3 F*D flops (s_F is recomputed
-<<<<<<< HEAD
-// from rows that stay in L1 for the second pass). Both are bound by memory, and a large
-// grad_x is stored non-temporally: an ordinary store would load its lines too.
-=======
 // from rows that stay in L1 for the second pass). Both are bound by memory, and a large grad_x is stored
 // non-temporally: an ordinary store would load its lines too.
->>>>>>> csrc
 #pragma once
 
 #include "cpu/dense/params.h"

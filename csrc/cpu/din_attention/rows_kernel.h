@@ -41,11 +41,7 @@ RK_INLINE void for_each_block(int64_t n, const Body& body) {
   }
 }
 
-<<<<<<< HEAD
-// n rows of D values that the products can read, or write: ld apart.
-=======
 // n rows of D values, ld apart, that a GEMM can read or write.
->>>>>>> csrc
 template <class A>
 struct Block {
   A* p;

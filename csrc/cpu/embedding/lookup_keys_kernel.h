@@ -13,11 +13,7 @@ namespace bags {
 template <class I>
 static bool write_keys(const Bags& f, const I* ids, const LookupKeys& keys, Range bags, uint64_t* keyed) {
   uint64_t bad = 0;
-<<<<<<< HEAD
-  // No store can change these.
-=======
   // In registers: for the compiler the stores may change what `f` and `keys` point to.
->>>>>>> csrc
   const uint64_t R = f.R, first_key = keys.first_key, skipped_key = keys.skipped_key;
   const int64_t padding_idx = f.padding_idx, frozen_row = keys.frozen_row;
   const int shift = keys.shift;
