@@ -57,7 +57,7 @@ constexpr int64_t kDinInPlaceBytes = 256;
 // (bench_ops.py).
 constexpr int64_t kNormBlockBytes = 12288, kNormMinRows = 16;
 // L2, an eighth: bytes of embeddings that are looked up and then combined, of so many samples
-// (bench_embedding_fm.py).
+// (bench_embedding_bag.py).
 constexpr int64_t kFmBlockBytes = 1 << 17, kFmMinSamples = 16, kFmMaxSamples = 1024;
 // L1: samples of a panel in the gradient of a weight; L3: samples between two sums, read by all tasks; and
 // rows of a task, many, because each copies the panel, and few enough for two tasks a panel with 256 units
