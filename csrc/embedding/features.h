@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "embedding/params.h"
 #include "stable/check.h"
 
 #define RK_CHECK_BAG(condition, ...) RK_CHECK(condition, "embedding_bag: ", __VA_ARGS__)
@@ -65,9 +67,6 @@ struct FeatureArgs {
 constexpr const char* kModeNames[] = {"none", "sum", "mean", "max"};
 constexpr int64_t kModes = 4;
 
-// Of all tables of a backward together.
-constexpr int64_t kMostRows = int64_t(1) << 60;
-
 inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   const size_t n = args.size();
   RK_CHECK_BAG(n > 0 && num_tables > 0, "weights and indices must not be empty lists");
@@ -94,7 +93,7 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
 // and for offsets that nothing would read.
 inline bool check_bags(const FeatureArgs& args, size_t f) {
   const Tensor& ids = args.indices[f];
-  const bool pooled = args.modes[f] != 0, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
+  const bool pooled = args.modes[f] != kNone, jagged = pooled && ids.dim() == 1 && !args.offsets.empty();
   const auto is_vector = [](const Tensor& t) { return t.dim() == 1; };
   // Ids without a bag would be dropped unseen.
   RK_CHECK_BAG(!pooled || ids.dim() == 2 ||
@@ -105,6 +104,39 @@ inline bool check_bags(const FeatureArgs& args, size_t f) {
                args.name(f), " of shape ", shape_of(ids), " and mode ", kModeNames[args.modes[f]],
                " takes no offsets, got shape ", shape_of(args.offsets[f]));
   return jagged;
+}
+
+// How many bags feature f has, which check_bags let pass.
+inline int64_t count_bags(const FeatureArgs& args, size_t f, bool jagged) {
+  const Tensor& ids = args.indices[f];
+  return jagged ? args.offsets[f].size(0) : args.modes[f] != kNone ? ids.size(0) : ids.numel();
+}
+
+// Raises unless `t`, the ids of feature f or what `of` says of them, is int32 or int64 -> whether it is
+// int64.
+inline bool check_integers(const FeatureArgs& args, size_t f, const char* of, const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  RK_CHECK_BAG(dtype == ScalarType::Long || dtype == ScalarType::Int, of, args.name(f),
+               " must be int32 or int64, got ", name_of(dtype));
+  return dtype == ScalarType::Long;
+}
+
+// Raises unless the per-sample weights of feature f, which it has, are one a lookup in a mode that takes
+// them.
+inline void check_factors(const FeatureArgs& args, size_t f) {
+  const int64_t mode = args.modes[f];
+  const auto shape = args.indices[f].sizes(), got = args.per_sample_weights[f].sizes();
+  RK_CHECK_BAG(
+      (mode == kSum || mode == kMean) && std::equal(shape.begin(), shape.end(), got.begin(), got.end()),
+      "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(args.indices[f]),
+      " and mode sum or mean, got ", shape_of(args.per_sample_weights[f]), " and ", kModeNames[mode]);
+}
+
+// Raises unless they have the dtype of their table.
+inline void check_factor_dtype(const FeatureArgs& args, size_t f, ScalarType dtype) {
+  const ScalarType got = args.per_sample_weights[f].scalar_type();
+  RK_CHECK_BAG(got == dtype, "per_sample_weights of ", args.name(f), " must have the dtype of its table, ",
+               name_of(dtype), ", got ", name_of(got));
 }
 
 // Raises unless padding indices and frozen rows are -1 or rows of their tables; table t has rows(t).

@@ -23,6 +23,16 @@ inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, si
   RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
 }
 
+// Raises unless `rows` and `values` have the form of a coalesced sparse gradient of the table.
+inline void check_sparse(const Tensor& weight, const Tensor& rows, const Tensor& values) {
+  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
+               values.size(0) == rows.size(0) && values.size(1) == weight.size(1) &&
+               values.scalar_type() == weight.scalar_type(),
+           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
+           shape_of(weight), " and ", name_of(weight.scalar_type()), ", got shapes ", shape_of(rows), " and ",
+           shape_of(values), ", ", name_of(rows.scalar_type()), " and ", name_of(values.scalar_type()));
+}
+
 // Whether two tables have an element in common; the columns of one matrix may be several tables.
 inline bool overlap(const Tensor& a, const Tensor& b) {
   const char *first = static_cast<const char*>(a.const_data_ptr()),

@@ -1,4 +1,4 @@
-"""What the embedding ops' defaults and fakes check, in the words of the C++ (csrc/embedding_*arguments.h).
+"""What the embedding ops' defaults and fakes check, in the words of the C++ (csrc/embedding).
 
 Nothing is read or written before it. In a fake implementation the sizes are symbols; values, of ids and of offsets, are
 looked at on the CPU alone, where nobody waits for them.
@@ -125,7 +125,7 @@ def check_forward(weights: list[Tensor], features: Features, names: str, concat:
 
 
 def check_backward(grad_outs: list[Tensor | None], weights: list[Tensor], rows: list[int], features: Features) -> None:
-    """The texts are those of csrc/cpu/embedding/backward_args.cpp."""
+    """The texts are those of csrc/embedding/backward.h."""
     op, check, F = "embedding_bag_backward", torch._check, len(features.indices)
     names = [f"indices[{f}]" for f in range(F)]
     given = [g for g in grad_outs if g is not None]

@@ -15,12 +15,6 @@
 
 namespace rk {
 
-static std::vector<ScalarType> dtypes_of(const BackwardArgs& backward) {
-  std::vector<ScalarType> dtypes;
-  for (const Tensor* t : backward.grad_of) dtypes.push_back((t ? *t : backward.some_grad).scalar_type());
-  return dtypes;
-}
-
 static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
     const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
     const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
@@ -32,13 +26,13 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
   Tensors grad_weights;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
   for (size_t t = 0; t < rows.size(); ++t) {
-    grad_weights.push_back(backward.grad_of[t]
-                               ? new_empty_paged(*backward.grad_of[t], {rows[t], backward.widths[t]})
-                               : torch::stable::new_empty(backward.some_grad, {0}));
+    grad_weights.push_back(backward.outs.of_table[t] ? new_empty_paged(*backward.outs.of_table[t],
+                                                                       {rows[t], backward.outs.widths[t]})
+                                                     : torch::stable::new_empty(backward.outs.some, {0}));
     sums[t].grad_weight = grad_weights[t].data_ptr();
   }
   zero(grad_weights);
-  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  lookups.reduce(sums, backward.outs.dtypes(), backward.outs.widths);
   return {grad_weights, backward.factor_grads()};
 }
 
@@ -49,14 +43,15 @@ std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backw
   Tensors grad_rows, values;
   std::vector<TableGrad> sums(counts.size(), TableGrad{});
   for (size_t t = 0; t < counts.size(); ++t) {
-    grad_rows.push_back(torch::stable::new_empty(backward.some_grad, {counts[t]}, ScalarType::Long));
-    values.push_back(new_empty_paged(backward.grad_of[t] ? *backward.grad_of[t] : backward.some_grad,
-                                     {counts[t], backward.widths[t]}));
+    grad_rows.push_back(torch::stable::new_empty(backward.outs.some, {counts[t]}, ScalarType::Long));
+    values.push_back(
+        new_empty_paged(backward.outs.of_table[t] ? *backward.outs.of_table[t] : backward.outs.some,
+                        {counts[t], backward.outs.widths[t]}));
     sums[t].rows = static_cast<int64_t*>(grad_rows[t].mutable_data_ptr());
     sums[t].grad_weight = values[t].mutable_data_ptr();
     sums[t].fm = fm.empty() ? nullptr : &fm[t];
   }
-  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  lookups.reduce(sums, backward.outs.dtypes(), backward.outs.widths);
   return {grad_rows, values, backward.factor_grads()};
 }
 
@@ -92,7 +87,7 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
   }
   const SortedLookups lookups(backward);
   Tensors grad_factors = backward.factor_grads();
-  lookups.reduce(sums, dtypes_of(backward), backward.widths);
+  lookups.reduce(sums, backward.outs.dtypes(), backward.outs.widths);
   return grad_factors;
 }
 
@@ -113,12 +108,8 @@ static void sparse_update_cpu(const Tensor& weight, const Tensors& states, const
                               const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
   const Update u = make_cpu_update("sparse_update", optimizer, hyper.data(), weight, states.data());
-  const int64_t n = rows.numel(), D = weight.size(1);
-  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
-               values.size(0) == n && values.size(1) == D && values.scalar_type() == weight.scalar_type(),
-           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
-           shape_of(weight), " and ", name_of(weight.scalar_type()), ", got shapes ", shape_of(rows), " and ",
-           shape_of(values), ", ", name_of(rows.scalar_type()), " and ", name_of(values.scalar_type()));
+  check_sparse(weight, rows, values);
+  const int64_t n = rows.size(0), D = weight.size(1);
   const Tensor row = torch::stable::contiguous(rows), value = torch::stable::contiguous(values);
   const int64_t* rp = static_cast<const int64_t*>(row.const_data_ptr());
   for (int64_t i = 0; i < n; ++i)

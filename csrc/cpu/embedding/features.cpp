@@ -13,20 +13,13 @@ bool ids_in_range(const Bags& bags, int64_t b0, int64_t b1) {
   return RK_DISPATCH_ISA(embedding_ids_in_range, bags, {bags.begin(b0), bags.begin(b1)});
 }
 
-static bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto as = a.sizes(), bs = b.sizes();
-  return std::equal(as.begin(), as.end(), bs.begin(), bs.end());
-}
-
 // Where the bags start and the last one ends.
 static std::vector<int64_t> starts_of(const FeatureArgs& args, size_t f, int64_t N) {
-  const auto type = args.offsets[f].scalar_type();
-  RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, "offsets of ", args.name(f),
-               " must be int32 or int64, got ", name_of(type));
+  const bool wide = check_integers(args, f, "offsets of ", args.offsets[f]);
   const Tensor offsets = torch::stable::contiguous(args.offsets[f]);
   const int64_t B = offsets.size(0);
   std::vector<int64_t> starts(B + 1, N);
-  if (type == ScalarType::Long)
+  if (wide)
     std::copy_n(static_cast<const int64_t*>(offsets.const_data_ptr()), B, starts.begin());
   else
     std::copy_n(static_cast<const int32_t*>(offsets.const_data_ptr()), B, starts.begin());
@@ -46,43 +39,29 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
   keepalive.reserve(4 * n);
   for (size_t f = 0; f < n; ++f) {
     const Tensor& ids = args.indices[f];
-    const auto type = ids.scalar_type();
     Bags& bag = bags[f];
-    RK_CHECK_BAG(type == ScalarType::Long || type == ScalarType::Int, args.name(f),
-                 " must be int32 or int64, got ", name_of(type));
+    bag.wide_ids = check_integers(args, f, "", ids);
     RK_CHECK_BAG(ids.is_cpu(), args.name(f), " must be on cpu like its table");
     const bool pooled = args.modes[f] != kNone, jagged = check_bags(args, f);
     // torch's contiguous looks its operator up by name at each call, 0.2 us.
     keepalive.push_back(ids.is_contiguous() ? ids : torch::stable::contiguous(ids));
     bag.ids = keepalive.back().const_data_ptr();
-    bag.wide_ids = type == ScalarType::Long;
     bag.N = ids.numel();
     bag.mode = args.modes[f];
     bag.padding_idx = pooled ? args.padding_idx[f] : -1;
     if (jagged) {
       starts[f] = starts_of(args, f, bag.N);
       bag.starts = starts[f].data();
-      bag.B = starts[f].size() - 1;
     } else {
-      bag.B = pooled ? ids.size(0) : bag.N;
       bag.L = pooled ? ids.size(1) : 1;
     }
+    bag.B = count_bags(args, f, jagged);
     if (args.has_factors(f)) {
-      const Tensor& factors = args.per_sample_weights[f];
-      RK_CHECK_BAG((bag.mode == kSum || bag.mode == kMean) && same_shape(factors, ids),
-                   "per_sample_weights of ", args.name(f), " must have its shape ", shape_of(ids),
-                   " and mode sum or mean, got ", shape_of(factors), " and ", kModeNames[bag.mode]);
-      keepalive.push_back(torch::stable::contiguous(factors));
+      check_factors(args, f);
+      keepalive.push_back(torch::stable::contiguous(args.per_sample_weights[f]));
       bag.per_sample_weights = keepalive.back().const_data_ptr();
     }
   }
-}
-
-void Features::check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const {
-  if (!bags[f].per_sample_weights) return;
-  const auto got = args.per_sample_weights[f].scalar_type();
-  RK_CHECK_BAG(got == dtype, "per_sample_weights of ", args.name(f), " must have the dtype of its table, ",
-               name_of(dtype), ", got ", name_of(got));
 }
 
 void Features::check_range(const FeatureArgs& args, size_t f) const {

@@ -16,8 +16,6 @@ struct Features {
 
   // Raises for lists of a wrong length and for features that contradict themselves.
   Features(const FeatureArgs& args, size_t num_tables);
-  // Raises unless the per-sample weights of feature f have its table's dtype.
-  void check_factors(const FeatureArgs& args, size_t f, ScalarType dtype) const;
   // Raises for the first id of feature f outside its table, if there is one.
   void check_range(const FeatureArgs& args, size_t f) const;
 };

@@ -5,11 +5,10 @@
 
 #include "cuda/embedding/backward.cuh"
 #include "cuda/embedding/backward.h"
+#include "embedding/backward.h"
 
 namespace rk {
 namespace cuda {
-
-#define RK_CHECK_GRAD(condition, ...) RK_CHECK(condition, "embedding_bag_backward: ", __VA_ARGS__)
 
 // The lookups by key, and the tensors that hold them.
 struct Sorted {
@@ -34,80 +33,59 @@ class Backward {
   TableGrad table_grad(size_t t) const;
   void reduce(const Sorted& sorted, ScalarType dtype, const std::vector<TableGrad>& tables) const;
   int64_t width(ScalarType dtype) const;
-  const Tensor& like() const { return grads_[given_]; }
+  const Tensor& like() const { return outs_.some; }
 
   const FeatureArgs& args_;
   const Ints& rows_;
-  size_t given_ = 0;  // a feature that has a gradient
+  OutGrads outs_;
   Device device_;
   Tensors grads_, kept_;
   std::vector<BagGrads> features_;  // those without a gradient have no bags
   int64_t lookups_ = 0;
   Ints first_key_;                  // of each table, and the end of the last
-  Ints widths_;                     // of each table; -1: none of its features has a gradient
   std::vector<ScalarType> dtypes_;  // of each table
   std::vector<bool> aligned_;       // of each table: the rows of its features' gradients
 };
 
-static const Tensor& first_given(const OptionalTensors& grad_outs) {
-  const auto given =
-      std::find_if(grad_outs.begin(), grad_outs.end(), [](const auto& g) { return g.has_value(); });
-  RK_CHECK_GRAD(given != grad_outs.end(), "grad_outs has no gradient");
-  return **given;
+// Before anything is copied or launched.
+static OutGrads check_backward(const FeatureArgs& args, const OptionalTensors& grad_outs,
+                               const Tensors& weights, const Ints& rows) {
+  check_lengths(args, rows.size());
+  OutGrads outs(grad_outs, weights, rows, args,
+                [&](size_t f) { return count_bags(args, f, check_bags(args, f)); });
+  for (size_t f = 0; f < args.size(); ++f)
+    RK_CHECK_BACKWARD(!grad_outs[f] || on_device_of(*grad_outs[f], outs.some), "grad_outs[", f,
+                      "] must be on the device of the others");
+  for (size_t t = 0; t < weights.size(); ++t)
+    RK_CHECK_BACKWARD(on_device_of(weights[t], outs.some), "weights[", t,
+                      "] must be on the device of the gradients");
+  return outs;
 }
 
 Backward::Backward(const FeatureArgs& args, const OptionalTensors& grad_outs, const Tensors& weights,
                    const Ints& rows)
-    : args_(args), rows_(rows), device_(first_given(grad_outs)) {
-  const size_t n = args.size(), num_tables = rows.size();
-  check_lengths(args, num_tables);
-  RK_CHECK_GRAD(grad_outs.size() == n, "grad_outs must have one entry a feature, ", n, ", got ",
-                grad_outs.size());
-  while (!grad_outs[given_]) ++given_;
-  first_key_.assign(1, 0);
-  for (size_t t = 0; t < num_tables; ++t) {
-    RK_CHECK_GRAD(rows[t] >= 0 && rows[t] < kMostRows - first_key_.back(), "rows[", t,
-                  "] must be a table's number of rows, got ", rows[t]);
-    first_key_.push_back(first_key_.back() + rows[t]);
-  }
-  check_padding(args, [&](size_t t) { return rows[t]; });
-  widths_.assign(num_tables, -1);
-  dtypes_.assign(num_tables, ScalarType::Float);
-  aligned_.assign(num_tables, true);
-  grads_.assign(n, *grad_outs[given_]);
-  features_.resize(n);
-  for (size_t f = 0; f < n; ++f) {
+    : args_(args),
+      rows_(rows),
+      outs_(check_backward(args, grad_outs, weights, rows)),
+      device_(outs_.some),
+      grads_(args.size(), outs_.some),
+      features_(args.size()),
+      first_key_(1, 0),
+      dtypes_(outs_.dtypes()),
+      aligned_(rows.size(), true) {
+  for (const int64_t n : rows) first_key_.push_back(first_key_.back() + n);
+  for (size_t f = 0; f < args.size(); ++f) {
     if (!grad_outs[f]) continue;
-    const int64_t t = args.tables[f];
-    RK_CHECK_GRAD(is_floating(grad_outs[f]->scalar_type()), "grad_outs[", f,
-                  "] must be float32, float64, float16 or bfloat16, got ", grad_outs[f]->scalar_type());
-    RK_CHECK_GRAD(on_device(*grad_outs[f]) && grad_outs[f]->get_device_index() == like().get_device_index(),
-                  "grad_outs[", f, "] must be on the device of the others");
+    const int64_t t = args.tables[f], D = outs_.widths[t];
     const Tensor& grad = grads_[f] = unit_stride_rows(*grad_outs[f]);
     BagGrads& bags = features_[f];
     static_cast<Bags&>(bags) = bags_of(args, f, grad, kept_);
-    const int64_t D = grad.dim() > 0 ? grad.size(grad.dim() - 1) : 0;
-    RK_CHECK_GRAD(grad.dim() > 1 && grad.numel() == bags.B * D, "grad_outs[", f, "] has shape ",
-                  shape_of(grad), " for ", bags.B, " bags");
-    RK_CHECK_GRAD(widths_[t] < 0 || (widths_[t] == D && dtypes_[t] == grad.scalar_type()), "grad_outs[", f,
-                  "] has width ", D, " and dtype ", grad.scalar_type(), ", others of its table ", widths_[t],
-                  " and ", dtypes_[t]);
-    widths_[t] = D;
-    dtypes_[t] = grad.scalar_type();
     bags.D = checked_int32(D, "the width of a table");
     bags.R = rows[t];
     bags.out = const_cast<void*>(grad.const_data_ptr());
     bags.stride_ob = checked_int32(grad.dim() == 2 ? grad.stride(0) : D, "the stride of grad_outs");
     if (bags.mode == kMax || bags.per_sample_weights) {
-      RK_CHECK_GRAD(weights.size() == num_tables, "weights must have one entry a table, ", num_tables,
-                    ", got ", weights.size());
-      const Tensor& w = weights[t];
-      RK_CHECK_GRAD(
-          w.dim() == 2 && w.size(0) == rows[t] && w.size(1) == D && w.scalar_type() == grad.scalar_type() &&
-              on_device(w) && w.get_device_index() == grad.get_device_index(),
-          "weights[", t, "] has shape ", shape_of(w), " and dtype ", w.scalar_type(), ", its gradient ",
-          rows[t], " rows, shape ", shape_of(grad), " and dtype ", grad.scalar_type());
-      kept_.push_back(unit_stride_rows(w));
+      kept_.push_back(unit_stride_rows(weights[t]));
       bags.weight = kept_.back().const_data_ptr();
       bags.stride_wr = kept_.back().stride(0);
     }
@@ -217,7 +195,7 @@ TableGrad Backward::table_grad(size_t t) const {
   TableGrad table{};
   table.first_key = first_key_[t];
   table.R = rows_[t];
-  table.D = table.stride = static_cast<int32_t>(std::max<int64_t>(widths_[t], 0));
+  table.D = table.stride = static_cast<int32_t>(outs_.widths[t]);
   table.packed = aligned_[t] && table.D * element_size(dtypes_[t]) % 16 == 0;
   return table;
 }
@@ -227,7 +205,7 @@ TableGrad Backward::table_grad(size_t t) const {
 int64_t Backward::width(ScalarType dtype) const {
   int64_t width = 0;
   for (size_t t = 0; t < rows_.size(); ++t)
-    if (dtypes_[t] == dtype) width = std::max(width, (widths_[t] + 15) / 16 * 16);
+    if (dtypes_[t] == dtype) width = std::max(width, (outs_.widths[t] + 15) / 16 * 16);
   return width;
 }
 
@@ -253,11 +231,11 @@ void Backward::reduce(const Sorted& sorted, ScalarType dtype, const std::vector<
   dispatch_floating(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = accumulate_t<T>;
-    const auto wanted = [&](size_t t) { return dtypes_[t] == dtype && widths_[t] > 0 && rows_[t] > 0; };
+    const auto wanted = [&](size_t t) { return dtypes_[t] == dtype && outs_.widths[t] > 0 && rows_[t] > 0; };
     int64_t pieces = 4;  // with fewer lanes a block's tiles would not fit in its shared memory
     for (size_t t = 0; t < tables.size(); ++t)
       if (wanted(t))
-        pieces = std::max<int64_t>(pieces, tables[t].packed ? widths_[t] / kPack<T> : widths_[t]);
+        pieces = std::max<int64_t>(pieces, tables[t].packed ? outs_.widths[t] / kPack<T> : outs_.widths[t]);
     const int lanes = log2_lanes(pieces);
     const int64_t staged_bytes = (kThreads >> lanes) * kTile * sizeof(Staged<A>);
     const Tensor rows = torch::stable::new_empty(like(), {2 * tiles, width(dtype)}, accumulator_dtype(dtype));
@@ -279,11 +257,11 @@ Tensors Backward::dense() {
   Batches<Zeros, decltype(launch)> zeros(launch);
   for (size_t t = 0; t < rows_.size(); ++t) {
     tables.push_back(table_grad(t));
-    if (widths_[t] < 0) {
+    if (!outs_.of_table[t]) {
       grads.push_back(torch::stable::new_empty(like(), {0}));
       continue;
     }
-    grads.push_back(torch::stable::new_empty(like(), {rows_[t], widths_[t]}, dtypes_[t]));
+    grads.push_back(torch::stable::new_empty(like(), {rows_[t], outs_.widths[t]}, dtypes_[t]));
     tables[t].sums = grads[t].mutable_data_ptr();
     const int64_t bytes = grads[t].numel() * grads[t].element_size();
     constexpr int64_t kBytesPerBlock = 16 * kThreads * kZerosPerThread;

@@ -77,9 +77,8 @@ Forward::Forward(const Tensors& weights, const FeatureArgs& args, bool concat) {
     const Tensor& w = weights[t];
     check_table("embedding_bag", w, t);
     RK_CHECK_BAG(on_device(w), "weights[", t, "] must be on a GPU like the others");
-    RK_CHECK_BAG(w.get_device_index() == weights[0].get_device_index(), "weights[", t,
-                 "] must be on the device of the others, ", weights[0].get_device_index(), ", got ",
-                 w.get_device_index());
+    RK_CHECK_BAG(on_device_of(w, weights[0]), "weights[", t, "] must be on the device of the others, ",
+                 weights[0].get_device_index(), ", got ", w.get_device_index());
     tables.push_back(unit_stride_rows(w));
   }
   check_padding(args, [&](size_t t) { return weights[t].size(0); });

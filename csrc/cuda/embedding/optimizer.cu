@@ -2,6 +2,7 @@
 // kernel and its mathematics are in optimizer.cuh.
 #include "cuda/embedding/backward.h"
 #include "cuda/embedding/optimizer.cuh"
+#include "embedding/backward.h"
 #include "embedding/optimizer.h"
 
 namespace rk {
@@ -16,8 +17,8 @@ static Update make_cuda_update(const char* op, int64_t optimizer, const double* 
   u.packed = rows_aligned(weight) && u.D * weight.element_size() % 16 == 0;
   for (size_t i = 0; i < states_of(optimizer); ++i) {
     const Tensor& state = states[i];
-    RK_CHECK(on_device(state) && state.get_device_index() == weight.get_device_index(), op, ": state ", i,
-             " of a table of shape ", shape_of(weight), " must be on the table's device");
+    RK_CHECK(on_device_of(state, weight), op, ": state ", i, " of a table of shape ", shape_of(weight),
+             " must be on the table's device");
     const uintptr_t pack = 16 / weight.element_size() * state.element_size();
     u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % pack == 0 &&
                u.stride_sr * state.element_size() % pack == 0;
@@ -58,25 +59,16 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        nullptr};
   check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
-  check_lengths(args, weights.size());
+  const Ints rows = rows_of(weights);
   std::vector<Update> updates;
-  Ints rows;
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
     updates.push_back(make_cuda_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
                                        weights[t], states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
-    rows.push_back(updates[t].R);
     first_key += updates[t].R;
   }
   check_apart(weights);
-  for (size_t f = 0; f < args.size() && grad_outs.size() == args.size(); ++f) {
-    const Tensor& w = weights[tables[f]];
-    RK_CHECK_UPDATE(
-        !grad_outs[f] || (grad_outs[f]->scalar_type() == w.scalar_type() && grad_outs[f]->dim() > 1 &&
-                          grad_outs[f]->size(grad_outs[f]->dim() - 1) == w.size(1)),
-        "grad_outs[", f, "] must have the dtype and the width of its table of shape ", shape_of(w));
-  }
   auto [runs, grad_per_sample_weights] = run_gradients(args, grad_outs, weights, rows);
   const Device device(weights[0]);
   for (const Tensor& values : runs.values) {
@@ -96,12 +88,9 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
                                const Tensor& values, int64_t optimizer, const std::vector<double>& hyper) {
   check_optimizer("sparse_update", optimizer, 1, states.size(), hyper.size());
   Update u = make_cuda_update("sparse_update", optimizer, hyper.data(), weight, states.data());
-  RK_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && values.dim() == 2 &&
-               values.size(0) == rows.size(0) && values.size(1) == u.D &&
-               values.scalar_type() == weight.scalar_type() && on_device(rows) && on_device(values),
-           "sparse_update: rows must be int64 [n] and values [n, D] like the table of shape ",
-           shape_of(weight), " and dtype ", weight.scalar_type(), ", got ", shape_of(rows), " and ",
-           shape_of(values), " of ", values.scalar_type());
+  check_sparse(weight, rows, values);
+  RK_CHECK(on_device_of(rows, weight) && on_device_of(values, weight),
+           "sparse_update: rows and values must be on the table's device");
   const Tensor keys = torch::stable::contiguous(rows), grads = unit_stride_rows(values);
   u.packed = u.packed && rows_aligned(grads);
   const Device device(weight);

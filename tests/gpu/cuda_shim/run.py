@@ -338,7 +338,10 @@ def bad_arguments() -> None:
         ({"weight": weight[0]}, "embedding_bag: weights[0] must be [R, D], got shape [4]"),
         ({"weight": weight.long()}, "embedding_bag: weights[0] must be float32, float64, float16 or bfloat16"),
         ({"per_sample_weights": torch.ones(2, 1)}, "per_sample_weights of indices must have its shape [2, 2]"),
-        ({"per_sample_weights": torch.ones(2, 2).double()}, "per_sample_weights of indices must be like its table"),
+        (
+            {"per_sample_weights": torch.ones(2, 2).double()},
+            "per_sample_weights of indices must have the dtype of its",
+        ),
         ({"per_sample_weights": torch.ones(2, 2), "mode": "max"}, "mode sum or mean, got [2, 2] and max"),
     ):
         assert_refused(expected, ops.embedding_bag, **{"weight": weight, "indices": ids, **changes})
@@ -375,9 +378,9 @@ def bad_arguments() -> None:
         (torch.ones(2, 4), [], 1, [0.1] * 8, "states must hold 1 tensors a table, got 0 for 1"),
         (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 8 numbers a table, got 7 for 1"),
         (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, f"{state} torch.float32 of one value an element"),
-        (torch.ones(2, 3), [], 0, [0.1] * 8, "grad_outs[0] must have the dtype and the width of its table"),
-        (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
-        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] has shape [3, 4] for 2 bags"),
+        (torch.ones(2, 3), [], 0, [0.1] * 8, "weights[0] must have 5 rows of the gradient's width and dtype, 3 and"),
+        (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] must be [2, D] like the result"),
+        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] must be [2, D] like the result"),
         (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, f"{state} on the table's device"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
