@@ -92,7 +92,7 @@ struct OutGrads {
     widths[t] = D;
     const bool has_factors = args.has_factors(f);
     if (has_factors) check_factor_dtype(args, f, dtype);
-    need_values |= args.modes[f] == kMax || has_factors;
+    need_values |= args.modes[f] == kMax || (has_factors && args.per_sample_weights[f].numel() > 0);
   }
 
   void check_tables(const Tensors& weights, const Ints& rows) const {

@@ -25,7 +25,7 @@ ForwardArgs::ForwardArgs(const Tensors& weights, const FeatureArgs& args, bool c
     bag.D = w.size(1);
     bag.stride_wr = w.stride(0);
     bag.item_bytes = w.element_size();
-    if (bag.per_sample_weights) check_factor_dtype(args, f, dtype(f));
+    if (args.has_factors(f)) check_factor_dtype(args, f, dtype(f));
     width += bag.D;
     RK_CHECK_BAG(!concat || (dtype(f) == dtype(0) && bag.B == features.bags[0].B &&
                              (bag.mode != kNone || args.indices[f].dim() == 1)),
