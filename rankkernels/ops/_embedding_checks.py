@@ -142,7 +142,8 @@ def check_backward(grad_outs: list[Tensor | None], weights: list[Tensor], rows: 
             _check_grad_out(features, f, grad, first.setdefault(table, grad))
             _check_factors(features, f, grad, names[f])
     needed = any(
-        g is not None and (features.mode(f) == "max" or features.per_sample_weights_of(f) is not None)
+        g is not None
+        and (features.mode(f) == "max" or (features.per_sample_weights and features.per_sample_weights[f].numel() > 0))
         for f, g in enumerate(grad_outs)
     )
     check(

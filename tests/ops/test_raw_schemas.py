@@ -58,6 +58,15 @@ def test_an_id_without_dimensions():
         assert torch.equal(out, weight[3]) and weight.grad.to_dense().sum(1).tolist() == [0, 0, 0, 4, 0]
 
 
+@pytest.mark.parametrize("op", ["embedding_bag_backward", "embedding_bag_backward_sparse"])
+@pytest.mark.parametrize("key", ["CPU", "CompositeExplicitAutograd"])
+def test_per_sample_weights_of_no_ids_need_no_tables(op, key):
+    ids, factors = [torch.tensor([1, 2]), torch.zeros(2, 0).long()], [torch.empty(0), torch.empty(2, 0)]
+    values = arguments(op, dict(weights=[], indices=ids, per_sample_weights=factors))
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    assert [t.shape for t in getattr(OPS, op).default.redispatch(keys, *values)[-1]] == [(0,), (2, 0)]
+
+
 @pytest.mark.parametrize("argument", ["modes", "tables", "padding_idx", "frozen_rows", "names"])
 @pytest.mark.parametrize("more", [True, False])
 def test_lists_longer_or_shorter_than_the_features(argument, more):
