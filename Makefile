@@ -14,11 +14,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel smoke clean
+.PHONY: help demo test test-all fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
 	@echo "make test    the test suite (TESTS='tests/ops/test_ops.py -k fm' for a part)"
+	@echo "make test-all   with what takes minutes, too: whole grids, compilations, planted faults (TESTS='-m slow': that alone)"
 	@echo "make fuzz    random calls, right ones and wrong ones (FUZZ='--count 1000 --seed 7 --only embedding')"
 	@echo "make sanitize   the fuzzer and the op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
@@ -50,8 +51,14 @@ $(VENV)/%.stamp: $(VENV)/build.stamp
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m bench.demo.train $(DEMO)
 
+# Files go to two processes. Of a grid, or of what compiles for minutes, `make test` has one and `make test-all` all.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-all: $(VENV)/test.stamp
+	$(PYTEST) $(TESTS)
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz --count 50000 $(FUZZ)

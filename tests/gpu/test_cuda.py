@@ -77,6 +77,7 @@ def build(tmp_path_factory) -> tuple[Path, str]:
     return target / "lib", log
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_imports_beside_any_torch(build):
     """The implementations are registered, and answer; none of the libraries of a CUDA build of torch is needed."""
@@ -104,6 +105,7 @@ def test_imports_beside_any_torch(build):
         assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_no_kernel_spills(build):
     found = ptxas_resources(build[1])
@@ -246,27 +248,17 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory) -> dict[str, Path]:
-    """The library for the shim, without a fault and with each."""
-    folder = tmp_path_factory.mktemp("shim")
-    sources = {"sound": copy_sources(folder / "sound")}
-    for fault, (file, _, text, replacement, *_) in FAULTS.items():
-        sources[fault] = copy_sources(folder / fault.replace(" ", "_"))
-        original = (sources[fault] / file).read_text()
-        assert original.count(text) == 1, f"{fault}: {text!r} must be in {file} once"
-        (sources[fault] / file).write_text(original.replace(text, replacement))
+def objects(tmp_path_factory) -> dict[str, Path]:
+    """Each unit compiled for the shim."""
+    sources = copy_sources(tmp_path_factory.mktemp("shim") / "csrc")
     with ThreadPoolExecutor(2) as pool:
-        sound = [pool.submit(compile_shim, sources["sound"] / unit, "-O1") for unit in UNITS]
-        # Only the unit with the fault is compiled again, and fast rather than to be fast.
-        faulty = {
-            fault: (unit, pool.submit(compile_shim, sources[fault] / unit, "-O0"))
-            for fault, (_, unit, *_) in FAULTS.items()
-        }
-    libraries = {"sound": link_shim([job.result() for job in sound], folder / "sound/shim.so")}
-    for fault, (unit, job) in faulty.items():
-        others = [job.result() for other, job in zip(UNITS, sound) if other != unit]
-        libraries[fault] = link_shim([job.result(), *others], sources[fault] / "shim.so")
-    return libraries
+        return dict(zip(UNITS, pool.map(lambda unit: compile_shim(sources / unit, "-O1"), UNITS)))
+
+
+@pytest.fixture(scope="module")
+def shim(objects, tmp_path_factory) -> Path:
+    """The library for the shim."""
+    return link_shim(list(objects.values()), tmp_path_factory.mktemp("sound") / "shim.so")
 
 
 @needs_sanitizers
@@ -274,7 +266,7 @@ def test_kernels_under_the_shim(shim):
     """Every kernel in every order: right in all dtypes, without a word of the sanitizers, and with the same bits."""
     orders = ("forward", "reverse", "1")
     with ThreadPoolExecutor(2) as pool:
-        run_in = lambda order: run_shim(shim["sound"], "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
+        run_in = lambda order: run_shim(shim, "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
         outs = list(pool.map(run_in, orders))
     assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
     sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.*"))
@@ -286,7 +278,7 @@ def test_kernels_under_the_shim(shim):
 @needs_sanitizers
 def test_launches_under_the_shim(shim):
     """All tables go with one launch of each kernel: what ``bench.gpu.report`` counts."""
-    out = run_shim(shim["sound"], "launches", SHIM_SAY_LAUNCHES="1")
+    out = run_shim(shim, "launches", SHIM_SAY_LAUNCHES="1")
     launched = [re.findall(r"launch of rk::cuda::(\w+)", part) for part in out.split("done\n")[:-1]]
     ways = ["embedding_bag"], ["embedding_bag_backward"]
     ways = *ways, ["embedding_fm"], ["embedding_fm_backward", "embedding_bag_backward"]
@@ -296,8 +288,8 @@ def test_launches_under_the_shim(shim):
 
 @needs_sanitizers
 def test_bad_arguments_under_the_shim(shim):
-    assert "bad inputs refused" in run_shim(shim["sound"], "bad_inputs")
-    assert "arguments refused" in run_shim(shim["sound"], "bad_arguments")
+    assert "bad inputs refused" in run_shim(shim, "bad_inputs")
+    assert "arguments refused" in run_shim(shim, "bad_arguments")
 
 
 @needs_sanitizers
@@ -305,7 +297,7 @@ def test_bad_arguments_under_the_shim(shim):
 def test_bad_ids_under_the_shim(shim, mode):
     """Never followed; said as RANKKERNELS_CHECK_IDS asks."""
     message = "embedding_bag: indices[0, 1] = 5 is out of range for a table with 5 rows"
-    out = run_shim(shim["sound"], "bad_ids", check=mode in ("ignore", "warn"), RANKKERNELS_CHECK_IDS=mode)
+    out = run_shim(shim, "bad_ids", check=mode in ("ignore", "warn"), RANKKERNELS_CHECK_IDS=mode)
     assert ("ids not followed" in out) == (mode in ("ignore", "warn"))
     assert (message in out) == (mode in ("warn", "fatal"))
     assert ("offsets[0] = 3 is before 1" in out) == (mode == "warn")
@@ -316,13 +308,21 @@ def test_bad_ids_under_the_shim(shim, mode):
 @pytest.mark.parametrize("mode", ["ignore", "warn", "fatal"])
 def test_bad_ids_of_the_fm_under_the_shim(shim, mode):
     message = "embedding_bag: item[1] = 5 is out of range for a table with 5 rows"
-    out = run_shim(shim["sound"], "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)
+    out = run_shim(shim, "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)
     assert ("ids not followed" in out) == (mode != "fatal")
     assert (message in out) == (mode != "ignore")
 
 
 @needs_sanitizers
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(shim, fault):
-    *_, what, expected = FAULTS[fault]
-    assert re.search(expected, run_shim(shim[fault], what, check=False))
+def test_a_planted_fault_is_caught(objects, tmp_path, fault):
+    file, unit, text, replacement, what, expected = FAULTS[fault]
+    sources = copy_sources(tmp_path / "csrc")
+    original = (sources / file).read_text()
+    assert original.count(text) == 1, f"{fault}: {text!r} must be in {file} once"
+    (sources / file).write_text(original.replace(text, replacement))
+    # Only the unit with the fault is compiled again, and fast rather than to be fast.
+    changed = {**objects, unit: compile_shim(sources / unit, "-O0")}
+    library = link_shim(list(changed.values()), tmp_path / "shim.so")
+    assert re.search(expected, run_shim(library, what, check=False))

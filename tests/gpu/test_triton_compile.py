@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from process import run_pytest
 
+FILE = Path(__file__).with_name("triton_kernels") / "compiled.py"
+pytest.importorskip("triton", reason="Triton is not installed")
 
+
+def test_triton_kernels_compile_for_one_gpu():
+    run_pytest(FILE, "-m", "pytest", "-k", "compiles_to and sm_90", TRITON_INTERPRET="0", GPU_TARGETS="sm_90")
+
+
+@pytest.mark.slow
 def test_triton_kernels_compile():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    run_pytest(Path(__file__).with_name("triton_kernels") / "compiled.py", TRITON_INTERPRET="0")
+    run_pytest(FILE, TRITON_INTERPRET="0")

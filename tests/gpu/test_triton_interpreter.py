@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 from process import run_pytest
 
+FILE = Path(__file__).with_name("triton_kernels") / "interpreted.py"
+pytest.importorskip("triton", reason="Triton is not installed")
+
 
 def test_triton_kernels_under_the_interpreter():
-    pytest.importorskip("triton", reason="Triton is not installed")
-    run_pytest(Path(__file__).with_name("triton_kernels") / "interpreted.py", TRITON_INTERPRET="1")
+    run_pytest(FILE, "-m", "pytest", "-k", "not broken_copy", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_broken_copies_are_noticed():
+    run_pytest(FILE, "-m", "pytest", "-k", "broken_copy", TRITON_INTERPRET="1")

@@ -138,6 +138,7 @@ def pip(*arguments, **environment):
 
 
 @needs_extension
+@pytest.mark.slow
 def test_wheel(source, tmp_path):
     pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, source)
     (wheel,) = tmp_path.glob("*.whl")
