@@ -62,6 +62,7 @@ def test_wide_instructions_stay_in_their_variant():
 
 
 @needs_extension
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set(capability):
     """The op tests again with lesser kernels. Inductor is left out: it is torch's own code that would be tested."""
