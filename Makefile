@@ -52,7 +52,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m bench.demo.train $(DEMO)
 
 # Files go to two processes. Of a grid, or of what compiles for minutes, `make test` has one and `make test-all` all.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(TESTS)

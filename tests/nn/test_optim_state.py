@@ -321,6 +321,7 @@ torch.save(module.state_dict(), path)
 """
 
 
+@pytest.mark.slow
 @KINDS
 def test_continued_in_a_new_process(kind, tmp_path):
     never_stopped, optimizer = make(kind, True)

@@ -82,7 +82,14 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(case.function, inputs, nondet_tol=0.0)
 
 
-@pytest.mark.parametrize("case", [c for c in TEST_CASES if c.op == "fm_interaction"], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if case.flops > 3000 else [])
+        for case in TEST_CASES
+        if case.op == "fm_interaction"
+    ],
+)
 def test_gradgradcheck(case):
     assert torch.autograd.gradgradcheck(case.function, case.inputs(torch.float64, requires_grad=True))
 
