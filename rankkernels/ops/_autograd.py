@@ -37,11 +37,14 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
     list_places = [i for i, is_list in tensor_places if is_list]
     gives_list = str(schema.returns[0].type) == "List[Tensor]"
 
+    def run(keyset, arguments, keywords):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
+
     class FirstDerivative(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keyset, arguments, keywords, *tensors):
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
+            output = run(keyset, arguments, keywords)
             inputs = (*arguments, *defaults[len(arguments) :])  # the dispatcher leaves out what is a default
             if keyword_defaults:
                 setup_context(ctx, inputs, {**keyword_defaults, **keywords}, output)
@@ -65,8 +68,7 @@ def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_conte
 
     def kernel(keyset, *arguments, **keywords):
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            with torch._C._AutoDispatchBelowAutograd():
-                return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
+            return run(keyset, arguments, keywords)
         tensors = []
         for i, is_list in tensor_places:
             if is_list:

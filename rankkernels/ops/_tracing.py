@@ -15,7 +15,7 @@ def is_exporting() -> bool:
 
 def is_exporting_to_onnx() -> bool:
     """Whether an exporter to ONNX is tracing, which knows torch's own operators only."""
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+    return is_traced() and torch.onnx.is_in_onnx_export()
 
 
 #: The mode of torch's older vmap, of ``torch.autograd.grad(is_grads_batched=True)``.
@@ -39,9 +39,7 @@ def is_traced() -> bool:
 def must_stay_transparent() -> bool:
     """Whether compilers, tracers, ``torch.func`` or forward mode follow torch's own operators, or autocast is to choose
     their dtypes."""
-    return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or is_transformed()
-    )
+    return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
 
 
 def is_tensor(value: object) -> bool:

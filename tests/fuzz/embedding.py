@@ -9,6 +9,7 @@ from torch import Tensor
 import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._features import MODES
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, Hyper
 from rankkernels.testing import TOLERANCE, relative_error
 
 ops = torch.ops.rankkernels
@@ -210,7 +211,6 @@ def autograd(draw: Draw, a: dict, grads) -> None:
 
 # ---- updates
 
-KINDS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
 STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2, "adamw": 2}
 
 
@@ -247,30 +247,6 @@ def hyper_for(draw: Draw) -> list[float]:
     ]
 
 
-def step(kind: str, w: Tensor, states: list[Tensor], g: Tensor, hyper: list[float]) -> tuple[Tensor, list[Tensor]]:
-    """The formulas of csrc/cpu/embedding/optimizer_kernel.h in float64 on rows w [n, D] of gradients g."""
-    lr, beta1, beta2, eps, decay, t, factor, max_norm = hyper
-    g = g * factor
-    if max_norm:
-        g = g * (max_norm / g.norm(dim=1, keepdim=True)).clamp(max=1)
-    if kind == "adamw":
-        w = w - lr * decay * w
-    else:
-        g = g + decay * w
-    if kind == "sgd":
-        return w - lr * g, []
-    if kind == "adagrad":
-        s = states[0] + g * g
-        return w - lr * g / (s.sqrt() + eps), [s]
-    if kind == "rowwise_adagrad":
-        s = states[0] + (g * g).mean(1)
-        return w - (lr / (s.sqrt() + eps))[:, None] * g, [s]
-    m, v = states[0] + (1 - beta1) * (g - states[0]), states[1] + (1 - beta2) * (g * g - states[1])
-    c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
-    change = lr * c2 / c1 * m / (v.sqrt() + eps) if kind == "adam" else lr / c1 * m / (v.sqrt() / c2 + eps)
-    return w - change, [m, v]
-
-
 def touched_rows(a: dict, grads, t: int) -> Tensor:
     ids = [torch.empty(0, dtype=torch.int64)]
     for f, g in enumerate(grads):
@@ -286,7 +262,10 @@ def check_step(op: str, kind: str, hyper, old: tuple, new: tuple, rows: Tensor, 
     """``old`` and ``new``: a table and its states before and after a step on ``rows``."""
     (w, states), (w_new, states_new) = old, new
     right, right_states = w.double(), [s.double() for s in states]
-    stepped, stepped_states = step(kind, right[rows], [s[rows] for s in right_states], grad.double()[rows], hyper)
+    state = [s[rows] for s in right_states]
+    stepped, stepped_states = reference.optimizer_step(
+        kind, right[rows], grad.double()[rows], state, **Hyper(*hyper)._asdict()
+    )
     right[rows] = stepped
     check_close(f"{op}, {kind}", w_new, right, w.dtype, floor)
     if w.size(1) == 0:
@@ -299,13 +278,13 @@ def check_step(op: str, kind: str, hyper, old: tuple, new: tuple, rows: Tensor, 
 
 
 def update(draw: Draw, a: dict, grads) -> None:
-    kind = draw.choice(KINDS)
+    kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     states = [states_for(draw, kind, w) for w in a["weights"]]
     hyper = [hyper_for(draw) for _ in a["weights"]]
     expected, expected_psw = reference_grads(a, grads)
     old = [(w.clone(), [s.clone() for s in each]) for w, each in zip(a["weights"], states)]
-    arguments = {**a, "grad_outs": grads, "states": sum(states, []), "optimizer": KINDS.index(kind)}
+    arguments = {**a, "grad_outs": grads, "states": sum(states, []), "optimizer": OPTIMIZERS.index(kind)}
     call("embedding_bag_update", {**arguments, "hyper": sum(hyper, [])})
     floors = size_of_terms(a, grads)
     for t, w in enumerate(a["weights"]):
@@ -315,12 +294,12 @@ def update(draw: Draw, a: dict, grads) -> None:
 
 
 def sparse_update(draw: Draw) -> None:
-    kind, dtype = draw.choice(KINDS), draw.dtype()
+    kind, dtype = draw.choice(OPTIMIZERS), draw.dtype()
     w = own_memory(draw, draw.normal((max(draw.size(), 1), draw.width()), dtype))
     states, hyper = states_for(draw, kind, w), hyper_for(draw)
     rows = torch.nonzero(torch.rand(w.size(0), generator=draw.generator) < draw.choice((0.1, 0.5, 1)))[:, 0]
     values = draw.strided(draw.normal((rows.numel(), w.size(1)), dtype), overlap=True)
     old = w.clone(), [s.clone() for s in states]
-    ops.sparse_update.default(w, states, rows, values, KINDS.index(kind), hyper)
+    ops.sparse_update.default(w, states, rows, values, OPTIMIZERS.index(kind), hyper)
     grad = torch.zeros(w.shape, dtype=torch.float64).index_copy(0, rows, values.double())
     check_step("sparse_update", kind, hyper, old, (w, states), rows, grad, 1.0)

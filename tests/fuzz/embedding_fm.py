@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from draw import Draw, check_close, check_unchanged, snapshot, tensors_of
 from embedding import (
-    KINDS,
+    OPTIMIZERS,
     as_dense,
     call,
     check_step,
@@ -146,7 +146,7 @@ def sparse(draw: Draw, a: dict, embeddings: Tensor) -> None:
 
 
 def update(draw: Draw, a: dict, embeddings: Tensor) -> None:
-    grads, F, kind = gradients(draw, a, embeddings), len(a["indices"]), draw.choice(KINDS)
+    grads, F, kind = gradients(draw, a, embeddings), len(a["indices"]), draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     a["updated"] = True
     states = [states_for(draw, kind, w) for w in a["weights"]]
@@ -154,7 +154,7 @@ def update(draw: Draw, a: dict, embeddings: Tensor) -> None:
     right = reference_tables(a, reference_lookups(grads, F)[0])
     old = [(w.clone(), [s.clone() for s in each]) for w, each in zip(a["weights"], states)]
     features = {k: v for k, v in a.items() if k not in ("linear_weight", "dense", "updated")}
-    step = {"states": sum(states, []), "optimizer": KINDS.index(kind), "hyper": sum(hyper, []), "unchanged": False}
+    step = {"states": sum(states, []), "optimizer": OPTIMIZERS.index(kind), "hyper": sum(hyper, []), "unchanged": False}
     call("embedding_fm_update", {**grads, **features, **step})
     given = [embeddings] * F
     for t, w in enumerate(a["weights"]):
@@ -233,10 +233,10 @@ def invalid(draw: Draw) -> str:
     if op == "embedding_fm_backward_sparse":
         a["rows"] = [w.size(0) for w in a["weights"]]
         return refuse(draw, op, a, {**FORWARD, **more, "rows": wrong_rows})
-    kind = draw.choice(KINDS)
+    kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     a["states"] = sum((states_for(draw, kind, w) for w in a["weights"]), [])
-    a |= {"optimizer": KINDS.index(kind), "hyper": sum((hyper_for(draw) for _ in a["weights"]), [])}
+    a |= {"optimizer": OPTIMIZERS.index(kind), "hyper": sum((hyper_for(draw) for _ in a["weights"]), [])}
     step = {k: v for k, v in UPDATE.items() if k != "grads of another dtype"}
     return refuse(draw, op, a, {**FORWARD, **OF_TABLES, **TABLE_RANK, **step, **more})
 

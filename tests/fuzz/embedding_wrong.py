@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from draw import Draw, refused
 from embedding import (
-    KINDS,
+    OPTIMIZERS,
     STATES,
     backward_arguments,
     call,
@@ -337,19 +337,19 @@ def invalid(draw: Draw) -> str:
 
 
 def update_arguments(draw: Draw, a: dict, grads) -> dict:
-    kind = draw.choice(KINDS)
+    kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     states = sum((states_for(draw, kind, w) for w in a["weights"]), [])
     hyper = sum((hyper_for(draw) for _ in a["weights"]), [])
-    return {**a, "grad_outs": grads, "states": states, "optimizer": KINDS.index(kind), "hyper": hyper}
+    return {**a, "grad_outs": grads, "states": states, "optimizer": OPTIMIZERS.index(kind), "hyper": hyper}
 
 
 def invalid_sparse_update(draw: Draw) -> str:
-    kind, dtype = draw.choice(KINDS), draw.dtype()
+    kind, dtype = draw.choice(OPTIMIZERS), draw.dtype()
     w = own_memory(draw, draw.normal((max(draw.size(), 2), max(draw.width(), 1)), dtype))
     rows = torch.arange(w.size(0))[:: draw.randint(1, 3)]
     a = {
-        "weights": [w], "states": states_for(draw, kind, w), "rows": [rows], "optimizer": KINDS.index(kind),
+        "weights": [w], "states": states_for(draw, kind, w), "rows": [rows], "optimizer": OPTIMIZERS.index(kind),
         "values": [draw.normal((rows.numel(), w.size(1)), dtype)], "hyper": hyper_for(draw),
     }  # fmt: skip
     assert len(a["states"]) == STATES[kind]

@@ -38,7 +38,7 @@ def settings(draw: Draw, kind: str) -> dict:
 
 
 def hyper(kind: str, group: dict, step: int) -> list[float]:
-    """What ``embedding.step`` takes."""
+    """The settings of ``reference.optimizer_step``, in the schemas' order."""
     lr = float(group["lr"])
     if kind == "adagrad":
         lr /= 1 + (step - 1) * group["lr_decay"]

@@ -62,6 +62,14 @@ INCLUDES = {
 }
 
 
+def planted_in(csrc: Path, file: str, line: str) -> Path:
+    """A copy of csrc with a line at the head of a file, which may be new."""
+    shutil.copytree(CSRC, csrc)
+    planted = csrc / file
+    planted.write_text(f"{line}\n{planted.read_text() if planted.exists() else ''}")
+    return csrc
+
+
 def violations(csrc: Path) -> list[str]:
     files = {path.relative_to(csrc).as_posix(): path.read_text() for path in sorted(csrc.rglob("*.*"))}
     included = {path: re.findall(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', text, re.M) for path, text in files.items()}
@@ -148,10 +156,7 @@ def test_folders_form_layers():
     ],
 )  # fmt: skip
 def test_a_planted_violation_is_found(tmp_path, file, line, expected):
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    planted = tmp_path / "csrc" / file
-    planted.write_text(f"{line}\n{planted.read_text()}")
-    found = violations(tmp_path / "csrc")
+    found = violations(planted_in(tmp_path / "csrc", file, line))
     assert any(expected in text for text in found), found
 
 
@@ -256,8 +261,5 @@ def test_kernels_are_declared_once():
     ],
 )  # fmt: skip
 def test_a_planted_declaration_is_found(tmp_path, file, line, expected):
-    shutil.copytree(CSRC, tmp_path / "csrc")
-    planted = tmp_path / "csrc" / file
-    planted.write_text((planted.read_text() if planted.exists() else "") + f"{line}\n")
-    found = kernels_declared_wrongly(tmp_path / "csrc")
+    found = kernels_declared_wrongly(planted_in(tmp_path / "csrc", file, line))
     assert any(expected in text for text in found), found
