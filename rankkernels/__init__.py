@@ -2,7 +2,7 @@
 
 from rankkernels import optim
 from rankkernels._version import __version__
-from rankkernels.accelerate import accelerate
+from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
     FM,
@@ -57,8 +57,10 @@ __all__ = [
     "din_attention",
     "embedding_bag",
     "embedding_fm",
+    "explain",
     "fm_interaction",
     "norm_activation",
     "optim",
+    "restore",
     "table_batched_embedding_bag",
 ]

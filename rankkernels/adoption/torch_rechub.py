@@ -1,4 +1,4 @@
-"""Fused layers inside a model that is already built."""
+"""torch-rechub: a layer with a namesake of ours becomes one."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from rankkernels import models
 from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
 from rankkernels.nn.embedding import InputMask
 
+LIBRARY = "torch-rechub"
+
 # Ours have the attributes, parameters and submodules of their namesakes, so that an object can change its class.
 _NAMESAKES = {
-    cls.__name__: cls
-    for cls in (FM, LR, MLP, Dice, EmbeddingLayer, InputMask, ActivationUnit, models.DeepFM, models.DIN)
+    f"torch_rechub.{module}.{cls.__name__}": cls
+    for module, classes in {
+        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask),
+        "basic.activation": (Dice,),
+        "models.ranking.din": (ActivationUnit, models.DIN),
+        "models.ranking.deepfm": (models.DeepFM,),
+    }.items()
+    for cls in classes
 }
 
 
-def accelerate(model: nn.Module) -> nn.Module:
-    """Makes every torch-rechub layer in ``model`` that has a fused namesake one of ours, in place; returns ``model``.
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
-    Parameters, buffers, hooks and optimizers that hold them stay what they are, and so do the numbers. Subclasses of
-    torch-rechub's layers are left alone: only their author knows what they changed. Twice is once.
 
-    Raises:
-        ValueError: ``model`` has neither such a layer nor one of ours.
-    """
-    found = False
-    for module in model.modules():
-        cls = type(module)
-        if cls.__module__.startswith("torch_rechub.") and cls.__name__ in _NAMESAKES:
-            module.__class__ = _NAMESAKES[cls.__name__]
-        found |= type(module) in _NAMESAKES.values()
-    if not found:
-        raise ValueError(
-            f"accelerate: {type(model).__name__} has no torch-rechub layer among {', '.join(sorted(_NAMESAKES))}"
-        )
-    return model
+def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
+    """The class that ``module`` of ``model`` is given, why it is left, or None for what is no layer of theirs."""
+    cls = type(module)
+    if (ours := _NAMESAKES.get(_name(cls))) is not None:
+        return ours
+    if cls.__module__.startswith("torch_rechub.models."):
+        return "its own forward runs, over the layers below"
+    if cls.__module__.startswith("torch_rechub."):
+        return "no kernel for it"
+    if base := next((b for b in cls.__mro__ if _name(b) in _NAMESAKES), None):
+        return f"a subclass of {base.__name__}: only its author knows what it changes"
+    return None

@@ -72,6 +72,7 @@ class EmbeddingLayer(nn.Module):
 
     fused_optimizer = None  # see rankkernels.optim.fuse
     _plans: tuple[Plan, ...] = ()
+    _kept_by_adoption = ("_plans",)
 
     def __init__(self, features: Sequence):
         super().__init__()

@@ -28,7 +28,7 @@ FLOORS = [
     ["rankkernels.ops", "rankkernels._triton"],
     ["rankkernels.nn"],
     ["rankkernels._row_optimizer", "rankkernels.optim", "rankkernels.models", "rankkernels.info"],
-    ["rankkernels.accelerate"],
+    ["rankkernels.adoption"],
     ["rankkernels.testing"],
 ]
 
