@@ -21,6 +21,7 @@ from rankkernels.nn import (
     TableBatchedEmbeddingBag,
     XavierNormal,
     XavierUniform,
+    look_up,
 )
 from rankkernels.ops import (
     din_attention,
@@ -59,6 +60,7 @@ __all__ = [
     "embedding_fm",
     "explain",
     "fm_interaction",
+    "look_up",
     "norm_activation",
     "optim",
     "restore",

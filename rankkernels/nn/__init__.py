@@ -1,7 +1,7 @@
 """Drop-in layers: torch-rechub's names, signatures, parameter names and numbers, on the fused ops."""
 
 from rankkernels.nn.attention import ActivationUnit
-from rankkernels.nn.embedding import EmbeddingLayer
+from rankkernels.nn.embedding import EmbeddingLayer, look_up
 from rankkernels.nn.embedding_bag import EmbeddingBag, TableBatchedEmbeddingBag
 from rankkernels.nn.features import (
     DenseFeature,
@@ -32,4 +32,5 @@ __all__ = [
     "TableBatchedEmbeddingBag",
     "XavierNormal",
     "XavierUniform",
+    "look_up",
 ]

@@ -32,6 +32,37 @@ def fused_weight(table: nn.Module) -> Tensor | None:
     return None
 
 
+def look_up(tables: Sequence[nn.Embedding], ids: Sequence[Tensor]) -> list[Tensor]:
+    """``[table(i) for table, i in zip(tables, ids)]`` in one call, forward and backward.
+
+    Where a table's call may be seen (a hook, a subclass, a parametrization), or one has ``max_norm``,
+    ``scale_grad_by_freq`` or ``sparse``, the tables are called one after the other.
+
+    Args:
+        tables: ``nn.Embedding`` modules, [R, D] each, of one dtype; the same one may come several times.
+        ids: int32 or int64, of any shape, for each of ``tables`` -> embeddings, ids.shape + [D].
+
+    Raises:
+        ValueError: another number of ``ids`` than of ``tables``.
+        IndexError: an id outside its table.
+    """
+    tables = list(tables)
+    if len(tables) != len(ids):
+        raise ValueError(f"look_up: ids must have one tensor for each of {len(tables)} tables, got {len(ids)}")
+    own = list(dict.fromkeys(tables))
+    weights = [fused_weight(t) for t in own] if nobody_follows() else [None]
+    if any(w is None for w in weights) or len({w.dtype for w in weights}) != 1:
+        return [table(i) for table, i in zip(tables, ids)]
+    return ops.table_batched_embedding_bag(
+        weights,
+        ids,
+        modes=["none"] * len(tables),
+        tables=[own.index(t) for t in tables],
+        frozen_rows=_frozen_rows(own, weights),
+        names=[f"ids[{n}]" for n in range(len(tables))],
+    )
+
+
 class InputMask(nn.Module):
     """1.0 where an id of ``features``, one or a list, is not padding, else 0.0: [B, features, L]. torch-rechub's."""
 

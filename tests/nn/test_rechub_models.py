@@ -90,6 +90,17 @@ def batch() -> dict[str, torch.Tensor]:
     return x | {n: torch.rand(B, generator=generator) + 0.1 for n in ("age", "price", "weight")}
 
 
+def assert_reported(ours: nn.Module, theirs: nn.Module):
+    """Every layer of torch-rechub is in the report: replaced by the class that it has now, or left with a reason."""
+    report = {e.path: e for e in rk.explain(ours).entries}
+    before, after = dict(theirs.named_modules()), dict(ours.named_modules())
+    assert report.keys() == {path for path, m in before.items() if type(m).__module__.startswith("torch_rechub.")}
+    for path, entry in report.items():
+        assert (entry.cls, entry.library) == (type(before[path]).__name__, "torch-rechub")
+        assert entry.done == (entry.replaced_by is not None) == (type(after[path]) is not type(before[path]))
+        assert entry.done != bool(entry.reason)
+
+
 def flat(y) -> torch.Tensor:
     return torch.cat([t.flatten() for t in (y if isinstance(y, tuple) else (y,))])
 
@@ -98,6 +109,17 @@ def test_no_model_is_left_out():
     without_our_layers = {"NARM", "SINE", "STAMP"}
     theirs = {*ranking.__all__, *matching.__all__, *multi_task.__all__} - without_our_layers
     assert theirs <= {name.split("-")[0] for name in MODELS} and len(theirs) == 27
+
+
+@pytest.mark.parametrize("build", [
+    lambda f: matching.NARM(f.history[0], D, 0.1, 0.1),
+    lambda f: matching.STAMP(f.history[0], 0.1, 0.1),
+], ids=["NARM", "STAMP"])  # fmt: skip
+def test_models_without_our_layers_are_left(build):
+    model = build(Features())
+    with pytest.warns(UserWarning, match="0 layers are replaced, 0 more can be, 1 are left"):
+        rk.accelerate(model)
+    assert [(e.path, e.reason) for e in rk.explain(model).left] == [("", "its own forward runs, over the layers below")]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -113,6 +135,7 @@ def test_accelerated(name, training):
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
     ours = rk.accelerate(copy.deepcopy(theirs))
+    assert_reported(ours, theirs)
     found = []
     for model in (theirs, ours):
         model.train(training)
