@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -140,6 +140,27 @@ def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tenso
     return out
 
 
+def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """``modules`` one after the other: a normalization and the activation behind it as one op, a linear layer by the
+    faster library, wherever nobody could tell."""
+    modules, traced = list(modules), is_traced()
+    while modules:
+        module, *modules = modules
+        if type(module) is nn.BatchNorm1d and modules and type(modules[0]) is not nn.Linear:
+            activation, *modules = modules
+            x = normalize_and_activate(module, activation, x)
+        elif traced or not is_plain(module, nn.Linear):
+            x = module(x)
+        else:
+            weight, bias = _weight_and_bias(module)
+            normalized = _normalized_linear(weight, bias, modules, x)
+            if normalized is None:
+                x = linear(x, weight, bias)
+            else:
+                x, modules = normalized, modules[1:]
+    return x
+
+
 class MLP(nn.Module):
     """Hidden layers of Linear, BatchNorm1d, activation and Dropout, then Linear(., 1) if ``output_layer``.
 
@@ -182,22 +203,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not is_plain(self.mlp, nn.Sequential):
             return self.mlp(x)
-        modules, traced = list(self.mlp), is_traced()
-        while modules:
-            module, *modules = modules
-            if type(module) is nn.BatchNorm1d and modules:
-                activation, *modules = modules
-                x = normalize_and_activate(module, activation, x)
-            elif traced or not is_plain(module, nn.Linear):
-                x = module(x)
-            else:
-                weight, bias = _weight_and_bias(module)
-                normalized = _normalized_linear(weight, bias, modules, x)
-                if normalized is None:
-                    x = linear(x, weight, bias)
-                else:
-                    x, modules = normalized, modules[1:]
-        return x
+        return run_layers(self.mlp, x)
 
     def relu_layers(self) -> Iterator[Tensor] | None:
         """Weight and bias of each layer with batch norm folded in, for inference; relu between two layers.
