@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,49 +11,106 @@ from torch import Tensor, nn
 
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import is_plain
-from rankkernels.nn.layers import MLP, activation_of, is_served, update_running_stats
+from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
 from rankkernels.ops._jagged import jagged
 from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
 
 
-class _FusedMLP(NamedTuple):
-    """What the fused op needs of an attention MLP."""
+class HiddenLayer(NamedTuple):
+    """The modules of a hidden layer, None for those that it has not."""
+
+    linear: nn.Module
+    norm: nn.Module | None
+    activation: nn.Module | None
+    dropout: nn.Module | None
+
+
+class FusedMLP(NamedTuple):
+    """An attention MLP as ``rankkernels.din_attention`` takes it. ``norms`` are those whose running statistics training
+    updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own."""
 
     params: list[Tensor]
     norms: list[nn.BatchNorm1d]
     activation: str
+    batch_norm: bool
     training: bool
     norm_eps: float
     dice_eps: float
     dropout: float
 
+    def attend(self, history: Tensor, target: Tensor, **options) -> Tensor:
+        """The op with these modules and its ``options`` (lengths, mask, offsets, use_softmax, count_padding,
+        return_scores), as if they had been called: seeds are drawn and running statistics updated."""
+        # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
+        seed = torch.randint(2**63 - 1, (), device=history.device) if self.dropout else None
+        out, batch_stats = ops.din_attention(
+            history,
+            target,
+            self.params,
+            [] if self.training else [t for n in self.norms for t in (n.running_mean, n.running_var)],
+            activation=self.activation,
+            batch_norm=self.batch_norm,
+            training=self.training,
+            norm_eps=self.norm_eps,
+            dice_eps=self.dice_eps,
+            dropout=self.dropout,
+            seed=seed,
+            **options,
+        )
+        if self.training:
+            update_running_stats(self.norms, batch_stats)
+        return out
 
-def _fused(attention: nn.Module) -> _FusedMLP | None:
-    """``attention`` for the op, or None where it is not the ``MLP`` that was built: a layer was replaced, wrapped or
-    re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
-    if not (is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential)):
-        return None
-    *hidden, last = attention.mlp
-    if len(hidden) % 4 or not _is_served(last):
-        return None
+
+def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
+    """These modules, called one after the other, for the op; None where a module is none that it knows, was replaced,
+    wrapped or re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
     params, norms, kinds = [], [], set()
-    for linear, norm, act, dropout in zip(*[iter(hidden)] * 4):
-        name, learnt, dice_eps = activation_of(act)
-        if not (name and _is_served(linear) and is_served(norm) and is_plain(dropout, nn.Dropout)):
+    for linear, norm, activation, dropout in hidden:
+        if not (_is_served(linear) and (dropout is None or is_plain(dropout, nn.Dropout))):
             return None
-        if norm.weight is None:
+        params += _weight_and_bias(linear)
+        if norm is not None:
+            if not is_served(norm) or norm.weight is None:
+                return None
+            params += norm.weight, norm.bias
+            norms.append(norm)
+        if isinstance(activation, BatchNormDice):
+            if not (is_plain(activation, type(activation)) and activation.is_served()):
+                return None
+            name, learnt, dice_eps = "dice_batch_norm", activation.learnt(), activation.bn.eps
+            norms.append(activation.bn)
+        else:
+            name, learnt, dice_eps = ("linear", [], 0.0) if activation is None else activation_of(activation)
+        if not name:
             return None
-        params += [linear.weight, linear.bias, norm.weight, norm.bias, *learnt]
-        norms.append(norm)
-        kinds.add((name, dice_eps, norm.eps, norm.training, dropout.p if dropout.training else 0.0))
-    if len(kinds) > 1:
+        params += learnt
+        p = dropout.p if dropout is not None and dropout.training else 0.0
+        kinds.add((name, norm is not None, 0.0 if norm is None else norm.eps, dice_eps, p))
+    trainings = {norm.training for norm in norms}
+    if len(kinds) > 1 or len(trainings) > 1 or not _is_served(last):
         return None
-    name, dice_eps, norm_eps, training, p = kinds.pop() if kinds else ("linear", 0.0, 0.0, False, 0.0)
-    return _FusedMLP([*params, last.weight, last.bias], norms, name, training, norm_eps, dice_eps, p)
+    name, batch_norm, norm_eps, dice_eps, p = kinds.pop() if kinds else ("linear", False, 0.0, 0.0, 0.0)
+    params += _weight_and_bias(last)
+    return FusedMLP(params, norms, name, batch_norm, True in trainings, norm_eps, dice_eps, p)
 
 
 def _is_served(linear: nn.Module) -> bool:
-    return is_plain(linear, nn.Linear) and is_tensor(linear.weight) and is_tensor(linear.bias)
+    return is_plain(linear, nn.Linear) and is_tensor(linear.weight) and (linear.bias is None or is_tensor(linear.bias))
+
+
+def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight, bias = linear.weight, linear.bias
+    return weight, weight.new_zeros(weight.shape[:1]) if bias is None else bias
+
+
+def _fused(attention: nn.Module) -> FusedMLP | None:
+    """``attention`` for the op, if it is the ``MLP`` that was built."""
+    if not (is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential)):
+        return None
+    *hidden, last = attention.mlp
+    layers = [HiddenLayer(*hidden[i : i + 4]) for i in range(0, len(hidden) - 3, 4)]
+    return None if len(hidden) % 4 else fused_mlp(layers, last)
 
 
 def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
@@ -144,25 +201,4 @@ class ActivationUnit(nn.Module):
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = _score(self.attention, rows, target, sample).squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
-        # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
-        seed = torch.randint(2**63 - 1, (), device=history.device) if fused.dropout else None
-        out, batch_stats = ops.din_attention(
-            history,
-            target,
-            fused.params,
-            [] if fused.training else [t for n in fused.norms for t in (n.running_mean, n.running_var)],
-            lengths=lengths,
-            mask=mask,
-            offsets=offsets,
-            activation=fused.activation,
-            batch_norm=bool(fused.norms),
-            use_softmax=self.use_softmax,
-            training=fused.training,
-            norm_eps=fused.norm_eps,
-            dice_eps=fused.dice_eps,
-            dropout=fused.dropout,
-            seed=seed,
-        )
-        if fused.training:
-            update_running_stats(fused.norms, batch_stats)
-        return out
+        return fused.attend(history, target, lengths=lengths, mask=mask, offsets=offsets, use_softmax=self.use_softmax)

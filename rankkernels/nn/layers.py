@@ -60,6 +60,34 @@ class Dice(nn.Module):
         return ops.norm_activation(x, alpha=self.alpha, activation="dice", dice_eps=self.epsilon)[0]
 
 
+class BatchNormDice(nn.Module):
+    """What is common to DeepCTR-Torch's and FuxiCTR's ``Dice``, p x + (1 - p) alpha x with p = sigmoid(bn(x)): a
+    ``BatchNorm1d`` named ``bn`` and ``alpha``, [H] or [H, 1]. Their namesakes derive from this and from theirs."""
+
+    def is_served(self) -> bool:
+        """Whether the ops do what the modules would, and nobody could tell."""
+        alpha = self._parameters.get("alpha")
+        return is_served(self.bn) and is_tensor(alpha) and alpha.numel() == self.bn.num_features
+
+    def learnt(self) -> list[Tensor]:
+        """alpha, weight and bias [H]: ones and zeros for a normalization that learns nothing."""
+        norm = self.bn
+        if norm.weight is None:
+            return [self.alpha.flatten(), torch.ones_like(norm.running_var), torch.zeros_like(norm.running_var)]
+        return [self.alpha.flatten(), norm.weight, norm.bias]
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """x [N, H] -> [N, H] by the op, where ``is_served``, running statistics included."""
+        norm = self.bn
+        out, batch_stats = ops.norm_activation(
+            x, norm.weight, norm.bias, self.alpha.flatten(), norm.running_mean, norm.running_var,
+            activation="dice_batch_norm", batch_norm=True, training=norm.training, norm_eps=norm.eps,
+        )  # fmt: skip
+        if norm.training:
+            update_running_stats([norm], batch_stats)
+        return out
+
+
 _ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
     "relu": lambda: nn.ReLU(inplace=True),
