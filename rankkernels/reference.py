@@ -244,7 +244,12 @@ def attention_pool(score: Tensor, rows: Tensor, sample: Tensor, B: int, use_soft
     """The rows of each sample, summed with their scores [N] or the softmax of these: [B, D]."""
     if use_softmax:
         score = segment_softmax(score, sample, B)
-    return rows.new_zeros(B, rows.size(1)).index_add(0, sample, score[:, None] * rows)
+    return weighted_sum(score, rows, sample, B)
+
+
+def weighted_sum(weight: Tensor, rows: Tensor, sample: Tensor, B: int) -> Tensor:
+    """The rows [N, D] of each sample, summed with their weights [N]: [B, D]."""
+    return rows.new_zeros(B, rows.size(1)).index_add(0, sample, weight[:, None] * rows)
 
 
 def din_attention(
@@ -258,6 +263,8 @@ def din_attention(
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
     use_softmax: bool = False,
+    count_padding: bool = False,
+    return_scores: bool = False,
     training: bool = False,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -267,11 +274,18 @@ def din_attention(
     Row l of sample b scores MLP([t, h, t - h, t * h]), by a softmax over the sample's rows if ``use_softmax``; the
     output is the score-weighted sum of the rows. ``out_weight`` is [1, H] and ``out_bias`` [1]. Padding (see
     ``valid_rows``) has no score, no gradient and no part in batch statistics; a sample without rows gives zeros.
+    With ``count_padding`` it is rows like others, but for their score: 0, or under a softmax the lowest number. With
+    ``return_scores`` the result is what the rows are multiplied with, [B, L] (0 at padding that has no score) or [N].
     ``dropout`` follows each hidden layer's activation (``dropout_factor``), as in torch-rechub, DeepCTR-Torch, FuxiCTR.
     """
     dtype = history.dtype
-    history, target = accumulator(history), accumulator(target)
+    history, target, B = accumulator(history), accumulator(target), target.size(0)
     rows, sample, position = valid_rows(history, lengths, mask, offsets)
+    padding = None
+    if count_padding and (lengths is not None or mask is not None):
+        valid = history.new_zeros(history.shape[:2], dtype=torch.bool).index_put((sample, position), sample >= 0)
+        rows, sample, position = valid_rows(history)
+        padding = ~valid.flatten()
     x, all_stats = attention_input(rows, target, sample), []
     for i, layer in enumerate(hidden):
         x, stats = layer(x, training)
@@ -279,7 +293,15 @@ def din_attention(
             x = x * dropout_factor(dropout, seed, i, sample, position, x.size(1)).to(x.dtype)
         all_stats += stats
     score = F.linear(x, out_weight, out_bias).squeeze(1)
-    return attention_pool(score, rows, sample, target.size(0), use_softmax).to(dtype), all_stats
+    if padding is not None:
+        score = score.masked_fill(padding, torch.finfo(score.dtype).min if use_softmax else 0.0)
+    if use_softmax:
+        score = segment_softmax(score, sample, B)
+    if not return_scores:
+        score = weighted_sum(score, rows, sample, B)
+    elif offsets is None:
+        score = score.new_zeros(history.shape[:2]).index_put((sample, position), score)
+    return score.to(dtype), all_stats
 
 
 def _first_maximum(rows: Tensor, bag: Tensor, B: int) -> Tensor:

@@ -96,6 +96,8 @@ def din_attention_case(
     training: bool = True,
     form: str = "padded",
     dropout: float = 0.0,
+    count_padding: bool = False,
+    return_scores: bool = False,
 ) -> OpCase:
     """``form`` is padded, lengths, mask or offsets. Unless padded, lengths are random, the
     first 0 and the last L."""
@@ -115,7 +117,8 @@ def din_attention_case(
         for _ in range(norms)
         for t in (torch.linspace(-0.5, 0.5, w), torch.linspace(0.5, 2, w))
     ]
-    flags = (list(ACTIVATIONS).index(activation), batch_norm, use_softmax, training, 1e-5, 1e-3, dropout)
+    flags = (list(ACTIVATIONS).index(activation), batch_norm, use_softmax, count_padding, return_scores, training, 1e-5,
+             1e-3, dropout)  # fmt: skip
 
     def make(dtype, generator):
         history = randn((N, D) if form == "offsets" else (B, L, D), dtype, generator)
@@ -151,11 +154,13 @@ def din_attention_case(
         hidden, weight, bias = unflatten(params, stats, activation, batch_norm, 1e-5, 1e-3)
         return reference.din_attention(
             history, target, hidden, weight, bias, lengths=lengths, mask=mask, offsets=offsets,
-            use_softmax=use_softmax, training=training, dropout=dropout, seed=seed,
+            use_softmax=use_softmax, count_padding=count_padding, return_scores=return_scores, training=training,
+            dropout=dropout, seed=seed,
         )[0]  # fmt: skip
 
     mlp = sum(2 * N * a * b for a, b in zip((D, *widths), (*widths, 1)))
     flags_id = "-bn" * batch_norm + "-softmax" * use_softmax + "-train" * training + "-dropout" * (dropout > 0)
+    flags_id += "-counted" * count_padding + "-scores" * return_scores
     return OpCase(
         op="din_attention",
         id=f"din_attention-B{B}-L{L}-D{D}-{'x'.join(map(str, widths)) or 'linear'}-{activation}{flags_id}-{form}",
@@ -375,6 +380,14 @@ TEST_CASES = [
     din_attention_case(2, 3, 4, [], batch_norm=False, training=False),
     din_attention_case(5, 9, 6, [17, 3], form="mask", dropout=0.3),
     din_attention_case(4, 7, 3, [5], "sigmoid", batch_norm=False, training=False, form="offsets", dropout=0.6),
+    din_attention_case(7, 9, 6, [5], "dice_batch_norm", batch_norm=False, form="lengths", count_padding=True),
+    din_attention_case(4, 9, 6, [7, 3], use_softmax=True, form="mask", count_padding=True, dropout=0.3),
+    din_attention_case(4, 5, 6, [7], "sigmoid", False, True, False, form="lengths", count_padding=True),
+    din_attention_case(4, 9, 5, [3], "relu", False, form="mask", return_scores=True),
+    din_attention_case(
+        5, 6, 7, [8], "dice_batch_norm", False, True, form="lengths", count_padding=True, return_scores=True
+    ),
+    din_attention_case(4, 6, 3, [5], use_softmax=True, training=False, form="offsets", return_scores=True),
     din_attention_case(2, 0, 4, [5], training=False),
     din_attention_case(0, 3, 4, [5], "relu", training=False),
     norm_activation_case(7, 10),

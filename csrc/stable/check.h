@@ -3,10 +3,11 @@
 #pragma once
 
 #include <cctype>
-#include <initializer_list>
+#include <cstdint>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "stable/tensor.h"
 
@@ -95,13 +96,13 @@ inline std::string name_of(ScalarType dtype) {
 namespace rk {
 
 // Raises unless t is a tensor of this form; the text is that of ops/_library.py's check_form.
-inline void check_form(const char* op, const char* name, const Tensor& t,
-                       std::initializer_list<int64_t> shape, ScalarType dtype) {
+inline void check_form(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+                       ScalarType dtype) {
   bool fits = t.is_cpu() && dtype_of(t) == dtype && t.dim() == static_cast<int64_t>(shape.size());
-  for (size_t d = 0; fits && d < shape.size(); ++d) fits = t.size(d) == shape.begin()[d];
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = t.size(d) == shape[d];
   if (fits) return;
   std::ostringstream wanted;
-  for (const int64_t& size : shape) wanted << (&size == shape.begin() ? "" : ", ") << size;
+  for (const int64_t& size : shape) wanted << (&size == shape.data() ? "" : ", ") << size;
   fail(op, ": ", name, " must be ", name_of(dtype), " [", wanted.str(), "] on cpu, got ",
        name_of(dtype_of(t)), ' ', shape_of(t), " on ", t.is_cpu() ? "cpu" : "another device");
 }

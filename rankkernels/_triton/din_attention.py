@@ -54,7 +54,7 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
 
     One or two hidden layers, D and hidden widths from 1 to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
     wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of. Two wide ones
-    in training as WIDE_TRAINING says.
+    in training as WIDE_TRAINING says. Not the scores alone, nor padding where it counts.
     """
     first, *second = params[: -2 : params_per_layer(flags.name, flags.batch_norm)] or [None, None, None]
     statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
@@ -62,7 +62,8 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
         return False
     widths = [history.size(-1), *(w.size(0) for w in (first, *second) if w is not None)]
     return (
-        len(second) <= 1
+        not (flags.return_scores or (flags.count_padding and (statistics or flags.use_softmax)))
+        and len(second) <= 1
         and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )

@@ -147,10 +147,15 @@ def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
     if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
         valid = history.shape[:-1].numel()
-        if lengths is not None or mask is not None:
+        if not flags.count_padding and (lengths is not None or mask is not None):
             valid = int((mask if lengths is None else lengths).sum())
         if valid < 2:
             raise ValueError(f"{op}: training needs more than one valid row to take statistics of, got {valid}")
+
+
+def out_shape(inputs: Inputs, flags: Flags) -> torch.Size:
+    """The pooled rows' [B, D], or the scores': a number a row of the history."""
+    return inputs.history.shape[:-1] if flags.return_scores else inputs.target.shape
 
 
 def stats_size(params: list[Tensor], flags: Flags) -> int:
@@ -180,6 +185,6 @@ def check_backward(
 ) -> None:
     check("din_attention", inputs, flags)
     op, history, kept = "din_attention_backward", inputs.history, wide(inputs.history.dtype)
-    check_form(op, "grad_out", grad_out, inputs.target.shape, history.dtype, history.device)
+    check_form(op, "grad_out", grad_out, out_shape(inputs, flags), history.dtype, history.device)
     check_form(op, "batch_stats", batch_stats, (stats_size(inputs.params, flags),), kept, history.device)
     check_form(op, "saved", saved, (saved_size(inputs, flags, on_gpu),), kept, history.device)

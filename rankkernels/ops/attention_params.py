@@ -37,14 +37,18 @@ class Inputs(NamedTuple):
 class Flags(NamedTuple):
     """The rest of the schema, behind the tensors.
 
-    ``activation``: its number in ``_activations``. ``dropout``: the probability of dropping a unit behind each hidden
-    layer's activation. ``seed``: an int64 scalar that chooses which (``reference.dropout_factor``), drawn by the
-    caller, so that the same call gives the same bits and the backward draws the same units again.
+    ``activation``: its number in ``_activations``. ``count_padding``: whether padding has a part in batch statistics,
+    and in the softmax of a sample that has nothing else. ``return_scores``: whether the result is the scores, not the
+    pooled rows. ``dropout``: the probability of dropping a unit behind each hidden layer's activation. ``seed``: an
+    int64 scalar that chooses which (``reference.dropout_factor``), drawn by the caller, so that the same call gives the
+    same bits and the backward draws the same units again.
     """
 
     activation: int
     batch_norm: bool
     use_softmax: bool
+    count_padding: bool
+    return_scores: bool
     training: bool
     norm_eps: float
     dice_eps: float

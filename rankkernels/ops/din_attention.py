@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._activations import number_of
-from rankkernels.ops._attention_checks import check, check_backward, check_values, saved_size, stats_size
+from rankkernels.ops._attention_checks import check, check_backward, check_values, out_shape, saved_size, stats_size
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
@@ -36,9 +36,9 @@ lib.define(
 def _(*arguments):
     inputs, flags = parsed(arguments, Inputs, Flags)
     check("din_attention", inputs, flags)
-    history, target, accumulated = inputs.history, inputs.target, wide(inputs.history.dtype)
-    stats = history.new_empty(stats_size(inputs.params, flags), dtype=accumulated)
-    return target.new_empty(target.shape), stats, history.new_empty(saved_size(inputs, flags), dtype=accumulated)
+    empty, accumulated = inputs.history.new_empty, wide(inputs.history.dtype)
+    stats, saved = (empty(n, dtype=accumulated) for n in (stats_size(inputs.params, flags), saved_size(inputs, flags)))
+    return empty(out_shape(inputs, flags)), stats, saved
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
@@ -62,8 +62,8 @@ def _attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, list[reference.BatchS
     )
     return reference.din_attention(
         inputs.history, inputs.target, hidden, out_weight, out_bias, lengths=inputs.lengths, mask=inputs.mask,
-        offsets=inputs.offsets, use_softmax=flags.use_softmax, training=flags.training, dropout=flags.dropout,
-        seed=flags.seed,
+        offsets=inputs.offsets, use_softmax=flags.use_softmax, count_padding=flags.count_padding,
+        return_scores=flags.return_scores, training=flags.training, dropout=flags.dropout, seed=flags.seed,
     )  # fmt: skip
 
 
@@ -184,6 +184,8 @@ def din_attention(
     activation: str = "dice",
     batch_norm: bool = False,
     use_softmax: bool = False,
+    count_padding: bool = False,
+    return_scores: bool = False,
     training: bool = False,
     norm_eps: float = 1e-5,
     dice_eps: float = 1e-3,
@@ -209,6 +211,10 @@ def din_attention(
         activation: linear, sigmoid, relu, leakyrelu, prelu, dice (row statistics) or dice_batch_norm.
         batch_norm: a batch normalization after each hidden linear layer.
         use_softmax: softmax of the scores over each sample's valid rows.
+        count_padding: whether padding (what ``lengths`` or ``mask`` leave out) is in the batch statistics like any row,
+            and gets a gradient from there; and whether the softmax of a sample without valid rows is uniform over its
+            padding. Otherwise padding is as if it were not there. Where there is a valid row it never has a weight.
+        return_scores: the rows' weights in the sum, in place of the sum.
         training: normalize with the statistics of the batch's valid rows.
         norm_eps: epsilon of the batch normalization.
         dice_eps: epsilon of Dice.
@@ -219,8 +225,9 @@ def din_attention(
             of the history.
 
     Returns:
-        out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), and in training the mean and
-        unbiased variance of each normalization, one after the other; no running statistic is written.
+        out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), or the scores [B, L], [N] with
+        ``offsets``, zero at padding that has none; and in training the mean and unbiased variance of each
+        normalization, one after the other; no running statistic is written.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once, an epsilon or
@@ -233,6 +240,6 @@ def din_attention(
     with raise_documented():
         out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, list(params), list(running_stats), number, batch_norm, use_softmax,
-            training, norm_eps, dice_eps, dropout, seed,
+            count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
         )  # fmt: skip
     return out, batch_stats

@@ -44,8 +44,8 @@ def din():
     params = [randn(H, 4 * D), randn(H), torch.ones(H), torch.zeros(H), randn(1), randn(1, H), randn(1)]
     return dict(
         history=randn(B, L, D), target=randn(B, D), lengths=None, mask=None, offsets=None, params=params,
-        running_stats=[], activation=DICE, batch_norm=True, use_softmax=False, training=True, norm_eps=1e-5,
-        dice_eps=1e-3, dropout=0.0, seed=None,
+        running_stats=[], activation=DICE, batch_norm=True, use_softmax=False, count_padding=False, return_scores=False,
+        training=True, norm_eps=1e-5, dice_eps=1e-3, dropout=0.0, seed=None,
     )  # fmt: skip
 
 
@@ -271,6 +271,7 @@ BAD_INPUTS = {
     "din_attention_backward": [
         (dict(grad_out=randn(B, D + 1)), form("grad_out", [B, D], [B, D + 1])),
         (dict(grad_out=randn(B, D).double()), form("grad_out", [B, D], [B, D], "float64")),
+        (dict(return_scores=True), form("grad_out", [B, L], [B, D])),
         (dict(batch_stats=randn(0)), form("batch_stats", [2 * H], [0])),
         (dict(batch_stats=randn(2 * H).half()), form("batch_stats", [2 * H], [2 * H], "float16")),
         (dict(saved=randn(7)), form("saved", [SAVED], [7])),

@@ -77,6 +77,7 @@ def expected(history, target, params, grad_out, rows, stats, flags):
         )
         out, all_stats = reference.din_attention(
             history, target, hidden, weight, bias, **rows, use_softmax=flags["use_softmax"],
+            count_padding=flags.get("count_padding", False), return_scores=flags.get("return_scores", False),
             training=flags["training"], dropout=flags.get("dropout", 0.0), seed=flags.get("seed"),
         )  # fmt: skip
         flat = [t for s in all_stats if s is not None for t in s]
@@ -92,7 +93,7 @@ def check(history, target, params, grad_out, rows, stats, flags):
         return din_attention(history, target, params, stats, **rows, **flags)
 
     out, batch_stats, grads = run(attention, history, target, params, grad_out)
-    assert out.dtype == history.dtype and out.shape == target.shape
+    assert out.dtype == history.dtype and out.shape == grad_out.shape
     tolerance = TOLERANCE[history.dtype]
 
     def close(name, actual, ref, floor=0.0):

@@ -16,14 +16,19 @@ static Block<const A> grad_score(const Din<A>& net, const DinRows<T>& rows, int6
   const A* w = net.row_weight + rows.first[b];
   A* grad = net.grad_score + rows.first[b];
   Block<const A> history{};
-  for_each_block(count, [&](int64_t r0, int64_t n) {
-    history = history_rows(rows, b, position, r0, n, net.D, s);
-    dot_rows<A>(n, net.D, history.p, history.ld, s.grad_out, 0, grad + r0);
-  });
-  if (!net.use_softmax) return history;
-  A mean = 0;
-  for (int64_t r = 0; r < count; ++r) mean += w[r] * grad[r];
-  for (int64_t r = 0; r < count; ++r) grad[r] = w[r] * (grad[r] - mean);
+  if (rows.grad_weight)
+    __builtin_memcpy(grad, rows.grad_weight + rows.first[b], count * sizeof(A));
+  else
+    for_each_block(count, [&](int64_t r0, int64_t n) {
+      history = history_rows(rows, b, position, r0, n, net.D, s);
+      dot_rows<A>(n, net.D, history.p, history.ld, s.grad_out, 0, grad + r0);
+    });
+  if (net.use_softmax) {
+    A mean = 0;
+    for (int64_t r = 0; r < count; ++r) mean += w[r] * grad[r];
+    for (int64_t r = 0; r < count; ++r) grad[r] = w[r] * (grad[r] - mean);
+  }
+  set_padding(rows, b, 0, count, A(0), grad);
   return history;
 }
 
@@ -147,10 +152,13 @@ void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accum
     const int64_t count = rows.count[b], first = rows.first[b], places = rows.first[b + 1] - first;
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
-    widen_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
+    if (rows.grad_out)
+      widen_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
+    else
+      __builtin_memset(s.grad_out, 0, ld * sizeof(A));
     din::Block<const A> history{};
     if (need_score) history = din::grad_score(net, rows, b, position, s);
-    const bool gathered = need_score && count <= kBlockRows;
+    const bool gathered = need_score && !rows.grad_weight && count <= kBlockRows;
     if (from_history && count) din::FirstLayer<A>::form(net, rows, b, position, s);
     if (!only_sums) {
       din::form_operand_rows(net, s);

@@ -21,6 +21,7 @@ struct DinArguments {
 
   int64_t B() const { return target.size(0); }
   int64_t D() const { return target.size(1); }
+  bool batch_statistics() const { return config.training && config.norms() * layers() > 0; }
   int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
   int64_t width(int64_t layer) const { return params[layer * config.params_per_layer()].size(0); }
 };
@@ -117,7 +118,7 @@ inline void check_params(const DinArguments& a) {
 
 // Where the rows of each sample are (see DinRows), with lengths and offsets checked against the history.
 struct DinGeometry {
-  std::vector<int64_t> first, count;
+  std::vector<int64_t> first, count, pooled;
   int64_t valid = 0, longest = 0;
   Tensor mask;
 };
@@ -163,11 +164,18 @@ inline DinGeometry geometry_of(const DinArguments& a) {
       std::fill(g.count.begin(), g.count.end(), L);
     }
   }
+  // Padding that counts is computed: for the batch statistics, and where a softmax has nothing else.
+  const bool all = a.batch_statistics();
+  if (a.config.count_padding && (a.lengths || a.mask) && (all || a.config.use_softmax)) {
+    g.pooled = g.count;
+    for (int64_t& n : g.count)
+      if (all || n == 0) n = a.history.size(1);
+  }
   for (const int64_t n : g.count) {
     g.valid += n;
     g.longest = std::max(g.longest, n);
   }
-  RK_DIN_CHECK(!a.config.training || a.config.norms() * a.layers() == 0 || g.valid > 1,
+  RK_DIN_CHECK(!a.batch_statistics() || g.valid > 1,
                "training needs more than one valid row to take statistics of, got ", g.valid);
   return g;
 }

@@ -35,7 +35,40 @@ DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometr
   rows.stride_tb = target.stride(0);
   rows.first = g.first.data();
   rows.count = g.count.data();
+  rows.pooled = g.pooled.empty() ? nullptr : g.pooled.data();
   rows.mask = g.mask.defined() ? static_cast<const uint8_t*>(g.mask.const_data_ptr()) : nullptr;
+  return rows;
+}
+
+// Calls body(row, place) for the rows computed: what belongs to a row is stored side by side, samples with
+// gaps apart; their place is that in the history.
+template <class Body>
+void for_each_row(const DinGeometry& g, const Body& body) {
+  const uint8_t* mask = g.mask.defined() ? static_cast<const uint8_t*>(g.mask.const_data_ptr()) : nullptr;
+  for (size_t b = 0; b < g.count.size(); ++b) {
+    const int64_t first = g.first[b], end = g.first[b + 1], last = first + g.count[b];
+    const bool gaps = mask && last < end;
+    for (int64_t row = first, place = first; row < last; ++place)
+      if (!gaps || mask[place]) body(row++, place);
+  }
+}
+
+// The weights of rows as the op returns them, 0 for the rows that are not there; and their gradient's way
+// back.
+template <class A>
+void scores_of_rows(const DinGeometry& g, const A* row_weight, Tensor& scores) {
+  std::vector<A> places(scores.numel());
+  for_each_row(g, [&](int64_t row, int64_t place) { places[place] = row_weight[row]; });
+  with_values(scores.scalar_type(), [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    std::copy(places.begin(), places.end(), static_cast<P*>(scores.mutable_data_ptr()));
+  });
+}
+template <class A>
+std::vector<A> rows_of_scores(const DinGeometry& g, const Tensor& scores) {
+  const std::vector<A> places = values_of<A>(scores);
+  std::vector<A> rows(places.size());
+  for_each_row(g, [&](int64_t row, int64_t place) { rows[row] = places[place]; });
   return rows;
 }
 
@@ -62,6 +95,13 @@ int64_t stats_size(const DinArguments& a) {
   int64_t widths = 0;
   for (int64_t i = 0; a.config.training && i < a.layers(); ++i) widths += a.width(i);
   return 2 * a.config.norms() * widths;
+}
+
+// The pooled rows' [B, D], or the scores' sizes: the history's without the last.
+std::vector<int64_t> out_sizes(const DinArguments& a) {
+  if (!a.config.return_scores) return {a.B(), a.D()};
+  const auto sizes = a.history.sizes();
+  return {sizes.begin(), sizes.end() - 1};
 }
 
 // Lays out `saved`: the rows' weights, then what is kept of each layer.
@@ -129,7 +169,7 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
   place_saved(network, a, g.first.back(), static_cast<A*>(saved.mutable_data_ptr()));
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
   DinRows<T> rows = rows_of<T>(history, target, g);
-  rows.out = static_cast<T*>(out.mutable_data_ptr());
+  rows.out = a.config.return_scores ? nullptr : static_cast<T*>(out.mutable_data_ptr());
   const DinChunks chunks(network.net(), g);
   A* stats = static_cast<A*>(batch_stats.mutable_data_ptr());
   if (!a.config.training) set_running_statistics(network, a);
@@ -149,6 +189,7 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
     RK_DISPATCH_ISA(din_forward<T>, {network.net(), rows, network.layers()}, chunks.samples(c0, c1),
                     workspace.scratch, nullptr);
   });
+  if (a.config.return_scores) scores_of_rows(g, network.net().row_weight, out);
 }
 
 // ---- backward
@@ -227,8 +268,14 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
   network.net().grad_score = grad_score.data();
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
   DinRows<T> rows = rows_of<T>(history, target, g);
-  rows.grad_out = static_cast<const T*>(grad.const_data_ptr());
-  rows.stride_gb = grad.stride(0);
+  std::vector<A> grad_weight;
+  if (a.config.return_scores) {
+    grad_weight = rows_of_scores<A>(g, grad_out);
+    rows.grad_weight = grad_weight.data();
+  } else {
+    rows.grad_out = static_cast<const T*>(grad.const_data_ptr());
+    rows.stride_gb = grad.stride(0);
+  }
   rows.grad_history = static_cast<T*>(grad_history.mutable_data_ptr());
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
   const bool batch_statistics = a.config.training && network.has_norm();
@@ -259,8 +306,9 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
 DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
                        const OptionalTensor& mask, const OptionalTensor& offsets,
                        const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
-                       int64_t activation, bool batch_norm, bool use_softmax, bool training, double norm_eps,
-                       double dice_eps, double dropout, const OptionalTensor& seed) {
+                       int64_t activation, bool batch_norm, bool use_softmax, bool count_padding,
+                       bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
+                       const OptionalTensor& seed) {
   check_activation("din_attention", static_cast<ActivationName>(activation));
   RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
   RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
@@ -275,8 +323,8 @@ DinArguments arguments(const Tensor& history, const Tensor& target, const Option
                        offsets,
                        params,
                        running_stats,
-                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, training, norm_eps,
-                        dice_eps, dropout, seed_value}};
+                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, count_padding,
+                        return_scores, training, norm_eps, dice_eps, dropout, seed_value}};
   check_history(a);
   check_params(a);
   if (a.layers() > 0 && batch_norm) check_epsilon("din_attention", "norm_eps", norm_eps, training);
@@ -289,11 +337,13 @@ std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
-    bool training, double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
-  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
-                                   batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
+    bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
+    const OptionalTensor& seed) {
+  const DinArguments a =
+      arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+                use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
-  Tensor out = torch::stable::new_empty(target, {a.B(), a.D()});
+  Tensor out = torch::stable::new_empty(target, out_sizes(a));
   Tensor batch_stats =
       torch::stable::new_empty(target, {stats_size(a)}, accumulator_dtype(dtype_of(history)));
   Tensor saved =
@@ -309,13 +359,15 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
     const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
-    bool training, double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
-  const DinArguments a = arguments(history, target, lengths, mask, offsets, params, running_stats, activation,
-                                   batch_norm, use_softmax, training, norm_eps, dice_eps, dropout, seed);
+    bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
+    const OptionalTensor& seed) {
+  const DinArguments a =
+      arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
+                use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   const int64_t B = a.B(), D = a.D();
   const ScalarType kept = accumulator_dtype(dtype_of(history));
-  check_form("din_attention_backward", "grad_out", grad_out, {B, D}, dtype_of(history));
+  check_form("din_attention_backward", "grad_out", grad_out, out_sizes(a), dtype_of(history));
   check_form("din_attention_backward", "batch_stats", batch_stats, {stats_size(a)}, kept);
   check_form("din_attention_backward", "saved", saved, {g.first.back() * (1 + kept_widths(a))}, kept);
   Tensor grad_history = new_empty_paged(history, history.sizes());

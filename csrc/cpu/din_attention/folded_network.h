@@ -23,7 +23,7 @@ namespace rk {
 // The flags of the schema.
 struct DinConfig {
   ActivationName activation;
-  bool batch_norm, use_softmax, training;
+  bool batch_norm, use_softmax, count_padding, return_scores, training;
   double norm_eps, dice_eps, dropout;
   uint64_t seed;
 

@@ -242,7 +242,13 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       if (!scores)
         din::dot_rows(n, net.layer[last].out, s.layer[last].a, padded<A>(net.layer[last].out), net.out_weight,
                       net.out_bias, w + r0);
-      if (net.use_softmax) din::add_exponentials(w, r0, n, ld, s.out, peak, total);
+      // Padding has no weight, or beside nothing else all of it: e^0 each.
+      din::set_padding(rows, b, r0, n, net.use_softmax ? -A(__FLT_MAX__) : A(0), w);
+      if (net.use_softmax) {
+        din::add_exponentials(w, r0, n, ld, s.out, peak, total);
+        if (rows.pooled && rows.pooled[b]) din::set_padding(rows, b, r0, n, A(0), w);
+      }
+      if (!rows.out) return;
       gemm<A, MultiplyAdd<A, Row>>(1, vecs, n, {w + r0, 0, 1}, history.p, history.ld, s.out, ld, s.out, ld);
     });
     if (!pooling) {
@@ -256,7 +262,7 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       din::scale(ld, s.out, 1 / total);
     }
     din::clear_absent_rows(net, first + count, rows.first[b + 1]);
-    narrow_row(s.out, rows.out + b * D, D, tail);
+    if (rows.out) narrow_row(s.out, rows.out + b * D, D, tail);
   };
   for (int64_t b = b0; b < b1; ++b) {
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);

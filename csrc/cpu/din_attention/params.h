@@ -36,18 +36,20 @@ struct Din {
   A* grad_score;  // [rows]: and in the backward its gradient before any softmax
 };
 
-// Where the samples' rows are. Sample b has count[b] valid rows; the storage of what belongs to its rows
-// begins at first[b] and has positions[b] = first[b + 1] - first[b] places.
+// Where the samples' rows are. Of sample b count[b] rows are computed; the storage of what belongs to its
+// rows begins at first[b] and has first[b + 1] - first[b] places. Valid are all of the rows computed, or
+// where padding counts pooled[b] of them: those of the mask, or the first.
 template <class T>
 struct DinRows {
   const T *history, *target;
   int64_t stride_hb, stride_hl, stride_tb;
   bool jagged;  // the history's rows of sample b begin at first[b], else at stride_hb * b
-  const int64_t *first, *count;
+  const int64_t *first, *count, *pooled;  // the last is null where padding does not count
   const uint8_t* mask;  // [B, L], bytes of which any but 0 is true; or null: the first count[b] rows
-  const T* grad_out;
+  const T* grad_out;    // or null, where the gradient is that by the rows' weights, grad_weight [rows]
   int64_t stride_gb;
-  T *out, *grad_history, *grad_target;  // contiguous
+  const Accumulator<T>* grad_weight;
+  T *out, *grad_history, *grad_target;  // contiguous; without out only the rows' weights are made
 };
 
 template <class A>

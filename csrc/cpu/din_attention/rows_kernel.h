@@ -10,10 +10,16 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
+// Whether some rows between others are left out.
+template <class T>
+RK_INLINE bool has_gaps(const DinRows<T>& rows, int64_t b) {
+  return rows.mask && rows.count[b] < rows.first[b + 1] - rows.first[b];
+}
+
 // Which rows of the history sample b has: null for the first ones.
 template <class T, class A>
 static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScratch<A>& s) {
-  if (!rows.mask) return nullptr;
+  if (!has_gaps(rows, b)) return nullptr;
   const int64_t places = rows.first[b + 1] - rows.first[b];
   const uint8_t* mask = rows.mask + rows.first[b];
   int64_t n = 0;
@@ -22,6 +28,15 @@ static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScra
     n += mask[l] != 0;
   }
   return s.positions;
+}
+
+// Rows [r0, r0 + n) of sample b, of which w has a value each: those of padding get `value`.
+template <class T, class A>
+RK_INLINE void set_padding(const DinRows<T>& rows, int64_t b, int64_t r0, int64_t n, A value, A* w) {
+  if (!rows.pooled || rows.pooled[b] == rows.count[b]) return;
+  const uint8_t* mask = rows.mask ? rows.mask + rows.first[b] : nullptr;
+  for (int64_t r = r0; r < r0 + n; ++r)
+    if (mask ? !mask[r] : r >= rows.pooled[b]) w[r] = value;
 }
 
 // Where the history of sample b begins.
@@ -93,7 +108,7 @@ struct Ahead {
   Ahead(const Din<A>& net, const DinRows<T>& rows, int64_t b, int64_t r0, int64_t b1, bool need_history,
         int64_t low) {
     if (r0 == rows.count[b]) ++b, r0 = 0;
-    if (b == b1 || rows.mask) return;
+    if (b == b1 || has_gaps(rows, b)) return;
     const int64_t left = rows.count[b] - r0, n = left < kBlockRows ? left : kBlockRows;
     const T* base = history_of(rows, b);
     const auto bytes = [](const auto* p) { return reinterpret_cast<const char*>(p); };

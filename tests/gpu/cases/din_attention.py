@@ -50,6 +50,8 @@ def make(config: dict, dtype: torch.dtype) -> dict:
             list(ACTIVATIONS).index(activation),
             batch_norm,
             config.get("softmax", False),
+            False,
+            False,
             config.get("training", False),
             1e-5,
             1e-3,
