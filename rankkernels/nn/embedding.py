@@ -58,7 +58,7 @@ def look_up(tables: Sequence[nn.Embedding], ids: Sequence[Tensor]) -> list[Tenso
         ids,
         modes=["none"] * len(tables),
         tables=[own.index(t) for t in tables],
-        frozen_rows=_frozen_rows(own, weights),
+        frozen_rows=frozen_rows(own, weights),
         names=[f"ids[{n}]" for n in range(len(tables))],
     )
 
@@ -199,7 +199,7 @@ class EmbeddingLayer(nn.Module):
         ]
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
-            features = plan.with_ids(ids, _frozen_rows(tables, weights))
+            features = plan.with_ids(ids, frozen_rows(tables, weights))
             found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
@@ -248,7 +248,7 @@ class EmbeddingLayer(nn.Module):
             return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None
-        return weights, plan.with_ids(ids, _frozen_rows(tables, weights))
+        return weights, plan.with_ids(ids, frozen_rows(tables, weights))
 
     def _concat(self, x: Mapping[str, Tensor], plan: Plan, squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
@@ -314,7 +314,7 @@ class EmbeddingLayer(nn.Module):
         return out
 
 
-def _frozen_rows(tables: Sequence[nn.Embedding], weights: Sequence[Tensor]) -> list[int]:
+def frozen_rows(tables: Sequence[nn.Embedding], weights: Sequence[Tensor]) -> list[int]:
     """Of each table the row that gets no gradient, as the op takes it."""
     return [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
 
