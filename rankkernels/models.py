@@ -219,8 +219,8 @@ def _padding_idx(history) -> int:
 def _called(embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
     """One tensor a feature by calling ``embedding``: once, as torch-rechub does, or once each where their shapes
     differ."""
-    shapes = {(is_dense(f), f.embed_dim, _length(x, f)) for f in features}
-    if len(shapes) == 1 and not is_dense(features[0]):
+    shapes = [(is_dense(f), f.embed_dim, _length(x, f)) for f in features]  # while exporting no set can have them
+    if all(shape == shapes[0] for shape in shapes[1:]) and features and not is_dense(features[0]):
         return list(embedding(x, features).unbind(1))
     return [embedding(x, [f], squeeze_dim=True) if is_dense(f) else embedding(x, [f]).squeeze(1) for f in features]
 

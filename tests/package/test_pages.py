@@ -159,7 +159,7 @@ def test_links_lead_somewhere():
 #: Modules whose public names are those of ``__all__``, or, without one, what is defined there without an underscore.
 PUBLIC = [
     "rankkernels", "rankkernels.ops", "rankkernels.nn", "rankkernels.optim", "rankkernels.models",
-    "rankkernels.adoption", "rankkernels.testing", "rankkernels.reference",
+    "rankkernels.adoption", "rankkernels.flops", "rankkernels.testing", "rankkernels.reference",
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ FLOORS = [
     ["rankkernels._version", "rankkernels.reference"],
     ["rankkernels.ops", "rankkernels._triton"],
     ["rankkernels.nn"],
-    ["rankkernels._row_optimizer", "rankkernels.optim", "rankkernels.models", "rankkernels.info"],
+    ["rankkernels._row_optimizer", "rankkernels.optim", "rankkernels.models", "rankkernels.info", "rankkernels.flops"],
     ["rankkernels.adoption"],
     ["rankkernels.testing"],
 ]

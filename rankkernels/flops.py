@@ -1,0 +1,77 @@
+"""Formulas for ``torch.utils.flop_counter``: importing this module registers one for each op.
+
+They count as torch's do: two for each multiply-add of a matrix product, nothing for what is elementwise or moves
+memory. So a fused layer counts what its products need, which is less than torch-rechub's where fewer are done: DIN's
+first layer a quarter. Padded rows count, since shapes are all that a formula sees.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_OPS = torch.ops.rankkernels
+_WITHOUT_PRODUCTS = [
+    _OPS.fm_interaction, _OPS.fm_interaction_backward, _OPS.norm_activation, _OPS.norm_activation_backward,
+    _OPS.embedding_bag, _OPS.embedding_bag_backward, _OPS.embedding_bag_backward_sparse, _OPS.embedding_bag_update,
+    _OPS.sparse_update,
+]  # fmt: skip
+
+
+@register_flop_formula(_WITHOUT_PRODUCTS)
+def _none(*args, out_shape=None, **kwargs) -> int:
+    return 0
+
+
+def _din_attention(history, target, params) -> tuple[int, int]:
+    """Of a forward: the products of the attention MLP's layers over all rows; those of the targets and the pooling."""
+    N, D = prod(history[:-1]), history[-1]
+    first, *others = (shape for shape in params if len(shape) == 2)
+    units = first[0]
+    return 2 * N * (D * units + sum(map(prod, others))), 2 * target[0] * D * units + 2 * N * D
+
+
+@register_flop_formula(_OPS.din_attention)
+def _din_attention_forward(history, target, lengths, mask, offsets, params, *args, out_shape=None, **kwargs) -> int:
+    return sum(_din_attention(history, target, params))
+
+
+@register_flop_formula(_OPS.din_attention_backward)
+def _din_attention_backward(
+    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, *args, out_shape=None, **kwargs
+) -> int:
+    """Two products for one, and the layers once more."""
+    layers, others = _din_attention(history, target, params)
+    return 3 * layers + 2 * others
+
+
+@register_flop_formula(_OPS.embedding_fm)
+def _embedding_fm(*args, out_shape=None, **kwargs) -> int:
+    linear_weight = args[-2]
+    return 0 if linear_weight is None else 2 * out_shape[1][0] * prod(linear_weight)
+
+
+@register_flop_formula([_OPS.embedding_fm_backward, _OPS.embedding_fm_backward_sparse, _OPS.embedding_fm_update])
+def _embedding_fm_backward(
+    grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, *args, out_shape=None, **kwargs
+) -> int:
+    return 0 if linear_weight is None or grad_linear is None else 4 * embeddings[0] * prod(linear_weight)
+
+
+@register_flop_formula(_OPS.deepfm)
+def _deepfm(weights, indices, tables, names, linear_weight, dense, mlp, *args, out_shape=None, **kwargs) -> int:
+    return 2 * out_shape[0] * sum(prod(shape) for shape in (linear_weight, *mlp) if len(shape) == 2)
+
+
+@register_flop_formula(_OPS.linear_weight_grad)
+def _linear_weight_grad(dy, x, *args, out_shape=None, **kwargs) -> int:
+    return 2 * dy[0] * dy[1] * x[1]
+
+
+if torch.ops.mkldnn._linear_pointwise not in flop_registry:  # torch's own, but it has no formula for it
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_pointwise(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * x[0] * prod(weight)
