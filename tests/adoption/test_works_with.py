@@ -144,7 +144,7 @@ def trained(model: nn.Module, steps: int, after_step=lambda: None) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(steps):
         optimizer.zero_grad()
-        nn.functional.binary_cross_entropy(model(batch(step)), batch(step)["price"]).backward()
+        loss_of(model, batch(step)).backward()
         optimizer.step()
         after_step()
 
@@ -167,6 +167,57 @@ def test_averaged_models(build, ema):
     swa.update_bn([batch(step) for step in range(3)], average)
     norm = average.module.mlp.mlp[1]
     assert norm.num_batches_tracked == 3 and average.eval()(batch()).shape == (B,)
+
+
+def loss_of(model: nn.Module, x: dict[str, torch.Tensor]) -> torch.Tensor:
+    return nn.functional.binary_cross_entropy(model(x), x["price"])
+
+
+def same_weights(found: nn.Module, expected: nn.Module):
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, msg=name)
+
+
+@MODELS
+def test_lightning(build, tmp_path):
+    lightning = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+
+    class Task(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = build()
+
+        def training_step(self, x, index):
+            return loss_of(self.model, x)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=True,
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    task, expected = Task(), build()
+    trainer.fit(task, torch.utils.data.DataLoader([batch(step) for step in range(3)], batch_size=None))
+    trained(expected, 3)
+    same_weights(task.model, expected)
+    (path,) = tmp_path.rglob("*.ckpt")
+    same_weights(Task.load_from_checkpoint(path).model, expected)
+
+
+@MODELS
+def test_hugging_face_accelerate(build):
+    accelerate = pytest.importorskip("accelerate", reason="Hugging Face's accelerate is not installed")
+    accelerator, expected = accelerate.Accelerator(cpu=True), build()
+    model = build()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(3):
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(model, batch(step)))
+        accelerator.clip_grad_norm_(model.parameters(), 1e9)
+        optimizer.step()
+    trained(expected, 3)
+    same_weights(accelerator.unwrap_model(model), expected)
 
 
 @pytest.mark.slow
