@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn._transparency import are_plain, is_plain
+from rankkernels.nn._transparency import are_plain, is_plain, is_untouched, nobody_follows
 from rankkernels.ops._tracing import is_tensor, is_traced
 from rankkernels.ops.linear import folded, folded_linear, is_faster_folded, linear
 from rankkernels.ops.norm_activation import is_faster
@@ -156,8 +156,10 @@ def is_served(norm: nn.Module) -> bool:
 
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell."""
+    if x.dim() != 2 or not is_faster(x, "dice" if type(activation) is Dice else ""):
+        return activation(norm(x))
     name, learnt, dice_eps = activation_of(activation)
-    if not name or x.dim() != 2 or not is_faster(x, name) or not is_served(norm):
+    if not name or not is_served(norm):
         return activation(norm(x))
     out, batch_stats = ops.norm_activation(
         x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
@@ -171,21 +173,22 @@ def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tenso
 def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     """``modules`` one after the other: a normalization and the activation behind it as one op, a linear layer by the
     faster library, wherever nobody could tell."""
-    modules, traced = list(modules), is_traced()
-    while modules:
-        module, *modules = modules
-        if type(module) is nn.BatchNorm1d and modules and type(modules[0]) is not nn.Linear:
-            activation, *modules = modules
-            x = normalize_and_activate(module, activation, x)
-        elif traced or not is_plain(module, nn.Linear):
+    modules, at, followed = [*modules], 0, is_traced() or not nobody_follows()
+    while at < len(modules):
+        module, kind, at = modules[at], type(modules[at]), at + 1
+        if kind is nn.BatchNorm1d and at < len(modules) and type(modules[at]) is not nn.Linear:
+            x, at = normalize_and_activate(module, modules[at], x), at + 1
+        elif followed or kind not in (nn.Linear, nn.Dropout) or not is_untouched(module, kind):
             x = module(x)
+        elif kind is nn.Dropout:
+            x = module(x) if module.training else x
         else:
             weight, bias = _weight_and_bias(module)
-            normalized = _normalized_linear(weight, bias, modules, x)
+            normalized = _normalized_linear(weight, bias, modules[at : at + 1], x)
             if normalized is None:
                 x = linear(x, weight, bias)
             else:
-                x, modules = normalized, modules[1:]
+                x, at = normalized, at + 1
     return x
 
 
@@ -231,7 +234,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not is_plain(self.mlp, nn.Sequential):
             return self.mlp(x)
-        return run_layers(self.mlp, x)
+        return run_layers(self.mlp._modules.values(), x)
 
     def relu_layers(self) -> Iterator[Tensor] | None:
         """Weight and bias of each layer with batch norm folded in, for inference; relu between two layers.

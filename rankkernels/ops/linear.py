@@ -58,12 +58,17 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _num_multiply_adds(x: Tensor, weight: Tensor, bias: Tensor | None) -> int | None:
-    """None where it must be torch's own call: a subclass, another dtype or device, widths that do not fit."""
-    for t, dim in ((x, 2), (weight, 2), *(() if bias is None else ((bias, 1),))):
-        if not is_tensor(t) or t.dtype != torch.float32 or t.device.type != "cpu" or t.dim() != dim:
-            return None
-    return x.shape[0] * weight.numel() if x.shape[1] == weight.shape[1] else None
+def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None, least: int, rows_as_units: int = 0) -> bool:
+    """Whether the product has at least ``least`` multiply-adds, reading x as much as ``rows_as_units`` output units.
+
+    False where it must be torch's own call: a subclass, another dtype or device, widths that do not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.numel() * max(weight.shape[0], rows_as_units) < least:
+        return False  # asked first: most calls are small
+    for t in (x, weight) if bias is None else (x, weight, bias):
+        if not is_tensor(t) or t.dtype != torch.float32 or t.device.type != "cpu":
+            return False
+    return x.shape[1] == weight.shape[1] and (bias is None or bias.dim() == 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,16 +76,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x [N, K], weight [M, K], bias [M] -> [N, M]. Another dtype, device or rank is torch's own call, errors included.
     """
-    if not must_stay_transparent():  # asked first, so that no size is specialized
-        if torch.is_grad_enabled():
-            if onednn_is_faster() or (x.requires_grad and x.shape[-1] % LINE):
-                if (_num_multiply_adds(x, weight, bias) or 0) >= MIN_MULTIPLY_ADDS:
-                    return _Linear.apply(x, weight, bias)
-        elif onednn_is_faster():
-            count = _num_multiply_adds(x, weight, bias)
-            # With a single output unit we are bound by reading x, which takes the time of about four units.
-            if count and max(count, 4 * x.numel()) >= MIN_MULTIPLY_ADDS_FORWARD:
-                return _product(x, weight, bias)
+    grad = torch.is_grad_enabled()
+    if (onednn_is_faster() or (grad and x.requires_grad)) and not must_stay_transparent():  # before any size is read
+        if grad and (onednn_is_faster() or x.shape[-1] % LINE) and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS):
+            return _Linear.apply(x, weight, bias)
+        # With a single output unit we are bound by reading x, which takes the time of about four units.
+        if not grad and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS_FORWARD, 4):
+            return _product(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -100,9 +102,9 @@ def folded(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor
 def is_faster_folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``folded_linear`` is the faster way: K M multiply-adds in each call, because the weights may change in
     place between any two, where the normalization's own pass reads and writes N M values. There is no backward."""
-    if torch.is_grad_enabled() or must_stay_transparent():
+    if torch.is_grad_enabled() or not _is_large(x, weight, bias, MIN_MULTIPLY_ADDS):
         return False
-    return (_num_multiply_adds(x, weight, bias) or 0) >= MIN_MULTIPLY_ADDS
+    return not must_stay_transparent()
 
 
 def folded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor | None:
