@@ -60,6 +60,9 @@ def three(name: str) -> list[nn.Module]:
     for library, layers in ((features_, ranking), (features_, ranking), (rk, rk)):
         torch.manual_seed(0)
         models.append(build(name, described(library), layers))
+        for module in models[-1].modules():
+            if isinstance(module, nn.Embedding):  # torch-rechub's of 1e-4 are lost in the rounding of what they join
+                nn.init.normal_(module.weight, std=0.5)
     rk.accelerate(models[1]), rk.accelerate(models[2])
     return models
 
