@@ -32,6 +32,7 @@ from rankkernels.ops import (
     table_batched_embedding_bag,
 )
 from rankkernels.ops._table import ReferenceWarning
+from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
     "DIN",
@@ -51,6 +52,7 @@ __all__ = [
     "SequenceFeature",
     "SparseFeature",
     "TableBatchedEmbeddingBag",
+    "Vocabulary",
     "XavierNormal",
     "XavierUniform",
     "__version__",

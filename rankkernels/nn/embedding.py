@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
-from rankkernels.nn.lookup_plan import POOLING, Plan, arrange, bad_batch, bad_shape, table_name
+from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, column, table_name
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
@@ -76,12 +76,12 @@ class InputMask(nn.Module):
         return torch.cat(masks, dim=1)
 
 
-def _pool(rows: Tensor, mask: Tensor, mode: str) -> Tensor:
-    """Pools as the op does, for rows [B, L, D] that a module looked up, and their mask [B, 1, L]."""
+def _pool(rows: Tensor, mask: Tensor, mode: str, weights: Tensor | None) -> Tensor:
+    """Pools as the op does, for rows [B, L, D] that a module looked up, their mask [B, 1, L] and weights [B, L]."""
     if mode == "none":
         return rows
     mask = mask.to(rows.dtype)
-    pooled = torch.bmm(mask, rows).squeeze(1)
+    pooled = torch.bmm(mask if weights is None else mask * weights.to(rows.dtype)[:, None], rows).squeeze(1)
     return pooled if mode == "sum" else pooled / mask.sum(-1).clamp(min=1)
 
 
@@ -199,7 +199,7 @@ class EmbeddingLayer(nn.Module):
         ]
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
-            features = plan.with_ids(ids, frozen_rows(tables, weights))
+            features = plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
             found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
@@ -208,6 +208,10 @@ class EmbeddingLayer(nn.Module):
                 [ids[i] for i in fused],
                 modes=[plan.lookups[i].mode for i in fused],
                 tables=[place[plan.table_of[i]] for i in fused],
+                per_sample_weights=[
+                    None if name is None else column(name, x).to(weights[plan.table_of[i]].dtype)
+                    for i, name in zip(fused, (plan.lookups[i].weights for i in fused))
+                ],
                 padding_idx=[plan.lookups[i].padding_idx for i in fused],
                 frozen_rows=[tables[t].padding_idx for t in place],
                 names=[plan.names[i] for i in fused],
@@ -217,11 +221,11 @@ class EmbeddingLayer(nn.Module):
         dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
         found.update(enumerate(plan.dense_columns(x, dtype, ids), len(plan.lookups)))
         return [
-            found[i] if i in found else self._called(x, feature, tables[plan.table_of[i]], plan.lookups[i].mode)
+            found[i] if i in found else self._called(x, feature, tables[plan.table_of[i]], plan.lookups[i])
             for i, feature in zip(plan.order, plan.features)
         ]
 
-    def _called(self, x: Mapping[str, Tensor], feature, table: nn.Module, mode: str) -> Tensor:
+    def _called(self, x: Mapping[str, Tensor], feature, table: nn.Module, lookup: Lookup) -> Tensor:
         """``feature`` looked up by calling the modules, in torch-rechub's order."""
         if self.fused_optimizer is not None and torch.is_grad_enabled():
             raise RuntimeError(
@@ -230,7 +234,8 @@ class EmbeddingLayer(nn.Module):
                 "another setting after rankkernels.optim.fuse"
             )
         mask = self.input_mask(x, feature) if is_sequence(feature) else None
-        return _pool(table(x[feature.name].long()), mask, mode)
+        weights = None if lookup.weights is None else column(lookup.weights, x)
+        return _pool(table(x[feature.name].long()), mask, lookup.mode, weights)
 
     def _dtype(self) -> torch.dtype:
         """Of the layer's tables, whatever they are."""
@@ -248,7 +253,7 @@ class EmbeddingLayer(nn.Module):
             return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None
-        return weights, plan.with_ids(ids, frozen_rows(tables, weights))
+        return weights, plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
 
     def _concat(self, x: Mapping[str, Tensor], plan: Plan, squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""

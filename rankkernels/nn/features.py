@@ -147,13 +147,20 @@ class SequenceFeature(_TableFeature):
     """A list of categories a sample: ids [B, L], padded; ``pooling`` is mean, sum or concat (none: [B, L, D]).
 
     The other arguments are ``SparseFeature``'s. Ids equal to the feature's own ``padding_idx`` are left out of the
-    pooling, also where it uses another feature's table.
+    pooling, also where it uses another feature's table. ``weights`` is the key of numbers [B, L] in the batch that
+    scale the ids' rows before they are pooled; a mean still divides by the number of ids. They may ask for gradients.
+
+    Raises:
+        ValueError: ``weights`` with another pooling than mean and sum.
     """
 
     def __init__(self, name, vocab_size, embed_dim=None, pooling="mean", shared_with=None, padding_idx=None,
-                 initializer=DEFAULT_INITIALIZER):  # fmt: skip
+                 initializer=DEFAULT_INITIALIZER, weights=None):  # fmt: skip
         super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer)
+        if weights is not None and pooling not in ("mean", "sum"):
+            raise ValueError(f"SequenceFeature {name!r}: weights need pooling mean or sum, got {pooling!r}")
         self.pooling = pooling
+        self.weights = weights
 
 
 class DenseFeature(_Feature):

@@ -22,6 +22,7 @@ class Lookup(NamedTuple):
     mode: str
     padding_idx: int | None
     is_sequence: bool
+    weights: str | None  # the key in the batch of what scales each row
 
 
 def table_name(feature) -> str:
@@ -33,9 +34,9 @@ def _lookup_of(feature) -> Lookup | str:
     if is_dense(feature):
         return feature.name
     mode = POOLING[feature.pooling] if is_sequence(feature) else "none"
-    return Lookup(
-        feature.name, table_name(feature), mode, None if mode == "none" else feature.padding_idx, is_sequence(feature)
-    )
+    padding_idx = None if mode == "none" else feature.padding_idx
+    weights = getattr(feature, "weights", None)
+    return Lookup(feature.name, table_name(feature), mode, padding_idx, is_sequence(feature), weights)
 
 
 class Plan:
@@ -56,6 +57,7 @@ class Plan:
         self.names = [k.name for k in self.lookups]
         self.joined_names = join_names(self.names)
         self.has_sequence = any(k.is_sequence for k in self.lookups)
+        self.has_weights = any(k.weights is not None for k in self.lookups)
         #: Whether the lookups, side by side, are what ``EmbeddingLayer.forward`` returns but for dense values.
         self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
         self.in_order &= [i for i in self.order if i < len(self.lookups)] == list(range(len(self.lookups)))
@@ -91,8 +93,15 @@ class Plan:
             values.append(v)
         return values
 
-    def with_ids(self, ids: list[Tensor], frozen_rows: list[int]) -> Features:
-        return Features(ids, [], [], self.table_of, self.modes, self.padding_idx, frozen_rows)
+    def sample_weights(self, x: Mapping[str, Tensor], tables: Sequence[Tensor]) -> list[Tensor]:
+        """What scales the rows of each lookup, in the dtype of its table; as the ops take them."""
+        if not self.has_weights:
+            return []
+        of_each = [(lookup.weights, tables[t]) for lookup, t in zip(self.lookups, self.table_of)]
+        return [w.new_empty(0) if name is None else column(name, x).to(w.dtype) for name, w in of_each]
+
+    def with_ids(self, ids: list[Tensor], sample_weights: list[Tensor], frozen_rows: list[int]) -> Features:
+        return Features(ids, [], sample_weights, self.table_of, self.modes, self.padding_idx, frozen_rows)
 
 
 def column(name: str, x: Mapping[str, Tensor]) -> Tensor:

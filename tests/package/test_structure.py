@@ -24,7 +24,7 @@ MODULES = {
 }
 #: The floors of the house, the lowest first. A module imports from its own floor and from lower ones.
 FLOORS = [
-    ["rankkernels._version", "rankkernels.reference"],
+    ["rankkernels._version", "rankkernels.reference", "rankkernels.vocabulary"],
     ["rankkernels.ops", "rankkernels._triton"],
     ["rankkernels.nn"],
     ["rankkernels._row_optimizer", "rankkernels.optim", "rankkernels.models", "rankkernels.info", "rankkernels.flops"],
