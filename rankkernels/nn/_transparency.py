@@ -14,17 +14,13 @@ from torch.nn.modules import module as torch_module
 
 from rankkernels.ops._tracing import is_exporting_to_onnx
 
-_GLOBAL_HOOKS = (
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_forward_hooks,
-    torch_module._global_backward_pre_hooks,
-    torch_module._global_backward_hooks,
-)
+_BEFORE, _AFTER = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
+_BEFORE_BACKWARD, _AFTER_BACKWARD = torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks
 
 
 def nobody_follows() -> bool:
     """Whether no global hook sees all modules' calls, and no exporter to ONNX is tracing."""
-    return not any(_GLOBAL_HOOKS) and not is_exporting_to_onnx()
+    return not (_BEFORE or _AFTER or _BEFORE_BACKWARD or _AFTER_BACKWARD or is_exporting_to_onnx())
 
 
 def is_untouched(module: nn.Module, cls: type) -> bool:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
+from rankkernels.ops._attention_checks import check_history, check_positions
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
+from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor, is_traced, is_transformed
+from rankkernels.ops.attention_params import Inputs
 
 
 class HiddenLayer(NamedTuple):
@@ -131,6 +133,14 @@ def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -
     return score
 
 
+def _check(inputs: Inputs) -> None:
+    """What the op would refuse, where it is not called."""
+    check_history("ActivationUnit", inputs)
+    positions = inputs.lengths if inputs.lengths is not None else inputs.offsets
+    if type(positions) is Tensor and positions.device.type == "cpu" and not (is_traced() or is_transformed()):
+        check_positions("ActivationUnit", inputs)
+
+
 class ActivationUnit(nn.Module):
     """DIN's local activation unit: a history of embeddings, pooled with weights that depend on the target.
 
@@ -195,9 +205,10 @@ class ActivationUnit(nn.Module):
             raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
         history, offsets = jagged(history, offsets)
         fused = _fused(self.attention)
-        if fused is None and offsets is None and is_exporting_to_onnx():
-            return self._padded(history, target, lengths, mask)
         if fused is None:
+            _check(Inputs(history, target, lengths, mask, offsets, [], []))
+            if offsets is None and is_exporting_to_onnx():
+                return self._padded(history, target, lengths, mask)
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = _score(self.attention, rows, target, sample).squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)

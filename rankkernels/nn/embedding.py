@@ -28,7 +28,7 @@ def fused_weight(table: nn.Module) -> Tensor | None:
         own = table.__dict__
         if own["max_norm"] is None and not own["scale_grad_by_freq"] and not own["sparse"]:
             weight = own["_parameters"].get("weight")
-            return weight if is_tensor(weight) else None
+            return weight if type(weight) is nn.Parameter or is_tensor(weight) else None
     return None
 
 

@@ -7,7 +7,7 @@ by having no ``vocab_size``. And these work wherever torch-rechub's do, which go
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -189,3 +189,5 @@ def check_features(owner: str, features: Iterable) -> None:
             raise TypeError(
                 f"{owner}: features must be SparseFeature, SequenceFeature or DenseFeature objects, got {feature!r}"
             )
+        if not isinstance(feature.name, Hashable):
+            raise TypeError(f"{owner}: a feature's name is a key of the batch, got {feature.name!r}")

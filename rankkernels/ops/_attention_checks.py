@@ -17,7 +17,8 @@ _FLOATING = "float32, float64, float16 or bfloat16"
 def check(op: str, inputs: Inputs, flags: Flags) -> None:
     """Ranks, sizes, dtypes and devices, everything that needs no value."""
     check_activation(op, flags.activation)
-    _check_history(op, inputs)
+    check_history(op, inputs)
+    _check_history_dtypes(op, inputs)
     _check_params(op, inputs, flags)
     seed, dropout = flags.seed, flags.dropout
     torch._check(0 <= dropout <= 1, lambda: f"{op}: dropout must be a probability, got {dropout:g}")
@@ -36,8 +37,8 @@ def check(op: str, inputs: Inputs, flags: Flags) -> None:
         )
 
 
-def _check_history(op: str, inputs: Inputs) -> None:
-    """History, target, and what says which rows are valid."""
+def check_history(op: str, inputs: Inputs) -> None:
+    """Shapes of history and target, and what says which rows are valid."""
     check, (history, target, lengths, mask, offsets, *_) = torch._check, inputs
     given = [n for n in ("lengths", "mask", "offsets") if getattr(inputs, n) is not None]
     check(len(given) < 2, lambda: f"{op}: give one of lengths, mask and offsets, got {' and '.join(given)}")
@@ -46,11 +47,6 @@ def _check_history(op: str, inputs: Inputs) -> None:
     check(history.dim() == rank, lambda: f"{op}: history must be {form}, got shape {list(history.shape)}")
     D, B = history.size(-1), target.size(0)
     check(D == target.size(1), lambda: f"{op}: history and target must have one width D, got {D} and {target.size(1)}")
-    check(history.dtype in FLOATING, lambda: f"{op}: history must be {_FLOATING}, got {history.dtype}")
-    check(
-        history.dtype == target.dtype,
-        lambda: f"{op}: history and target must have one dtype, got {history.dtype} and {target.dtype}",
-    )
     if offsets is None:
         n, L = history.size(0), history.size(1)
         check(n == B, lambda: f"{op}: history and target must have one batch size B, got {n} and {B}")
@@ -67,6 +63,15 @@ def _check_history(op: str, inputs: Inputs) -> None:
     for name, t in (("lengths", lengths), ("offsets", offsets)):
         fits = t is None or t.dtype in (torch.int32, torch.int64)
         check(fits, lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
+
+
+def _check_history_dtypes(op: str, inputs: Inputs) -> None:
+    check, history, target = torch._check, inputs.history, inputs.target
+    check(history.dtype in FLOATING, lambda: f"{op}: history must be {_FLOATING}, got {history.dtype}")
+    check(
+        history.dtype == target.dtype,
+        lambda: f"{op}: history and target must have one dtype, got {history.dtype} and {target.dtype}",
+    )
 
 
 def _check_params(op: str, inputs: Inputs, flags: Flags) -> None:
@@ -126,10 +131,9 @@ def _check_layer(op: str, i: int, layer: list[Tensor], width: int, activation: s
     return H
 
 
-def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
-    """Lengths and offsets against the history they describe, and how many rows there are to take statistics of: reads
-    the values, so not where that would synchronize."""
-    history, _, lengths, mask, offsets, params, _ = inputs
+def check_positions(op: str, inputs: Inputs) -> None:
+    """Lengths and offsets against the history they describe: reads the values, so not where that would synchronize."""
+    history, _, lengths, _, offsets, *_ = inputs
     if lengths is not None and lengths.numel():
         L = history.size(1)
         bad = (lengths < 0) | (lengths > L)
@@ -145,6 +149,12 @@ def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
         if down.numel():
             i = int(down[0])
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+
+
+def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
+    """``check_positions``, and how many rows there are to take statistics of."""
+    check_positions(op, inputs)
+    history, _, lengths, mask, _, params, _ = inputs
     if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
         valid = history.shape[:-1].numel()
         if not flags.count_padding and (lengths is not None or mask is not None):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rankkernels.ops._library import lib
@@ -13,10 +14,11 @@ from rankkernels.ops._tracing import is_transformed
 
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable:
-    """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call."""
+    """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call.
+    Inference mode goes without by itself."""
 
     def call(*arguments, **keywords):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_compiling() or is_transformed():
             return op(*arguments, **keywords)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments, **keywords)

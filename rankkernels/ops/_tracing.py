@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 
 def is_exporting() -> bool:
@@ -33,7 +34,7 @@ def is_transformed() -> bool:
 
 def is_traced() -> bool:
     """Whether compilers or tracers follow the modules' own calls."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_compiling() or torch._C._is_tracing()
 
 
 def must_stay_transparent() -> bool:
@@ -47,4 +48,4 @@ def is_tensor(value: object) -> bool:
     its memory a meaning of its own; compilers trace with subclasses in place of plain tensors."""
     if type(value) in (nn.Parameter, Tensor):
         return True
-    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and torch.compiler.is_compiling())
+    return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and is_compiling())

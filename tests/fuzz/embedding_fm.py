@@ -210,6 +210,18 @@ def flat(way):
     return run
 
 
+def not_rows(way):
+    """There may be any number of dense columns, none among them."""
+
+    def run(draw: Draw, a: dict) -> None:
+        before = a["dense"]
+        way(draw, a)
+        if a["dense"].dim() == 2 and a["dense"].size(0) == before.size(0):
+            raise NotHere
+
+    return run
+
+
 def invalid(draw: Draw) -> str:
     a = arguments(draw)
     op = draw.choice(("embedding_fm", "embedding_fm_backward", "embedding_fm_backward_sparse", "embedding_fm_update"))
@@ -217,6 +229,7 @@ def invalid(draw: Draw) -> str:
         a |= {"names": names_of(a)}
         more = {**ways_for("dense", "linear_weight"), "width": wrong_width}
         more["shape of linear_weight"] = flat(more["shape of linear_weight"])
+        more["shape of dense"] = not_rows(more["shape of dense"])
         a["concat"] = True
         way = {**FORWARD, **OF_TABLES, **TABLE_RANK, **more, "concat": mixed_concat}
         return refuse_without(draw, op, a, way, "concat")

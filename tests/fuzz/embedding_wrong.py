@@ -238,6 +238,16 @@ def reshaped_grad(draw: Draw, a: dict) -> None:
         raise NotHere
 
 
+def resized_table(draw: Draw, a: dict) -> None:
+    """Of a table that no gradient is for, nothing but ``rows`` tells what is right."""
+    before = a["weights"]
+    reshaped(draw, a, "weights")
+    t = next(t for t, (w, old) in enumerate(zip(a["weights"], before)) if w is not old)
+    used = any(table == t and g is not None for table, g in zip(a["tables"], a["grad_outs"]))
+    if not used and a["weights"][t].dim() == 2 and a["weights"][t].size(0) == before[t].size(0):
+        raise NotHere
+
+
 BACKWARD = {
     "lengths of grads": lambda d, a: longer_or_shorter(d, a, d.choice(("grad_outs", "rows"))),
     "shape of a grad": lambda d, a: reshaped_grad(d, a),
@@ -245,7 +255,7 @@ BACKWARD = {
     "place of a grad": lambda d, a: elsewhere(d, a, "grad_outs"),
     "rows": wrong_rows,
     "no grads": no_grads,
-    "size of a table": lambda d, a: reshaped(d, a, "weights"),
+    "size of a table": resized_table,
     "number of tables": lambda d, a: longer_or_shorter(d, a, "weights"),
 }
 

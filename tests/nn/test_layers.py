@@ -438,6 +438,31 @@ def test_what_is_no_feature_is_refused(odd):
             call()
 
 
+def test_a_name_that_is_no_key_is_refused():
+    with pytest.raises(TypeError, match="a feature's name is a key of the batch, got .'c'."):
+        rk.EmbeddingLayer([rk.SparseFeature("a", 9, 4), rk.DenseFeature(["c"])])
+
+
+@pytest.mark.parametrize("activation", ["relu", "softmax"], ids=["fused", "module_by_module"])
+def test_an_activation_unit_refuses_what_does_not_fit_on_either_path(activation):
+    unit, history, target = rk.ActivationUnit(3, [4], activation).eval(), torch.randn(4, 5, 3), torch.randn(4, 3)
+    rows = history.flatten(0, 1)
+    for call, message in (
+        (lambda: unit(history, torch.randn(5, 3)), "history and target must have one batch size B, got 4 and 5"),
+        (lambda: unit(history[:0], target), "one batch size B, got 0 and 4"),
+        (lambda: unit(history, torch.randn(4, 1, 3)), r"target must be \[B, D\], got shape \[4, 1, 3\]"),
+        (lambda: unit(history[0], target), r"history must be \[B, L, D\], got shape \[5, 3\]"),
+        (lambda: unit(history, target, lengths=torch.tensor([5, 5, 6, 5])), "lengths.2. = 6 is outside 0 .. 5"),
+        (lambda: unit(history, target, lengths=torch.tensor([5, 5, 5])), r"lengths must be \[B\] = \[4\]"),
+        (lambda: unit(history, target, mask=torch.ones(4, 4, dtype=torch.bool)), r"mask must be \[B, L\] = \[4, 5\]"),
+        (lambda: unit(history, target, mask=torch.ones(4, 5)), "mask must be bool"),
+        (lambda: unit(rows, target, offsets=torch.tensor([0, 5, 9, 7, 20])), "offsets decrease from 9 to 7 at 3"),
+        (lambda: unit(rows, target, offsets=torch.tensor([0, 5, 9, 9, 21])), "offsets must run from 0 to N = 20"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            call()
+
+
 @pytest.mark.parametrize("layer", [rk.MLP, rk.ActivationUnit])
 def test_dims_must_be_a_list(layer):
     with pytest.raises(TypeError):
