@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
-from rankkernels.ops._attention_checks import check_history, check_positions
+from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor, is_traced, is_transformed
+from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
 from rankkernels.ops.attention_params import Inputs
 
 
@@ -134,11 +134,10 @@ def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -
 
 
 def _check(inputs: Inputs) -> None:
-    """What the op would refuse, where it is not called."""
-    check_history("ActivationUnit", inputs)
-    positions = inputs.lengths if inputs.lengths is not None else inputs.offsets
-    if type(positions) is Tensor and positions.device.type == "cpu" and not (is_traced() or is_transformed()):
-        check_positions("ActivationUnit", inputs)
+    """What the op would refuse, where it is not called. A tracer's sizes are tensors, which say nothing."""
+    if not torch.jit.is_tracing():
+        check_history("ActivationUnit", inputs)
+        check_positions_at_hand("ActivationUnit", inputs)
 
 
 class ActivationUnit(nn.Module):

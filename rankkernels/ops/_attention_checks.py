@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankkernels.ops._activations import check_activation
 from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, wide
+from rankkernels.ops._tracing import is_traced, is_transformed
 from rankkernels.ops.attention_params import Flags, Inputs, hidden_widths, norms_per_layer, params_per_layer
 
 _FLOATING = "float32, float64, float16 or bfloat16"
@@ -149,6 +150,13 @@ def check_positions(op: str, inputs: Inputs) -> None:
         if down.numel():
             i = int(down[0])
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+
+
+def check_positions_at_hand(op: str, inputs: Inputs) -> None:
+    """``check_positions``, where reading them waits for no device and no one follows."""
+    positions = inputs.offsets if inputs.lengths is None else inputs.lengths
+    if type(positions) is Tensor and positions.is_cpu and not (is_traced() or is_transformed()):
+        check_positions(op, inputs)
 
 
 def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
