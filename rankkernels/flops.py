@@ -7,10 +7,14 @@ first layer a quarter. Padded rows count, since shapes are all that a formula se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from rankkernels.ops._schema import parsed
+from rankkernels.ops.attention_params import Flags, Inputs
 
 _OPS = torch.ops.rankkernels
 _WITHOUT_PRODUCTS = [
@@ -25,25 +29,24 @@ def _none(*args, out_shape=None, **kwargs) -> int:
     return 0
 
 
-def _din_attention(history, target, params) -> tuple[int, int]:
+def _din_attention(inputs: Sequence) -> tuple[int, int]:
     """Of a forward: the products of the attention MLP's layers over all rows; those of the targets and the pooling."""
-    N, D = prod(history[:-1]), history[-1]
-    first, *others = (shape for shape in params if len(shape) == 2)
-    units = first[0]
-    return 2 * N * (D * units + sum(map(prod, others))), 2 * target[0] * D * units + 2 * N * D
+    tensors, flags = parsed(inputs, Inputs, Flags)
+    N, D = prod(tensors.history[:-1]), tensors.history[-1]
+    first, *others = (shape for shape in tensors.params if len(shape) == 2)
+    units, pooling = first[0], 0 if flags.return_scores else 2 * N * D
+    return 2 * N * (D * units + sum(map(prod, others))), 2 * tensors.target[0] * D * units + pooling
 
 
 @register_flop_formula(_OPS.din_attention)
-def _din_attention_forward(history, target, lengths, mask, offsets, params, *args, out_shape=None, **kwargs) -> int:
-    return sum(_din_attention(history, target, params))
+def _din_attention_forward(*inputs, out_shape=None, **kwargs) -> int:
+    return sum(_din_attention(inputs))
 
 
 @register_flop_formula(_OPS.din_attention_backward)
-def _din_attention_backward(
-    grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, *args, out_shape=None, **kwargs
-) -> int:
+def _din_attention_backward(grad_out, batch_stats, saved, *inputs, out_shape=None, **kwargs) -> int:
     """Two products for one, and the layers once more."""
-    layers, others = _din_attention(history, target, params)
+    layers, others = _din_attention(inputs)
     return 3 * layers + 2 * others
 
 

@@ -78,6 +78,8 @@ def test_flops_of_din_attention():
     found = counted(lambda: rk.din_attention(history, target, params, activation="relu"))
     assert found["din_attention"] == rows + others
     assert found["din_attention_backward"] == 3 * rows + 2 * others
+    scores = counted(lambda: rk.din_attention(history, target, params, activation="relu", return_scores=True))
+    assert scores["din_attention"] == found["din_attention"] - 2 * B * L * D
 
 
 def test_flops_of_embedding_fm():
