@@ -221,11 +221,11 @@ class EmbeddingLayer(nn.Module):
         dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
         found.update(enumerate(plan.dense_columns(x, dtype, ids), len(plan.lookups)))
         return [
-            found[i] if i in found else self._called(x, feature, tables[plan.table_of[i]], plan.lookups[i])
+            found[i] if i in found else self._called(x, feature, ids[i], tables[plan.table_of[i]], plan.lookups[i])
             for i, feature in zip(plan.order, plan.features)
         ]
 
-    def _called(self, x: Mapping[str, Tensor], feature, table: nn.Module, lookup: Lookup) -> Tensor:
+    def _called(self, x: Mapping[str, Tensor], feature, ids: Tensor, table: nn.Module, lookup: Lookup) -> Tensor:
         """``feature`` looked up by calling the modules, in torch-rechub's order."""
         if self.fused_optimizer is not None and torch.is_grad_enabled():
             raise RuntimeError(
@@ -235,7 +235,7 @@ class EmbeddingLayer(nn.Module):
             )
         mask = self.input_mask(x, feature) if is_sequence(feature) else None
         weights = None if lookup.weights is None else column(lookup.weights, x)
-        return _pool(table(x[feature.name].long()), mask, lookup.mode, weights)
+        return _pool(table(ids.long()), mask, lookup.mode, weights)
 
     def _dtype(self) -> torch.dtype:
         """Of the layer's tables, whatever they are."""

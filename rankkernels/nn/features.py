@@ -86,6 +86,9 @@ class Pretrained:
         return nn.Embedding.from_pretrained(self.embedding_weight, freeze=self.freeze, padding_idx=padding_idx)
 
 
+#: What becomes of ids that are no rows of their table: an error, one row for all of them, or a row by their hash.
+OOV = ("error", "row", "hash")
+
 #: Every table's initializer unless another is given: torch-rechub's.
 DEFAULT_INITIALIZER = RandomNormal(0, 0.0001)
 
@@ -107,7 +110,9 @@ class _TableFeature(_Feature):
     """A feature with a table. The table is made once and kept on the object: models that get the same feature object
     share its weights."""
 
-    def __init__(self, name, vocab_size, embed_dim, shared_with, padding_idx, initializer):
+    def __init__(self, name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov):
+        if oov not in OOV:
+            raise ValueError(f"feature {name!r}: oov must be one of {', '.join(OOV)}, got {oov!r}")
         self.name = name
         self.vocab_size = vocab_size
         # Wang et al., "Deep & Cross Network" (2017), section 3.1: 6 * categories^(1/4).
@@ -115,6 +120,7 @@ class _TableFeature(_Feature):
         self.shared_with = shared_with
         self.padding_idx = padding_idx
         self.initializer = initializer
+        self.oov = oov
 
     def __repr__(self):
         return f"<{type(self).__name__} {self.name} with Embedding shape ({self.vocab_size}, {self.embed_dim})>"
@@ -135,12 +141,17 @@ class SparseFeature(_TableFeature):
         shared_with: name of the feature whose table this one uses instead of its own.
         padding_idx: the id whose row is zero and gets no gradient.
         initializer: makes the table.
+        oov: what becomes of an id outside 0 .. vocab_size - 1. "error" raises an IndexError; "row" looks up the last
+            row, so that a table with that use for it has one row more than there are known ids; "hash" looks up a row
+            that depends on the id alone, never that of ``padding_idx``.
+
+    Raises:
+        ValueError: another ``oov``.
     """
 
-    def __init__(
-        self, name, vocab_size, embed_dim=None, shared_with=None, padding_idx=None, initializer=DEFAULT_INITIALIZER
-    ):
-        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer)
+    def __init__(self, name, vocab_size, embed_dim=None, shared_with=None, padding_idx=None,
+                 initializer=DEFAULT_INITIALIZER, oov="error"):  # fmt: skip
+        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov)
 
 
 class SequenceFeature(_TableFeature):
@@ -155,8 +166,8 @@ class SequenceFeature(_TableFeature):
     """
 
     def __init__(self, name, vocab_size, embed_dim=None, pooling="mean", shared_with=None, padding_idx=None,
-                 initializer=DEFAULT_INITIALIZER, weights=None):  # fmt: skip
-        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer)
+                 initializer=DEFAULT_INITIALIZER, weights=None, oov="error"):  # fmt: skip
+        super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov)
         if weights is not None and pooling not in ("mean", "sum"):
             raise ValueError(f"SequenceFeature {name!r}: weights need pooling mean or sum, got {pooling!r}")
         self.pooling = pooling

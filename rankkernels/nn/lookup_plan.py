@@ -14,6 +14,26 @@ from rankkernels.ops._features import MODES, Features, join_names
 POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
 
+class Known(NamedTuple):
+    """The ids that have rows, 0 .. size - 1, and what the others get: see ``SparseFeature``."""
+
+    size: int
+    oov: str
+    padding_idx: int | None
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """ids as they come -> rows of the table, one pass over the ids for each of a few torch ops."""
+        unknown = (ids < 0) | (ids >= self.size)
+        if self.oov == "row":
+            return ids.masked_fill(unknown, self.size - 1)
+        # Fibonacci hashing: the product's high bits depend on all of the id's, the sign is taken off by the remainder.
+        mixed = ids.long() * -7046029254386353131
+        rows = mixed.bitwise_xor(mixed >> 32).remainder(max(self.size - (self.padding_idx is not None), 1))
+        if self.padding_idx is not None:
+            rows = rows + (rows >= self.padding_idx % self.size)
+        return torch.where(unknown, rows, ids.long())
+
+
 class Lookup(NamedTuple):
     """What determines a lookup: features that agree in it are looked up once."""
 
@@ -23,6 +43,7 @@ class Lookup(NamedTuple):
     padding_idx: int | None
     is_sequence: bool
     weights: str | None  # the key in the batch of what scales each row
+    known: Known | None  # where ids outside the table are no error
 
 
 def table_name(feature) -> str:
@@ -35,8 +56,10 @@ def _lookup_of(feature) -> Lookup | str:
         return feature.name
     mode = POOLING[feature.pooling] if is_sequence(feature) else "none"
     padding_idx = None if mode == "none" else feature.padding_idx
+    oov = getattr(feature, "oov", "error")
+    known = None if oov == "error" else Known(feature.vocab_size, oov, feature.padding_idx)
     weights = getattr(feature, "weights", None)
-    return Lookup(feature.name, table_name(feature), mode, padding_idx, is_sequence(feature), weights)
+    return Lookup(feature.name, table_name(feature), mode, padding_idx, is_sequence(feature), weights, known)
 
 
 class Plan:
@@ -71,6 +94,8 @@ class Plan:
             dtype = getattr(ids, "dtype", None)
             if dtype is not torch.int64 and dtype is not torch.int32:
                 ids = column(lookup.name, x).long()
+            if lookup.known is not None:
+                ids = lookup.known.rows_of(ids)
             if lookup.is_sequence and ids.dim() != 2:
                 raise bad_shape("sequence", lookup.name, "[B, L] ids", ids)
             ids_of.append(ids)

@@ -1,4 +1,4 @@
-"""Weights of multi-value features, and vocabularies of strings."""
+"""Weights of multi-value features, ids outside their table, and vocabularies of strings."""
 
 from __future__ import annotations
 
@@ -61,8 +61,9 @@ def test_deepfm_with_weights(training):
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        features = [rk.SparseFeature("item", V, D)]
-        features.append(rk.SequenceFeature("tags", V, D, "mean", padding_idx=0, weights="scores"))
+        wide = {"padding_idx": 0, "initializer": rk.RandomNormal()}
+        features = [rk.SparseFeature("item", V, D, **wide)]
+        features.append(rk.SequenceFeature("tags", V, D, "mean", **wide, weights="scores"))
         models.append(rk.DeepFM(features, features, {"dims": [6]}).double().train(training))
     models[1].embedding.register_forward_hook(lambda *arguments: None)
     y = [model(batch()) for model in models]
@@ -87,6 +88,60 @@ def test_bad_weights_name_the_feature():
         layer({name: x[name] for name in ("item", "tags")}, features)
     with pytest.raises(RuntimeError, match=r"per_sample_weights of tags must have its shape \[7, 5\]"):
         layer(x | {"scores": x["scores"][:, :2]}, features)
+
+
+# ------------------------------------------------------------------------------------------------ ids outside a table
+
+UNKNOWN = [-1, V, 10**12, -(2**62), 2**63 - 1]
+
+
+def looked_up(oov: str, ids: list[int], padding_idx: int | None = None, sequence: bool = False, change: str = "fused"):
+    """The rows of the table that the ids got, told by their values."""
+    kind = rk.SequenceFeature if sequence else rk.SparseFeature
+    feature = kind("item", V, D, padding_idx=padding_idx, oov=oov, **({"pooling": "concat"} if sequence else {}))
+    layer = rk.EmbeddingLayer([feature])
+    with torch.no_grad():
+        layer.embed_dict["item"].weight.copy_(torch.arange(V)[:, None].expand(V, D))
+    if change == "called":
+        layer.embed_dict["item"].register_forward_hook(lambda *arguments: None)
+    x = torch.tensor(ids)[:, None] if sequence else torch.tensor(ids)
+    return layer({"item": x}, [feature], squeeze_dim=True)[:, 0].long().tolist()
+
+
+@pytest.mark.parametrize("change", ["fused", "called"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_unknown_ids(sequence, change):
+    known = list(range(V))
+    assert looked_up("row", known + UNKNOWN, None, sequence, change) == known + [V - 1] * len(UNKNOWN)
+    hashed = looked_up("hash", known + UNKNOWN, None, sequence, change)
+    assert hashed[:V] == known and all(0 <= row < V for row in hashed)
+    assert hashed == looked_up("hash", known + UNKNOWN, None, sequence, change)
+    with pytest.raises(IndexError):
+        looked_up("error", UNKNOWN, None, sequence, change)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 3, -1])
+def test_hashes_fill_the_table_but_for_the_padding(padding_idx):
+    rows = torch.tensor(looked_up("hash", list(range(V, 200 * V)), padding_idx)).bincount(minlength=V)
+    others = V if padding_idx is None else V - 1
+    if padding_idx is not None:
+        assert rows[padding_idx] == 0
+        rows = torch.cat([rows[: padding_idx % V], rows[padding_idx % V + 1 :]])
+    assert rows.min() > 0.6 * 199 * V / others and rows.max() < 1.5 * 199 * V / others
+
+
+def test_unknown_ids_of_a_model():
+    """Their rows are trained like others, in every form of ids."""
+    features = [rk.SparseFeature("item", V, D, oov="row"), rk.SparseFeature("shop", V, D, oov="hash")]
+    model = rk.DeepFM(features, features, {"dims": [6]})
+    for dtype in (torch.int32, torch.int64, torch.float32):
+        model.zero_grad()
+        model({name: torch.tensor([1, V, 5 * V, -2], dtype=dtype) for name in ("item", "shop")}).sum().backward()
+        touched = model.embedding.embed_dict["item"].weight.grad.abs().sum(1).nonzero().flatten().tolist()
+        assert touched == [1, V - 1]
+    assert model.eval()({name: torch.tensor([10**6]) for name in ("item", "shop")}).shape == (1,)
+    with pytest.raises(ValueError, match="feature 'item': oov must be one of error, row, hash, got 'drop'"):
+        rk.SparseFeature("item", V, D, oov="drop")
 
 
 # --------------------------------------------------------------------------------------------------------- vocabularies
