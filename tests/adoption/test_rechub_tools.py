@@ -163,6 +163,17 @@ def test_reflection_finds_the_features(name):
     assert [[t.shape for t in d] for d in dummies[1:]] == [[t.shape for t in dummies[0]]] * 2
 
 
+@pytest.mark.parametrize("name", ["DeepFM", "DIN", "WideDeep"])
+def test_visualization(name, monkeypatch):
+    """Draws what runs: modules whose work a fused layer does are not in it."""
+    pytest.importorskip("torchview", reason="torchview is not installed")
+    graphviz = pytest.importorskip("graphviz", reason="graphviz is not installed")
+    monkeypatch.setattr(graphviz.Digraph, "view", lambda self, *arguments, **keywords: None)
+    monkeypatch.setattr(graphviz.Digraph, "render", lambda self, *arguments, **keywords: None)
+    theirs, *ours = (trainers.CTRTrainer(model).visualization().visual_graph.source for model in three(name))
+    assert "MLP" in theirs and all("MLP" in source and len(source) < len(theirs) for source in ours)
+
+
 #: What their loaders make of a column: DataGenerator keeps numpy's dtype, ParquetIterableDataset gives float32.
 FORMS = {
     "int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8, "bool": torch.bool,
