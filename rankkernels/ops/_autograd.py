@@ -15,10 +15,10 @@ from rankkernels.ops._tracing import is_transformed
 
 def _below_autograd(op: torch._ops.OpOverload) -> Callable:
     """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call.
-    Inference mode goes without by itself."""
+    Inference mode goes without by itself; compilers are asked for first, since they cannot ask for it."""
 
     def call(*arguments, **keywords):
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_compiling() or is_transformed():
+        if is_compiling() or torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_transformed():
             return op(*arguments, **keywords)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments, **keywords)
