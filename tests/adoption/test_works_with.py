@@ -227,12 +227,12 @@ def test_hugging_face_accelerate(build):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_every_mode_of_compile(build, mode):
     torch._dynamo.reset()
-    model, expected = build(), build()
+    model, expected = build().double(), build().double()  # some gradients are zero but for rounding
     compiled = torch.compile(model, mode=mode)
     for _ in range(2):
         y, wanted = compiled(batch()), expected(batch())
-        torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y, wanted)
         y.sum().backward(), wanted.sum().backward()
     torch.testing.assert_close(
-        [p.grad for p in model.parameters()], [p.grad for p in expected.parameters()], rtol=1e-3, atol=1e-5
+        [p.grad for p in model.parameters()], [p.grad for p in expected.parameters()], rtol=1e-9, atol=1e-10
     )
