@@ -113,6 +113,9 @@ class _TableFeature(_Feature):
     def __init__(self, name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov):
         if oov not in OOV:
             raise ValueError(f"feature {name!r}: oov must be one of {', '.join(OOV)}, got {oov!r}")
+        if oov != "error" and padding_idx is not None and (oov == "row" or vocab_size < 2):
+            if padding_idx % vocab_size == vocab_size - 1:
+                raise ValueError(f"feature {name!r}: oov={oov!r} needs a row besides that of padding_idx {padding_idx}")
         self.name = name
         self.vocab_size = vocab_size
         # Wang et al., "Deep & Cross Network" (2017), section 3.1: 6 * categories^(1/4).
@@ -146,7 +149,7 @@ class SparseFeature(_TableFeature):
             that depends on the id alone, never that of ``padding_idx``.
 
     Raises:
-        ValueError: another ``oov``.
+        ValueError: another ``oov``, or one whose row would be that of ``padding_idx``.
     """
 
     def __init__(self, name, vocab_size, embed_dim=None, shared_with=None, padding_idx=None,

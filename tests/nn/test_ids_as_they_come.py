@@ -142,6 +142,9 @@ def test_unknown_ids_of_a_model():
     assert model.eval()({name: torch.tensor([10**6]) for name in ("item", "shop")}).shape == (1,)
     with pytest.raises(ValueError, match="feature 'item': oov must be one of error, row, hash, got 'drop'"):
         rk.SparseFeature("item", V, D, oov="drop")
+    for rows, padding_idx, oov in ((V, V - 1, "row"), (V, -1, "row"), (1, 0, "hash")):
+        with pytest.raises(ValueError, match=f"feature 'item': oov='{oov}' needs a row besides that of padding_idx"):
+            rk.SparseFeature("item", rows, D, padding_idx=padding_idx, oov=oov)
 
 
 # --------------------------------------------------------------------------------------------------------- vocabularies
