@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
-from rankkernels.nn._transparency import is_plain
+from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
 from rankkernels.ops._jagged import jagged
@@ -49,7 +49,7 @@ class FusedMLP(NamedTuple):
             history,
             target,
             self.params,
-            [] if self.training else [t for n in self.norms for t in (n.running_mean, n.running_var)],
+            [] if self.training else [n._buffers[name] for n in self.norms for name in ("running_mean", "running_var")],
             activation=self.activation,
             batch_norm=self.batch_norm,
             training=self.training,
@@ -67,18 +67,22 @@ class FusedMLP(NamedTuple):
 def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
     """These modules, called one after the other, for the op; None where a module is none that it knows, was replaced,
     wrapped or re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
+    output = _weight_and_bias(last)
+    if output is None or not nobody_follows():
+        return None
     params, norms, kinds = [], [], set()
     for linear, norm, activation, dropout in hidden:
-        if not (_is_served(linear) and (dropout is None or is_plain(dropout, nn.Dropout))):
+        affine = _weight_and_bias(linear)
+        if affine is None or not (dropout is None or is_untouched(dropout, nn.Dropout)):
             return None
-        params += _weight_and_bias(linear)
+        params += affine
         if norm is not None:
-            if not is_served(norm) or norm.weight is None:
+            if not is_served(norm) or norm._parameters["weight"] is None:
                 return None
-            params += norm.weight, norm.bias
+            params += norm._parameters["weight"], norm._parameters["bias"]
             norms.append(norm)
         if isinstance(activation, BatchNormDice):
-            if not (is_plain(activation, type(activation)) and activation.is_served()):
+            if not (is_untouched(activation, type(activation)) and activation.is_served()):
                 return None
             name, learnt, dice_eps = "dice_batch_norm", activation.learnt(), activation.bn.eps
             norms.append(activation.bn)
@@ -90,28 +94,30 @@ def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None
         p = dropout.p if dropout is not None and dropout.training else 0.0
         kinds.add((name, norm is not None, 0.0 if norm is None else norm.eps, dice_eps, p))
     trainings = {norm.training for norm in norms}
-    if len(kinds) > 1 or len(trainings) > 1 or not _is_served(last):
+    if len(kinds) > 1 or len(trainings) > 1:
         return None
     name, batch_norm, norm_eps, dice_eps, p = kinds.pop() if kinds else ("linear", False, 0.0, 0.0, 0.0)
-    params += _weight_and_bias(last)
+    params += output
     return FusedMLP(params, norms, name, batch_norm, True in trainings, norm_eps, dice_eps, p)
 
 
-def _is_served(linear: nn.Module) -> bool:
-    return is_plain(linear, nn.Linear) and is_tensor(linear.weight) and (linear.bias is None or is_tensor(linear.bias))
-
-
-def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight, bias = linear.weight, linear.bias
+def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Of a layer that the op may stand for (given ``nobody_follows``), zeros where it has no bias."""
+    if not is_untouched(linear, nn.Linear):
+        return None
+    parameters = linear._parameters  # ten times as fast as attributes
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not is_tensor(weight) or "bias" not in parameters or not (bias is None or is_tensor(bias)):
+        return None
     return weight, weight.new_zeros(weight.shape[:1]) if bias is None else bias
 
 
 def _fused(attention: nn.Module) -> FusedMLP | None:
     """``attention`` for the op, if it is the ``MLP`` that was built."""
-    if not (is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential)):
+    if not (is_untouched(attention, MLP) and is_untouched(attention.mlp, nn.Sequential)):
         return None
-    *hidden, last = attention.mlp
-    layers = [HiddenLayer(*hidden[i : i + 4]) for i in range(0, len(hidden) - 3, 4)]
+    *hidden, last = attention.mlp._modules.values()
+    layers = [hidden[i : i + 4] for i in range(0, len(hidden) - 3, 4)]
     return None if len(hidden) % 4 else fused_mlp(layers, last)
 
 

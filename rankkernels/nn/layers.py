@@ -146,7 +146,7 @@ def is_served(norm: nn.Module) -> bool:
     if not is_plain(norm, nn.BatchNorm1d) or not norm.track_running_stats:
         return False
     parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as attributes
-    if not {"weight", "bias"} <= parameters.keys() or not _STATISTICS <= buffers.keys():
+    if "weight" not in parameters or "bias" not in parameters or not _STATISTICS <= buffers.keys():
         return False
     affine = parameters["weight"], parameters["bias"]
     if affine[0] is None and affine[1] is None:
