@@ -164,12 +164,10 @@ void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accum
       din::form_operand_rows(net, s);
       __builtin_memset(s.grad_operand, 0, H * ld * sizeof(A));
       __builtin_memset(s.grad_bias, 0, ldH * sizeof(A));
-      // Rows without a gradient: all but the valid ones.
-      T* g = rows.grad_history + first * D;
-      if (position)
-        __builtin_memset(static_cast<void*>(g), 0, places * D * sizeof(T));
-      else
-        __builtin_memset(static_cast<void*>(g + count * D), 0, (places - count) * D * sizeof(T));
+      // Rows without a gradient: all but the valid ones. Without any there may be no memory.
+      const int64_t kept = position ? 0 : count;
+      if (const int64_t bytes = (places - kept) * D * sizeof(T))
+        __builtin_memset(static_cast<void*>(rows.grad_history + (first + kept) * D), 0, bytes);
     }
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
       if ((from_history || !only_sums) && !gathered)

@@ -28,7 +28,7 @@ class Arena {
     A* p = next_;
     next_ += n;
     left_ -= n;
-    std::memset(static_cast<void*>(p), 0, n * sizeof(A));
+    if (n) std::memset(static_cast<void*>(p), 0, n * sizeof(A));  // before the first block there is no memory
     return p;
   }
 
