@@ -22,6 +22,9 @@ from rankkernels.ops._tracing import is_tensor, is_traced, is_transformed
 
 LIBRARY = "DeepCTR-Torch"
 
+#: Those that torch has fused on the CPU.
+_FUSED_OPTIMIZERS = torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad
+
 
 class FM(interaction.FM):
     def forward(self, inputs: Tensor) -> Tensor:
@@ -36,6 +39,9 @@ class BiInteractionPooling(interaction.BiInteractionPooling):
 
 
 class Dice(BatchNormDice, activation.Dice):
+    def is_served(self) -> bool:
+        return super().is_served() and is_plain(self.sigmoid, nn.Sigmoid)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
         if x.dim() != self.dim or x.size(-1) != self.bn.num_features or rows < 2 or not self.is_served():
@@ -54,7 +60,9 @@ class DNN(core.DNN):
 class LocalActivationUnit(core.LocalActivationUnit):
     def fused(self, query: Tensor, user_behavior: Tensor) -> FusedMLP | None:
         """The MLP for the op, where it does what ``forward`` would: query [B, 1, D], user_behavior [B, L, D]."""
-        if query.dim() != 3 or user_behavior.dim() != 3 or query.size(1) != 1 or len(query) != len(user_behavior):
+        if not (is_tensor(query) and is_tensor(user_behavior)) or query.dim() != 3 or user_behavior.dim() != 3:
+            return None
+        if query.size(1) != 1 or query.size(0) != user_behavior.size(0):
             return None
         dnn = self.dnn
         if not is_plain(dnn, DNN) or dnn.use_bn or query.dtype != user_behavior.dtype:  # use_bn is over positions
@@ -70,7 +78,7 @@ class LocalActivationUnit(core.LocalActivationUnit):
 
     def forward(self, query: Tensor, user_behavior: Tensor) -> Tensor:
         mlp = self.fused(query, user_behavior)
-        if mlp is None:
+        if mlp is None or not user_behavior.is_cpu:  # a GPU has no kernel for scores
             return super().forward(query, user_behavior)
         return mlp.attend(user_behavior, query.squeeze(1), return_scores=True).unsqueeze(2)
 
@@ -85,11 +93,15 @@ class AttentionSequencePoolingLayer(sequence.AttentionSequencePoolingLayer):
         fits = keys_length.dtype in (torch.int32, torch.int64) and keys_length.numel() == B
         return {"lengths": keys_length.view(-1).clamp(0, L)} if fits else None
 
+    def _has_gpu_kernel(self, mlp: FusedMLP) -> bool:
+        """There is none for scores, nor for padding where it counts."""
+        return not (self.return_score or self.weight_normalization or mlp.training)
+
     def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
         unit = self.local_att
         mlp = unit.fused(query, keys) if is_plain(unit, LocalActivationUnit) else None
         rows = None if mlp is None else self._valid_rows(keys, keys_length, mask)
-        if rows is None:
+        if rows is None or not (keys.is_cpu or self._has_gpu_kernel(mlp)):
             return super().forward(query, keys, keys_length, mask)
         return mlp.attend(
             keys, query.squeeze(1), **rows, use_softmax=self.weight_normalization, count_padding=True,
@@ -139,12 +151,22 @@ class _Model(Lookups):
             return super().input_from_feature_columns(X, feature_columns, embedding_dict, support_dense)
         return found, [X[:, slice(*self.feature_index[c.name])] for c in dense]
 
+    def _get_optim(self, optimizer: str | torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What ``compile`` makes of a name: on the CPU torch's own optimizer in its fused form, a pass over each tensor
+        and its state and not ten."""
+        made = super()._get_optim(optimizer)
+        if made is optimizer or type(made) not in _FUSED_OPTIMIZERS or not all(p.is_cpu for p in self.parameters()):
+            return made
+        return type(made)(self.parameters(), lr=made.defaults["lr"], fused=True)
+
     def get_regularization_loss(self) -> Tensor:
         weights = [
             ([w[1] if isinstance(w, tuple) else w for w in listed], l1, l2)
             for listed, l1, l2 in self.regularization_weight
         ]
-        if is_traced() or is_transformed() or not all(is_tensor(w) for tensors, *_ in weights for w in tensors):
+        everything = [w for tensors, *_ in weights for w in tensors]
+        alike = len({(w.dtype, w.device) for w in everything}) < 2
+        if is_traced() or is_transformed() or not alike or not all(map(is_tensor, everything)):
             return super().get_regularization_loss()
         total = torch.zeros((1,), device=self.device)
         for tensors, l1, l2 in weights:
@@ -176,8 +198,8 @@ class DIN(_Model, models.DIN):
     def forward(self, X: Tensor) -> Tensor:
         sparse, histories = self.sparse_feature_columns, self.history_feature_columns
         lengths = [c.length_name for c in self.varlen_sparse_feature_columns if c.length_name is not None]
-        query = [c.name in self.history_feature_list for c in sparse]
-        if not (lengths and histories and any(query)):
+        targets = [c.name for c in sparse if c.name in self.history_feature_list]
+        if not (lengths and histories and targets):
             return super().forward(X)
         found = self.looked_up(X, [*sparse, *self.sparse_varlen_feature_columns], histories)
         if found is None:
@@ -185,7 +207,7 @@ class DIN(_Model, models.DIN):
         keys = found[-len(histories) :]
         pairs = by_group(sparse, found[: len(sparse)])
         pooled = found[len(sparse) : -len(histories)]
-        query = torch.cat([e for c, e in pairs if c.name in self.history_feature_list], -1)
+        query = torch.cat([e for c, e in pairs if c.name in targets], -1)
         keys = torch.cat([e for _, e in by_group(histories, keys)], -1) if len(keys) > 1 else keys[0]
         length = X[:, slice(*self.feature_index[lengths[0]])].long().squeeze(1)
         hist = self.attention(query, keys, length)

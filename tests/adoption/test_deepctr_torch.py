@@ -186,7 +186,8 @@ def test_losses(name, number):
     before = untouched.eval()(X)
     assert_close(model.eval()(X), before, rtol=0, atol=1e-5)
     rk.restore(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
+    for a, b in zip(model.modules(), untouched.modules()):
+        assert type(a) is type(b) and list(a.__dict__) == list(b.__dict__)
     assert torch.equal(model(X), before)
 
 
@@ -225,12 +226,15 @@ def test_every_model_is_tried():
     assert theirs == {*FAMILIES, *every_model(Data(random.Random(5)))}
 
 
-@pytest.mark.parametrize("name", ["DeepFM", "DIN"])
-def test_their_training_loop(name):
+@pytest.mark.parametrize(
+    "name, optimizer", [("DeepFM", "adam"), ("DIN", "adagrad"), ("NFM", "sgd"), ("DIN", "rmsprop")]
+)
+def test_their_training_loop(name, optimizer):
     data, untouched, model = made(name, 0)
     results = []
     for m in (untouched, model):
-        m.compile("adagrad", "mse", metrics=["mse"])
+        m.compile(optimizer, "mse", metrics=["mse"])
+        assert (m is model and optimizer != "rmsprop") == bool(m.optim.defaults.get("fused"))
         torch.manual_seed(0)
         x, y = data.batch(70)
         x = {key: value.numpy() for key, value in x.items()}
@@ -319,6 +323,18 @@ def test_what_runs(name):
     names = calls(model, lambda m: step(m, X, y))
     assert "aten::embedding" not in names
     assert names.count("rankkernels::din_attention") == (name == "DIN")
+
+
+@pytest.mark.parametrize("name", ["DeepFM", "DIN"])
+def test_compiled(name):
+    """In one graph, whether or not the model ran before."""
+    data, untouched, model = made(name, 1)
+    X, _ = data.matrix(model, 9)
+    with torch.no_grad():
+        before = untouched.eval()(X)
+        compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(X), before)
+        assert_close(model(X), before)
 
 
 def test_a_hook_on_a_table_is_called():
