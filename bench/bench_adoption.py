@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import rankkernels as rk
 from bench.harness import machine
 from bench.harness.peers import missing
 
-STEPS = 6
+STEPS = 3
 
 
 def fuxi_step(model: nn.Module, batch: object) -> Callable[[], float]:
@@ -67,6 +67,12 @@ def fuxi_din_of_fields(B: int = 8192, L: int = 50, D: int = 64, rows: int = 100_
     return model, lambda m: fuxi_step(m, batch)
 
 
+def deepctr(model: str, *arguments: object, **options: object):
+    from bench.harness import deepctr_models
+
+    return getattr(deepctr_models, model)(*arguments, **options)
+
+
 #: By the name in the record: the library, and what makes a model and, of a model, its step.
 CASES = {
     "FuxiCTR DIN, LongCTR's, B8192 L50 D64 [64] Dice": ("fuxictr", fuxi_din),
@@ -74,6 +80,14 @@ CASES = {
     "FuxiCTR DeepFM 26 tables x 1,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(1_000)),
     "FuxiCTR DeepFM 26 tables x 10,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(10_000)),
     "FuxiCTR DeepFM 26 tables x 100,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(100_000)),
+    "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] Dice": ("deepctr-torch", lambda: deepctr("din")),
+    "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] sigmoid, softmax": (
+        "deepctr-torch",
+        lambda: deepctr("din", att_activation="sigmoid", att_weight_normalization=True),
+    ),
+    "DeepCTR-Torch DeepFM 26 tables x 1,000 rows, B4096 D16": ("deepctr-torch", lambda: deepctr("deepfm", 1_000)),
+    "DeepCTR-Torch DeepFM 26 tables x 10,000 rows, B4096 D16": ("deepctr-torch", lambda: deepctr("deepfm", 10_000)),
+    "DeepCTR-Torch DeepFM 26 tables x 100,000 rows, B4096 D16": ("deepctr-torch", lambda: deepctr("deepfm", 100_000)),
 }
 
 
@@ -94,71 +108,4 @@ def test_adopted_step(case, threads, race):
         case=case,
         kind="training step, accelerated",
         missing=missing(library),
-    )
-
-
-def deepctr_deepfm(rows: int = 10_000, B: int = 4096, fields: int = 26, dense: int = 13, D: int = 16):
-    from deepctr_torch.inputs import DenseFeat, SparseFeat
-    from deepctr_torch.models import DeepFM
-
-    columns = [SparseFeat(f"C{i}", rows, D) for i in range(fields)] + [DenseFeat(f"I{i}") for i in range(dense)]
-    X = torch.cat([torch.randint(0, rows, (B, fields)).float(), torch.randn(B, dense)], 1)
-    return DeepFM(columns, columns), X
-
-
-def deepctr_din(rows: int = 10_000, B: int = 1024, L: int = 50, D: int = 32, **options):
-    """User, item and category, and the histories of the last two; a third of the positions is padding."""
-    from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat
-    from deepctr_torch.models import DIN
-
-    columns = [SparseFeat(name, rows, D) for name in ("user", "item", "category")]
-    for name in ("item", "category"):
-        feature = SparseFeat(f"hist_{name}", rows, D, embedding_name=name)
-        columns.append(VarLenSparseFeat(feature, L, length_name="length"))
-    lengths = torch.randint(L // 3, L + 1, (B, 1))
-    ids = torch.randint(1, rows, (B, 3)), *(torch.randint(1, rows, (B, L)) for _ in range(2))
-    histories = [i * (torch.arange(L) < lengths) for i in ids[1:]]
-    return DIN(columns, ["item", "category"], **options), torch.cat(
-        [ids[0], histories[0], lengths, histories[1]], 1
-    ).float()
-
-
-DEEPCTR = {
-    "DeepFM, 26 tables x 10,000 rows, B4096 D16 [256, 128]": deepctr_deepfm,
-    "DIN, B1024 L50 D64, attention [64, 16] Dice": deepctr_din,
-    "DIN, B1024 L50 D64, attention [64, 16] sigmoid, softmax": lambda: deepctr_din(
-        att_activation="sigmoid", att_weight_normalization=True
-    ),
-}
-
-
-def deepctr_step(model: nn.Module, X: Tensor, y: Tensor) -> Callable[[], float]:
-    """A step of their ``fit``."""
-    model.compile("adam", "binary_crossentropy")
-
-    def step() -> float:
-        loss = model.loss_func(model(X).squeeze(), y, reduction="sum")
-        model.optim.zero_grad()
-        total = loss + model.get_regularization_loss() + model.aux_loss
-        total.backward()
-        model.optim.step()
-        return total.item()
-
-    return step
-
-
-@pytest.mark.parametrize("name", DEEPCTR)
-@pytest.mark.skipif(machine.missing("deepctr-torch"), reason="DeepCTR-Torch is not installed")
-def test_deepctr_torch(name, threads, race):
-    torch.manual_seed(0)
-    untouched, X = DEEPCTR[name]()
-    model, y = rk.accelerate(copy.deepcopy(untouched)), torch.randint(0, 2, (len(X),)).float()
-    eager, ours = (deepctr_step(m, X, y) for m in (untouched, model))
-    torch.testing.assert_close(*(torch.tensor([s() for _ in range(STEPS)]) for s in (ours, eager)), rtol=1e-4, atol=0)
-    race(
-        lambda: (ours(), None)[1],
-        {"eager": lambda: (eager(), None)[1]},
-        case=f"DeepCTR-Torch's {name}",
-        kind="training step",
-        missing=missing("deepctr-torch"),
     )

@@ -8,7 +8,6 @@ is id 0, or what lies behind the length that the batch has in a column of its ow
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 import torch
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat, get_varlen_pooling_list
@@ -75,9 +74,12 @@ class Plan:
         self.padding_idx = [0 if m else -1 for m in by_mask]
         self.names = join_names([c.name for c in self.columns])
         #: Columns of X that are ids of one feature each, in runs that lie side by side.
-        singles = [(f, begin) for f, (begin, _) in enumerate(self.places) if not self.sequences[f]]
-        runs = groupby(enumerate(singles), lambda item: item[1][1] - item[0])
-        self.runs = [[single for _, single in run] for _, run in runs]
+        self.runs = []
+        for f, (begin, _) in enumerate(self.places):
+            if not self.sequences[f]:
+                if not self.runs or self.runs[-1][-1][1] + 1 != begin:
+                    self.runs.append([])
+                self.runs[-1].append((f, begin))
 
     def ids(self, X: Tensor) -> list[Tensor]:
         """Of each column, int64: [B], or [B, L] of a sequence."""

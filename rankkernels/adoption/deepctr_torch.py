@@ -36,6 +36,9 @@ class BiInteractionPooling(interaction.BiInteractionPooling):
 
 
 class Dice(BatchNormDice, activation.Dice):
+    def is_served(self) -> bool:
+        return super().is_served() and is_plain(self.sigmoid, nn.Sigmoid)
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
         if x.dim() != self.dim or x.size(-1) != self.bn.num_features or rows < 2 or not self.is_served():
@@ -54,7 +57,9 @@ class DNN(core.DNN):
 class LocalActivationUnit(core.LocalActivationUnit):
     def fused(self, query: Tensor, user_behavior: Tensor) -> FusedMLP | None:
         """The MLP for the op, where it does what ``forward`` would: query [B, 1, D], user_behavior [B, L, D]."""
-        if query.dim() != 3 or user_behavior.dim() != 3 or query.size(1) != 1 or len(query) != len(user_behavior):
+        if not (is_tensor(query) and is_tensor(user_behavior)) or query.dim() != 3 or user_behavior.dim() != 3:
+            return None
+        if query.size(1) != 1 or query.size(0) != user_behavior.size(0):
             return None
         dnn = self.dnn
         if not is_plain(dnn, DNN) or dnn.use_bn or query.dtype != user_behavior.dtype:  # use_bn is over positions
@@ -70,7 +75,7 @@ class LocalActivationUnit(core.LocalActivationUnit):
 
     def forward(self, query: Tensor, user_behavior: Tensor) -> Tensor:
         mlp = self.fused(query, user_behavior)
-        if mlp is None:
+        if mlp is None or not user_behavior.is_cpu:  # a GPU has no kernel for scores
             return super().forward(query, user_behavior)
         return mlp.attend(user_behavior, query.squeeze(1), return_scores=True).unsqueeze(2)
 
@@ -85,11 +90,15 @@ class AttentionSequencePoolingLayer(sequence.AttentionSequencePoolingLayer):
         fits = keys_length.dtype in (torch.int32, torch.int64) and keys_length.numel() == B
         return {"lengths": keys_length.view(-1).clamp(0, L)} if fits else None
 
+    def _has_gpu_kernel(self, mlp: FusedMLP) -> bool:
+        """There is none for scores, nor for padding where it counts."""
+        return not (self.return_score or self.weight_normalization or mlp.training)
+
     def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
         unit = self.local_att
         mlp = unit.fused(query, keys) if is_plain(unit, LocalActivationUnit) else None
         rows = None if mlp is None else self._valid_rows(keys, keys_length, mask)
-        if rows is None:
+        if rows is None or not (keys.is_cpu or self._has_gpu_kernel(mlp)):
             return super().forward(query, keys, keys_length, mask)
         return mlp.attend(
             keys, query.squeeze(1), **rows, use_softmax=self.weight_normalization, count_padding=True,

@@ -321,6 +321,18 @@ def test_what_runs(name):
     assert names.count("rankkernels::din_attention") == (name == "DIN")
 
 
+@pytest.mark.parametrize("name", ["DeepFM", "DIN"])
+def test_compiled(name):
+    """In one graph, whether or not the model ran before."""
+    data, untouched, model = made(name, 1)
+    X, _ = data.matrix(model, 9)
+    with torch.no_grad():
+        before = untouched.eval()(X)
+        compiled = torch.compile(model.eval(), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(X), before)
+        assert_close(model(X), before)
+
+
 def test_a_hook_on_a_table_is_called():
     data, untouched, model = made("DeepFM", 1)
     seen = []
