@@ -18,7 +18,7 @@ def _below_autograd(op: torch._ops.OpOverload) -> Callable:
     Inference mode goes without by itself."""
 
     def call(*arguments, **keywords):
-        if torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_compiling() or is_transformed():
+        if is_compiling() or torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_transformed():
             return op(*arguments, **keywords)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*arguments, **keywords)
