@@ -22,6 +22,9 @@ from rankkernels.ops._tracing import is_tensor, is_traced, is_transformed
 
 LIBRARY = "DeepCTR-Torch"
 
+#: Those that torch has fused on the CPU.
+_FUSED_OPTIMIZERS = torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad
+
 
 class FM(interaction.FM):
     def forward(self, inputs: Tensor) -> Tensor:
@@ -147,6 +150,14 @@ class _Model(Lookups):
         if found is None:
             return super().input_from_feature_columns(X, feature_columns, embedding_dict, support_dense)
         return found, [X[:, slice(*self.feature_index[c.name])] for c in dense]
+
+    def _get_optim(self, optimizer: str | torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """What ``compile`` makes of a name: on the CPU torch's own optimizer in its fused form, a pass over each tensor
+        and its state and not ten."""
+        made = super()._get_optim(optimizer)
+        if made is optimizer or type(made) not in _FUSED_OPTIMIZERS or not all(p.is_cpu for p in self.parameters()):
+            return made
+        return type(made)(self.parameters(), lr=made.defaults["lr"], fused=True)
 
     def get_regularization_loss(self) -> Tensor:
         weights = [

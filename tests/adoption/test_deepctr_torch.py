@@ -225,12 +225,15 @@ def test_every_model_is_tried():
     assert theirs == {*FAMILIES, *every_model(Data(random.Random(5)))}
 
 
-@pytest.mark.parametrize("name", ["DeepFM", "DIN"])
-def test_their_training_loop(name):
+@pytest.mark.parametrize(
+    "name, optimizer", [("DeepFM", "adam"), ("DIN", "adagrad"), ("NFM", "sgd"), ("DIN", "rmsprop")]
+)
+def test_their_training_loop(name, optimizer):
     data, untouched, model = made(name, 0)
     results = []
     for m in (untouched, model):
-        m.compile("adagrad", "mse", metrics=["mse"])
+        m.compile(optimizer, "mse", metrics=["mse"])
+        assert (m is model and optimizer != "rmsprop") == bool(m.optim.defaults.get("fused"))
         torch.manual_seed(0)
         x, y = data.batch(70)
         x = {key: value.numpy() for key, value in x.items()}
