@@ -164,7 +164,9 @@ class _Model(Lookups):
             ([w[1] if isinstance(w, tuple) else w for w in listed], l1, l2)
             for listed, l1, l2 in self.regularization_weight
         ]
-        if is_traced() or is_transformed() or not all(is_tensor(w) for tensors, *_ in weights for w in tensors):
+        everything = [w for tensors, *_ in weights for w in tensors]
+        alike = len({(w.dtype, w.device) for w in everything}) < 2
+        if is_traced() or is_transformed() or not alike or not all(map(is_tensor, everything)):
             return super().get_regularization_loss()
         total = torch.zeros((1,), device=self.device)
         for tensors, l1, l2 in weights:
@@ -196,8 +198,8 @@ class DIN(_Model, models.DIN):
     def forward(self, X: Tensor) -> Tensor:
         sparse, histories = self.sparse_feature_columns, self.history_feature_columns
         lengths = [c.length_name for c in self.varlen_sparse_feature_columns if c.length_name is not None]
-        query = [c.name in self.history_feature_list for c in sparse]
-        if not (lengths and histories and any(query)):
+        targets = [c.name for c in sparse if c.name in self.history_feature_list]
+        if not (lengths and histories and targets):
             return super().forward(X)
         found = self.looked_up(X, [*sparse, *self.sparse_varlen_feature_columns], histories)
         if found is None:
@@ -205,7 +207,7 @@ class DIN(_Model, models.DIN):
         keys = found[-len(histories) :]
         pairs = by_group(sparse, found[: len(sparse)])
         pooled = found[len(sparse) : -len(histories)]
-        query = torch.cat([e for c, e in pairs if c.name in self.history_feature_list], -1)
+        query = torch.cat([e for c, e in pairs if c.name in targets], -1)
         keys = torch.cat([e for _, e in by_group(histories, keys)], -1) if len(keys) > 1 else keys[0]
         length = X[:, slice(*self.feature_index[lengths[0]])].long().squeeze(1)
         hist = self.attention(query, keys, length)

@@ -186,7 +186,8 @@ def test_losses(name, number):
     before = untouched.eval()(X)
     assert_close(model.eval()(X), before, rtol=0, atol=1e-5)
     rk.restore(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in untouched.modules()]
+    for a, b in zip(model.modules(), untouched.modules()):
+        assert type(a) is type(b) and list(a.__dict__) == list(b.__dict__)
     assert torch.equal(model(X), before)
 
 
