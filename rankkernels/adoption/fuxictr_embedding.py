@@ -79,21 +79,19 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         found: dict[str, Lookup] = {}
         if not nobody_follows():
             return found
-        specs, tables, encoders = self._feature_map.features, self.embedding_layers._modules, self.feature_encoders
+        specs, tables = self._feature_map.features, self.embedding_layers._modules
+        encoders = self.feature_encoders._modules
         for feature in features:
-            table, ids = tables[feature], inputs[feature]
-            if specs[feature]["type"] not in ("categorical", "sequence") or not is_tensor(ids):
-                continue
-            weight = fused_weight(table)
-            if weight is None:
+            weight, ids = fused_weight(tables[feature]), inputs[feature]
+            if weight is None or specs[feature]["type"] not in ("categorical", "sequence") or not is_tensor(ids):
                 continue
             if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
                 ids = ids.long()
-            encoder, mode = encoders._modules.get(feature), _NONE
+            encoder, mode = encoders.get(feature), _NONE
             if encoder is not None and ids.dim() == 2 and is_untouched(encoder, layers.MaskedSumPooling):
                 encoder, mode = None, _SUM  # of pads too, whose row is zero or, without padding_idx, counts
-            found[feature] = Lookup(table, weight, ids, mode, encoder)
-        return found
+            found[feature] = Lookup(tables[feature], weight, ids, mode, encoder)
+        return found if len({lookup.weight.dtype for lookup in found.values()}) == 1 else {}
 
     def side_by_side(
         self, inputs: Mapping[str, Tensor], feature_source: Sequence, feature_type: Sequence, flatten_emb: bool
@@ -107,58 +105,30 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         (out,) = look_up(lookups.items(), concat=True)
         D = next(iter(lookups.values())).weight.size(1)
         if len(lookups) < len(features):
-            numbers = {f for f in features if self._is_numeric(f, inputs)}
-            others = super().forward({f: inputs[f] for f in features if f not in lookups and f not in numbers})
-            widths = {self.embedding_layers[f].weight.size(0) for f in numbers} | {e.size(-1) for e in others.values()}
-            if any(e.dim() != 2 for e in others.values()) or (not flatten_emb and widths != {D}):
-                return None
+            others = super().forward({f: inputs[f] for f in features if f not in lookups})
+            if any(e.dim() != 2 or (not flatten_emb and e.size(1) != D) for e in others.values()):
+                return None  # FuxiCTR's error
             blocks, begin = [], 0
-            for kind, run in groupby(features, key=lambda f: "lookup" if f in lookups else f in numbers):
-                if kind == "lookup":
-                    width = sum(lookups[f].weight.size(1) for f in run)
-                    blocks.append(out.narrow(1, begin, width))
-                    begin += width
-                elif kind:
-                    blocks.append(self._numeric_block(list(run), inputs))
-                else:
+            for is_lookup, run in groupby(features, key=lookups.__contains__):
+                if not is_lookup:
                     blocks += [others[f] for f in run]
+                    continue
+                width = sum(lookups[f].weight.size(1) for f in run)
+                blocks.append(out.narrow(1, begin, width))
+                begin += width
             out = torch.cat(blocks, 1)
         return out if flatten_emb else out.view(-1, len(features), D)
-
-    def _is_numeric(self, feature: str, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether ``feature`` is a number that scales a vector, and nobody could tell who does it."""
-        if self._feature_map.features[feature]["type"] != "numeric" or feature in self.feature_encoders:
-            return False
-        layer = self.embedding_layers[feature]
-        return (
-            is_untouched(layer, nn.Linear)
-            and layer.bias is None
-            and is_tensor(layer.weight)
-            and is_tensor(inputs[feature])
-            and not torch.is_autocast_enabled(inputs[feature].device.type)
-        )
-
-    def _numeric_block(self, features: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The embeddings [N, sum of the widths] of numbers: each its number times its vector."""
-        weights = [self.embedding_layers[f].weight.squeeze(1) for f in features]
-        numbers = torch.stack([inputs[f].reshape(-1) for f in features], 1).float()
-        widths = {w.size(0) for w in weights}
-        if len(widths) == 1:
-            return (numbers.unsqueeze(2) * torch.stack(weights)).flatten(1)
-        return torch.cat([numbers[:, i, None] * w for i, w in enumerate(weights)], 1)
 
 
 def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
     """Whether the op can write the lookups side by side, in one width unless ``flatten_emb``."""
     if not lookups:
         return False
-    table, weight, ids, *_ = lookups[0]
-    for lookup in lookups:
-        if lookup.encoder is not None or (lookup.mode == _NONE and lookup.ids.dim() != 1):
+    N, D = lookups[0].ids.size(0), lookups[0].weight.size(1)
+    for _, weight, ids, mode, encoder in lookups:
+        if encoder is not None or ids.size(0) != N or (mode == _NONE and ids.dim() != 1):
             return False
-        if lookup.weight.dtype != weight.dtype or lookup.ids.size(0) != ids.size(0):
-            return False
-        if not flatten_emb and lookup.weight.size(1) != weight.size(1):
+        if not flatten_emb and weight.size(1) != D:
             return False
     return True
 
@@ -166,14 +136,13 @@ def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
 def look_up(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> list[Tensor]:
     """One tensor a lookup, each with its feature's name, or all side by side in one."""
     names, values = zip(*lookups)
-    tables = list(dict.fromkeys(lookup.table for lookup in values))
-    place = {table: t for t, table in enumerate(tables)}
-    weights = [table.weight for table in tables]
+    weights = {lookup.table: lookup.weight for lookup in values}
+    place = {table: t for t, table in enumerate(weights)}
     features = Features(
         [lookup.ids for lookup in values], [], [], [place[lookup.table] for lookup in values],
-        [lookup.mode for lookup in values], [-1] * len(values), frozen_rows(tables, weights),
+        [lookup.mode for lookup in values], [-1] * len(values), frozen_rows(list(weights), list(weights.values())),
     )  # fmt: skip
-    return run_op(weights, features, join_names(names), concat=concat)
+    return run_op(list(weights.values()), features, join_names(names), concat=concat)
 
 
 class FeatureEmbedding(layers.FeatureEmbedding):
