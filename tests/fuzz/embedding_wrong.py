@@ -297,7 +297,7 @@ def wrong_state(draw: Draw, a: dict) -> None:
 
 def wrong_optimizer(draw: Draw, a: dict) -> None:
     if draw.chance(0.5):
-        a["optimizer"] = draw.choice((-1, 5, 2**40))
+        a["optimizer"] = draw.choice((-1, len(OPTIMIZERS), 2**40))
     else:
         a["hyper"] = draw.choice((a["hyper"][:-1], [*a["hyper"], 0.0], []))
 
