@@ -3,7 +3,7 @@
 python -m bench.demo.optimizers                          MovieLens-100k, and Zipf ids like Frappe's and Criteo's
 python -m bench.demo.optimizers --data ml-100k --runs FTRL "dense Adam"
 
-Every run starts from the same weights and sees the same batches. docs/performance/optimizers.md shows the record.
+Every run starts from the same weights and sees the same batches. bench/RESULTS-AVX2.md shows the record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from bench.demo.datasets import Dataset, load, zipf_clicks
 from bench.demo.train import Trainer, surroundings, unwritable
 
-#: A row is rare that a batch of training has so many times at most, and at least once.
+#: A row is rare that the training part has so many times at most, and at least once.
 RARE = 4
 LR = 1e-3
 
@@ -135,8 +135,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--batch-size", type=int, default=1024, help="default: %(default)s")
     option("--epochs", type=int, default=2, help="default: %(default)s")
     option("--seed", type=int, default=2026, help="default: %(default)s")
-    option("--out", type=Path, default=Path("results/optimizers.json"), help="JSON, to which other data sets' results "
-           "are added (default: %(default)s)")  # fmt: skip
+    option("--out", type=Path, default=Path("results/optimizers.json"), help="JSON; what it has of other data sets and "
+           "runs stays (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv, argparse.Namespace(optimizer="adam"))
 
 
@@ -146,15 +146,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"optimizers.py: --out: {reason}", file=sys.stderr)
         return 2
     before = json.loads(settings.out.read_text())["data"] if settings.out.exists() else {}
-    report = {"settings": {**vars(settings), "out": str(settings.out)}, **surroundings(), "data": before}
+    report = {"settings": {**vars(settings), "out": str(settings.out), "rare": RARE}, **surroundings(), "data": before}
     for name in settings.data:
         dataset = DATA[name](settings.seed)
-        part = {"name": dataset.name, "train_rows": len(dataset.train["label"]),
-                "test_rows": len(dataset.test["label"])}  # fmt: skip
-        part["results"] = [alone(run, dataset, settings) for run in RUNS if run.name in settings.runs]
-        report["data"][name] = part
-        print(table(part))
-        settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        part = report["data"].setdefault(name, {"results": []})
+        part |= {"name": dataset.name, "train_rows": len(dataset.train["label"]),
+                 "test_rows": len(dataset.test["label"])}  # fmt: skip
+        for run in RUNS:
+            if run.name in settings.runs:
+                found = {r["run"]: r for r in part["results"]} | {run.name: alone(run, dataset, settings)}
+                part["results"] = [found[other.name] for other in RUNS if other.name in found]
+                settings.out.write_text(json.dumps(report, indent=1) + "\n")
+        print(table(part), flush=True)
     return 0
 
 
