@@ -411,12 +411,7 @@ def optimizer_step(
     step: float = 1.0,
     grad_factor: float = 1.0,
     max_norm: float = 0.0,
-    lr_power: float = -0.5,
-    beta: float = 0.0,
-    l1: float = 0.0,
-    l2: float = 0.0,
-    ar_alpha: float = 0.0,
-    min_shrinkage: float = 0.0,
+    **own: float,
 ) -> tuple[Tensor, list[Tensor]]:
     """One step on rows w [n, D] with the gradient g [n, D], in the dtype of the state -> the new rows and state.
 
@@ -431,8 +426,8 @@ def optimizer_step(
         adam              w -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
         adamw             w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
         rowwise_adam      adamw with v += (1 - beta2) (mean over D of g^2 - v), v is [n]
-        ftrl              ``ftrl_step``
-        rowwise_rmsprop   ``rowwise_rmsprop_step``
+        ftrl              ``ftrl_step``, and ``own`` are its settings
+        rowwise_rmsprop   ``rowwise_rmsprop_step``, likewise
 
     adam is ``torch.optim.SparseAdam``, adamw ``torch.optim.AdamW``, sgd and adagrad torch's of their names;
     rowwise_adagrad is FBGEMM's EXACT_ROWWISE_ADAGRAD, rowwise_adam its PARTIAL_ROWWISE_ADAM.
@@ -453,10 +448,9 @@ def optimizer_step(
         s = s + (g * g).mean(1)
         return w - (lr / (s.sqrt() + eps))[:, None] * g, [s]
     if optimizer == "ftrl":
-        return ftrl_step(w, g, *state, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2)
+        return ftrl_step(w, g, *state, lr=lr, **own)
     if optimizer == "rowwise_rmsprop":
-        settings = {"lr": lr, "beta2": beta2, "eps": eps, "ar_alpha": ar_alpha, "min_shrinkage": min_shrinkage}
-        return rowwise_rmsprop_step(w, g, *state, step=step, **settings)
+        return rowwise_rmsprop_step(w, g, *state, lr=lr, beta2=beta2, eps=eps, step=step, **own)
     m, v = state
     m = m + (1 - beta1) * (g - m)
     v = v + (1 - beta2) * ((g * g if v.dim() == 2 else (g * g).mean(1)) - v)

@@ -85,7 +85,8 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
       }
     }
     if (!complete || (!kRowWise && !scaled)) continue;
-    if (scaled) update::Step<T>::scale_grads(step, sum, 1);
+    if (scaled)
+      update::Step<T>::scale_grads(update::Step<T>(step), sum, 1);  // a copy: step stays in registers
     const auto of_row = step.template step_on_row<kind>(row, sum);
 #pragma GCC unroll 16
     for (int64_t d = 0; d < D; d += kLanes)
