@@ -8,8 +8,8 @@ The state is named and shaped like that of torch's optimizers ("step", "sum"; "s
 ``load_state_dict`` takes theirs, and ``to_torch`` gives it back; it is float32 for tables in 16 bits.
 
 ``weight_decay`` concerns the rows looked up. A dense optimizer decays every row in every step, and dense Adam with
-coupled decay (torch-rechub's trainer, 1e-5) takes rows that are seen rarely to zero, by about ``lr`` a step whatever the
-decay is: with it and without it, densely and lazily, other models are trained.
+coupled decay (torch-rechub's trainer, 1e-5) takes rows that are seen rarely to zero, by about ``lr`` a step whatever
+the decay is: with it and without it, densely and lazily, other models are trained.
 
 Mixed precision: ``torch.amp.GradScaler.step`` works with stepped optimizers as with torch's. A fused one is given the
 scaler (``fuse(module, optimizer, grad_scaler=scaler)``): it divides by the scale, in the precision of the state, and a

@@ -398,21 +398,10 @@ def rowwise_rmsprop_step(
 
 
 def optimizer_step(
-    optimizer: str,
-    weight: Tensor,
-    grad: Tensor,
-    state: Sequence[Tensor],
-    *,
-    lr: float,
-    beta1: float = 0.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
-    weight_decay: float = 0.0,
-    step: float = 1.0,
-    grad_factor: float = 1.0,
-    max_norm: float = 0.0,
-    **own: float,
-) -> tuple[Tensor, list[Tensor]]:
+    optimizer: str, weight: Tensor, grad: Tensor, state: Sequence[Tensor], *, lr: float, beta1: float = 0.0,
+    beta2: float = 0.0, eps: float = 0.0, weight_decay: float = 0.0, step: float = 1.0, grad_factor: float = 1.0,
+    max_norm: float = 0.0, **own: float,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """One step on rows w [n, D] with the gradient g [n, D], in the dtype of the state -> the new rows and state.
 
     First g is multiplied by ``grad_factor`` (1 over the loss scale) and clipped (``clip_rows``). sgd, adam and the
@@ -440,12 +429,10 @@ def optimizer_step(
     if optimizer == "sgd":
         return w - lr * g, []
     if optimizer == "adagrad":
-        (s,) = state
-        s = s + g * g
+        s = state[0] + g * g
         return w - lr * g / (s.sqrt() + eps), [s]
     if optimizer == "rowwise_adagrad":
-        (s,) = state
-        s = s + (g * g).mean(1)
+        s = state[0] + (g * g).mean(1)
         return w - (lr / (s.sqrt() + eps))[:, None] * g, [s]
     if optimizer == "ftrl":
         return ftrl_step(w, g, *state, lr=lr, **own)
