@@ -94,6 +94,7 @@ results:
 		-k "2_threads and (train or backward or step or fused)" \
 		--malloc default --benchmark-columns=median --benchmark-json=$(RESULTS)/malloc_default.json
 	$(BENCH_PYTHON) -m bench.demo.train --out $(RESULTS)/demo/train.json
+	$(BENCH_PYTHON) -m bench.demo.optimizers --out $(RESULTS)/demo/optimizers.json
 	$(BIN)/python -m bench.report
 
 # FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.

@@ -120,18 +120,17 @@ def test_dense_gradient(shape, skew, threads, race):
 @SHAPES
 @SKEWS
 def test_fused_step(shape, skew, threads, race):
-    """Forward, backward and row-wise Adagrad; our Adam beside it, and torch's sparse Adagrad."""
+    """Forward, backward and row-wise Adagrad; our Adam and FTRL beside it, and torch's sparse Adagrad."""
     ids = make_ids(shape, skew)
     grad_out = torch.randn(shape.B, shape.tables * shape.D)
 
-    def fused(optimizer):
+    def fused(optimizer, **options):
         module = rk.TableBatchedEmbeddingBag([shape.rows] * shape.tables, shape.D)
-        rk.optim.fuse(module, optimizer(module.parameters(), lr=0.01))
+        rk.optim.fuse(module, optimizer(module.parameters(), lr=0.01, **options))
         return module, lambda: module(ids).backward(grad_out)
 
     module, ours = fused(rk.optim.RowWiseAdagrad)
-    _, adam = fused(rk.optim.Adam)
-    contenders = {"our Adam": adam}
+    contenders = {"our Adam": fused(rk.optim.Adam)[1], "our FTRL": fused(rk.optim.FTRL, l1=0.01)[1]}
     theirs = fbgemm(shape, module.weights, ids)
     if theirs is not None:
         contenders = {"FBGEMM": lambda: theirs().backward(grad_out), **contenders}

@@ -14,7 +14,7 @@ from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
 from rankkernels.ops._library import use_huge_pages
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS, BagGradients, Hyper
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, BagGradients, Hyper, state_shapes
 
 
 def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,19 +28,29 @@ def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
 #: Settings of torch's groups that ours lack; none changes the numbers once _check_kind has passed.
 _TORCHS = {"momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
            "fused", "decoupled_weight_decay"}  # fmt: skip
+
+_NOT_NEGATIVE = (lambda x: 0 <= float(x) < math.inf), "not be negative, infinite or NaN"
+#: What the settings of a group must be, whichever kind of optimizer has them.
+_SETTINGS: dict[str, tuple[Callable, str]] = {
+    **dict.fromkeys(("lr", "weight_decay", "lr_decay", "initial_accumulator_value", "beta", "l1", "l2",
+                     "ar_alpha"), _NOT_NEGATIVE),
+    "betas": (lambda x: len(x) == 2 and all(0 <= float(beta) < 1 for beta in x), "be two numbers in [0, 1)"),
+    "ema_beta": (lambda x: 0 <= float(x) < 1, "be in [0, 1)"),
+    "lr_power": (lambda x: -math.inf < float(x) <= 0, "be 0 or negative, and not infinite or NaN"),
+    "min_shrinkage": (lambda x: 0 <= float(x) <= 1, "be in [0, 1]"),
+}  # fmt: skip
 #: Settings that say which kind of optimizer it is: a group cannot have others.
 _FIXED = ("decoupled_weight_decay",)
 
 
 class RowOptimizer(torch.optim.Optimizer):
-    """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names its state, one value an element of the table or a row."""
+    """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names what its rule keeps of a table."""
 
     _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf for the time of a step
     grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
 
     _kind: str
     _states: tuple[str, ...] = ()
-    _one_a_row = False
 
     def __init__(self, params: Iterable, **defaults):
         self.gates: dict[torch.device, Gate] = {}
@@ -83,37 +93,40 @@ class RowOptimizer(torch.optim.Optimizer):
             if not good:
                 raise ValueError(f"{type(self).__name__}: {name} must {rule}, got {group[name]}")
 
-        for name in ("lr", "weight_decay", "lr_decay", "initial_accumulator_value"):
+        for name, (fits, rule) in _SETTINGS.items():
             if name in group:
-                check(name, lambda x: 0 <= float(x) < math.inf, "not be negative, infinite or NaN")
-        two = "be two numbers in [0, 1)"
-        check("betas", lambda x: len(x) == 2 and all(0 <= float(beta) < 1 for beta in x), two)
+                check(name, fits, rule)
         if group["max_row_norm"] is not None:
             tiny = torch.finfo(torch.float32).tiny  # the kernels flush less to 0, which means no clipping
             check("max_row_norm", lambda x: float(x) >= tiny, "be positive or None")
         # eps is all that divides a row whose gradients have all been zero, in the state's precision.
         least = max(torch.finfo(dtype).tiny for dtype in dtypes[1:] or dtypes)
-        if self._states and float(group.get("initial_accumulator_value", 0)) < least:
+        if "eps" in group and self._states and float(group.get("initial_accumulator_value", 0)) < least:
             rule = f"be at least {least}, the least normal number of the state"
             check("eps", lambda x: least <= float(x) < math.inf, rule)
-        check("eps", lambda x: 0 <= float(x) < math.inf, "not be negative, infinite or NaN")
+        if "eps" in group:
+            check("eps", *_NOT_NEGATIVE)
 
     def _new_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        """The state's tensors for ``p``. A row's two moments are adjacent in memory, so that a step finds them in one
-        place: they are views of one tensor."""
+        """The state's tensors for ``p``. A row's two elementwise ones are adjacent in memory, so that a step finds them
+        in one place: they are views of one tensor."""
+        rule, value = RULES[self._kind], group.get("initial_accumulator_value", 0.0)
+        shapes = [(p.shape[0], rule.elementwise, *p.shape[1:])] if rule.elementwise else []
+        shapes += [(p.shape[0], 1)] * rule.row_wise
         dtype = torch.promote_types(p.dtype, torch.float32)
-        shape = p.shape[0], len(self._states), *([] if self._one_a_row else p.shape[1:])
-        whole = torch.full(shape, group.get("initial_accumulator_value", 0.0), dtype=dtype, device=p.device)
-        use_huge_pages(whole)
-        return dict(zip(self._states, whole.unbind(1)))
+        wholes = [torch.full(shape, value, dtype=dtype, device=p.device) for shape in shapes]
+        for whole in wholes:
+            use_huge_pages(whole)
+        return dict(zip(self._states, (state for whole in wholes for state in whole.unbind(1))))
 
-    def _hyper(self, group: dict, step: int, scale: float) -> Hyper:
+    def _hyper(self, group: dict, step: int, scale: float) -> tuple[float, ...]:
         """What a step takes, for a gradient times ``scale``."""
-        beta1, beta2 = group["betas"]
-        return Hyper(
-            self._learning_rate(group, step), float(beta1), float(beta2), float(group["eps"]),
-            float(group["weight_decay"]), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
+        beta1, beta2 = group.get("betas", (0.0, group.get("ema_beta", 0.0)))
+        common = Hyper(
+            self._learning_rate(group, step), float(beta1), float(beta2), float(group.get("eps", 0.0)),
+            float(group.get("weight_decay", 0.0)), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
         )  # fmt: skip
+        return (*common, *(float(group[name]) for name in RULES[self._kind].settings))
 
     def _apply(
         self, op, params: Sequence[Tensor], groups: Sequence[dict], scale: float, before: tuple, after: tuple = ()
@@ -140,7 +153,12 @@ class RowOptimizer(torch.optim.Optimizer):
             *(partial(self.state.__setitem__, params[t], state) for t, state in new.items()),
             partial(torch.autograd.graph.increment_version, list(params)),
         ]
-        returned, *_ = map(partial.__call__, calls)
+        try:
+            returned, *_ = map(partial.__call__, calls)
+        except RuntimeError:
+            for p in params:
+                self._check_state(p)
+            raise
         return returned
 
     def _learning_rate(self, group: dict, step: int) -> float:
@@ -180,19 +198,27 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def _check_state(self, p: Tensor) -> None:
-        """Raises a RuntimeError if ``p`` has another shape than when its state was made."""
-        for name in self._states if self.state.get(p) else ():
-            shape = self.state[p][name].shape
-            if shape != (p.shape[:1] if self._one_a_row else p.shape):
+        """Raises a RuntimeError if ``p`` has another shape, dtype or device than when its state was made."""
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        for name, shape in zip(self._states, state_shapes(self._kind, p.shape)) if self.state.get(p) else ():
+            state = self.state[p][name]
+            if state.shape != shape:
                 raise RuntimeError(
-                    f"{type(self).__name__}: a table of shape {list(p.shape)} has {name} of shape {list(shape)}: it "
-                    "was replaced after its state was made"
+                    f"{type(self).__name__}: a table of shape {list(p.shape)} has {name} of shape {list(state.shape)}: "
+                    "it was replaced after its state was made"
+                )
+            if state.dtype != dtype or state.device != p.device:
+                raise RuntimeError(
+                    f"{type(self).__name__}: a table of {p.dtype} on {p.device} has {name} of {state.dtype} on "
+                    f"{state.device}: it was moved after its state was made; "
+                    "optimizer.load_state_dict(optimizer.state_dict()) takes the state along"
                 )
 
     @torch.no_grad()
     def fused_step(self, grads: Gradients, weights: Sequence[Tensor], features: Features) -> tuple:
         """The step in the backward of a lookup, see ``rankkernels.ops._fused_step.Optimizer``."""
         groups = group_of_each(self, weights)
+        self._opt_called = True  # as step() does for learning-rate schedulers, which warn without it
         scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
         if scaled or len(grads.tables(features)) < len(weights):
             grad_outs, *others = grads.of_lookups(features)
@@ -288,15 +314,15 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _loaded(self, i: int, p: Tensor, group: dict, saved: dict) -> dict:
         """The state of ``p`` from a saved one. Raises a ValueError if that is of another kind."""
-        shape, step = p.shape[:1] if self._one_a_row else p.shape, saved.get("step", 0)
+        shapes, step = dict(zip(self._states, state_shapes(self._kind, p.shape))), saved.get("step", 0)
         saved = {name: value for name, value in saved.items() if value is not None}  # SGD's momentum_buffer
         names = {"step", *self._states}
         if not names >= set(saved) >= set(self._states) or any(
-            not isinstance(saved[name], Tensor) or saved[name].shape != shape for name in self._states
+            not isinstance(saved[name], Tensor) or saved[name].shape != shape for name, shape in shapes.items()
         ):
             raise ValueError(
                 f"{type(self).__name__}: the state of table {i} must have "
-                + (" and ".join(f"{name} of shape {list(shape)}" for name in self._states) or "a step alone")
+                + (" and ".join(f"{name} of shape {list(shape)}" for name, shape in shapes.items()) or "a step alone")
                 + ", got " + ", ".join(f"{k} {list(getattr(v, 'shape', []))}" for k, v in saved.items())
             )  # fmt: skip
         try:

@@ -7,6 +7,10 @@ in the backward, and no gradient is ever stored.
 The state is named and shaped like that of torch's optimizers ("step", "sum"; "step", "exp_avg", "exp_avg_sq"), so that
 ``load_state_dict`` takes theirs, and ``to_torch`` gives it back; it is float32 for tables in 16 bits.
 
+``weight_decay`` concerns the rows looked up. A dense optimizer decays every row in every step, and dense Adam with
+coupled decay (torch-rechub's trainer, 1e-5) takes rows that are seen rarely to zero, by about ``lr`` a step whatever
+the decay is: with it and without it, densely and lazily, other models are trained.
+
 Mixed precision: ``torch.amp.GradScaler.step`` works with stepped optimizers as with torch's. A fused one is given the
 scaler (``fuse(module, optimizer, grad_scaler=scaler)``): it divides by the scale, in the precision of the state, and a
 backward with an infinity or a NaN in a gradient changes nothing. Fused tables have no ``grad``, so GradScaler detects
@@ -20,11 +24,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from rankkernels._fbgemm import from_fbgemm, to_fbgemm
 from rankkernels._row_optimizer import RowOptimizer
 from rankkernels.nn.embedding import fused_weight
 from rankkernels.ops._library import use_huge_pages
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "fuse", "to_torch"]
+__all__ = [
+    "FTRL", "SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "RowWiseAdam", "RowWiseRMSprop", "from_fbgemm", "fuse",
+    "to_fbgemm", "to_torch",
+]  # fmt: skip
 
 
 class SGD(RowOptimizer):
@@ -89,7 +97,7 @@ class Adagrad(RowOptimizer):
 class RowWiseAdagrad(RowOptimizer):
     """One accumulator a row: s += mean g^2, w -= lr g / (sqrt s + eps); FBGEMM's EXACT_ROWWISE_ADAGRAD."""
 
-    _kind, _states, _one_a_row = "rowwise_adagrad", ("sum",), True
+    _kind, _states = "rowwise_adagrad", ("sum",)
 
     def __init__(
         self,
@@ -157,6 +165,120 @@ class AdamW(Adam):
         return "amsgrad" in names
 
 
+class RowWiseAdam(RowOptimizer):
+    """``AdamW`` with one second moment a row: v += (1 - beta2) (mean g^2 - v); FBGEMM's PARTIAL_ROWWISE_ADAM.
+
+    State: D + 1 values a row, ``exp_avg`` [R, D] and ``exp_avg_sq`` [R]. ``weight_decay`` takes lr weight_decay w off
+    each row looked up, before the step.
+    """
+
+    _kind, _states = "rowwise_adam", ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_row_norm: float | None = None,
+    ):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+
+
+class RowWiseRMSprop(RowOptimizer):
+    """RMSprop with one second moment a row and adaptive regularization; FBGEMM's ROWWISE_RMSPROP_AR.
+
+    v += (1 - ema_beta) (mean g^2 - v), w -= min(lr ar_alpha I, 1 - min_shrinkage) w, w -= lr g / (sqrt v + eps), where
+    I is the number of the table's steps since the row was last looked up, 1 the first time. A row decays by how long it
+    was away, and pays when it comes back: Li and Lyu (arXiv 2511.06374) hold the norms of rare rows down so, against
+    overfitting after one epoch. State: 2 values a row, ``exp_avg_sq`` [R] and ``last_step`` [R], a step of the table.
+
+    Args:
+        params: tables [R, D] or groups of them.
+        lr: the learning rate, a number or a tensor.
+        ema_beta: what v keeps of itself in a step, in [0, 1).
+        eps: added to the root of v.
+        ar_alpha: strength of the decay; 0 leaves row-wise RMSprop.
+        min_shrinkage: at least this part of a row survives its decay, in [0, 1]; 0 lets a row start anew.
+        max_row_norm: of each row looked up, the gradient is clipped to this norm.
+    """
+
+    _kind, _states = "rowwise_rmsprop", ("exp_avg_sq", "last_step")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        ema_beta: float = 0.99,
+        eps: float = 1e-8,
+        ar_alpha: float = 0.0,
+        min_shrinkage: float = 0.1,
+        max_row_norm: float | None = None,
+    ):
+        super().__init__(
+            params, lr=lr, ema_beta=ema_beta, eps=eps, ar_alpha=ar_alpha, min_shrinkage=min_shrinkage,
+            max_row_norm=max_row_norm,
+        )  # fmt: skip
+
+
+class FTRL(RowOptimizer):
+    """FTRL-proximal (McMahan et al. 2013), elementwise: weights that l1 holds at zero are exactly zero.
+
+    z += g - ((n + g^2)^p - n^p) / lr w, n += g^2, with p = -lr_power; then w = 0 where abs(z) <= l1, else
+    w = -(z - sign(z) l1) / ((beta + n^p) / lr + l2). With beta = l1 = l2 = 0 it is ``Adagrad`` with eps = 0.
+
+    State: 2 D values a row, ``z`` and ``n`` [R, D], zeros at first. A row's first step keeps n^p / (beta + n^p) of its
+    initial values: start from zeros, or with beta = 0, where those matter. Padding rows and rows that no batch looks up
+    stay as they are, also where l1 would hold them at zero. TensorFlow's l2_regularization_strength is half of this l2.
+
+    Args:
+        params: tables [R, D] or groups of them.
+        lr: the paper's alpha, positive, a number or a tensor. The weights are computed from z, n and ``lr``, so another
+            rate would scale every row at its next lookup: once a table has stepped, a changed rate raises a
+            RuntimeError.
+        lr_power: 0 or negative; -0.5 is the paper's.
+        beta: the paper's beta: the rate of an element's first step is about lr / beta.
+        l1: elements whose abs(z) does not exceed it are zero.
+        l2: shrinks weights.
+        max_row_norm: of each row looked up, the gradient is clipped to this norm.
+    """
+
+    _kind, _states = "ftrl", ("z", "n")
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-2,
+        lr_power: float = -0.5,
+        beta: float = 1.0,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        max_row_norm: float | None = None,
+    ):
+        super().__init__(
+            params, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2, max_row_norm=max_row_norm, stepped_lr=None
+        )
+
+    def _check(self, group: dict) -> None:
+        super()._check(group)
+        least = torch.finfo(torch.float32).tiny  # the kernels divide by it
+        if not float(group["lr"]) >= least:
+            raise ValueError(f"FTRL: lr must be positive, got {group['lr']}")
+
+    def _learning_rate(self, group: dict, step: int) -> float:
+        lr = float(group["lr"])
+        if group["stepped_lr"] is None:
+            group["stepped_lr"] = lr
+        if lr != group["stepped_lr"]:
+            raise RuntimeError(
+                f"FTRL: lr is {lr} and was {group['stepped_lr']} when the tables first stepped: weights are computed "
+                "from the state and lr, so another rate would scale each row at its next lookup. Keep it, or take "
+                "Adagrad under a schedule"
+            )
+        return lr
+
+
 def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Loads the state and the hyperparameters of ``optimizer`` into torch's optimizer over the same params; returns it.
 
@@ -205,7 +327,7 @@ def fuse(module: nn.Module, optimizer: RowOptimizer, *, grad_scaler: torch.amp.G
     A backward is one step of every table that it asks for a gradient of, with what all its lookups add up to; a lookup
     that is the only one, of features that may share tables, steps without its gradient being stored, so look tables up
     together. ``torch.autograd.grad`` steps on nothing, ``backward(inputs=...)`` on the tables named. Checkpoint with
-    ``use_reentrant=False``: the other way each piece has a backward of its own. The tables' ``grad`` stays None.
+    ``use_reentrant=False``: the other way's backward inside of the backward raises. The tables' ``grad`` stays None.
     ``optimizer.state_dict`` holds the state, ``optimizer.step`` does nothing. With ``grad_scaler`` the backward is
     taken to be of a loss that it scaled.
 

@@ -388,25 +388,47 @@ def clip_rows(grad: Tensor, max_norm: float) -> Tensor:
     return torch.where(norm <= max_norm, grad, grad * (max_norm / norm))
 
 
-def optimizer_step(
-    optimizer: str,
-    weight: Tensor,
-    grad: Tensor,
-    state: Sequence[Tensor],
-    *,
-    lr: float,
-    beta1: float = 0.0,
-    beta2: float = 0.0,
-    eps: float = 0.0,
-    weight_decay: float = 0.0,
-    step: float = 1.0,
-    grad_factor: float = 1.0,
-    max_norm: float = 0.0,
+def ftrl_step(
+    w: Tensor, g: Tensor, z: Tensor, n: Tensor, *, lr: float, lr_power: float, beta: float, l1: float, l2: float
 ) -> tuple[Tensor, list[Tensor]]:
+    """FTRL-proximal of McMahan et al., "Ad Click Prediction: a View from the Trenches" (2013), algorithm 1.
+
+    z += g - ((n + g^2)^p - n^p) / lr w,    n += g^2,    p = -lr_power
+    w = -(z - sign(z) l1) / ((beta + n^p) / lr + l2), 0 where abs(z) <= l1
+    """
+    root, n = n**-lr_power, n + g * g
+    z = z + g - (n**-lr_power - root) / lr * w
+    w = -(z - z.sign() * l1) / ((beta + n**-lr_power) / lr + l2)
+    return torch.where(z.abs() <= l1, 0.0, w), [z, n]
+
+
+def rowwise_rmsprop_step(
+    w: Tensor, g: Tensor, v: Tensor, last: Tensor, *, lr: float, beta2: float, eps: float, ar_alpha: float,
+    min_shrinkage: float, step: float,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """FBGEMM's ROWWISE_RMSPROP_AR, after Li and Lyu, "Adaptive Regularization for Large-Scale Sparse Feature Embedding
+    Models" (arXiv 2511.06374). v and the number of the step that touched a row last are [n].
+
+        v += (1 - beta2) (mean over D of g^2 - v)
+        w -= min(lr ar_alpha (step - last), 1 - min_shrinkage) w, step - last = 1 where last = 0;    last = step
+        w -= lr g / (sqrt(v) + eps)
+    """
+    v = v + (1 - beta2) * ((g * g).mean(1) - v)
+    elapsed = torch.where(last == 0, 1.0, step - last)
+    w = w - (lr * ar_alpha * elapsed).clamp(max=1 - min_shrinkage)[:, None] * w
+    return w - (lr / (v.sqrt() + eps))[:, None] * g, [v, torch.full_like(last, step)]
+
+
+def optimizer_step(
+    optimizer: str, weight: Tensor, grad: Tensor, state: Sequence[Tensor], *, lr: float, beta1: float = 0.0,
+    beta2: float = 0.0, eps: float = 0.0, weight_decay: float = 0.0, step: float = 1.0, grad_factor: float = 1.0,
+    max_norm: float = 0.0, **own: float,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     """One step on rows w [n, D] with the gradient g [n, D], in the dtype of the state -> the new rows and state.
 
-    First g is multiplied by ``grad_factor`` (1 over the loss scale) and clipped (``clip_rows``); then weight decay is
-    added to it, g += weight_decay w, but for adamw, which decays w by lr weight_decay w. With t = ``step``, from 1:
+    First g is multiplied by ``grad_factor`` (1 over the loss scale) and clipped (``clip_rows``). sgd, adam and the
+    adagrads then add weight decay to it, g += weight_decay w; adamw and rowwise_adam decay w by lr weight_decay w. With
+    t = ``step``, from 1:
 
         sgd               w -= lr g
         adagrad           s += g^2                              w -= lr g / (sqrt(s) + eps)
@@ -414,31 +436,38 @@ def optimizer_step(
         adam, adamw       m += (1 - beta1) (g - m),             v += (1 - beta2) (g^2 - v)
         adam              w -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)
         adamw             w -= lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
+        rowwise_adam      adamw with v += (1 - beta2) (mean over D of g^2 - v), v is [n]
+        ftrl              ``ftrl_step``, and ``own`` are its settings
+        rowwise_rmsprop   ``rowwise_rmsprop_step``, likewise
 
-    adam is ``torch.optim.SparseAdam``, adamw ``torch.optim.AdamW``, the others those of their names, rowwise_adagrad
-    FBGEMM's EXACT_ROWWISE_ADAGRAD.
+    adam is ``torch.optim.SparseAdam``, adamw ``torch.optim.AdamW``, sgd and adagrad torch's of their names;
+    rowwise_adagrad is FBGEMM's EXACT_ROWWISE_ADAGRAD, rowwise_adam its PARTIAL_ROWWISE_ADAM.
     """
     w, g = weight, clip_rows(grad * grad_factor, max_norm)
-    if optimizer == "adamw":
+    if optimizer in ("adamw", "rowwise_adam"):
         w = w - lr * weight_decay * w
-    else:
+    elif optimizer in ("sgd", "adagrad", "rowwise_adagrad", "adam"):
         g = g + weight_decay * w
     if optimizer == "sgd":
         return w - lr * g, []
     if optimizer == "adagrad":
-        (s,) = state
-        s = s + g * g
+        s = state[0] + g * g
         return w - lr * g / (s.sqrt() + eps), [s]
     if optimizer == "rowwise_adagrad":
-        (s,) = state
-        s = s + (g * g).mean(1)
+        s = state[0] + (g * g).mean(1)
         return w - (lr / (s.sqrt() + eps))[:, None] * g, [s]
+    if optimizer == "ftrl":
+        return ftrl_step(w, g, *state, lr=lr, **own)
+    if optimizer == "rowwise_rmsprop":
+        return rowwise_rmsprop_step(w, g, *state, lr=lr, beta2=beta2, eps=eps, step=step, **own)
     m, v = state
     m = m + (1 - beta1) * (g - m)
-    v = v + (1 - beta2) * (g * g - v)
+    v = v + (1 - beta2) * ((g * g if v.dim() == 2 else (g * g).mean(1)) - v)
     correction1, root2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
     if optimizer == "adam":
         return w - lr * root2 / correction1 * m / (v.sqrt() + eps), [m, v]
     if optimizer == "adamw":
         return w - lr / correction1 * m / (v.sqrt() / root2 + eps), [m, v]
+    if optimizer == "rowwise_adam":
+        return w - (lr / correction1 / (v.sqrt() / root2 + eps))[:, None] * m, [m, v]
     raise ValueError(f"unknown optimizer {optimizer!r}")

@@ -327,6 +327,25 @@ def synthetic_deepfm(seed: int, rows: int = 100_000) -> Dataset:
     return draw("synthetic (factorization machine)", rng, fields, columns, -1 + w.sum(1) + pairs + x @ [1, -0.5])
 
 
+def zipf_clicks(name: str, vocab_sizes: tuple[int, ...], numbers: int, rows: int, seed: int) -> Dataset:
+    """Categories whose id of rank r is drawn in proportion to r^-1.05, and numbers x: logit = -1 + Σ_f w_f + Σ_{f<g}
+    ⟨v_f, v_g⟩ + Σ x / 5, with w and v (of width 4) such that their two sums have the variance 1 each."""
+    rng, fields, columns, w, v = np.random.default_rng(seed), [], {}, [], []
+    F = len(vocab_sizes)
+    for f, size in enumerate(vocab_sizes):
+        cumulated = (np.arange(1, size + 1) ** -1.05).cumsum()
+        rank = np.minimum(np.searchsorted(cumulated, rng.random(rows) * cumulated[-1]), size - 1)
+        columns[f"c_{f}"] = ids = rng.permutation(size)[rank]
+        fields.append(Field(f"c_{f}", "sparse", size))
+        w.append(rng.normal(0, F**-0.5, size)[ids])
+        v.append(rng.normal(0, (2 * F * (F - 1)) ** -0.25, (size, 4))[ids])
+    x = rng.normal(size=(rows, numbers)).astype(np.float32)
+    columns |= {f"x_{i}": x[:, i] for i in range(numbers)}
+    fields += [Field(f"x_{i}", "dense") for i in range(numbers)]
+    pairs = (np.sum(v, 0) ** 2 - np.sum(np.square(v), 0)).sum(1) / 2
+    return draw(name, rng, fields, columns, -1 + np.sum(w, 0) + pairs + x.sum(1) / 5)
+
+
 def synthetic_din(seed: int, rows: int = 100_000) -> Dataset:
     """Users with two favourite categories of twenty: logit = -2 + a_item + b_group + 1.5 ln(1 + m), m being the number
     of items in the history that are of the target's category."""

@@ -56,22 +56,27 @@ def load_lazy_parts(optimizer: type[torch.optim.Optimizer]) -> None:
 class Trainer:
     """One model of one library on one data set: everything that decides its numbers is in ``settings``."""
 
+    OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+
     def __init__(self, library: str, model: str, dataset: Dataset, settings: argparse.Namespace):
         self.library, self.model, self.dataset, self.settings = library, model, dataset, settings
         torch.set_num_threads(settings.threads)
-        optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings.optimizer]
         lib = classes(library)
-        load_lazy_parts(optimizer)
+        load_lazy_parts(self.OPTIMIZERS[settings.optimizer])
         reset_peak()
         self.memory_before = resident("VmRSS")
         torch.manual_seed(settings.seed)
         self.net = build_model(lib, model, dataset.fields)
-        self.optimizer = optimizer(self.net.parameters(), lr=settings.lr)
+        self.optimizer = self.make_optimizer()
         rows = len(dataset.train["label"])
         self.batch_size = min(settings.batch_size, rows)
         self.steps = rows // self.batch_size * settings.epochs
         self.losses: list[float] = []
         self.seconds: list[float] = []
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Of all parameters that do not step by themselves."""
+        return self.OPTIMIZERS[self.settings.optimizer](self.net.parameters(), lr=self.settings.lr)
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Each epoch shuffles as seed and epoch say, and leaves out a last batch that is not full."""

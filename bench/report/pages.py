@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.report import optimizers
 from bench.report.charts import CHART_TEXTS, picture
 from bench.report.records import DEFAULT_MALLOC, ROOT, TITLES, Record, speed_up
 from bench.report.tables import learning_table, markdown, peak_table, race_table, times
@@ -151,6 +152,7 @@ def page(processor: str, records: dict[str, Record], pictures: dict) -> str:
             parts += [PEAKS, *peak_table(record.peaks), ""]
         if parts:
             lines += [f"## {TITLES.get(name, name)}", "", *parts]
+    lines += optimizers.section(processor)
     if first:
         lines += ["## GPU kernels", "", GPU_KERNELS]
     return "\n".join(lines).rstrip() + "\n"

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 #include "embedding/features.h"
 #include "embedding/params.h"
@@ -11,16 +12,20 @@
 
 namespace rk {
 
-// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm.
-constexpr size_t kHyper = 8;
+// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm, then what
+// the optimizer has of its own.
+inline size_t hyper_of(int64_t optimizer) { return 8 + kRules[optimizer].settings; }
 
-inline size_t states_of(int64_t optimizer) { return optimizer == kSGD ? 0 : optimizer >= kAdam ? 2 : 1; }
+inline size_t states_of(int64_t optimizer) {
+  return kRules[optimizer].elementwise + kRules[optimizer].row_wise;
+}
 
 inline void check_optimizer(const char* op, int64_t optimizer, size_t tables, size_t states, size_t hyper) {
-  RK_CHECK(optimizer >= kSGD && optimizer <= kAdamW, op, ": unknown optimizer ", optimizer);
+  RK_CHECK(optimizer >= 0 && optimizer < int64_t(std::size(kRules)), op, ": unknown optimizer ", optimizer);
   RK_CHECK(states == tables * states_of(optimizer), op, ": states must hold ", states_of(optimizer),
            " tensors a table, got ", states, " for ", tables);
-  RK_CHECK(hyper == kHyper * tables, op, ": hyper must hold 8 numbers a table, got ", hyper, " for ", tables);
+  RK_CHECK(hyper == hyper_of(optimizer) * tables, op, ": hyper must hold ", hyper_of(optimizer),
+           " numbers a table, got ", hyper, " for ", tables);
 }
 
 // Raises unless `rows` and `values` have the form of a coalesced sparse gradient of the table.
@@ -62,6 +67,20 @@ inline void check_apart(const Tensors& weights) {
   }
 }
 
+// What follows from the settings and the number of the step alone, and the optimizer's own.
+template <class Update>
+void fold_settings(Update& u, int64_t optimizer, const double* hyper) {
+  const double count = hyper[5], *own = hyper + 8;
+  u.step = u.lr, u.inverse_root = 1;
+  if (optimizer == kAdam || optimizer == kAdamW || optimizer == kRowWiseAdam) {
+    const double correction1 = 1 - std::pow(u.beta1, count), correction2 = 1 - std::pow(u.beta2, count);
+    u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
+    u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
+  }
+  if (optimizer == kFTRL) u.own[0] = -own[0], u.eps = own[1], u.own[1] = own[2], u.weight_decay = own[3];
+  if (optimizer == kRowWiseRMSprop) u.weight_decay = own[0], u.own[0] = 1 - own[1], u.own[1] = count;
+}
+
 // The step of `op` on a table, checked. `Update` is the CPU's or CUDA's struct; the caller fills in the rest
 // of it.
 template <class Update>
@@ -82,24 +101,24 @@ Update make_update(const char* op, int64_t optimizer, const double* hyper, const
   u.stride_wr = weight.stride(0);
   u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
   u.grad_factor = hyper[6], u.max_norm = hyper[7];
-  const double correction1 = 1 - std::pow(u.beta1, hyper[5]), correction2 = 1 - std::pow(u.beta2, hyper[5]);
-  u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
-  u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
+  fold_settings(u, optimizer, hyper);
   const ScalarType dtype = accumulator_dtype(weight.scalar_type());
-  const bool one_a_row = optimizer == kRowWiseAdagrad;
-  const int64_t R = weight.size(0), D = one_a_row ? 1 : weight.size(1);
+  const int64_t R = weight.size(0);
   for (size_t i = 0; i < states_of(optimizer); ++i) {
     const Tensor& state = states[i];
+    const bool one_a_row = i >= size_t(kRules[optimizer].elementwise);
+    const int64_t D = one_a_row ? 1 : weight.size(1);
     const bool fits = state.scalar_type() == dtype && state.dim() == (one_a_row ? 1 : 2) &&
                       state.size(0) == R && (one_a_row || state.size(1) == D);
-    const bool rows_fit = fits && (R <= 1 || (state.stride(0) == states[0].stride(0) &&
-                                              (one_a_row ? state.stride(0) == 1 : state.stride(0) >= D)));
+    const bool rows_fit =
+        fits && (R <= 1 || (one_a_row ? state.stride(0) == 1
+                                      : state.stride(0) >= D && state.stride(0) == states[0].stride(0)));
     RK_CHECK(rows_fit && (D <= 1 || state.stride(1) == 1), op, ": state ", i, " of a table of shape ",
              shape_of(weight), " must be ", name_of(dtype), " of one value ",
              one_a_row ? "a row, contiguous" : "an element, in rows as far apart as state 0's",
              ", got shape ", shape_of(state), " and ", name_of(state.scalar_type()));
     u.state[i] = state.data_ptr();
-    u.stride_sr = state.stride(0);
+    if (!one_a_row) u.stride_sr = state.stride(0);
   }
   return u;
 }

@@ -162,7 +162,8 @@ class FusedLookup:
     Raises:
         ValueError: a table is frozen, has hooks on its gradient, is not among the optimizer's params, or has two
             frozen rows.
-        RuntimeError: DistributedDataParallel is to reduce their gradients; forward mode, ``torch.func``.
+        RuntimeError: DistributedDataParallel is to reduce their gradients; forward mode, ``torch.func``. In the
+            backward: it is one inside of another.
     """
 
     op: str
@@ -170,6 +171,7 @@ class FusedLookup:
     def __init__(self, optimizer: Optimizer, weights: Sequence[Tensor], features: Features):
         self.optimizer, self.gate = optimizer, _gate_of(optimizer, weights)
         self.weights, self.features = features.of_distinct_tables(weights)
+        self.in_backward = torch._C._current_graph_task_id() != -1  # checkpointing runs the forward again
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """The op's results. ``inputs`` are those of its arguments beside the tables that may have gradients."""
@@ -218,6 +220,12 @@ class FusedStep(torch.autograd.Function):
         _, _, *wanted = ctx.needs_input_grad
         if all(g is None for g in grads):
             return None, gate.no_grad, *nothing(wanted)
+        if lookup.in_backward:
+            raise RuntimeError(
+                f"{lookup.op}: a fused optimizer cannot step in a backward inside of a backward, which is what a "
+                "checkpoint with use_reentrant=True runs: pieces that follow would look up rows that have stepped. "
+                "Checkpoint with use_reentrant=False"
+            )
         saved = iter(ctx.saved_tensors)
         features = lookup.features.with_tensors(saved)
         gradients, *rest = lookup.gradients(grads, saved)
@@ -276,6 +284,7 @@ def _check_not_distributed(optimizer: str, weights: Sequence[Tensor]) -> None:
     if ddp is None:
         return
     reduced = {id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
+    reduced.update(map(id, getattr(ddp, "_delay_all_reduce_params", ())))  # which it counts as ignored
     if any(id(w) in reduced for w in weights):
         raise RuntimeError(
             f"{optimizer}: a fused step sees the gradients of its own process alone, so under "

@@ -16,12 +16,33 @@ from rankkernels.ops._library import lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
-#: Optimizers, by their number in the schema.
-OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw")
+
+class Rule(NamedTuple):
+    """What a kind of optimizer keeps of a table, states of an element [R, D] before those of a row [R], and the names
+    of its own settings."""
+
+    elementwise: int
+    row_wise: int
+    settings: tuple[str, ...] = ()
+
+
+#: By the optimizers' number in the schemas; kRules of csrc/embedding/params.h.
+RULES = {
+    "sgd": Rule(0, 0),
+    "adagrad": Rule(1, 0),
+    "rowwise_adagrad": Rule(0, 1),
+    "adam": Rule(2, 0),
+    "adamw": Rule(2, 0),
+    "ftrl": Rule(2, 0, ("lr_power", "beta", "l1", "l2")),
+    "rowwise_adam": Rule(1, 1),
+    "rowwise_rmsprop": Rule(0, 2, ("ar_alpha", "min_shrinkage")),
+}
+OPTIMIZERS = tuple(RULES)
 
 
 class Hyper(NamedTuple):
-    """The settings of ``reference.optimizer_step``: the schemas' ``hyper`` has them of each table, in this order."""
+    """The settings of ``reference.optimizer_step`` that all have: the schemas' ``hyper`` has them of each table, in
+    this order and followed by the kind's own."""
 
     lr: float
     beta1: float
@@ -33,14 +54,25 @@ class Hyper(NamedTuple):
     max_norm: float
 
 
+def settings(kind: str, hyper: Sequence[float]) -> dict[str, float]:
+    """A table's part of ``hyper``, by name."""
+    return dict(zip(Hyper._fields + RULES[kind].settings, hyper))
+
+
+def state_shapes(kind: str, table: torch.Size) -> list[torch.Size]:
+    """Of the states of a table of this shape."""
+    rule = RULES[kind]
+    return [table] * rule.elementwise + [table[:1]] * rule.row_wise
+
+
 def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
     """The entries of table ``t`` in a list that has equally many of each."""
     each = len(values) // tables
     return values[each * t : each * t + each]
 
 
-# ``states`` hold the state of each table (none for sgd, the sum for both adagrads, the two moments for adam and adamw),
-# in float32, float64 for a float64 table. Returned are the gradients of the per-sample weights.
+# ``states`` hold the states of each table, as its rule has them, in float32, float64 for a float64 table. Returned are
+# the gradients of the per-sample weights.
 lib.define(
     f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {schema_of(Features)}, "
     "int optimizer, float[] hyper) -> Tensor[] grad_per_sample_weights"
@@ -74,13 +106,13 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
     """The texts are those of csrc/embedding/optimizer.h."""
     check, n = torch._check, len(weights)
     check(0 <= optimizer < len(OPTIMIZERS), lambda: f"{op}: unknown optimizer {optimizer}")
-    kind = OPTIMIZERS[optimizer]
-    each, one_a_row = {"sgd": 0, "adam": 2, "adamw": 2}.get(kind, 1), kind == "rowwise_adagrad"
+    rule = RULES[OPTIMIZERS[optimizer]]
+    each = rule.elementwise + rule.row_wise
     check(
         len(states) == n * each,
         lambda: f"{op}: states must hold {each} tensors a table, got {len(states)} for {n}",
     )
-    numbers = len(Hyper._fields)
+    numbers = len(Hyper._fields) + len(rule.settings)
     check(
         len(hyper) == numbers * n, lambda: f"{op}: hyper must hold {numbers} numbers a table, got {len(hyper)} for {n}"
     )
@@ -102,14 +134,12 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
         )
         dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
         for i, state in enumerate(states[each * t : each * t + each]):
+            one_a_row = i >= rule.elementwise
             shape = w.shape[:1] if one_a_row else w.shape
             fits = state.dtype == dtype and state.shape == shape and state.layout == torch.strided
             apart = fits and (
                 w.size(0) <= 1
-                or (
-                    state.stride(0) == states[each * t].stride(0)
-                    and (state.stride(0) == 1 if one_a_row else state.stride(0) >= w.size(1))
-                )
+                or (state.stride(0) == 1 if one_a_row else w.size(1) <= state.stride(0) == states[each * t].stride(0))
             )
             check(
                 apart and state.device == w.device and (one_a_row or w.size(1) <= 1 or state.stride(1) == 1),
@@ -161,7 +191,7 @@ def _(weight, states, rows, values, optimizer, hyper):
     state = [s[rows] for s in states]
     dtype = state[0].dtype if state else torch.promote_types(weight.dtype, torch.float32)
     stepped, state = reference.optimizer_step(
-        OPTIMIZERS[optimizer], weight[rows].to(dtype), values.to(dtype), state, **Hyper(*hyper)._asdict()
+        OPTIMIZERS[optimizer], weight[rows].to(dtype), values.to(dtype), state, **settings(OPTIMIZERS[optimizer], hyper)
     )
     weight.index_copy_(0, rows, stepped.to(weight.dtype))
     for old, new in zip(states, state):

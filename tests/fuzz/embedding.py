@@ -9,7 +9,7 @@ from torch import Tensor
 import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._features import MODES
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS, Hyper
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, settings, state_shapes
 from rankkernels.testing import TOLERANCE, relative_error
 
 ops = torch.ops.rankkernels
@@ -211,8 +211,6 @@ def autograd(draw: Draw, a: dict, grads) -> None:
 
 # ---- updates
 
-STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2, "adamw": 2}
-
 
 def own_memory(draw: Draw, w: Tensor) -> Tensor:
     """A table that a step may write to: rows of elements side by side that do not overlap."""
@@ -225,15 +223,18 @@ def own_memory(draw: Draw, w: Tensor) -> Tensor:
 
 def states_for(draw: Draw, kind: str, w: Tensor) -> list[Tensor]:
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    shape = w.shape[:1] if kind == "rowwise_adagrad" else w.shape
-    states = [draw.normal(shape, dtype).abs() for _ in range(STATES[kind])]
-    if kind in ("adam", "adamw") and draw.chance(0.5):  # side by side, as rankkernels.optim makes them
+    states = [draw.normal(shape, dtype).abs() for shape in state_shapes(kind, w.shape)]
+    if RULES[kind].elementwise == 2 and draw.chance(0.5):  # side by side, as rankkernels.optim makes them
         both = torch.stack(states, 1)
         states = [both[:, 0], both[:, 1]]
     return states
 
 
-def hyper_for(draw: Draw) -> list[float]:
+OWN = {"lr_power": (-0.5, -0.5, -0.3), "beta": (1.0, 0.1), "l1": (0.0, 0.3), "l2": (0.0, 0.1), "ar_alpha": (0.0, 1.5),
+       "min_shrinkage": (0.0, 0.1)}  # fmt: skip
+
+
+def hyper_for(draw: Draw, kind: str) -> list[float]:
     max_norm = draw.choice((0.0, 0.0, 0.5))
     return [
         0.1,
@@ -244,6 +245,7 @@ def hyper_for(draw: Draw) -> list[float]:
         float(draw.randint(1, 50)),
         draw.choice((1.0, 0.5)),
         max_norm,
+        *(draw.choice(OWN[name]) for name in RULES[kind].settings),
     ]
 
 
@@ -264,7 +266,7 @@ def check_step(op: str, kind: str, hyper, old: tuple, new: tuple, rows: Tensor, 
     right, right_states = w.double(), [s.double() for s in states]
     state = [s[rows] for s in right_states]
     stepped, stepped_states = reference.optimizer_step(
-        kind, right[rows], grad.double()[rows], state, **Hyper(*hyper)._asdict()
+        kind, right[rows], grad.double()[rows], state, **settings(kind, hyper)
     )
     right[rows] = stepped
     check_close(f"{op}, {kind}", w_new, right, w.dtype, floor)
@@ -281,7 +283,7 @@ def update(draw: Draw, a: dict, grads) -> None:
     kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     states = [states_for(draw, kind, w) for w in a["weights"]]
-    hyper = [hyper_for(draw) for _ in a["weights"]]
+    hyper = [hyper_for(draw, kind) for _ in a["weights"]]
     expected, expected_psw = reference_grads(a, grads)
     old = [(w.clone(), [s.clone() for s in each]) for w, each in zip(a["weights"], states)]
     arguments = {**a, "grad_outs": grads, "states": sum(states, []), "optimizer": OPTIMIZERS.index(kind)}
@@ -296,7 +298,7 @@ def update(draw: Draw, a: dict, grads) -> None:
 def sparse_update(draw: Draw) -> None:
     kind, dtype = draw.choice(OPTIMIZERS), draw.dtype()
     w = own_memory(draw, draw.normal((max(draw.size(), 1), draw.width()), dtype))
-    states, hyper = states_for(draw, kind, w), hyper_for(draw)
+    states, hyper = states_for(draw, kind, w), hyper_for(draw, kind)
     rows = torch.nonzero(torch.rand(w.size(0), generator=draw.generator) < draw.choice((0.1, 0.5, 1)))[:, 0]
     values = draw.strided(draw.normal((rows.numel(), w.size(1)), dtype), overlap=True)
     old = w.clone(), [s.clone() for s in states]

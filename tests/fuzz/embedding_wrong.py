@@ -6,7 +6,6 @@ import torch
 from draw import Draw, refused
 from embedding import (
     OPTIMIZERS,
-    STATES,
     backward_arguments,
     call,
     features,
@@ -298,7 +297,7 @@ def wrong_state(draw: Draw, a: dict) -> None:
 
 def wrong_optimizer(draw: Draw, a: dict) -> None:
     if draw.chance(0.5):
-        a["optimizer"] = draw.choice((-1, 5, 2**40))
+        a["optimizer"] = draw.choice((-1, len(OPTIMIZERS), 2**40))
     else:
         a["hyper"] = draw.choice((a["hyper"][:-1], [*a["hyper"], 0.0], []))
 
@@ -350,7 +349,7 @@ def update_arguments(draw: Draw, a: dict, grads) -> dict:
     kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     states = sum((states_for(draw, kind, w) for w in a["weights"]), [])
-    hyper = sum((hyper_for(draw) for _ in a["weights"]), [])
+    hyper = sum((hyper_for(draw, kind) for _ in a["weights"]), [])
     return {**a, "grad_outs": grads, "states": states, "optimizer": OPTIMIZERS.index(kind), "hyper": hyper}
 
 
@@ -360,9 +359,8 @@ def invalid_sparse_update(draw: Draw) -> str:
     rows = torch.arange(w.size(0))[:: draw.randint(1, 3)]
     a = {
         "weights": [w], "states": states_for(draw, kind, w), "rows": [rows], "optimizer": OPTIMIZERS.index(kind),
-        "values": [draw.normal((rows.numel(), w.size(1)), dtype)], "hyper": hyper_for(draw),
+        "values": [draw.normal((rows.numel(), w.size(1)), dtype)], "hyper": hyper_for(draw, kind),
     }  # fmt: skip
-    assert len(a["states"]) == STATES[kind]
 
     def wrong_row(draw: Draw, a: dict) -> None:
         rows = a["rows"][0].clone()

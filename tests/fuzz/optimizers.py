@@ -8,16 +8,18 @@ import math
 
 import torch
 from draw import Draw, Finding, check_unchanged, snapshot, tensors_of
-from embedding import STATES, check_step, features, grads_for, own_memory, reference_grads, size_of_terms, touched_rows
+from embedding import check_step, features, grads_for, own_memory, reference_grads, size_of_terms, touched_rows
 from modules import refused_or_right
 from torch import Tensor, nn
 
 import rankkernels as rk
 from rankkernels.ops._features import MODES
+from rankkernels.ops.embedding_bag_update import RULES, state_shapes
 
 KINDS = {"sgd": rk.optim.SGD, "adagrad": rk.optim.Adagrad, "rowwise_adagrad": rk.optim.RowWiseAdagrad,
-         "adam": rk.optim.Adam, "adamw": rk.optim.AdamW}  # fmt: skip
-NAMES = {kind: [n for n in ("exp_avg", "exp_avg_sq") if STATES[kind] == 2] or ["sum"] * STATES[kind] for kind in STATES}
+         "adam": rk.optim.Adam, "adamw": rk.optim.AdamW, "ftrl": rk.optim.FTRL, "rowwise_adam": rk.optim.RowWiseAdam,
+         "rowwise_rmsprop": rk.optim.RowWiseRMSprop}  # fmt: skip
+NAMES = {kind: cls._states for kind, cls in KINDS.items()}
 
 
 def settings(draw: Draw, kind: str) -> dict:
@@ -25,10 +27,18 @@ def settings(draw: Draw, kind: str) -> dict:
     lr = draw.choice((0.0, 1e-3, 0.05))
     found = {
         "lr": torch.tensor(lr, dtype=torch.float64) if draw.chance(0.1) else lr,
-        "weight_decay": draw.choice((0.0, 0.1)),
         "max_row_norm": draw.choice((None, None, 0.5)),
     }
-    if kind in ("adam", "adamw"):
+    if kind == "ftrl":
+        return found | {"lr": draw.choice((0.01, 0.3)), "lr_power": draw.choice((-0.5, -0.5, -0.3)),
+                        "beta": draw.choice((0.0, 1.0)), "l1": draw.choice((0.0, 0.2)),
+                        "l2": draw.choice((0.0, 0.1))}  # fmt: skip
+    if kind == "rowwise_rmsprop":
+        found |= {"ar_alpha": draw.choice((0.0, 3.0)), "min_shrinkage": draw.choice((0.0, 0.1)),
+                  "ema_beta": draw.choice((0.0, 0.9))}  # fmt: skip
+    else:
+        found["weight_decay"] = draw.choice((0.0, 0.1))
+    if kind in ("adam", "adamw", "rowwise_adam"):
         found["betas"] = draw.choice(((0.9, 0.999), (0.0, 0.9), (0.5, 0.9), [0.8, 0.8]))
     if kind != "sgd":
         found["eps"] = draw.choice((1e-8, 1e-3))
@@ -42,15 +52,19 @@ def hyper(kind: str, group: dict, step: int) -> list[float]:
     lr = float(group["lr"])
     if kind == "adagrad":
         lr /= 1 + (step - 1) * group["lr_decay"]
-    clip = group["max_row_norm"] or 0.0
-    return [lr, *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]), step, 1.0, clip]
+    common = [
+        *group.get("betas", (0.0, group.get("ema_beta", 0.0))),
+        group.get("eps", 0.0),
+        group.get("weight_decay", 0.0),
+    ]
+    own = [group[name] for name in RULES[kind].settings]
+    return [lr, *map(float, common), step, 1.0, group["max_row_norm"] or 0.0, *map(float, own)]
 
 
 def new_states(kind: str, w: Tensor, group: dict) -> list[Tensor]:
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
-    shape = w.shape[:1] if kind == "rowwise_adagrad" else w.shape
     value = group.get("initial_accumulator_value", 0.0)
-    return [torch.full(shape, value, dtype=dtype) for _ in range(STATES[kind])]
+    return [torch.full(shape, value, dtype=dtype) for shape in state_shapes(kind, w.shape)]
 
 
 def looked_up(a: dict, weights: list[Tensor], sparse: bool, optimizer) -> list[Tensor]:
@@ -137,7 +151,7 @@ def valid(draw: Draw) -> None:
         one_step(draw, kind, optimizer, a, weights, fused)
         if draw.chance(0.3):
             optimizer = restarted(draw, kind, optimizer, weights)
-        if draw.chance(0.2):
+        if kind != "ftrl" and draw.chance(0.2):
             optimizer.param_groups[0]["lr"] = 0.01
 
 
@@ -154,10 +168,14 @@ def is_number(x, low: float, high: float) -> bool:
 
 def fits(kind: str, group: dict) -> bool:
     """Whether a group has numbers to step with."""
-    numbers = [group[n] for n in ("lr", "weight_decay", "lr_decay", "initial_accumulator_value", "eps") if n in group]
-    betas, clip = group["betas"], group["max_row_norm"]
+    positive = ("lr", "weight_decay", "lr_decay", "initial_accumulator_value", "eps", "beta", "l1", "l2", "ar_alpha")
+    numbers = [group[n] for n in positive if n in group]
+    betas, clip = group.get("betas", (0.0, 0.0)), group["max_row_norm"]
     return (
         all(is_number(x, 0, math.inf) for x in numbers)
+        and (kind != "ftrl" or float(group["lr"]) > 0 and is_number(-float(group["lr_power"]), 0, math.inf))
+        and (kind != "rowwise_rmsprop" or is_number(group["min_shrinkage"], 0, 1.0001))
+        and is_number(group.get("ema_beta", 0.0), 0, 1)
         and len(betas) == 2
         and all(is_number(b, 0, 1) for b in betas)
         and (clip is None or is_number(clip, 1e-38, math.inf) or float(clip) == math.inf)

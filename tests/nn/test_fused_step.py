@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.utils.checkpoint import checkpoint
 
 import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
-KINDS = pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW", "FTRL", "RowWiseAdam", "RowWiseRMSprop"]
+)
 MODES = pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 
 
@@ -287,16 +291,52 @@ def test_a_copy_goes_on_as_the_original(kind, way):
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), m.parameters()))
 
 
+WRAPPED = {
+    "plain": {},
+    "find_unused_parameters": {"find_unused_parameters": True},
+    "static_graph": {"static_graph": True},
+    "delayed": {"delay_all_reduce_named_params": ["0.weights.0", "0.weights.1"]},
+}
+
+
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-def test_distributed(tmp_path):
-    """Refused inside DistributedDataParallel, unless it leaves the tables out; a group alone changes nothing."""
+@pytest.mark.parametrize("fused_first", [True, False])
+@pytest.mark.parametrize("way", [*WRAPPED, "no_sync", "replicate"])
+def test_distributed(tmp_path, way, fused_first):
+    """Refused inside DistributedDataParallel, whatever it is told and whichever comes first; a group alone changes
+    nothing."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(tables(), nn.Linear(10, 1).double())
+        optimizer = rk.optim.Adam(model[0].parameters(), lr=0.1)
+        if fused_first:
+            rk.optim.fuse(model, optimizer)
+        options = dict(WRAPPED.get(way, {}))
+        if way == "delayed":
+            named = dict(model.named_parameters())
+            options = {"delay_all_reduce_named_params": [(n, named[n]) for n in options.popitem()[1]],
+                       "param_to_hook_all_reduce": model[1].weight}  # fmt: skip
+        wrapped = replicate(model) if way == "replicate" else nn.parallel.DistributedDataParallel(model, **options)
+        if not fused_first:
+            rk.optim.fuse(model, optimizer)
+        before = snapshot(model[0], optimizer)
+        with (
+            pytest.raises(RuntimeError, match="Adam: a fused step .* DistributedDataParallel .* sparse=True"),
+            wrapped.no_sync() if way == "no_sync" else nullcontext(),
+        ):
+            wrapped(batch(0)).sum().backward()
+        assert unchanged(model[0], optimizer, before)
+    finally:
+        dist.destroy_process_group()
+        nn.parallel.DistributedDataParallel._active_ddp_module = None  # replicate leaves it behind
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_distributed_without_the_tables(tmp_path):
+    """DistributedDataParallel that leaves the tables out, and one whose pass steps on nothing."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         fused, stepped, optimizer, other = pair()
-        before = snapshot(fused, optimizer)
-        with pytest.raises(RuntimeError, match="Adam: a fused step .* DistributedDataParallel .* sparse=True"):
-            nn.parallel.DistributedDataParallel(fused)(batch(0))
-        assert unchanged(fused, optimizer, before)
         with torch.no_grad():
             nn.parallel.DistributedDataParallel(fused)(batch(0))  # an evaluation steps on nothing
         model = nn.Sequential(fused, nn.Linear(10, 1).double())

@@ -19,7 +19,12 @@ OURS = {
     "rowwise_adagrad": (rk.optim.RowWiseAdagrad, {"weight_decay": 0.01}),
     "adam": (rk.optim.Adam, {"betas": (0.8, 0.95)}),
     "adamw": (rk.optim.AdamW, {"weight_decay": 0.1}),
+    "ftrl": (rk.optim.FTRL, {"l1": 0.05, "l2": 0.01}),
+    "ftrl_power": (rk.optim.FTRL, {"lr_power": -0.3, "beta": 0.0}),
+    "rowwise_adam": (rk.optim.RowWiseAdam, {"betas": (0.8, 0.95), "weight_decay": 0.1}),
+    "rowwise_rmsprop": (rk.optim.RowWiseRMSprop, {"ar_alpha": 2.0}),
 }
+OWN = {"lr_power": -0.4, "beta": 0.5, "l1": 0.2, "l2": 0.1, "ar_alpha": 1.5, "min_shrinkage": 0.2}
 EVERY = pytest.mark.parametrize("name", OURS)
 
 
@@ -117,7 +122,7 @@ def test_fused_is_stepped_bit_for_bit_at_any_number_of_threads(name, widths, cli
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["sgd_decay", "adagrad", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd_decay", "adagrad", "adam", "adamw", "ftrl"])
 def test_columns_do_not_depend_on_the_width(name, dtype):
     """64 columns, which are a kernel of their own, and the same 64 of 65."""
     results = []
@@ -139,16 +144,17 @@ def test_kernel_is_the_reference(name):
     """The op on the CPU against its plain PyTorch default."""
     from rankkernels.ops import embedding_bag_update as ops
 
-    number = ops.OPTIMIZERS.index(OURS[name][0]._kind)
-    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0, 0.5, 1.5]
+    kind = OURS[name][0]._kind
+    number, own = ops.OPTIMIZERS.index(kind), ops.RULES[kind].settings
+    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0, 0.5, 1.5, *(OWN[s] for s in own)]
     for dtype, D in ((torch.float32, 17), (torch.float64, 9), (torch.bfloat16, 33), (torch.float16, 5)):
         weight = torch.randn(50, D).to(dtype)
-        count, state_dtype = len(OURS[name][0]._states), torch.promote_types(dtype, torch.float32)
-        whole = torch.rand((50, count) if OURS[name][0]._one_a_row else (50, count, D), dtype=state_dtype)
-        rows, values = torch.tensor([0, 3, 7, 30, 49]), torch.randn(5, D).to(dtype)
-        results = []
-        side_by_side, apart = list(whole.clone().unbind(1)), [state.clone() for state in whole.unbind(1)]
-        default = list(whole.clone().unbind(1))
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        rows, values, results = torch.tensor([0, 3, 7, 30, 49]), torch.randn(5, D).to(dtype), []
+        before = [torch.rand(shape, dtype=state_dtype) for shape in ops.state_shapes(kind, weight.shape)]
+        apart, default, side_by_side = ([state.clone() for state in before] for _ in range(3))
+        if ops.RULES[kind].elementwise == 2:
+            side_by_side = list(torch.stack(before, 1).unbind(1))
         for key, states in (("CPU", side_by_side), ("CPU", apart), ("CompositeExplicitAutograd", default)):
             arguments = weight.clone(), states, rows, values, number, hyper
             torch.ops.rankkernels.sparse_update.default.redispatch(
@@ -156,7 +162,7 @@ def test_kernel_is_the_reference(name):
             )
             results.append([arguments[0], *arguments[1]])
         untouched = torch.ones(50, dtype=torch.bool).index_fill(0, rows, False)
-        for a, same, b, old in zip(*results, [weight, *whole.unbind(1)]):
+        for a, same, b, old in zip(*results, [weight, *before]):
             assert torch.equal(a[untouched], old[untouched]) and torch.equal(a, same)
             assert relative_error(a, b) < (1e-6 if a.dtype in (torch.float32, torch.float64) else 1e-2)
 

@@ -15,7 +15,9 @@ import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 ROOT = Path(__file__).parents[2]
-KINDS = pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
+KINDS = pytest.mark.parametrize(
+    "kind", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW", "FTRL", "RowWiseAdam", "RowWiseRMSprop"]
+)
 
 
 def bag(seed: int = 0, **options) -> rk.EmbeddingBag:
@@ -148,7 +150,8 @@ NAN, INF, BAD = float("nan"), float("inf"), (-1.0, float("nan"), float("inf"), N
 
 @KINDS
 @pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "betas", "lr_decay", "initial_accumulator_value",
-                                  "max_row_norm"])  # fmt: skip
+                                  "max_row_norm", "lr_power", "beta", "l1", "l2", "ar_alpha", "min_shrinkage",
+                                  "ema_beta"])  # fmt: skip
 def test_hyperparameters_are_checked_however_they_come(kind, name):
     """By the constructor, for each group, and for one added or loaded; what is refused changes nothing."""
     cls, first, second = getattr(rk.optim, kind), bag().weight, bag().weight
@@ -158,6 +161,10 @@ def test_hyperparameters_are_checked_however_they_come(kind, name):
     values = [(0.9,), (0.9, 1.0), (-0.1, 0.9), (NAN, 0.9), (0.9, 0.9, 0.9), 0.9] if name == "betas" else list(BAD)
     if name == "max_row_norm":
         values = [-1.0, 0.0, NAN, 1e-46, "x", torch.ones(2)]
+    if name == "lr_power":
+        values[0] = 0.1
+    if name == "lr" and kind == "FTRL":
+        values += [0.0, 1e-46]
     if name == "eps" and kind != "SGD":
         values += [0.0, 1e-46, 1e-40]
     for value in values:
@@ -188,7 +195,7 @@ def test_what_torch_accepts():
 
 @KINDS
 def test_a_gradient_of_zero_gives_numbers(kind):
-    module, optimizer = make(kind, False, **({} if kind == "SGD" else {"eps": 2e-38}))
+    module, optimizer = make(kind, False, **({"SGD": {}, "FTRL": {"beta": 0.0}}.get(kind, {"eps": 2e-38})))
     (module(ids(0)) * 0).sum().backward()
     optimizer.step()
     assert module.weight.isfinite().all()
@@ -234,7 +241,7 @@ def test_a_row_that_is_no_number_is_clipped_as_torch_clips(reference):
 OTHERS = ["SGD", "Adagrad", "SparseAdam", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "RMSprop", "Adadelta", "ASGD",
           "Rprop", "Adafactor"]  # fmt: skip
 TAKES = {"SGD": ["SGD"], "Adagrad": ["Adagrad"], "Adam": ["SparseAdam", "Adam"], "AdamW": ["AdamW"],
-         "RowWiseAdagrad": []}  # fmt: skip
+         "RowWiseAdagrad": [], "FTRL": [], "RowWiseAdam": [], "RowWiseRMSprop": []}  # fmt: skip
 
 
 @KINDS

@@ -400,7 +400,7 @@ OF_UPDATES = [
     (dict(weights=Entry(0, torch.ones(9).as_strided((5, 4), (1, 1)))), f"{TABLE} [5, 4] and strides [1, 1]"),
     (dict(weights=Entry(0, torch.ones(4, 5).t())), f"{TABLE} [5, 4] and strides [1, 5]"),
     (dict(weights=Entry(0, torch.ones(5, 4).cfloat())), f"weights[0] {FLOATING}torch.complex64"),
-    (dict(optimizer=5), "unknown optimizer 5"),
+    (dict(optimizer=99), "unknown optimizer 99"),
     (dict(hyper=HYPER), "hyper must hold 8 numbers a table, got 8 for 2"),
     (dict(states=[torch.ones(5, 4)]), "states must hold 0 tensors a table, got 1 for 2"),
 ]

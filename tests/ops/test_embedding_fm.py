@@ -119,7 +119,9 @@ def test_sparse_gradient_of_rows(dtype, D, used):
         assert relative_error(ours, theirs) < tolerance
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW"])
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW", "FTRL", "RowWiseAdam", "RowWiseRMSprop"]
+)
 @pytest.mark.parametrize("changed", [False, True])
 def test_step_on_rows(optimizer, changed):
     """A row's step takes the row as it was looked up, also where another backward has stepped on it since."""

@@ -165,7 +165,6 @@ MAX_FILE, MAX_FUNCTION = 400, 60
 LONG = {
     ("cpu/din_attention/forward_kernel.h", "din_forward"): "one pass over a sample's rows; its steps are functions",
     ("cpu/embedding/segment_sum_wide_kernel.h", "reduce_wide"): "one loop, whose row stays in registers",
-    ("cuda/embedding/optimizer.cuh", "update_row"): "one loop, whose row stays in registers",
 }
 
 

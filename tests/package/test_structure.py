@@ -27,7 +27,8 @@ FLOORS = [
     ["rankkernels._version", "rankkernels.reference", "rankkernels.vocabulary"],
     ["rankkernels.ops", "rankkernels._triton"],
     ["rankkernels.nn"],
-    ["rankkernels._row_optimizer", "rankkernels.optim", "rankkernels.models", "rankkernels.info", "rankkernels.flops"],
+    ["rankkernels._exact_adam", "rankkernels._row_optimizer", "rankkernels._fbgemm", "rankkernels.optim"],
+    ["rankkernels.models", "rankkernels.info", "rankkernels.flops"],
     ["rankkernels.adoption"],
     ["rankkernels.testing"],
 ]
@@ -128,7 +129,7 @@ def test_layers_and_models_name_no_device():
     device = re.compile(
         r"\b(cpu|cuda|is_cpu|is_cuda|cpu_isa|avx\w*|sse\w*|onednn\w*|mkldnn)\b|device \. type", re.IGNORECASE
     )
-    paths = [*PACKAGE.glob("nn/*.py"), PACKAGE / "models.py", PACKAGE / "optim.py", PACKAGE / "_row_optimizer.py"]
+    paths = [*PACKAGE.glob("nn/*.py"), *(PACKAGE / f"{n}.py" for n in ("models", "optim", "_row_optimizer", "_fbgemm"))]
     assert not {path.name: device.findall(code_of(path)) for path in paths if device.search(code_of(path))}
     assert device.search(code_of(PACKAGE / "ops/linear.py"))
 

@@ -77,8 +77,9 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
   std::vector<Update> updates;
   std::vector<TableGrad> sums(weights.size(), TableGrad{});
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_cpu_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
-                                      weights[t], states.data() + t * states_of(optimizer)));
+    updates.push_back(make_cpu_update("embedding_bag_update", optimizer,
+                                      hyper.data() + hyper_of(optimizer) * t, weights[t],
+                                      states.data() + t * states_of(optimizer)));
   }
   check_apart(weights);
   for (size_t t = 0; t < weights.size(); ++t) {

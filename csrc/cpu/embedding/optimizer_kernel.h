@@ -7,11 +7,16 @@
 //                     w -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt v + eps)
 //   adamw             the same m and v
 //                     w -= lr / (1 - beta1^t) m / (sqrt v / sqrt(1 - beta2^t) + eps)
+//   row-wise adam     adamw with v += (1 - beta2) (mean_d g_d^2 - v), one v a row
+//   ftrl              z += g - ((n + g^2)^p - n^p) / lr w,  n += g^2,  p = -lr_power
+//                     w = |z| <= l1 ? 0 : (sign(z) l1 - z) / ((beta + n^p) / lr + l2)
+//   row-wise rmsprop  v += (1 - beta2) (mean_d g_d^2 - v),  w -= min(lr ar_alpha (t - u), most) w,  u = t
+//                     w -= lr g / (sqrt v + eps),  one v and one step u that touched it last a row
 //
 // where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
-// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw
-// first w -= lr weight_decay w. Only rows that were looked up take part. The caller folds the factors that
-// depend on t alone into `step` and `inverse_root`:
+// where its norm over the row is more and max_norm is not 0; in sgd, adam and the adagrads with g +
+// weight_decay w for g, in adamw and row-wise adam first w -= lr weight_decay w. Only rows that were looked
+// up take part. The caller folds the factors that depend on t alone into `step` and `inverse_root`:
 //
 //   w -= step m / (inverse_root sqrt v + eps)
 //
@@ -48,7 +53,25 @@ RK_INLINE void with_kind(Optimizer optimizer, const Body& body) {
       return body(Kind<kAdam>());
     case kAdamW:
       return body(Kind<kAdamW>());
+    case kFTRL:
+      return body(Kind<kFTRL>());
+    case kRowWiseAdam:
+      return body(Kind<kRowWiseAdam>());
+    case kRowWiseRMSprop:
+      return body(Kind<kRowWiseRMSprop>());
   }
+}
+
+// Whether the step on a row begins with a number of the whole row.
+template <Optimizer kind>
+constexpr bool kRowWise = kRules[kind].row_wise > 0;
+
+// x^power, slowly.
+template <class V, class A>
+__attribute__((noinline)) static V power_of(V x, A power) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(A); ++i)
+    x[i] = sizeof(A) == 4 ? __builtin_powf(x[i], power) : __builtin_pow(x[i], power);
+  return x;
 }
 
 // A step on one table.
@@ -61,7 +84,7 @@ struct Step {
   T* weight;
   A *state1, *state2;
   int64_t stride_wr, stride_sr, D;
-  A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm;
+  A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm, own[2];
   Tail<T> tail;
   Tail<A> tail_state;
 
@@ -73,16 +96,22 @@ struct Step {
     state1 = static_cast<A*>(u.state[0]), state2 = static_cast<A*>(u.state[1]), stride_sr = u.stride_sr;
     lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1), keep2 = A(1 - u.beta2);
     step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor),
-    max_norm = A(u.max_norm);
+    max_norm = A(u.max_norm), own[0] = A(u.own[0]), own[1] = A(u.own[1]);
   }
 
   // Prefetches the state that a step on columns [d, d + kLanes) of a row reads.
   template <Optimizer kind>
   RK_INLINE void prefetch_state(int64_t row, int64_t d) const {
-    if (kind == kAdagrad || kind == kAdam || kind == kAdamW)
-      __builtin_prefetch(state1 + row * stride_sr + d, 1);
-    if (kind == kAdam || kind == kAdamW) __builtin_prefetch(state2 + row * stride_sr + d, 1);
-    if (kind == kRowWiseAdagrad && d == 0) __builtin_prefetch(state1 + row, 1);
+    if (kRules[kind].elementwise > 0) __builtin_prefetch(state1 + row * stride_sr + d, 1);
+    if (kRules[kind].elementwise > 1) __builtin_prefetch(state2 + row * stride_sr + d, 1);
+    if (d == 0) prefetch_row_state<kind, 3>(row);
+  }
+  template <Optimizer kind, int kLevel>
+  RK_INLINE void prefetch_row_state(int64_t row) const {
+    constexpr Rule rule = kRules[kind];
+    if (rule.row_wise > 0 && rule.elementwise == 0) __builtin_prefetch(state1 + row, 1, kLevel);
+    if (rule.row_wise > 0 && rule.elementwise + rule.row_wise == 2)
+      __builtin_prefetch(state2 + row, 1, kLevel);
   }
 
   // Norms between them are what their squares' sum says: its terms are then normal numbers or too small to
@@ -123,71 +152,127 @@ struct Step {
     }
   }
 
-  // Adds what a row's gradient [D] adds to its s -> s.
+  // What the columns of a row share: w -= shrink w, then w -= scale g, or scale m.
+  struct RowStep {
+    A scale = 0, shrink = 0;
+  };
+
+  // Adds what a row's gradient [D] adds to its s or v -> that.
+  template <Optimizer kind>
   RK_INLINE A add_to_state(int64_t row, const A* grad) const {
     V squares = {};
     for (int64_t d = 0; d < D; d += kLanes) {
       const bool whole = d + kLanes <= D;
       V g = load_columns(grad + d, whole, tail_state);
-      if (decay != 0) g += decay * load_columns(weight + row * stride_wr + d, whole, tail);
+      if (kind == kRowWiseAdagrad && decay != 0)
+        g += decay * load_columns(weight + row * stride_wr + d, whole, tail);
       squares += g * g;
     }
-    return state1[row] += sum_lanes<T>(squares) / A(D);
+    const A mean = sum_lanes<T>(squares) / A(D);
+    if (kind == kRowWiseAdagrad) return state1[row] += mean;
+    A& v = kind == kRowWiseAdam ? state2[row] : state1[row];
+    return v += keep2 * (mean - v);
   }
 
-  // scales [n] = lr / (sqrt s + eps) of rows of gradients grads [n, D], after adding to their s.
+  // The decay of a row that was last touched by step `last`, which becomes this one; 0 is none.
+  RK_INLINE A shrink_of(A& last) const {
+    const A shrink = lr * decay * (last == 0 ? A(1) : own[1] - last);
+    last = own[1];
+    return shrink > own[0] ? own[0] : shrink;
+  }
+
+  template <Optimizer kind>
+  RK_INLINE RowStep step_on_row(int64_t row, const A* grad) const {
+    RowStep of_row;
+    if (kRowWise<kind>)
+      of_row.scale = step / (inverse_root * square_root(add_to_state<kind>(row, grad)) + eps);
+    if (kind == kRowWiseRMSprop) of_row.shrink = shrink_of(state2[row]);
+    return of_row;
+  }
+
+  // scales [n] of rows of gradients grads [n, D], after adding to their state.
+  template <Optimizer kind>
   RK_INLINE void scale_rows(const int64_t* rows, const A* grads, int64_t n, A* scales) const {
-    for (int64_t k = 0; k < n; ++k) scales[k] = add_to_state(rows[k], grads + k * D);
+    for (int64_t k = 0; k < n; ++k) scales[k] = add_to_state<kind>(rows[k], grads + k * D);
     for (int64_t k = n; k % kLanes; ++k) scales[k] = 0;
     for (int64_t k = 0; k < n; k += kLanes)
-      Traits<A>::store(scales + k, lr / (square_root(Traits<A>::load(scales + k)) + eps));
+      Traits<A>::store(scales + k, step / (inverse_root * square_root(Traits<A>::load(scales + k)) + eps));
   }
 
-  // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g; `scale` is
-  // scale_rows'. No sum has two products: which of them is fused would be the compiler's choice in each copy
-  // of a loop, and a row must have the same bits wherever in a batch it comes.
+  // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g. No sum has two
+  // products: which of them is fused would be the compiler's choice in each copy of a loop, and a row must
+  // have the same bits wherever in a batch it comes.
   template <Optimizer kind>
-  RK_INLINE void apply_columns(int64_t row, int64_t d, V g, A scale, bool whole) const {
+  RK_INLINE void apply_columns(int64_t row, int64_t d, V g, RowStep of_row, bool whole) const {
     T* w_row = weight + row * stride_wr;
     A *s1 = state1 + row * stride_sr, *s2 = state2 + row * stride_sr;
     V w = load_columns(w_row + d, whole, tail);
-    if (kind == kAdamW)
+    if (kind == kAdamW || kind == kRowWiseAdam)
       w -= lr * decay * w;
-    else if (decay != 0)
+    else if (kind == kRowWiseRMSprop)
+      w -= of_row.shrink * w;
+    else if (kind != kFTRL && decay != 0)
       g += decay * w;
     if (kind == kSGD) w -= lr * g;
-    if (kind == kRowWiseAdagrad) w -= scale * g;
+    if (kind == kRowWiseAdagrad || kind == kRowWiseRMSprop) w -= of_row.scale * g;
     if (kind == kAdagrad) {
       const V sum = load_columns(s1 + d, whole, tail_state) + g * g;
       store_columns(s1 + d, sum, whole, tail_state);
       w -= lr * g / (square_root(sum) + eps);
     }
-    if (kind == kAdam || kind == kAdamW) {
-      V m = load_columns(s1 + d, whole, tail_state), v = load_columns(s2 + d, whole, tail_state);
+    if (kind == kAdam || kind == kAdamW || kind == kRowWiseAdam) {
+      V m = load_columns(s1 + d, whole, tail_state);
       m += keep1 * (g - m);
-      v += keep2 * (g * g - v);
       store_columns(s1 + d, m, whole, tail_state);
-      store_columns(s2 + d, v, whole, tail_state);
-      w -= step * m / (inverse_root * square_root(v) + eps);
+      if (kind == kRowWiseAdam) {
+        w -= of_row.scale * m;
+      } else {
+        V v = load_columns(s2 + d, whole, tail_state);
+        v += keep2 * (g * g - v);
+        store_columns(s2 + d, v, whole, tail_state);
+        w -= step * m / (inverse_root * square_root(v) + eps);
+      }
+    }
+    if (kind == kFTRL) {
+      V z = load_columns(s1 + d, whole, tail_state), n = load_columns(s2 + d, whole, tail_state);
+      w = ftrl(w, g, z, n);
+      store_columns(s1 + d, z, whole, tail_state);
+      store_columns(s2 + d, n, whole, tail_state);
     }
     store_columns(w_row + d, w, whole, tail);
+  }
+
+  // The new w; z and n are changed. A NaN stays.
+  RK_INLINE V ftrl(V w, V g, V& z, V& n) const {
+    const A power = own[0], l1 = own[1], inverse_lr = 1 / lr;
+    const auto root = [&](V x) __attribute__((always_inline)) {
+      return power == A(.5) ? square_root(x) : power_of(x, power);
+    };
+    const V before = root(n);
+    n += g * g;
+    const V after = root(n);
+    z += g;
+    z -= (after - before) * inverse_lr * w;
+    const V beyond = z > 0 ? l1 - z : -l1 - z, magnitude = z > 0 ? z : -z;
+    return magnitude <= l1 ? V{} : beyond / ((eps + after) * inverse_lr + decay);
   }
 
   template <Optimizer kind>
   __attribute__((noinline)) static void apply_as(Step s, const int64_t* rows, const A* grads, int64_t n,
                                                  const int64_t* next, int64_t n_next) {
-    constexpr bool kRowWise = kind == kRowWiseAdagrad;
-    A scales[kRowWise ? kMostLookups : 1];
-    if (kRowWise) s.scale_rows(rows, grads, n, scales);
+    A scales[kRowWise<kind> ? kMostLookups : 1];
+    if (kRowWise<kind>) s.template scale_rows<kind>(rows, grads, n, scales);
     const int64_t D = s.D;
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = rows[k], ahead = next[k < n_next ? k : n_next - 1];
       const A* grad = grads + k * D;
+      RowStep of_row;
+      if (kRowWise<kind>) of_row.scale = scales[k];
+      if (kind == kRowWiseRMSprop) of_row.shrink = s.shrink_of(s.state2[row]);
       for (int64_t d = 0; d < D; d += kLanes) {
         const bool whole = d + kLanes <= D;
         s.template prefetch_state<kind>(ahead, d);
-        s.template apply_columns<kind>(row, d, load_columns(grad + d, whole, s.tail_state),
-                                       scales[kRowWise ? k : 0], whole);
+        s.template apply_columns<kind>(row, d, load_columns(grad + d, whole, s.tail_state), of_row, whole);
       }
     }
     for (int64_t k = n; k < n_next; ++k)

@@ -91,9 +91,10 @@ struct Update {
   Optimizer optimizer;
   void* weight;  // [R, D], unit stride along D
   int64_t stride_wr;
-  void* state[2];  // [R, D], rows stride_sr apart, or [R] for row-wise Adagrad; null where there is none
+  void* state[2];  // as the rule has them: [R, D], rows stride_sr apart, or [R]; null where there is none
   int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
+  double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
 };
 
 // Lookups of a chunk: rows that are summed, and then stepped on, together.

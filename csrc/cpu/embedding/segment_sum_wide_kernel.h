@@ -22,7 +22,8 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
   using V = typename Traits<T>::vec;
   constexpr int kVecs = 4;
   constexpr int64_t kLanes = Traits<T>::lanes, kLine = 64 / sizeof(T), kLineState = 64 / sizeof(A);
-  constexpr int kStates = kind >= kAdam ? 2 : kind == kAdagrad ? 1 : 0;
+  constexpr int kStates = kRules[kind].elementwise;
+  constexpr bool kRowWise = update::kRowWise<kind>;
   const Segments lookups = a.segments;
   const TableGrad& table = a.table;
   const Carries carries = a.carries;
@@ -45,7 +46,7 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
 #pragma GCC unroll 16
       for (int64_t d = 0; d < D; d += kLineState)
         __builtin_prefetch(step.state2 + row * step.stride_sr + d, 1, kLevel);
-    if (kind == kRowWiseAdagrad) __builtin_prefetch(step.state1 + row, 1, kLevel);
+    step.template prefetch_row_state<kind, kLevel>(row);
   };
   alignas(64) A whole[D];
   for (int64_t p = p0, end = p0; p < p1; p = end) {
@@ -74,22 +75,22 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) acc[v] += factor * Traits<T>::load(grad + v * kLanes);
       }
-      if (kind != kRowWiseAdagrad && complete && !scaled) {
+      if (!kRowWise && complete && !scaled) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v)
-          step.template apply_columns<kind>(row, d + v * kLanes, acc[v], 0, true);
+          step.template apply_columns<kind>(row, d + v * kLanes, acc[v], {}, true);
       } else {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) Traits<A>::store(sum + d + v * kLanes, acc[v]);
       }
     }
-    if (!complete || (kind != kRowWiseAdagrad && !scaled)) continue;
-    if (scaled) update::Step<T>::scale_grads(step, sum, 1);
-    const A scale =
-        kind == kRowWiseAdagrad ? step.lr / (square_root(step.add_to_state(row, sum)) + step.eps) : A(0);
+    if (!complete || (!kRowWise && !scaled)) continue;
+    if (scaled)
+      update::Step<T>::scale_grads(update::Step<T>(step), sum, 1);  // a copy: step stays in registers
+    const auto of_row = step.template step_on_row<kind>(row, sum);
 #pragma GCC unroll 16
     for (int64_t d = 0; d < D; d += kLanes)
-      step.template apply_columns<kind>(row, d, Traits<A>::load(sum + d), scale, true);
+      step.template apply_columns<kind>(row, d, Traits<A>::load(sum + d), of_row, true);
   }
 }
 

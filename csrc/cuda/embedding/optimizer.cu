@@ -19,6 +19,7 @@ static Update make_cuda_update(const char* op, int64_t optimizer, const double* 
     const Tensor& state = states[i];
     RK_CHECK(on_device_of(state, weight), op, ": state ", i, " of a table of shape ", shape_of(weight),
              " must be on the table's device");
+    if (state.dim() == 1) continue;
     const uintptr_t pack = 16 / weight.element_size() * state.element_size();
     u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % pack == 0 &&
                u.stride_sr * state.element_size() % pack == 0;
@@ -63,8 +64,9 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   std::vector<Update> updates;
   int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
-    updates.push_back(make_cuda_update("embedding_bag_update", optimizer, hyper.data() + kHyper * t,
-                                       weights[t], states.data() + t * states_of(optimizer)));
+    updates.push_back(make_cuda_update("embedding_bag_update", optimizer,
+                                       hyper.data() + hyper_of(optimizer) * t, weights[t],
+                                       states.data() + t * states_of(optimizer)));
     updates[t].first_key = first_key;
     first_key += updates[t].R;
   }

@@ -7,11 +7,16 @@
 //                     w -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt v + eps)
 //   adamw             the same m and v
 //                     w -= lr / (1 - beta1^t) m / (sqrt v / sqrt(1 - beta2^t) + eps)
+//   row-wise adam     adamw with v += (1 - beta2) (mean_d g_d^2 - v), one v a row
+//   ftrl              z += g - ((n + g^2)^p - n^p) / lr w,  n += g^2,  p = -lr_power
+//                     w = |z| <= l1 ? 0 : (sign(z) l1 - z) / ((beta + n^p) / lr + l2)
+//   row-wise rmsprop  v += (1 - beta2) (mean_d g_d^2 - v),  w -= min(lr ar_alpha (t - u), most) w,  u = t
+//                     w -= lr g / (sqrt v + eps),  one v and one step u that touched it last a row
 //
 // where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
-// where its norm over the row is more and max_norm is not 0; with g + weight_decay w for g, but in adamw
-// first w -= lr weight_decay w. The host folds the factors that depend on t alone into `step` and
-// `inverse_root`: w -= step m / (inverse_root sqrt v + eps).
+// where its norm over the row is more and max_norm is not 0; in sgd, adam and the adagrads with g +
+// weight_decay w for g, in adamw and row-wise adam first w -= lr weight_decay w. The host folds the factors
+// that depend on t alone into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps).
 //
 // State is float, double for double tables. Bytes a row: g, w read and written, and each state read and
 // written. A group of lanes takes a row.
@@ -27,9 +32,10 @@ namespace cuda {
 struct Update {
   void* weight;  // [R, D], rows stride_wr apart
   int64_t stride_wr, R, first_key;
-  void* state[2];  // [R, D], rows stride_sr apart, or [R]; or null
+  void* state[2];  // as the rule has them: [R, D], rows stride_sr apart, or [R]; or null
   int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
+  double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
   int32_t D;
   bool packed;  // rows of the table, of the state and of the gradient are packs
 };
@@ -61,6 +67,76 @@ __device__ A scaled_norm(const Update& u, const T* grad, A factor, Group group) 
   return most * sqrt(group.sum(squares));
 }
 
+// grad_factor, less where the gradient is longer than max_norm.
+template <class A, class T>
+__device__ A clipped_factor(const Update& u, const T* grad, Group group) {
+  const A factor = A(u.grad_factor);
+  if (u.max_norm == 0) return factor;
+  A squares = 0;
+  for (int d = group.lane(); d < u.D; d += group.lanes()) {
+    const A g = factor * widen(grad[d]);
+    squares += g * g;
+  }
+  A norm = sqrt(group.sum(squares));
+  const bool narrow = sizeof(A) == 4;
+  if (!(norm >= A(narrow ? 1e-15 : 1e-130) && norm <= A(narrow ? 1e18 : 1e150)))
+    norm = scaled_norm<A>(u, grad, factor, group);
+  return norm <= A(u.max_norm) ? factor : factor * (A(u.max_norm) / norm);  // a NaN takes its row along
+}
+
+// What the columns of a row share: w = keep w, then w -= scale g, or scale m.
+template <class A>
+struct RowStep {
+  A scale, keep;
+};
+
+// The part of a step that has one number a row.
+template <class A, class T>
+__device__ RowStep<A> step_on_row(const Update& u, Optimizer optimizer, int64_t row, const T* weight,
+                                  const T* grad, A factor, Group group) {
+  RowStep<A> step{A(u.lr), A(1)};
+  if (optimizer == kAdamW || optimizer == kRowWiseAdam) step.keep = A(1 - u.lr * u.weight_decay);
+  if (optimizer != kRowWiseAdagrad && optimizer != kRowWiseAdam && optimizer != kRowWiseRMSprop) return step;
+  A* const state = static_cast<A*>(u.state[optimizer == kRowWiseAdam]) + row;
+  A* const last = optimizer == kRowWiseRMSprop ? static_cast<A*>(u.state[1]) + row : nullptr;
+  // Read before the lanes meet in the sum, after which the first one writes.
+  const A before = *state, last_step = last ? *last : A(0);
+  const A decay = optimizer == kRowWiseAdagrad ? A(u.weight_decay) : A(0);
+  A squares = 0;
+  for (int d = group.lane(); d < u.D; d += group.lanes()) {
+    const A g = factor * widen(grad[d]) + decay * widen(weight[d]);
+    squares += g * g;
+  }
+  const A mean = group.sum(squares) / A(u.D);
+  const A s = optimizer == kRowWiseAdagrad ? before + mean : before + A(1 - u.beta2) * (mean - before);
+  if (group.lane() == 0) *state = s;
+  step.scale = A(u.step) / (A(u.inverse_root) * sqrt(s) + A(u.eps));
+  if (last) {
+    const A shrink = A(u.lr) * A(u.weight_decay) * (last_step == 0 ? A(1) : A(u.own[1]) - last_step);
+    step.keep = A(1) - (shrink > A(u.own[0]) ? A(u.own[0]) : shrink);
+    if (group.lane() == 0) *last = A(u.own[1]);
+  }
+  return step;
+}
+
+// n^power; the root, which nearly all ask for, without pow.
+template <class A>
+__device__ A power_of(A x, A power) {
+  return power == A(.5) ? sqrt(x) : pow(x, power);
+}
+
+// The new w; z and n are changed. A NaN stays.
+template <class A>
+__device__ A ftrl(const Update& u, A w, A g, A& z, A& n) {
+  const A power = A(u.own[0]), l1 = A(u.own[1]), lr = A(u.lr);
+  const A before = power_of(n, power);
+  n += g * g;
+  const A after = power_of(n, power);
+  z += g - (after - before) / lr * w;
+  const A magnitude = z > 0 ? z : -z;
+  return magnitude <= l1 ? A(0) : (z > 0 ? l1 - z : -l1 - z) / ((A(u.eps) + after) / lr + A(u.weight_decay));
+}
+
 template <class T, int n>
 __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, const T* grad, Group group) {
   using A = accumulate_t<T>;
@@ -68,60 +144,50 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
   A* states[2];
   for (int i = 0; i < 2; ++i)
     states[i] = u.state[i] ? static_cast<A*>(u.state[i]) + row * u.stride_sr : nullptr;
-  const A lr = A(u.lr), eps = A(u.eps), decay = optimizer == kAdamW ? A(0) : A(u.weight_decay);
-  const A shrink = optimizer == kAdamW ? A(1 - u.lr * u.weight_decay) : A(1);
-
-  A factor = A(u.grad_factor);
-  if (u.max_norm != 0) {
-    A squares = 0;
-    for (int d = group.lane(); d < u.D; d += group.lanes()) {
-      const A g = factor * widen(grad[d]);
-      squares += g * g;
-    }
-    A norm = sqrt(group.sum(squares));
-    const bool narrow = sizeof(A) == 4;
-    if (!(norm >= A(narrow ? 1e-15 : 1e-130) && norm <= A(narrow ? 1e18 : 1e150)))
-      norm = scaled_norm<A>(u, grad, factor, group);
-    if (!(norm <= A(u.max_norm))) factor *= A(u.max_norm) / norm;  // a NaN takes its row along
-  }
-  A row_scale = lr;  // sgd's and row-wise adagrad's
-  if (optimizer == kRowWiseAdagrad) {
-    A squares = 0;
-    for (int d = group.lane(); d < u.D; d += group.lanes()) {
-      const A g = factor * widen(grad[d]) + decay * widen(weight[d]);
-      squares += g * g;
-    }
-    A* sum = static_cast<A*>(u.state[0]) + row;
-    const A s = *sum + group.sum(squares) / A(u.D);
-    if (group.lane() == 0) *sum = s;
-    row_scale = lr / (sqrt(s) + eps);
-  }
+  const A factor = clipped_factor<A>(u, grad, group);
+  const RowStep<A> of_row = step_on_row<A>(u, optimizer, row, weight, grad, factor, group);
+  const bool couples = optimizer <= kAdam;  // weight decay comes with the gradient
+  const A decay = couples ? A(u.weight_decay) : A(0);
   for (int d = group.lane() * n; d < u.D; d += group.lanes() * n) {
     const Pack<T, n> grads = load<n>(grad + d), weights = load<n>(weight + d);
     A w[n], g[n];
     RK_UNROLL
     for (int i = 0; i < n; ++i) {
-      w[i] = shrink * widen(weights.x[i]);
+      w[i] = of_row.keep * widen(weights.x[i]);
       g[i] = factor * widen(grads.x[i]) + decay * w[i];
     }
-    if (optimizer == kSGD || optimizer == kRowWiseAdagrad) {
+    if (optimizer == kSGD || optimizer == kRowWiseAdagrad || optimizer == kRowWiseRMSprop) {
       RK_UNROLL
-      for (int i = 0; i < n; ++i) w[i] -= row_scale * g[i];
+      for (int i = 0; i < n; ++i) w[i] -= of_row.scale * g[i];
     } else if (optimizer == kAdagrad) {
       Pack<A, n> s = load<n>(states[0] + d);
       RK_UNROLL
       for (int i = 0; i < n; ++i) {
         s.x[i] += g[i] * g[i];
-        w[i] -= lr * g[i] / (sqrt(s.x[i]) + eps);
+        w[i] -= A(u.lr) * g[i] / (sqrt(s.x[i]) + A(u.eps));
       }
       store<n>(states[0] + d, s.x);
+    } else if (optimizer == kRowWiseAdam) {
+      Pack<A, n> m = load<n>(states[0] + d);
+      RK_UNROLL
+      for (int i = 0; i < n; ++i) {
+        m.x[i] += A(1 - u.beta1) * (g[i] - m.x[i]);
+        w[i] -= of_row.scale * m.x[i];
+      }
+      store<n>(states[0] + d, m.x);
+    } else if (optimizer == kFTRL) {
+      Pack<A, n> z = load<n>(states[0] + d), sums = load<n>(states[1] + d);
+      RK_UNROLL
+      for (int i = 0; i < n; ++i) w[i] = ftrl(u, w[i], g[i], z.x[i], sums.x[i]);
+      store<n>(states[0] + d, z.x);
+      store<n>(states[1] + d, sums.x);
     } else {
       Pack<A, n> m = load<n>(states[0] + d), v = load<n>(states[1] + d);
       RK_UNROLL
       for (int i = 0; i < n; ++i) {
         m.x[i] += A(1 - u.beta1) * (g[i] - m.x[i]);
         v.x[i] += A(1 - u.beta2) * (g[i] * g[i] - v.x[i]);
-        w[i] -= A(u.step) * m.x[i] / (A(u.inverse_root) * sqrt(v.x[i]) + eps);
+        w[i] -= A(u.step) * m.x[i] / (A(u.inverse_root) * sqrt(v.x[i]) + A(u.eps));
       }
       store<n>(states[0] + d, m.x);
       store<n>(states[1] + d, v.x);

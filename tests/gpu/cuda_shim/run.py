@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rankkernels import ops, optim, reference
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, state_shapes
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_case, embedding_fm_case, relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -89,23 +89,24 @@ def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
     """Tables and state after two fused steps, and after a step with a sparse gradient."""
     weights, _, _ = features_of(case, dtype)
     weights = [torch.cat([w, w], 1)[:, w.size(1) :] for w in weights]  # tables may have gaps between their rows
-    count = {"sgd": 0, "adam": 2, "adamw": 2}.get(optimizer, 1)
-    shapes = [(w.size(0), count, *(w.shape[1:] if optimizer != "rowwise_adagrad" else ())) for w in weights]
-    whole = [torch.full(shape, 0.1, dtype=torch.promote_types(dtype, torch.float32)) for shape in shapes]
-    states = [state for one in whole for state in one.unbind(1)]  # two moments of a row lie side by side
-    kind = OPTIMIZERS.index(optimizer)
+    kind, own = OPTIMIZERS.index(optimizer), [OWN[name] for name in RULES[optimizer].settings]
+    states = []
+    for w in weights:
+        of_table = [w.new_full(shape, 0.1, dtype=torch.promote_types(dtype, torch.float32))
+                    for shape in state_shapes(optimizer, w.shape)]  # fmt: skip
+        states += torch.stack(of_table, 1).unbind(1) if RULES[optimizer].elementwise == 2 else of_table
     for step in (1.0, 2.0):
         _, features, grad_outs = features_of(case, dtype, seed=int(step))
-        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step, 0.5, t % 2)]
+        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step, 0.5, t % 2, *own)]
         torch.ops.rankkernels.embedding_bag_update.default(grad_outs, weights, states, *features, kind, hyper)
     rows = torch.arange(0, weights[0].size(0), 2)
     values = torch.linspace(-1, 1, rows.numel() * weights[0].size(1), dtype=torch.float64).view(rows.numel(), -1)
-    torch.ops.rankkernels.sparse_update.default(
-        weights[0], states[:count], rows, values.to(dtype), kind, [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7]
-    )
+    hyper, of_first = [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7, *own], states[: len(states) // len(weights)]
+    torch.ops.rankkernels.sparse_update.default(weights[0], of_first, rows, values.to(dtype), kind, hyper)
     return [*weights, *states]
 
 
+OWN = {"lr_power": -0.5, "beta": 0.3, "l1": 0.2, "l2": 0.1, "ar_alpha": 1.5, "min_shrinkage": 0.2}
 # Every optimizer in every dtype on hot rows, and in float32 on all forms of features and widths.
 UPDATES = [
     (case, dtype, optimizer)
