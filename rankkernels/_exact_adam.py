@@ -76,9 +76,13 @@ class ExactSteps:
     def before(self, params: Sequence[Tensor], groups: Sequence[dict], touched: Features) -> None:
         """Brings the rows up to date that a step of these tables moves, and makes room for it in their histories."""
         together: dict[int, list[Ledger]] = {}
+        settings = {}
+        for group in groups:
+            if id(group) not in settings:
+                self._check(group)
+                settings[id(group)] = _settings(group)
         for p, group in zip(params, groups):
-            self._check(group)
-            ledger, (betas, eps) = self.ledgers[p], _settings(group)
+            ledger, (betas, eps) = self.ledgers[p], settings[id(group)]
             if p.ledger is not ledger:
                 raise RuntimeError(f"{self.name}: a table of shape {list(p.shape)} is another optimizer's by now")
             if (betas, eps) != (ledger.history.betas, ledger.history.eps):

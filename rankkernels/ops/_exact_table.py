@@ -86,6 +86,12 @@ class Ledger:
         self.history = history
         history.ledgers.add(self)
 
+    def close(self) -> None:
+        """Brings the table up to date for good."""
+        flush([self])
+        self.history.ledgers.discard(self)
+        self.last_steps = None
+
     def is_behind(self) -> bool:
         return self.flushed != self.history.step and self.last_steps is not None
 
@@ -134,7 +140,7 @@ def attach(table: Tensor, history: StepHistory) -> Ledger:
     """Lets ``table`` follow ``history``. Raises a ValueError for a subclass of torch's tensors."""
     global in_use
     if is_exact(table):
-        flush([table.ledger])  # of an optimizer before this one
+        table.ledger.close()  # of an optimizer before this one
     elif type(table) in _EXACT:
         table.__class__ = _EXACT[type(table)]
     else:

@@ -86,11 +86,9 @@ def test_schedules_and_gradients_near_eps(kind, schedule, magnitude, eps, betas)
 @KINDS
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("magnitude", [1e-3, 1e-5, 1e-8, None])
-@pytest.mark.parametrize("eps", [1e-8, 1e-6])
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.99)])
-@pytest.mark.parametrize("zipf", [False, True])
-def test_two_thousand_steps(kind, schedule, magnitude, eps, betas, zipf):
-    check_against_torch(kind, schedule, magnitude, eps, betas, zipf, 2000)
+@pytest.mark.parametrize("eps, betas", [(1e-8, (0.9, 0.999)), (1e-6, (0.8, 0.99))])
+def test_two_thousand_steps(kind, schedule, magnitude, eps, betas):
+    check_against_torch(kind, schedule, magnitude, eps, betas, eps == 1e-8, 2000)
 
 
 def test_a_row_that_is_looked_up_for_the_first_time_after_long(monkeypatch):
@@ -245,11 +243,23 @@ def test_other_betas_and_another_eps_from_some_step_on():
     close(module.weight, dense.weight)
 
 
+def test_gradients_of_rows_that_this_process_never_read():
+    """As DistributedDataParallel brings them from others."""
+    module, optimizer = make("AdamW", False)
+    dense = Dense("AdamW", module)
+    for step in range(40):
+        ids, grad = draw(step)
+        module.weight.grad = torch.sparse_coo_tensor(ids[None], grad, (30, 5), check_invariants=False)
+        optimizer.step()
+        dense.step(ids, grad)
+    close(module.weight, dense.weight)
+
+
 def test_a_second_optimizer_takes_over():
     module, optimizer, expected = behind()
-    other = rk.optim.SGD(module.parameters(), lr=0.0)
     other = rk.optim.Adam(module.parameters(), exact=True)
     close(module.weight, expected)
+    optimizer.flush()
     with pytest.raises(RuntimeError, match=r"AdamW: a table of shape \[30, 5\] is another optimizer's by now"):
         train(module, optimizer, None, range(1))
     rk.optim.fuse(module, other)
