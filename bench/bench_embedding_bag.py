@@ -6,6 +6,7 @@ pages. Contenders named "our tables" read ours. Where the time goes: docs/perfor
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -31,9 +32,9 @@ SHAPES = pytest.mark.parametrize(
 SKEWS = pytest.mark.parametrize("skew", [0.0, 1.05], ids=["uniform", "zipf"])
 
 
-def make_ids(shape: Shape, skew: float) -> list[torch.Tensor]:
+def make_ids(shape: Shape, skew: float, seed: int = 0) -> list[torch.Tensor]:
     """Row r is drawn in proportion to (r + 1) ** -skew, and the rows are shuffled."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     cumulated = torch.arange(1, shape.rows + 1, dtype=torch.float64).pow(-skew).cumsum(0)
     shuffle = torch.randperm(shape.rows, generator=generator)
 
@@ -147,6 +148,20 @@ def test_fused_step(shape, skew, threads, race):
 
     contenders["torch Adagrad"] = torchs
     race(ours, contenders, case=case_of(shape, skew), kind="fused step", missing=missing("fbgemm-gpu-cpu"))
+
+
+@SHAPES
+def test_exact_adam(shape, threads, race):
+    """A fused step of Adam with dense Adam's numbers beside the lazy one's, on another of eight batches each time."""
+    batches, grad_out = [make_ids(shape, 0.0, seed) for seed in range(8)], torch.randn(shape.B, shape.tables * shape.D)
+
+    def fused(exact):
+        module = rk.TableBatchedEmbeddingBag([shape.rows] * shape.tables, shape.D)
+        rk.optim.fuse(module, rk.optim.Adam(module.parameters(), lr=0.01, exact=exact))
+        ids = itertools.cycle(batches)
+        return lambda: module(next(ids)).backward(grad_out)
+
+    race(fused(True), {"our lazy Adam": fused(False)}, case=case_of(shape, 0.0), kind="fused step, exact Adam")
 
 
 @pytest.mark.parametrize("gradients", ["sparse", "fused Adam"])

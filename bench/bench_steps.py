@@ -13,7 +13,7 @@ import torch
 
 from bench.harness import machine
 from bench.harness.peers import missing
-from bench.workloads import Step, Workload, deepfm, din
+from bench.workloads import CycledStep, Step, Workload, deepfm, din
 
 STEPS = 6
 DIN, DEEPFM, SMALL, LARGE = din(), deepfm(100_000), deepfm(1_000), deepfm(1_000_000)
@@ -63,6 +63,26 @@ def test_fused_optimizer(workload, threads, race):
         {"eager": lambda: (theirs(), None)[1]},
         case=workload.name,
         kind="training step, fused optimizer",
+        missing=missing("torch-rechub"),
+    )
+
+
+@named([DEEPFM, LARGE])
+@pytest.mark.parametrize("other", ["eager", "our lazy Adam"])
+def test_exact_adam(workload, other, threads, race):
+    """Dense Adam's numbers from the rows looked up, against dense Adam itself, without weight decay; and beside our
+    lazy Adam, which trains another model."""
+    models, batches, adam = workload.models(), [workload.batch(seed) for seed in range(8)], {"lr": 1e-3}
+    theirs = models.pop("torch-rechub") if other == "eager" else copy.deepcopy(models["ours"])
+    ours = CycledStep(models["ours"], batches, fused=True, exact=True, adam=adam)
+    theirs = CycledStep(theirs, batches, fused=other != "eager", adam=adam)
+    losses = first_losses(ours), first_losses(theirs)
+    torch.testing.assert_close(*losses, rtol=1e-5 if other == "eager" else 1e-2, atol=0)
+    race(
+        lambda: (ours(), None)[1],
+        {other: lambda: (theirs(), None)[1]},
+        case=workload.name,
+        kind="training step, exact Adam",
         missing=missing("torch-rechub"),
     )
 

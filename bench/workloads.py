@@ -3,12 +3,13 @@
 A step is that of torch-rechub's trainer: forward, ``BCELoss``, ``zero_grad``, backward, ``Adam`` with its learning rate
 and weight decay, ``loss.item()``. Both libraries train the same weights with the same optimizer, so their losses are
 the same. "fused" is the one that is not: ours with ``rankkernels.optim.Adam`` on the rows looked up, in the backward,
-and torch's own fused Adam for the rest.
+and torch's own fused Adam for the rest. "exact" is that with dense Adam's numbers, which has no coupled weight decay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -89,15 +90,17 @@ def din(rows: int = 100_000, B: int = 1024, L: int = 50, D: int = 16, attention=
 class Step:
     """One training step of ``model`` each call: the loss before it."""
 
-    def __init__(self, model: nn.Module, x: dict[str, Tensor], y: Tensor, fused: bool = False):
+    def __init__(
+        self, model: nn.Module, x: dict[str, Tensor], y: Tensor, fused: bool = False, exact: bool = False, adam=ADAM
+    ):
         self.model, self.x, self.y = model.train(), x, y
         self.criterion = nn.BCELoss()
         params = list(model.parameters())
         if fused:
             tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-            rk.optim.fuse(model, rk.optim.Adam(tables, **ADAM))
+            rk.optim.fuse(model, rk.optim.Adam(tables, **adam, exact=exact))
             params = [p for p in params if all(p is not t for t in tables)]
-        self.optimizer = torch.optim.Adam(params, **ADAM, fused=fused or None)
+        self.optimizer = torch.optim.Adam(params, **adam, fused=fused or None)
 
     def __call__(self) -> float:
         loss = self.criterion(self.model(self.x), self.y)
@@ -105,6 +108,18 @@ class Step:
         loss.backward()
         self.optimizer.step()
         return loss.item()
+
+
+class CycledStep(Step):
+    """A step on another of some batches each call: rows that are in all of them would never be idle."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[tuple[dict[str, Tensor], Tensor]], **options):
+        super().__init__(model, *batches[0], **options)
+        self.batches = itertools.cycle(batches)
+
+    def __call__(self) -> float:
+        self.x, self.y = next(self.batches)
+        return super().__call__()
 
 
 #: Of one user's request, as fields of a data set: rows a table, and the length of a history.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rankkernels._exact_adam import ExactSteps
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
@@ -43,6 +46,17 @@ _SETTINGS: dict[str, tuple[Callable, str]] = {
 _FIXED = ("decoupled_weight_decay",)
 
 
+class _Update(NamedTuple):
+    """A call of an op that steps on ``params``, each of its own group; its arguments are ``before``, the states,
+    ``after``, the optimizer and the hyperparameters."""
+
+    op: torch._ops.OpOverload
+    before: tuple
+    params: Sequence[Tensor]
+    groups: Sequence[dict]
+    after: tuple
+
+
 class RowOptimizer(torch.optim.Optimizer):
     """``_kind`` is one of ``OPTIMIZERS``; ``_states`` names what its rule keeps of a table."""
 
@@ -50,18 +64,43 @@ class RowOptimizer(torch.optim.Optimizer):
     grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
 
     _kind: str
+    _rule = ""  # the one of ``OPTIMIZERS`` that it steps by, if another
     _states: tuple[str, ...] = ()
+    _exact: ExactSteps | None = None  # what an optimizer with exact=True does for idle rows
 
     def __init__(self, params: Iterable, **defaults):
         self.gates: dict[torch.device, Gate] = {}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"grad_scaler": self.grad_scaler}
+        self.flush()
+        return super().__getstate__() | {"grad_scaler": self.grad_scaler, "exact": self._exact is not None}
 
     def __setstate__(self, state: dict) -> None:
         self.gates = {}
+        exact = state.pop("exact", False)
         super().__setstate__(state)
+        if exact:
+            self._follow_dense()
+
+    def _follow_dense(self) -> None:
+        """Lets the tables follow dense Adam from the state they have. Raises as ``ExactSteps.attach``."""
+        exact = ExactSteps(type(self).__name__)
+        exact.attach(self.param_groups, self.state)
+        self._exact, self._rule = exact, "adamw"  # dense Adam's formula, where SparseAdam's has eps at another place
+
+    def flush(self) -> None:
+        """Brings every row up to date; there is something to do with ``exact=True`` alone.
+
+        For readers of a table's memory that torch does not see, and before tables are read by several threads.
+        """
+        if self._exact is not None:
+            self._exact.flush()
+
+    def state_dict(self) -> dict:
+        """As ``torch.optim.Optimizer``, with every row up to date."""
+        self.flush()
+        return super().state_dict()
 
     def add_param_group(self, param_group: dict) -> None:
         """As ``torch.optim.Optimizer``. Raises a ValueError, and adds nothing, for what the constructor refuses."""
@@ -69,6 +108,8 @@ class RowOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            if self._exact is not None:
+                self._exact.attach(self.param_groups[-1:], self.state)
         except BaseException:
             self.param_groups[:] = groups
             raise
@@ -128,15 +169,9 @@ class RowOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
         return (*common, *(float(group[name]) for name in RULES[self._kind].settings))
 
-    def _apply(
-        self, op, params: Sequence[Tensor], groups: Sequence[dict], scale: float, before: tuple, after: tuple = ()
-    ):
-        """Steps on ``params``, each of its own group, by ``op``, whose arguments are ``before``, the states, ``after``,
-        the optimizer and the hyperparameters. -> what ``op`` returns.
-
-        The step and its count are one call of C: an interrupt (Ctrl-C) comes before both or after both. If the op
-        raises, nothing has changed.
-        """
+    def _calls(self, update: _Update, scale: float) -> tuple[list[Callable], list[dict]]:
+        """The step of an update and its counts, calls of C of which the first is the op's, and its tables' states."""
+        op, before, params, groups, after = update
         states = [self.state.get(p) for p in params]
         new = {t: {"step": 0, **self._new_state(params[t], groups[t])} for t, state in enumerate(states) if not state}
         states = [new.get(t, state) for t, state in enumerate(states)] if new else states
@@ -147,19 +182,38 @@ class RowOptimizer(torch.optim.Optimizer):
                 hypers[key] = self._hyper(group, count, scale)
             hyper += hypers[key]
         tensors = [state[name] for state in states for name in self._states]
-        calls = [
-            partial(op._op, *before, tensors, *after, OPTIMIZERS.index(self._kind), hyper),
+        return [
+            partial(op._op, *before, tensors, *after, OPTIMIZERS.index(self._rule or self._kind), hyper),
             partial(list, map(dict.__setitem__, states, repeat("step"), counts)),
             *(partial(self.state.__setitem__, params[t], state) for t, state in new.items()),
             partial(torch.autograd.graph.increment_version, list(params)),
-        ]
+        ], states
+
+    def _apply(self, updates: Sequence[_Update], scale: float, touched: Features) -> list:
+        """Runs updates -> what their ops return. ``touched`` are the lookups whose gradients they take.
+
+        The steps and their counts are one call of C: an interrupt (Ctrl-C) comes before all or after all. If an op
+        raises, nothing of its own has changed.
+        """
+        params = [p for update in updates for p in update.params]
+        groups = [group for update in updates for group in update.groups]
+        if self._exact is not None:
+            self._exact.before(params, groups, touched)
+        calls, states, firsts = [], [], []
+        for update in updates:
+            firsts.append(len(calls))
+            own, of_tables = self._calls(update, scale)
+            calls += own
+            states += of_tables
+        if self._exact is not None:
+            calls += self._exact.after(params, groups, states, touched)
         try:
-            returned, *_ = map(partial.__call__, calls)
+            returned = list(map(partial.__call__, calls))
         except RuntimeError:
             for p in params:
                 self._check_state(p)
             raise
-        return returned
+        return [returned[i] for i in firsts]
 
     def _learning_rate(self, group: dict, step: int) -> float:
         return float(group["lr"])
@@ -192,10 +246,18 @@ class RowOptimizer(torch.optim.Optimizer):
                     f"and so one sparse dimension, got {p.grad.sparse_dim()}"
                 )
             self._check_state(p)
-        steps = [(p, group, *_coalesced(p.grad)) for p, group in given]
-        for p, group, rows, values in steps:
-            self._apply(torch.ops.rankkernels.sparse_update.default, [p], [group], scale, (p,), (rows, values))
+        grads = [_coalesced(p.grad) for p, _ in given]
+        op, T = torch.ops.rankkernels.sparse_update.default, len(given)
+        updates = [_Update(op, (p,), [p], [group], grad) for (p, group), grad in zip(given, grads)]
+        none = [-1] * T
+        touched = Features([rows for rows, _ in grads], [], [], list(range(T)), [0] * T, none, none)
+        with self._as_plain():
+            self._apply(updates, scale, touched)
         return loss
+
+    def _as_plain(self):
+        """Within, tables under exact Adam are read as they are."""
+        return nullcontext() if self._exact is None else torch._C.DisableTorchFunctionSubclass()
 
     def _check_state(self, p: Tensor) -> None:
         """Raises a RuntimeError if ``p`` has another shape, dtype or device than when its state was made."""
@@ -217,15 +279,18 @@ class RowOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def fused_step(self, grads: Gradients, weights: Sequence[Tensor], features: Features) -> tuple:
         """The step in the backward of a lookup, see ``rankkernels.ops._fused_step.Optimizer``."""
-        groups = group_of_each(self, weights)
         self._opt_called = True  # as step() does for learning-rate schedulers, which warn without it
-        scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
-        if scaled or len(grads.tables(features)) < len(weights):
-            grad_outs, *others = grads.of_lookups(features)
-            scale = self.grad_scaler.get_scale() if scaled else None
-            return self._partial_step(grad_outs, weights, groups, features, scale), *others
-        op, before = grads.update(weights)
-        return grads.of_inputs(self._apply(op, weights, groups, 1.0, before, features))
+        with self._as_plain():
+            groups, lookups = group_of_each(self, weights), grads.lookups(features)
+            scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
+            every = len(lookups) == len(features.indices)
+            if scaled or (not every and (self._exact or len({features.tables[f] for f in lookups}) < len(weights))):
+                grad_outs, *others = grads.of_lookups(features)
+                scale = self.grad_scaler.get_scale() if scaled else None
+                return self._partial_step(grad_outs, weights, groups, features, scale), *others
+            op, before = grads.update(weights)
+            (returned,) = self._apply([_Update(op, before, weights, groups, features)], 1.0, features)
+            return grads.of_inputs(returned)
 
     def _partial_step(
         self, grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], groups: Sequence[dict], features: Features,
@@ -239,9 +304,10 @@ class RowOptimizer(torch.optim.Optimizer):
         if scale is not None and not all(bool(g.isfinite().all()) for g in grads):
             return of_factors
         tables, of_kept = features.subset(kept)
-        op, before = BagGradients(grads).update([weights[t] for t in tables])
-        stepped = [weights[t] for t in tables], [groups[t] for t in tables]
-        for f, g in zip(kept, self._apply(op, *stepped, 1.0 if scale is None else scale, before, of_kept)):
+        weights, groups = [weights[t] for t in tables], [groups[t] for t in tables]
+        update = _Update(*BagGradients(grads).update(weights), weights, groups, of_kept)
+        (returned,) = self._apply([update], 1.0 if scale is None else scale, of_kept)
+        for f, g in zip(kept, returned):
             of_factors[f] = g
         return of_factors
 
@@ -258,6 +324,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         self._check_form(state_dict)
         self._check_kind(state_dict["param_groups"])
+        self.flush()
         before = {"state": self.state, "param_groups": self.param_groups}
         try:
             super().load_state_dict(state_dict)
@@ -268,6 +335,8 @@ class RowOptimizer(torch.optim.Optimizer):
             for i, (p, group) in zip(ids, group_of):
                 if saved := state_dict["state"].get(i):
                     self.state[p] = self._loaded(i, p, group, saved)
+            if self._exact is not None:
+                self._follow_dense()
         except BaseException:
             self.__dict__.update(before)
             raise

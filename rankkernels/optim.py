@@ -113,7 +113,19 @@ class RowWiseAdagrad(RowOptimizer):
 class Adam(RowOptimizer):
     """Equal to ``torch.optim.SparseAdam``: the moments of a row move only when it is looked up.
 
-    ``weight_decay`` adds weight_decay w to the gradient of each row looked up (SparseAdam has none).
+    With ``exact`` equal to ``torch.optim.Adam`` on dense gradients, for every row, at the cost of the rows looked up: a
+    lookup first brings its rows to where dense Adam has them by then, under any schedule of the learning rate. Whatever
+    reads a table otherwise (``state_dict``, copies, pickles, torch's functions) brings all its rows there, and so does
+    ``eval()`` of a layer. After ``flush`` its memory is up to date until the next step.
+
+    Args:
+        weight_decay: adds weight_decay w to the gradient of each row looked up (SparseAdam has none). With ``exact`` it
+            must be 0: it would be a gradient of all rows.
+        exact: follow dense Adam.
+
+    Raises:
+        ValueError: also for ``exact`` with betas of which the second does not fade much more slowly than the first, or
+            a table that is a subclass of torch's tensors.
     """
 
     _kind, _states = "adam", ("exp_avg", "exp_avg_sq")
@@ -127,6 +139,7 @@ class Adam(RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_row_norm: float | None = None,
+        exact: bool = False,
     ):
         super().__init__(
             params,
@@ -137,6 +150,8 @@ class Adam(RowOptimizer):
             max_row_norm=max_row_norm,
             decoupled_weight_decay=self._decoupled,
         )
+        if exact:
+            self._follow_dense()
 
     @staticmethod
     def _is_torchs(names):
@@ -144,7 +159,10 @@ class Adam(RowOptimizer):
 
 
 class AdamW(Adam):
-    """``torch.optim.AdamW`` on the rows looked up; equal to it where a batch looks up every row."""
+    """``torch.optim.AdamW`` on the rows looked up; equal to it where a batch looks up every row.
+
+    With ``exact`` equal to it on dense gradients, for every row, at the cost of the rows looked up: see ``Adam``.
+    """
 
     _kind = "adamw"
     _decoupled = True
@@ -157,8 +175,9 @@ class AdamW(Adam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         max_row_norm: float | None = None,
+        exact: bool = False,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm)
+        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm, exact)
 
     @staticmethod
     def _is_torchs(names):
@@ -293,6 +312,10 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
     kinds = {"sgd": ("SGD",), "adagrad": ("Adagrad",), "adam": ("SparseAdam", "Adam"), "adamw": ("AdamW",)}
     if type(theirs).__name__ not in kinds.get(optimizer._kind, ()):
         raise ValueError(f"to_torch: {type(theirs).__name__} has no place for the state of {type(optimizer).__name__}")
+    if optimizer._exact and type(theirs).__name__ == "SparseAdam":
+        raise ValueError(
+            "to_torch: SparseAdam has no place for the state of Adam with exact=True: take torch.optim.Adam"
+        )
     ours, state_dict = optimizer.state_dict(), theirs.state_dict()
     if [[p.shape for p in g["params"]] for g in optimizer.param_groups] != [
         [p.shape for p in g["params"]] for g in theirs.param_groups

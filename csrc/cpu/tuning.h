@@ -31,6 +31,8 @@ constexpr int64_t kLookupOverhead = 16;
 constexpr int64_t kTilesPerTask = 8;
 // Rows of a sparse gradient a task steps on.
 constexpr int64_t kSparseStepRows = 256;
+// Rows of a table a task catches up, of those that are idle.
+constexpr int64_t kFlushRows = 8192;
 // Bytes a task zeroes.
 constexpr int64_t kZeroBytes = 1 << 20;
 // From so many lookups on a table is sorted by all threads, before that as one task beside other tables.
@@ -68,6 +70,8 @@ constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 // Fewer with the FM's gradient, where each lookup prefetches three lines and not one or two
 // (docs/performance/embedding.md).
 constexpr int64_t kMostFmLookups = 32;
+// L1: idle rows that are caught up together, and their values in one of three arrays (bench_steps.py).
+constexpr int64_t kMostIdle = 64, kFewestIdle = 8, kIdleValues = 1024;
 // Digits of a radix sort's pass: counters of two blocks of keys stay in L1 (bench_embedding_bag.py).
 constexpr int kMaxDigit = 12;
 constexpr int64_t kSortBlockPair = 16384, kFewKeys = 64;
@@ -86,5 +90,7 @@ constexpr int64_t kFmAheadBytes = 5120;
 // Lookups ahead: for the array of gradient pointers; for rows so wide that no chunk of them is prefetched,
 // into L1 and L2. Farther ones gain nothing: a core has so many misses in flight.
 constexpr int64_t kPointerAhead = 64, kNearWide = 3, kFarWide = 10;
+// Lookups ahead: for a row's last step.
+constexpr int64_t kIdleAhead = 32;
 
 }  // namespace rk

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
+from rankkernels.nn._tables import TableLayer
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, column, table_name
@@ -85,7 +86,7 @@ def _pool(rows: Tensor, mask: Tensor, mode: str, weights: Tensor | None) -> Tens
     return pooled if mode == "sum" else pooled / mask.sum(-1).clamp(min=1)
 
 
-class EmbeddingLayer(nn.Module):
+class EmbeddingLayer(TableLayer):
     """The tables of a model's features, and their lookup. torch-rechub's ``EmbeddingLayer``.
 
     ``embed_dict`` holds one ``nn.Embedding`` for each sparse or sequence feature with ``shared_with=None``; a feature
@@ -101,7 +102,6 @@ class EmbeddingLayer(nn.Module):
         TypeError: one of ``features`` is no feature.
     """
 
-    fused_optimizer = None  # see rankkernels.optim.fuse
     _plans: tuple[Plan, ...] = ()
     _kept_by_adoption = ("_plans",)
 

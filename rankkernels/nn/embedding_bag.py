@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
+from rankkernels.nn._tables import TableLayer
 from rankkernels.nn._transparency import is_plain
 from rankkernels.ops._library import use_huge_pages
 
 
-class EmbeddingBag(nn.EmbeddingBag):
+class EmbeddingBag(TableLayer, nn.EmbeddingBag):
     """``torch.nn.EmbeddingBag``, its arguments, parameters and numbers, on the fused op.
 
     Beyond torch's it takes per-sample weights with mode mean (the divisor stays the number of ids), int32 ids beside
     int64 offsets and the other way round, sparse gradients with mode max, and float16 and bfloat16 tables, summed in
     float32. Sparse gradients come coalesced. ``scale_grad_by_freq`` runs torch's own op.
     """
-
-    fused_optimizer = None
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """input [B, L], or [N] with offsets [B] ([B + 1] with ``include_last_offset``) -> [B, embedding_dim].
@@ -91,7 +90,7 @@ class _Tables(nn.ParameterList, nn.EmbeddingBag):
         return super().__getattr__(name)
 
 
-class TableBatchedEmbeddingBag(nn.Module):
+class TableBatchedEmbeddingBag(TableLayer):
     """Many tables, looked up in one call.
 
     Args:
@@ -111,8 +110,6 @@ class TableBatchedEmbeddingBag(nn.Module):
     Raises:
         ValueError: lists of lengths that do not fit.
     """
-
-    fused_optimizer = None
 
     def __init__(
         self,

@@ -23,8 +23,8 @@ _will_run = torch._C._will_engine_execute_node  # of a node, in the backward tha
 class Gradients(Protocol):
     """The gradients of a lookup's results, None for those that autograd has none of."""
 
-    def tables(self, features: Features) -> set[int]:
-        """The tables that get a gradient."""
+    def lookups(self, features: Features) -> list[int]:
+        """The features whose lookups get a gradient."""
 
     def update(self, weights: Sequence[Tensor]) -> tuple[torch._ops.OpOverload, tuple]:
         """The op that steps on ``weights``, and its arguments before the optimizer's states."""
@@ -138,7 +138,7 @@ class Gate:
             found, _ = table_gradients(of(given).outs, values, rows, features, sparse=False)
             for t in given:
                 grads[places[id(weights[t])]] = found[t]
-        if of(stepped).tables(features):
+        if of(stepped).lookups(features):
             self.optimizer().fused_step(of(stepped), weights, features)
         return grads
 

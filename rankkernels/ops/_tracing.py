@@ -43,9 +43,13 @@ def must_stay_transparent() -> bool:
     return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
 
 
+#: Types whose tensors' memory is what it seems.
+plain_classes: set[type] = {nn.Parameter, Tensor}
+
+
 def is_tensor(value: object) -> bool:
     """Whether ``value`` is a plain tensor, whose memory an op may read. A subclass (a quantized weight, a shard) gives
     its memory a meaning of its own; compilers trace with subclasses in place of plain tensors."""
-    if type(value) in (nn.Parameter, Tensor):
+    if type(value) in plain_classes:
         return True
     return isinstance(value, FakeTensor) or (isinstance(value, Tensor) and is_compiling())

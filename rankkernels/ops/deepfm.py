@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankkernels.ops import _exact_table
 from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import check_strided, raise_documented
 from rankkernels.ops._embedding_checks import check_forward
@@ -152,4 +153,9 @@ def is_served(batch: LookupBatch, linear_weight: Tensor, mlp: Iterable[Tensor]) 
 def run_batch(batch: LookupBatch, linear_weight: Tensor, mlp: Sequence[Tensor]) -> Tensor:
     """The op on a batch."""
     features, columns = batch.features, batch.dense_columns()
-    return run_op(batch.weights, features.indices, features.tables, batch.names, linear_weight, columns, mlp)
+    arguments = batch.weights, features.indices, features.tables, batch.names, linear_weight, columns, mlp
+    if _exact_table.in_use and _exact_table.any_exact(batch.weights):
+        _exact_table.catch_up(batch.weights, features, batch.names)
+        with torch._C.DisableTorchFunctionSubclass():
+            return run_op(*arguments)
+    return run_op(*arguments)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops import _exact_table
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values
@@ -139,9 +140,14 @@ def no_backward() -> bool:
 
 def run_op(
     weights: Sequence[Tensor], features: Features, names: str, concat: bool = False, sparse: bool = False,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | None = None, up_to_date: bool = False,
 ) -> list[Tensor]:  # fmt: skip
-    """The op, or the op with an optimizer's step in its backward."""
+    """The op, or the op with an optimizer's step in its backward. ``up_to_date``: see ``_exact_table``."""
+    if _exact_table.in_use and not up_to_date and _exact_table.any_exact(weights):
+        arguments = weights, features, names, concat, sparse, optimizer
+        if torch.compiler.is_compiling():
+            return outside_graph(run_op, *arguments)
+        return _exact_table.read(run_op, *arguments)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None

@@ -89,8 +89,8 @@ class BagGradients(NamedTuple):
 
     outs: list[Tensor | None]
 
-    def tables(self, features: Features) -> set[int]:
-        return features.tables_of(self.outs)
+    def lookups(self, features: Features) -> list[int]:
+        return [f for f, g in enumerate(self.outs) if g is not None]
 
     def update(self, weights: Sequence[Tensor]) -> tuple[torch._ops.OpOverload, tuple]:
         return torch.ops.rankkernels.embedding_bag_update.default, (self.outs, weights)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankkernels.ops import _exact_table
 from rankkernels.ops._autograd import check_first_derivative, register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._features import Features, LookupBatch, names_of
@@ -178,9 +179,15 @@ class _FusedFm(FusedLookup):
 
 def run_op(
     weights: Sequence[Tensor], features: Features, names: str, linear_weight: Tensor | None = None,
-    dense: Tensor | None = None, sparse: bool = False, optimizer: Optimizer | None = None,
+    dense: Tensor | None = None, sparse: bool = False, optimizer: Optimizer | None = None, up_to_date: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op of features without offsets and per-sample weights, or the op with an optimizer's step in its backward."""
+    """The op of features without offsets and per-sample weights, or the op with an optimizer's step in its backward.
+    ``up_to_date``: see ``_exact_table``."""
+    if _exact_table.in_use and not up_to_date and _exact_table.any_exact(weights):
+        arguments = weights, features, names, linear_weight, dense, sparse, optimizer
+        if torch.compiler.is_compiling():
+            return outside_graph(run_op, *arguments)
+        return _exact_table.read(run_op, *arguments)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():

@@ -214,8 +214,8 @@ class FmGradients(NamedTuple):
     arguments: Arguments
     unchanged: bool  # whether the tables hold what was looked up
 
-    def tables(self, features: Features) -> set[int]:
-        return set(features.tables)
+    def lookups(self, features: Features) -> list[int]:
+        return list(range(len(features.indices)))
 
     def update(self, weights: Sequence[Tensor]) -> tuple[torch._ops.OpOverload, tuple]:
         return torch.ops.rankkernels.embedding_fm_update.default, (*self.arguments, weights, self.unchanged)

@@ -194,4 +194,28 @@ struct SumParts {
 };
 RK_KERNEL(template <class T> void embedding_fm_sum(const SumParts<T>&))
 
+// What dense Adam's idle steps after step t = base + i come to, up to the last one: catch_up_kernel.h. Row i
+// of the history [S, 20] of doubles; the powers are the betas' to i.
+constexpr int kAdamTerms = 16;
+struct AdamStart {
+  double centre, decay, term[kAdamTerms], power1, power2;
+};
+
+// A table, and the steps that it has taken up to now: `step` is the last one's number, `decay` the product of
+// all (1 - lr weight_decay) after `base`.
+struct CatchUp {
+  void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr, R, D;
+  void* state[2];  // [R, D], rows stride_sr apart
+  int64_t stride_sr;
+  int32_t* last_steps;  // [R]: the step that a row is as of, negative or zero if it never had a gradient
+  const AdamStart* history;
+  int64_t step, base;
+  double decay, eps;
+};
+struct IdleRow {
+  int64_t row, last;
+};
+RK_KERNEL(template <class T> void embedding_catch_up_rows(const CatchUp&, const IdleRow*, int64_t n))
+
 }  // namespace rk

@@ -7,6 +7,7 @@
 #include "cpu/dense/norm_activation_kernel.h"
 #include "cpu/din_attention/backward_kernel.h"
 #include "cpu/embedding/bag_grad_kernel.h"
+#include "cpu/embedding/catch_up_kernel.h"
 #include "cpu/embedding/fm_kernel.h"
 #include "cpu/embedding/lookup_kernel.h"
 #include "cpu/embedding/lookup_keys_kernel.h"

@@ -1,0 +1,181 @@
+"""Exact Adam under every kind of backward, against torch's dense optimizer; restarts; whole models."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact_adam import bag, close, draw, make, through_file, train
+from torch.utils.checkpoint import checkpoint
+
+import rankkernels as rk
+
+pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ArithmeticError("on the way back")
+
+
+def ids(step: int) -> torch.Tensor:
+    return draw(step)[0][:, None]
+
+
+# Each yields where a step follows: torch's and a stepped one; a fused one has stepped by then.
+
+
+def twice(look_up, step):
+    (look_up(ids(step)).sin() * look_up(ids(step + 500)).cos()).sum().backward()
+    yield
+
+
+def kept_for_a_second_backward(look_up, step):
+    loss = look_up(ids(step)).sin().sum()
+    loss.backward(retain_graph=True)
+    yield
+    loss.backward()
+    yield
+
+
+def two_forwards_before_two_backwards(look_up, step):
+    losses = [look_up(ids(i)).sin().sum() for i in (step, step + 500)]
+    losses[1].backward()
+    yield
+    losses[0].backward()
+    yield
+
+
+def checkpointed(look_up, step):
+    halves = [checkpoint(look_up, ids(i), use_reentrant=False) for i in (step, step + 500)]
+    (halves[0].sin() * halves[1]).sum().backward()
+    yield
+
+
+def without_grad(look_up, step):
+    with torch.no_grad():
+        look_up(ids(step + 700))
+    look_up(ids(step)).sin().sum().backward()
+    yield
+
+
+def failed(look_up, step):
+    with pytest.raises(ArithmeticError):
+        Fails.apply(look_up(ids(step))).sum().backward()
+    look_up(ids(step + 500)).sin().sum().backward()
+    yield
+
+
+def asked_by_name(look_up, step):
+    (grad,) = torch.autograd.grad(look_up(ids(step)).sin().sum(), look_up.weight)
+    look_up(ids(step + 500)).mul(1 + grad.to_dense().sum()).sum().backward()
+    yield
+
+
+BACKWARDS = [twice, kept_for_a_second_backward, two_forwards_before_two_backwards, checkpointed, without_grad, failed,
+             asked_by_name]  # fmt: skip
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "stepped"])
+def test_backwards(backward, fused):
+    module, optimizer = make("AdamW", fused)
+    dense = bag()
+    theirs = torch.optim.AdamW(dense.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(25):
+        for look_up, take_step in ((module, optimizer.step), (dense, theirs.step)):
+            for _ in backward(look_up, step):
+                take_step()
+                look_up.weight.grad = None
+    close(module.weight, dense.weight)
+    assert optimizer.state[module.weight]["step"] == theirs.state[dense.weight]["step"]
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "stepped"])
+def test_scaled_losses(fused):
+    """A power of two as the scale changes no bit; an overflow is no step at all."""
+    results = []
+    for scale in (None, 1024.0):
+        module, optimizer = make("Adam", fused, bag(dtype=torch.float32, sparse=not fused))
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10**6)
+        if fused:
+            rk.optim.fuse(module, optimizer, grad_scaler=scaler)
+        for step in range(20):
+            module.zero_grad()
+            loss = module(ids(step)).sin().sum()
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+                continue
+            scaler.scale(loss).backward()
+            if not fused:
+                scaler.step(optimizer)
+                scaler.update()
+            if fused and step == 10:
+                (scaler.scale(module(ids(step)).sum()) * torch.inf).backward()
+        results.append(module.weight.detach())
+        assert optimizer.state[module.weight]["step"] == 20
+    assert torch.equal(*results)
+
+
+def test_killed_and_resumed_thirty_times():
+    """At random moments; each time from what was last saved, every seven steps."""
+
+    def run(kills: list[int]):
+        module, optimizer = make("AdamW", True, bag(dtype=torch.float32))
+        saved, step = None, 0
+        while step < 70:
+            if step % 7 == 0 and (saved is None or saved[0] < step):
+                saved = through_file((step, module.state_dict(), optimizer.state_dict()))
+            if kills and kills[0] == step:
+                kills.pop(0)
+                step, weights, state = saved
+                other = bag(dtype=torch.float32)
+                other.load_state_dict(weights)
+                module, optimizer = make("AdamW", True, other)
+                optimizer.load_state_dict(state)
+            train(module, optimizer, None, [step])
+            step += 1
+        return module.weight.detach()
+
+    generator = random.Random(0)
+    assert torch.equal(run([]), run(sorted(generator.randrange(1, 70) for _ in range(30))))
+
+
+def test_deepfm_has_the_losses_of_torch_rechub_with_dense_adam():
+    rechub = pytest.importorskip("torch_rechub.models.ranking")
+    from torch_rechub.basic.features import DenseFeature, SparseFeature
+
+    torch.manual_seed(0)
+    features = [SparseFeature(f"c{i}", 300, 8) for i in range(4)]
+    deep = [*features, DenseFeature("age")]
+    theirs = rechub.DeepFM(deep, features, {"dims": [16], "dropout": 0})
+    with torch.no_grad():
+        for table in theirs.embedding.parameters():
+            table.mul_(500)
+    ours = rk.DeepFM([rk.SparseFeature(f.name, 300, 8) for f in features] + [rk.DenseFeature("age")],
+                     [rk.SparseFeature(f.name, 300, 8) for f in features], {"dims": [16], "dropout": 0})  # fmt: skip
+    ours.load_state_dict(theirs.state_dict())
+    rk.optim.fuse(ours, rk.optim.Adam(ours.embedding.parameters(), lr=1e-3, exact=True))
+    rest = [p for name, p in ours.named_parameters() if not name.startswith("embedding.")]
+    optimizers = [torch.optim.Adam(theirs.parameters(), lr=1e-3), torch.optim.Adam(rest, lr=1e-3)]
+    hidden = torch.randn(4, 300)
+    for _ in range(50):
+        x = {f"c{i}": (torch.rand(64) ** 3 * 300).long() for i in range(4)} | {"age": torch.rand(64)}
+        y = (sum(hidden[i][x[f"c{i}"]] for i in range(4)) > 0).float()
+        losses = [F.binary_cross_entropy(model(x), y) for model in (ours, theirs)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        for model, loss in zip((ours, theirs), losses):
+            model.zero_grad()
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, their in zip(ours.embedding.parameters(), theirs.embedding.parameters()):
+        torch.testing.assert_close(mine.detach(), their.detach(), rtol=1e-4, atol=1e-5)
