@@ -22,13 +22,15 @@ _NONE, _SUM = MODES.index("none"), MODES.index("sum")
 
 
 class Lookup(NamedTuple):
-    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything."""
+    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything;
+    ``factors``: of the ids, [N, 1], of a number, which scales the one row of its table."""
 
-    table: nn.Embedding
+    table: nn.Module
     weight: Tensor
     ids: Tensor
     mode: int
     encoder: nn.Module | None
+    factors: Tensor | None = None
 
 
 class _StandsFor(type):
@@ -76,24 +78,24 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
 
     def lookups(self, features: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Lookup]:
         """The features whose modules nobody could tell are not called."""
-        found: dict[str, Lookup] = {}
         if not nobody_follows():
-            return found
-        specs, tables, encoders = self._feature_map.features, self.embedding_layers._modules, self.feature_encoders
-        for feature in features:
-            table, ids = tables[feature], inputs[feature]
-            if specs[feature]["type"] not in ("categorical", "sequence") or not is_tensor(ids):
-                continue
-            weight = fused_weight(table)
-            if weight is None:
-                continue
-            if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
-                ids = ids.long()
-            encoder, mode = encoders._modules.get(feature), _NONE
-            if encoder is not None and ids.dim() == 2 and is_untouched(encoder, layers.MaskedSumPooling):
-                encoder, mode = None, _SUM  # of pads too, whose row is zero or, without padding_idx, counts
-            found[feature] = Lookup(table, weight, ids, mode, encoder)
-        return found
+            return {}
+        found = {feature: self._lookup(feature, inputs[feature]) for feature in features}
+        found = {feature: lookup for feature, lookup in found.items() if lookup is not None}
+        return found if len({lookup.weight.dtype for lookup in found.values()}) == 1 else {}
+
+    def _lookup(self, feature: str, value: Tensor) -> Lookup | None:
+        table, encoder = self.embedding_layers._modules[feature], self.feature_encoders._modules.get(feature)
+        kind = self._feature_map.features[feature]["type"]
+        if kind == "numeric":
+            return _scaled(table, value) if encoder is None else None
+        weight = fused_weight(table)
+        if weight is None or kind not in ("categorical", "sequence") or not is_tensor(value):
+            return None
+        ids = value if value.dtype in (torch.int64, torch.int32) else value.long()
+        if ids.dim() == 2 and encoder is not None and is_untouched(encoder, layers.MaskedSumPooling):
+            return Lookup(table, weight, ids, _SUM, None)  # of pads too, whose row is zero or else counts
+        return Lookup(table, weight, ids, _NONE, encoder)
 
     def side_by_side(
         self, inputs: Mapping[str, Tensor], feature_source: Sequence, feature_type: Sequence, flatten_emb: bool
@@ -107,45 +109,31 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         (out,) = look_up(lookups.items(), concat=True)
         D = next(iter(lookups.values())).weight.size(1)
         if len(lookups) < len(features):
-            numbers = {f for f in features if self._is_numeric(f, inputs)}
-            others = super().forward({f: inputs[f] for f in features if f not in lookups and f not in numbers})
-            widths = {self.embedding_layers[f].weight.size(0) for f in numbers} | {e.size(-1) for e in others.values()}
-            if any(e.dim() != 2 for e in others.values()) or (not flatten_emb and widths != {D}):
-                return None
+            others = super().forward({f: inputs[f] for f in features if f not in lookups})
+            if any(e.dim() != 2 or (not flatten_emb and e.size(1) != D) for e in others.values()):
+                return None  # FuxiCTR's error
             blocks, begin = [], 0
-            for kind, run in groupby(features, key=lambda f: "lookup" if f in lookups else f in numbers):
-                if kind == "lookup":
-                    width = sum(lookups[f].weight.size(1) for f in run)
-                    blocks.append(out.narrow(1, begin, width))
-                    begin += width
-                elif kind:
-                    blocks.append(self._numeric_block(list(run), inputs))
-                else:
+            for is_lookup, run in groupby(features, key=lookups.__contains__):
+                if not is_lookup:
                     blocks += [others[f] for f in run]
+                    continue
+                width = sum(lookups[f].weight.size(1) for f in run)
+                blocks.append(out.narrow(1, begin, width))
+                begin += width
             out = torch.cat(blocks, 1)
         return out if flatten_emb else out.view(-1, len(features), D)
 
-    def _is_numeric(self, feature: str, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether ``feature`` is a number that scales a vector, and nobody could tell who does it."""
-        if self._feature_map.features[feature]["type"] != "numeric" or feature in self.feature_encoders:
-            return False
-        layer = self.embedding_layers[feature]
-        return (
-            is_untouched(layer, nn.Linear)
-            and layer.bias is None
-            and is_tensor(layer.weight)
-            and is_tensor(inputs[feature])
-            and not torch.is_autocast_enabled(inputs[feature].device.type)
-        )
 
-    def _numeric_block(self, features: list[str], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The embeddings [N, sum of the widths] of numbers: each its number times its vector."""
-        weights = [self.embedding_layers[f].weight.squeeze(1) for f in features]
-        numbers = torch.stack([inputs[f].reshape(-1) for f in features], 1).float()
-        widths = {w.size(0) for w in weights}
-        if len(widths) == 1:
-            return (numbers.unsqueeze(2) * torch.stack(weights)).flatten(1)
-        return torch.cat([numbers[:, i, None] * w for i, w in enumerate(weights)], 1)
+def _scaled(layer: nn.Module, number: Tensor) -> Lookup | None:
+    """A number that scales a vector, as a lookup of one row; by its own module where its call may be seen, where
+    autocast chooses a dtype, and on a GPU, where the row's gradient would be summed by few threads."""
+    if not (is_untouched(layer, nn.Linear) and is_tensor(number) and number.is_cpu) or layer.bias is not None:
+        return None
+    weight = layer._parameters.get("weight")
+    if not is_tensor(weight) or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return None
+    factors = number.float().reshape(-1, 1)
+    return Lookup(layer, weight.t(), torch.zeros_like(factors, dtype=torch.int32), _SUM, None, factors)
 
 
 def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
@@ -166,14 +154,18 @@ def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
 def look_up(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> list[Tensor]:
     """One tensor a lookup, each with its feature's name, or all side by side in one."""
     names, values = zip(*lookups)
-    tables = list(dict.fromkeys(lookup.table for lookup in values))
-    place = {table: t for t, table in enumerate(tables)}
-    weights = [table.weight for table in tables]
+    weights = {lookup.table: lookup.weight for lookup in values}
+    place = {table: t for t, table in enumerate(weights)}
+    factors = [lookup.factors for lookup in values]
+    if all(f is None for f in factors):
+        factors = []
+    absent = values[0].weight.new_empty(0)
     features = Features(
-        [lookup.ids for lookup in values], [], [], [place[lookup.table] for lookup in values],
-        [lookup.mode for lookup in values], [-1] * len(values), frozen_rows(tables, weights),
+        [lookup.ids for lookup in values], [], [absent if f is None else f for f in factors],
+        [place[lookup.table] for lookup in values], [lookup.mode for lookup in values], [-1] * len(values),
+        [frozen_rows([t], [w])[0] if isinstance(t, nn.Embedding) else -1 for t, w in weights.items()],
     )  # fmt: skip
-    return run_op(weights, features, join_names(names), concat=concat)
+    return run_op(list(weights.values()), features, join_names(names), concat=concat)
 
 
 class FeatureEmbedding(layers.FeatureEmbedding):
