@@ -27,12 +27,13 @@ def fuxi_step(model: nn.Module, batch: object) -> Callable[[], float]:
     return lambda: model.train_step(batch).item()
 
 
-def fuxi_deepfm(rows: int, B: int = 8192, fields: int = 26, numbers: int = 13, D: int = 16):
+def fuxi_deepfm(rows: int, mlp=(64, 64, 64), B: int = 8192, fields: int = 26, numbers: int = 13, D: int = 16):
+    """The zoo's on Criteo's fields; its MLP's default is [64, 64, 64]."""
     from bench.harness import fuxictr_models as fuxi
 
     specs = {f"I{i}": {"type": "numeric"} for i in range(numbers)}
     specs |= {f"C{i}": {"type": "categorical", "vocab_size": rows, "padding_idx": 0} for i in range(fields)}
-    model = fuxi.DeepFM(fuxi.feature_map(specs, D), D, {"hidden_units": [400, 400, 400]})
+    model = fuxi.DeepFM(fuxi.feature_map(specs, D), D, {"hidden_units": list(mlp)})
     batch = {f"I{i}": torch.rand(B) for i in range(numbers)}
     batch |= {f"C{i}": torch.randint(0, rows, (B,)) for i in range(fields)}
     batch["label"] = torch.randint(0, 2, (B,)).float()
@@ -80,6 +81,10 @@ CASES = {
     "FuxiCTR DeepFM 26 tables x 1,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(1_000)),
     "FuxiCTR DeepFM 26 tables x 10,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(10_000)),
     "FuxiCTR DeepFM 26 tables x 100,000 rows, B8192 D16": ("fuxictr", lambda: fuxi_deepfm(100_000)),
+    "FuxiCTR DeepFM 26 tables x 10,000 rows, B8192 D16 [400, 400, 400]": (
+        "fuxictr",
+        lambda: fuxi_deepfm(10_000, (400, 400, 400)),
+    ),
     "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] Dice": ("deepctr-torch", lambda: deepctr("din")),
     "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] sigmoid, softmax": (
         "deepctr-torch",

@@ -151,6 +151,16 @@ def test_their_own_training_loop(tmp_path):
     assert logs[1] == pytest.approx(logs[0], abs=1e-4) and logs[1]["AUC"] > 0.7
 
 
+def test_fused_adam():
+    """torch's own, as docs/from_fuxictr.md has it, of an optimizer that has made steps already."""
+    untouched, ours, make_batch = pair("DeepFM", 0)
+    for i in range(4):
+        batch = make_batch()
+        assert step(ours, batch, i) == pytest.approx(step(untouched, batch, i), abs=1e-5)
+        for group in ours.optimizer.param_groups:
+            group["fused"] = True
+
+
 def test_regularizers_see_the_embeddings():
     """By ``type(module) == FeatureEmbeddingDict``: the tables by their own regularizer, the rest by the other."""
     untouched, ours, _ = pair("DeepFM", 0)

@@ -73,10 +73,12 @@ BLOCKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [11, 900])
-def test_mlp_block(rows):
+@pytest.mark.parametrize(
+    ("rows", "every"), [(11, 7), (900, 17), pytest.param(11, 1, marks=pytest.mark.slow)], ids=["few", "many", "all"]
+)
+def test_mlp_block(rows, every):
     x = torch.randn(rows, 7)
-    for i, options in enumerate(BLOCKS if rows == 11 else BLOCKS[::7]):
+    for i, options in enumerate(BLOCKS[::every]):
         torch.manual_seed(i)
         block = layers.MLP_Block(7, **options)
         for training in (True, False):
