@@ -20,24 +20,26 @@ from bench.harness.peers import missing
 STEPS = 3
 
 
-def fuxi_step(model: nn.Module, batch: object) -> Callable[[], float]:
-    """FuxiCTR's own: forward, loss, backward, clipping, dense Adam."""
+def fuxi_step(model: nn.Module, batch: object, fused_adam: bool = False) -> Callable[[], float]:
+    """FuxiCTR's own: forward, loss, backward, clipping, dense Adam, that in torch's one-pass form if asked for."""
     model.train()
+    for group in model.optimizer.param_groups if fused_adam else ():
+        group["fused"] = True
     model._max_gradient_norm, model._batch_index = 10.0, 0  # set by its ``fit``
     return lambda: model.train_step(batch).item()
 
 
-def fuxi_deepfm(rows: int, mlp=(64, 64, 64), B: int = 8192, fields: int = 26, numbers: int = 13, D: int = 16):
-    """The zoo's on Criteo's fields; its MLP's default is [64, 64, 64]."""
+def fuxi_deepfm(rows: int, mlp=(64, 64, 64), fused_adam: bool = False, B: int = 8192, D: int = 16):
+    """The zoo's on Criteo's fields; its MLP's default is [64, 64, 64]. ``fused_adam``: for the accelerated one."""
     from bench.harness import fuxictr_models as fuxi
 
-    specs = {f"I{i}": {"type": "numeric"} for i in range(numbers)}
-    specs |= {f"C{i}": {"type": "categorical", "vocab_size": rows, "padding_idx": 0} for i in range(fields)}
+    specs = {f"I{i}": {"type": "numeric"} for i in range(13)}
+    specs |= {f"C{i}": {"type": "categorical", "vocab_size": rows, "padding_idx": 0} for i in range(26)}
     model = fuxi.DeepFM(fuxi.feature_map(specs, D), D, {"hidden_units": list(mlp)})
-    batch = {f"I{i}": torch.rand(B) for i in range(numbers)}
-    batch |= {f"C{i}": torch.randint(0, rows, (B,)) for i in range(fields)}
+    batch = {f"I{i}": torch.rand(B) for i in range(13)}
+    batch |= {f"C{i}": torch.randint(0, rows, (B,)) for i in range(26)}
     batch["label"] = torch.randint(0, 2, (B,)).float()
-    return model, lambda m: fuxi_step(m, batch)
+    return model, lambda m: fuxi_step(m, batch, fused_adam and m is not model)
 
 
 def fuxi_din(B: int = 8192, L: int = 50, D: int = 64, rows: int = 100_000):
@@ -84,6 +86,14 @@ CASES = {
     "FuxiCTR DeepFM 26 tables x 10,000 rows, B8192 D16 [400, 400, 400]": (
         "fuxictr",
         lambda: fuxi_deepfm(10_000, (400, 400, 400)),
+    ),
+    "FuxiCTR DeepFM 26 tables x 10,000 rows, B8192 D16, fused Adam": (
+        "fuxictr",
+        lambda: fuxi_deepfm(10_000, fused_adam=True),
+    ),
+    "FuxiCTR DeepFM 26 tables x 100,000 rows, B8192 D16, fused Adam": (
+        "fuxictr",
+        lambda: fuxi_deepfm(100_000, fused_adam=True),
     ),
     "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] Dice": ("deepctr-torch", lambda: deepctr("din")),
     "DeepCTR-Torch DIN, B2048 L50 D64 [64, 16] sigmoid, softmax": (
