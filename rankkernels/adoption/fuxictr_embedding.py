@@ -22,15 +22,13 @@ _NONE, _SUM = MODES.index("none"), MODES.index("sum")
 
 
 class Lookup(NamedTuple):
-    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything;
-    ``factors``: of the ids, [N, 1], of a number, which scales the one row of its table."""
+    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything."""
 
-    table: nn.Module
+    table: nn.Embedding
     weight: Tensor
     ids: Tensor
     mode: int
     encoder: nn.Module | None
-    factors: Tensor | None = None
 
 
 class _StandsFor(type):
@@ -87,8 +85,6 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
     def _lookup(self, feature: str, value: Tensor) -> Lookup | None:
         table, encoder = self.embedding_layers._modules[feature], self.feature_encoders._modules.get(feature)
         kind = self._feature_map.features[feature]["type"]
-        if kind == "numeric":
-            return _scaled(table, value) if encoder is None else None
         weight = fused_weight(table)
         if weight is None or kind not in ("categorical", "sequence") or not is_tensor(value):
             return None
@@ -124,18 +120,6 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         return out if flatten_emb else out.view(-1, len(features), D)
 
 
-def _scaled(layer: nn.Module, number: Tensor) -> Lookup | None:
-    """A number that scales a vector, as a lookup of one row; by its own module where its call may be seen, where
-    autocast chooses a dtype, and on a GPU, where the row's gradient would be summed by few threads."""
-    if not (is_untouched(layer, nn.Linear) and is_tensor(number) and number.is_cpu) or layer.bias is not None:
-        return None
-    weight = layer._parameters.get("weight")
-    if not is_tensor(weight) or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return None
-    factors = number.float().reshape(-1, 1)
-    return Lookup(layer, weight.t(), torch.zeros_like(factors, dtype=torch.int32), _SUM, None, factors)
-
-
 def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
     """Whether the op can write the lookups side by side, in one width unless ``flatten_emb``."""
     if not lookups:
@@ -156,14 +140,9 @@ def look_up(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> list
     names, values = zip(*lookups)
     weights = {lookup.table: lookup.weight for lookup in values}
     place = {table: t for t, table in enumerate(weights)}
-    factors = [lookup.factors for lookup in values]
-    if all(f is None for f in factors):
-        factors = []
-    absent = values[0].weight.new_empty(0)
     features = Features(
-        [lookup.ids for lookup in values], [], [absent if f is None else f for f in factors],
-        [place[lookup.table] for lookup in values], [lookup.mode for lookup in values], [-1] * len(values),
-        [frozen_rows([t], [w])[0] if isinstance(t, nn.Embedding) else -1 for t, w in weights.items()],
+        [lookup.ids for lookup in values], [], [], [place[lookup.table] for lookup in values],
+        [lookup.mode for lookup in values], [-1] * len(values), frozen_rows(list(weights), list(weights.values())),
     )  # fmt: skip
     return run_op(list(weights.values()), features, join_names(names), concat=concat)
 
