@@ -76,22 +76,22 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
 
     def lookups(self, features: Sequence[str], inputs: Mapping[str, Tensor]) -> dict[str, Lookup]:
         """The features whose modules nobody could tell are not called."""
+        found: dict[str, Lookup] = {}
         if not nobody_follows():
-            return {}
-        found = {feature: self._lookup(feature, inputs[feature]) for feature in features}
-        found = {feature: lookup for feature, lookup in found.items() if lookup is not None}
+            return found
+        specs, tables = self._feature_map.features, self.embedding_layers._modules
+        encoders = self.feature_encoders._modules
+        for feature in features:
+            weight, ids = fused_weight(tables[feature]), inputs[feature]
+            if weight is None or specs[feature]["type"] not in ("categorical", "sequence") or not is_tensor(ids):
+                continue
+            if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+                ids = ids.long()
+            encoder, mode = encoders.get(feature), _NONE
+            if encoder is not None and ids.dim() == 2 and is_untouched(encoder, layers.MaskedSumPooling):
+                encoder, mode = None, _SUM  # of pads too, whose row is zero or, without padding_idx, counts
+            found[feature] = Lookup(tables[feature], weight, ids, mode, encoder)
         return found if len({lookup.weight.dtype for lookup in found.values()}) == 1 else {}
-
-    def _lookup(self, feature: str, value: Tensor) -> Lookup | None:
-        table, encoder = self.embedding_layers._modules[feature], self.feature_encoders._modules.get(feature)
-        kind = self._feature_map.features[feature]["type"]
-        weight = fused_weight(table)
-        if weight is None or kind not in ("categorical", "sequence") or not is_tensor(value):
-            return None
-        ids = value if value.dtype in (torch.int64, torch.int32) else value.long()
-        if ids.dim() == 2 and encoder is not None and is_untouched(encoder, layers.MaskedSumPooling):
-            return Lookup(table, weight, ids, _SUM, None)  # of pads too, whose row is zero or else counts
-        return Lookup(table, weight, ids, _NONE, encoder)
 
     def side_by_side(
         self, inputs: Mapping[str, Tensor], feature_source: Sequence, feature_type: Sequence, flatten_emb: bool
@@ -124,13 +124,11 @@ def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
     """Whether the op can write the lookups side by side, in one width unless ``flatten_emb``."""
     if not lookups:
         return False
-    table, weight, ids, *_ = lookups[0]
-    for lookup in lookups:
-        if lookup.encoder is not None or (lookup.mode == _NONE and lookup.ids.dim() != 1):
+    N, D = lookups[0].ids.size(0), lookups[0].weight.size(1)
+    for _, weight, ids, mode, encoder in lookups:
+        if encoder is not None or ids.size(0) != N or (mode == _NONE and ids.dim() != 1):
             return False
-        if lookup.weight.dtype != weight.dtype or lookup.ids.size(0) != ids.size(0):
-            return False
-        if not flatten_emb and lookup.weight.size(1) != weight.size(1):
+        if not flatten_emb and weight.size(1) != D:
             return False
     return True
 
