@@ -43,7 +43,7 @@ std::vector<CatchUp> catch_ups(const Tensors& weights, const Tensors& states, co
       states.size(), ", ", last_steps.size(), ", ", histories.size(), " and ", clocks.size(), " for ", n);
   std::vector<CatchUp> all;
   for (size_t t = 0; t < n; ++t) {
-    const double hyper[kHyper] = {0, 0, 0, 0, 0, 1, 1, 0};
+    const double hyper[] = {0, 0, 0, 0, 0, 1, 1, 0};  // what all optimizers have
     const auto u =
         make_update<Update>("embedding_catch_up", kAdamW, hyper, weights[t], states.data() + 2 * t);
     check_history("embedding_catch_up", histories[t]);
