@@ -30,41 +30,45 @@ namespace rk {
 namespace RK_ISA {
 namespace catch_up {
 
-// What the steps after t do to a row.
+// What the steps after t do to a row. Terms too small for A to tell are zero.
 template <class A>
 struct Idle {
-  A decay, keep1, keep2, centre;
-  int n;  // terms that count
-  A term[kAdamTerms];
+  A decay, keep1, keep2, centre, term[kAdamTerms];
+  int n;  // terms up to the last one that is not zero
 
-  RK_INLINE Idle(const CatchUp& c, int64_t t) {
+  RK_INLINE void set(const CatchUp& c, int64_t t) {
     const AdamStart& start = c.history[t - c.base];
     const AdamStart& powers = c.history[c.step - t];
     decay = A(c.decay / start.decay), keep1 = A(powers.power1), keep2 = A(powers.power2);
     centre = A(start.centre);
-    for (int j = 0; j < kAdamTerms; ++j) term[j] = A(c.decay * start.term[j]);
-    const A least = term[0] * (sizeof(A) == 4 ? A(1e-9) : A(1e-17));
-    for (n = kAdamTerms; n > 1 && __builtin_fabs(term[n - 1]) <= least;) --n;
+    const A least = A(c.decay * start.term[0]) * (sizeof(A) == 4 ? A(1e-9) : A(1e-17));
+    n = 1;
+    for (int j = 0; j < kAdamTerms; ++j) {
+      const A value = A(c.decay * start.term[j]);
+      const bool counts = !(__builtin_fabs(value) <= least);  // a NaN stays
+      term[j] = counts ? value : A(0);
+      n = counts ? j + 1 : n;
+    }
   }
 };
 
+// The first n terms; those beyond the row's own are zero and change no bit.
 template <class T>
-RK_INLINE void catch_up_row(const CatchUp& c, int64_t row, int64_t t, const Tail<T>& tail,
-                            const Tail<Accumulator<T>>& tail_state) {
+RK_INLINE void catch_up_row(const CatchUp& c, int64_t row, const Idle<Accumulator<T>>& idle, int n,
+                            const Tail<T>& tail, const Tail<Accumulator<T>>& tail_state) {
   using A = Accumulator<T>;
   using V = typename Traits<T>::vec;
   constexpr int64_t kLanes = Traits<T>::lanes;
   T* weight = static_cast<T*>(c.weight) + row * c.stride_wr;
   A *state1 = static_cast<A*>(c.state[0]) + row * c.stride_sr,
     *state2 = static_cast<A*>(c.state[1]) + row * c.stride_sr;
-  const Idle<A> idle(c, t);
   const A eps = A(c.eps);
   for (int64_t d = 0; d < c.D; d += kLanes) {
     const bool whole = d + kLanes <= c.D;
     const V m = load_columns(state1 + d, whole, tail_state), v = load_columns(state2 + d, whole, tail_state);
     const V gx = idle.centre * square_root(v), divisor = gx + eps, z = (gx - eps) / divisor;
     V b1 = {}, b2 = {};  // Clenshaw's sums
-    for (int j = idle.n - 1; j > 0; --j) {
+    for (int j = n - 1; j > 0; --j) {
       const V b = (idle.term[j] - b2) + (z + z) * b1;
       b2 = b1, b1 = b;
     }
@@ -77,21 +81,29 @@ RK_INLINE void catch_up_row(const CatchUp& c, int64_t row, int64_t t, const Tail
 
 }  // namespace catch_up
 
-// A row that never had a gradient has no moments and only decays.
+// As many terms for all rows of a chunk, which the processor can foretell. A row that never had a gradient
+// has no moments and only decays.
 template <class T>
 void embedding_catch_up_rows(const CatchUp& c, const IdleRow* rows, int64_t n) {
   using A = Accumulator<T>;
   constexpr int64_t kLanes = Traits<T>::lanes;
   const Tail<T> tail(static_cast<int>(c.D % kLanes));
   const Tail<A> tail_state(static_cast<int>(c.D % kLanes));
+  catch_up::Idle<A> idle[kMostIdle];
+  int terms = 1;
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t last = rows[i].last, t = last > 0 ? last : -last > c.base ? -last : c.base;
+    if (rows[i].last <= 0) continue;
+    idle[i].set(c, rows[i].last);
+    terms = idle[i].n > terms ? idle[i].n : terms;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t last = rows[i].last;
     if (last > 0) {
-      catch_up::catch_up_row<T>(c, rows[i].row, t, tail, tail_state);
+      catch_up::catch_up_row<T>(c, rows[i].row, idle[i], terms, tail, tail_state);
       continue;
     }
     T* weight = static_cast<T*>(c.weight) + rows[i].row * c.stride_wr;
-    const A decay = A(c.decay / c.history[t - c.base].decay);
+    const A decay = A(c.decay / c.history[-last > c.base ? -last - c.base : 0].decay);
     for (int64_t d = 0; d < c.D; d += kLanes) {
       const bool whole = d + kLanes <= c.D;
       store_columns(weight + d, decay * load_columns(weight + d, whole, tail), whole, tail);
