@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rankkernels._exact_adam import ExactSteps
+from rankkernels._state_dict import check_form
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
@@ -322,7 +323,7 @@ class RowOptimizer(torch.optim.Optimizer):
             ValueError: it is no state_dict, or of an optimizer of another kind, or of one with momentum, amsgrad or
                 maximize, or has hyperparameters that the constructor refuses. The optimizer is then as it was.
         """
-        self._check_form(state_dict)
+        check_form(type(self).__name__, state_dict)
         self._check_kind(state_dict["param_groups"])
         self.flush()
         before = {"state": self.state, "param_groups": self.param_groups}
@@ -340,20 +341,6 @@ class RowOptimizer(torch.optim.Optimizer):
         except BaseException:
             self.__dict__.update(before)
             raise
-
-    def _check_form(self, state_dict: dict) -> None:
-        """Raises a ValueError for what is built otherwise than a state_dict."""
-        state, groups = (state_dict.get(n) if isinstance(state_dict, dict) else None for n in ("state", "param_groups"))
-        if not (
-            isinstance(state, dict)
-            and isinstance(groups, (list, tuple))
-            and all(isinstance(each, dict) for each in (*state.values(), *groups))
-            and all(isinstance(group.get("params"), (list, tuple)) for group in groups)
-        ):
-            raise ValueError(
-                f"{type(self).__name__}: the state to load must be what state_dict() gives: a dict with state, a dict "
-                "of a dict a table, and param_groups, a list of dicts with a list of params each"
-            )
 
     def _check_kind(self, groups: Sequence[dict]) -> None:
         """Raises a ValueError for groups of another kind of optimizer, which goes by the names in them."""
