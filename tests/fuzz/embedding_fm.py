@@ -150,7 +150,7 @@ def update(draw: Draw, a: dict, embeddings: Tensor) -> None:
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     a["updated"] = True
     states = [states_for(draw, kind, w) for w in a["weights"]]
-    hyper = [hyper_for(draw) for _ in a["weights"]]
+    hyper = [hyper_for(draw, kind) for _ in a["weights"]]
     right = reference_tables(a, reference_lookups(grads, F)[0])
     old = [(w.clone(), [s.clone() for s in each]) for w, each in zip(a["weights"], states)]
     features = {k: v for k, v in a.items() if k not in ("linear_weight", "dense", "updated")}
@@ -249,7 +249,7 @@ def invalid(draw: Draw) -> str:
     kind = draw.choice(OPTIMIZERS)
     a["weights"] = [own_memory(draw, w) for w in a["weights"]]
     a["states"] = sum((states_for(draw, kind, w) for w in a["weights"]), [])
-    a |= {"optimizer": OPTIMIZERS.index(kind), "hyper": sum((hyper_for(draw) for _ in a["weights"]), [])}
+    a |= {"optimizer": OPTIMIZERS.index(kind), "hyper": sum((hyper_for(draw, kind) for _ in a["weights"]), [])}
     step = {k: v for k, v in UPDATE.items() if k != "grads of another dtype"}
     return refuse(draw, op, a, {**FORWARD, **OF_TABLES, **TABLE_RANK, **step, **more})
 
