@@ -181,7 +181,7 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         elif followed or kind not in (nn.Linear, nn.Dropout) or not is_untouched(module, kind):
             x = module(x)
         elif kind is nn.Dropout:
-            x = module(x) if module.training else x
+            x = x if not module.training and 0 <= module.p <= 1 else module(x)
         else:
             weight, bias = _weight_and_bias(module)
             normalized = _normalized_linear(weight, bias, modules[at : at + 1], x)
