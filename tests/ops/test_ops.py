@@ -94,10 +94,15 @@ def test_gradgradcheck(case):
     assert torch.autograd.gradgradcheck(case.function, case.inputs(torch.float64, requires_grad=True))
 
 
-@ALL
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=[pytest.mark.slow] if case.flops > 1800 else [])
+        for case in TEST_CASES
+        if case.flops <= 3000  # a small case of each op is enough
+    ],
+)
 def test_reference_is_twice_differentiable(case):
-    if case.flops > 3000:
-        pytest.skip("a small case of each op is enough for second derivatives of the reference")
     assert torch.autograd.gradgradcheck(case.reference, case.inputs(torch.float64, requires_grad=True))
 
 
