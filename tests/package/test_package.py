@@ -150,7 +150,7 @@ def test_wheel(source, tmp_path):
     assert "rankkernels/_C.abi3.so" in names and any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith(("rankkernels/", "rankkernels-")) for n in names)
     # What serves tests, benchmarks and reports stays in their folders; public test support is one file.
-    tools = re.compile(r"tests?/|testing/|bench|report|ahead_of_time|occupancy|mutation")
+    tools = re.compile(r"tests?/|testing/|bench|/report|ahead_of_time|occupancy|mutation")
     assert "rankkernels/testing.py" in names and not [n for n in names if tools.search(n)]
     pip("install", "--no-deps", "--target", tmp_path / "site", wheel)
     smoke = run(f"import runpy; runpy.run_path({str(ROOT / 'tests/package/smoke.py')!r}, run_name='__main__')",
