@@ -152,7 +152,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _new_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         """The state's tensors for ``p``. A row's two elementwise ones are adjacent in memory, so that a step finds them
         in one place: they are views of one tensor."""
-        rule, value = RULES[self._kind], group.get("initial_accumulator_value", 0.0)
+        rule, value = RULES[self._kind], float(group.get("initial_accumulator_value", 0.0))
         shapes = [(p.shape[0], rule.elementwise, *p.shape[1:])] if rule.elementwise else []
         shapes += [(p.shape[0], 1)] * rule.row_wise
         dtype = torch.promote_types(p.dtype, torch.float32)

@@ -130,3 +130,11 @@ def test_rowwise_rmsprop_by_its_formula(fused, min_shrinkage):
             last[i], floored = step, floored + (keep == min_shrinkage)
     torch.testing.assert_close(module.weight, nn.Parameter(weight), rtol=1e-10, atol=1e-12)
     assert floored > 5 and torch.equal(optimizer.state[module.weight]["last_step"], last)
+
+
+def test_an_initial_value_is_a_number_of_any_type():
+    weight = torch.nn.Parameter(torch.zeros(3, 2))
+    weight.grad = torch.ones(3, 2).to_sparse(1)
+    optimizer = rk.optim.Adagrad([weight], initial_accumulator_value=2**70)
+    optimizer.step()
+    assert (optimizer.state[weight]["sum"] == 2.0**70).all()
