@@ -39,7 +39,7 @@ from rankkernels._triton.din_attention_backward import din_attention_backward_ke
 from rankkernels._triton.din_attention_blocks import VECTORS
 from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
 from rankkernels._triton.din_attention_layers import Layer, folded, means, normalized, plain, unfolded
-from rankkernels.ops.attention_params import Flags, norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.attention_params import Flags, has_gpu_kernel, norms_per_layer, params_per_layer, unflatten
 from rankkernels.reference import Hidden
 
 PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums
@@ -62,7 +62,7 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
         return False
     widths = [history.size(-1), *(w.size(0) for w in (first, *second) if w is not None)]
     return (
-        not (flags.return_scores or (flags.count_padding and (statistics or flags.use_softmax)))
+        has_gpu_kernel(statistics, flags.use_softmax, flags.count_padding, flags.return_scores)
         and len(second) <= 1
         and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)

@@ -78,7 +78,7 @@ class LocalActivationUnit(core.LocalActivationUnit):
 
     def forward(self, query: Tensor, user_behavior: Tensor) -> Tensor:
         mlp = self.fused(query, user_behavior)
-        if mlp is None or not user_behavior.is_cpu:  # a GPU has no kernel for scores
+        if mlp is None or not mlp.has_kernel(user_behavior, return_scores=True):
             return super().forward(query, user_behavior)
         return mlp.attend(user_behavior, query.squeeze(1), return_scores=True).unsqueeze(2)
 
@@ -93,20 +93,14 @@ class AttentionSequencePoolingLayer(sequence.AttentionSequencePoolingLayer):
         fits = keys_length.dtype in (torch.int32, torch.int64) and keys_length.numel() == B
         return {"lengths": keys_length.view(-1).clamp(0, L)} if fits else None
 
-    def _has_gpu_kernel(self, mlp: FusedMLP) -> bool:
-        """There is none for scores, nor for padding where it counts."""
-        return not (self.return_score or self.weight_normalization or mlp.training)
-
     def forward(self, query: Tensor, keys: Tensor, keys_length: Tensor, mask: Tensor | None = None) -> Tensor:
         unit = self.local_att
         mlp = unit.fused(query, keys) if is_plain(unit, LocalActivationUnit) else None
         rows = None if mlp is None else self._valid_rows(keys, keys_length, mask)
-        if rows is None or not (keys.is_cpu or self._has_gpu_kernel(mlp)):
+        options = {"use_softmax": self.weight_normalization, "count_padding": True, "return_scores": self.return_score}
+        if rows is None or not mlp.has_kernel(keys, **options):
             return super().forward(query, keys, keys_length, mask)
-        return mlp.attend(
-            keys, query.squeeze(1), **rows, use_softmax=self.weight_normalization, count_padding=True,
-            return_scores=self.return_score,
-        ).unsqueeze(1)  # fmt: skip
+        return mlp.attend(keys, query.squeeze(1), **rows, **options).unsqueeze(1)
 
 
 class Linear(Lookups, basemodel.Linear):

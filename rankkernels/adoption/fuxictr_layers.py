@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from fuxictr.pytorch import layers
 from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain
-from rankkernels.nn.attention import FusedMLP, HiddenLayer, fused_mlp
+from rankkernels.nn.attention import FusedMLP, HiddenLayer, first_layer, fused_mlp
 from rankkernels.nn.layers import BatchNormDice, run_layers
 from rankkernels.ops._tracing import is_tensor, is_traced
 
@@ -52,10 +51,11 @@ class DIN_Attention(layers.DIN_Attention):
         fused, behind = _fused(modules)
         if fused is None or fused.dropout:
             return self._pooled(self._scores(modules, target, history), history, mask)
-        if behind is None and _is_binary(mask) and self._has_kernel(fused, history, mask):
+        counts = {"use_softmax": self.use_softmax, "count_padding": mask is not None}
+        if behind is None and _is_binary(mask) and fused.has_kernel(history, **counts):
             valid = None if mask is None else mask != 0
-            return fused.attend(history, target, mask=valid, use_softmax=self.use_softmax, count_padding=True)
-        if not history.is_cpu:
+            return fused.attend(history, target, mask=valid, **counts)
+        if not fused.has_kernel(history, return_scores=True):
             return self._pooled(self._scores(modules, target, history), history, mask)
         score = fused.attend(history, target, return_scores=True)
         if behind is not None:
@@ -71,21 +71,11 @@ class DIN_Attention(layers.DIN_Attention):
         modules = list(block.mlp) if is_plain(block.mlp, nn.Sequential) else []
         return modules if modules and is_plain(modules[0], nn.Linear) else []
 
-    def _has_kernel(self, fused: FusedMLP, history: Tensor, mask: Tensor | None) -> bool:
-        """On a GPU there is none for padding that counts."""
-        counts = mask is not None and (self.use_softmax or (fused.training and len(fused.norms) > 0))
-        return history.is_cpu or not counts
-
     @staticmethod
     def _scores(modules: list[nn.Module], target: Tensor, history: Tensor) -> Tensor:
-        """The scores [B, L], the first layer taken apart so that nothing is concatenated:
-
-        W_t t + W_h h + W_d (t - h) + W_p (t h) + b = (W_h - W_d) h + W_p (t h) + [(W_t + W_d) t + b]
-        """
+        """The scores [B, L], module by module; nothing is concatenated."""
         first, *rest = modules
-        w_target, w_history, w_difference, w_product = first.weight.chunk(4, dim=1)
-        of_target = F.linear(target, w_target + w_difference, first.bias)[:, None]
-        x = F.linear(history, w_history - w_difference) + F.linear(history * target[:, None], w_product) + of_target
+        x = first_layer(first, history, target, lambda of_sample: of_sample[:, None])
         return run_layers(rest, x.flatten(0, 1)).view(history.shape[:2])
 
     def _pooled(self, score: Tensor, history: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from rankkernels.ops._attention_checks import check_history, check_positions_at_
 from rankkernels.ops._jagged import jagged
 from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
 from rankkernels.ops.attention_params import Inputs
+from rankkernels.ops.din_attention import has_kernel
 
 
 class HiddenLayer(NamedTuple):
@@ -62,6 +63,12 @@ class FusedMLP(NamedTuple):
         if self.training:
             update_running_stats(self.norms, batch_stats)
         return out
+
+    def has_kernel(
+        self, history: Tensor, *, use_softmax: bool = False, count_padding: bool = False, return_scores: bool = False
+    ) -> bool:
+        """Whether ``attend`` with these options runs in a kernel on the history's device."""
+        return has_kernel(history, self.training, use_softmax, count_padding, return_scores)
 
 
 def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
@@ -121,19 +128,25 @@ def _fused(attention: nn.Module) -> FusedMLP | None:
     return None if len(hidden) % 4 else fused_mlp(layers, last)
 
 
-def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
-    """``attention`` of [t, h, t - h, t h] for every row h [N, D] and its sample's target t [B, D], module by module,
-    and where nobody could tell without concatenating:
+def first_layer(linear: nn.Linear, history: Tensor, target: Tensor, to_rows: Callable[[Tensor], Tensor]) -> Tensor:
+    """``linear`` of [t, h, t - h, t h] for every row h of ``history`` and its sample's target t [B, D], without
+    concatenating. ``to_rows`` gives each row what its sample has, [B, n] -> as ``history``.
 
     W_t t + W_h h + W_d (t - h) + W_p (t h) + b = (W_h - W_d) h + W_p (t h) + [(W_t + W_d) t + b]
     """
+    w_target, w_history, w_difference, w_product = linear.weight.chunk(4, dim=1)
+    of_target = to_rows(F.linear(target, w_target + w_difference, linear.bias))
+    return F.linear(history, w_history - w_difference) + F.linear(history * to_rows(target), w_product) + of_target
+
+
+def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
+    """``attention`` of [t, h, t - h, t h] for every row h [N, D] and its sample's target t [B, D], module by module,
+    and where nobody could tell without concatenating."""
     modules = attention.mlp if is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential) else ()
     first, *rest = modules or (None,)
     if not is_plain(first, nn.Linear):
         return attention(reference.attention_input(rows, target, sample))
-    w_target, w_history, w_difference, w_product = first.weight.chunk(4, dim=1)
-    of_target = F.linear(target, w_target + w_difference, first.bias)
-    score = F.linear(rows, w_history - w_difference) + F.linear(rows * target[sample], w_product) + of_target[sample]
+    score = first_layer(first, rows, target, lambda x: x[sample])
     for module in rest:
         score = module(score)
     return score

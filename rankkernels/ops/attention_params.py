@@ -60,6 +60,12 @@ class Flags(NamedTuple):
         return NAMES[self.activation]
 
 
+def has_gpu_kernel(statistics: bool, use_softmax: bool, count_padding: bool, return_scores: bool) -> bool:
+    """Whether a GPU's kernels have these options; ``statistics``: the batch's are taken. Not scores alone, nor padding
+    where it counts."""
+    return not (return_scores or (count_padding and (statistics or use_softmax)))
+
+
 def params_per_layer(activation: str, batch_norm: bool) -> int:
     return 2 + 2 * batch_norm + ACTIVATIONS[activation]
 

@@ -19,7 +19,7 @@ from rankkernels.ops._jagged import jagged
 from rankkernels.ops._library import has_triton, lib
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops.attention_params import Flags, Inputs, unflatten
+from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten
 
 # ``batch_stats``: in training, mean and unbiased variance of every normalization, in the order of the running ones, one
 # after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running statistics.
@@ -170,6 +170,11 @@ def _without_autocast(op: torch._ops.OpOverload, key: str):
 for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.din_attention_backward.default):
     for _key in ("AutocastCPU", "AutocastCUDA"):
         lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
+
+
+def has_kernel(history: Tensor, *options: bool) -> bool:
+    """Whether these options (``has_gpu_kernel``'s) have a kernel on the history's device."""
+    return history.is_cpu or has_gpu_kernel(*options)
 
 
 def din_attention(
