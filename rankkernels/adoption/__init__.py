@@ -17,11 +17,10 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator
 
 from torch import nn
 
-from rankkernels.adoption._report import Entry, Report
+from rankkernels.adoption._report import Entry, Report, name_of
 
 __all__ = ["Entry", "Report", "accelerate", "explain", "restore"]
 
@@ -48,7 +47,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     Warns:
         UserWarning: nothing in ``model`` is replaced, and nothing was before.
     """
-    found = [(m, kind) for _, m, _, kind in _known_layers(model) if isinstance(kind, type)]
+    adapters = _adapters()
+    said = [(module, _said(module, model, adapters)[1]) for module in model.modules()]
+    found = [(module, kind) for module, kind in said if isinstance(kind, type)]
     for module, cls in found:
         module.__dict__[_ORIGINAL] = type(module)
         module.__class__ = cls
@@ -62,18 +63,21 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 def explain(model: nn.Module) -> Report:
     """What ``accelerate`` replaces in ``model``, or has replaced, and what it leaves and why. Changes nothing."""
-    entries = []
+    entries, adapters = [], _adapters()
     for path, module in model.named_modules():
+        cls = type(module)
         if _ORIGINAL in module.__dict__:
             original = module.__dict__[_ORIGINAL]
-            entries.append(Entry(path, original.__name__, _library_of(original), _name(type(module)), "", True))
+            entries.append(Entry(path, original.__name__, _library_of(original), name_of(cls), "", True))
         elif _is_ours(module):
-            entries.append(Entry(path, type(module).__name__, "rankkernels", None, "it is one of ours", False))
-    for path, module, library, kind in _known_layers(model):
-        replaced_by, reason = (_name(kind), "") if isinstance(kind, type) else (None, kind)
-        entries.append(Entry(path, type(module).__name__, library, replaced_by, reason, False))
-    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
-    return Report(type(model).__name__, sorted(entries, key=lambda entry: order[entry.path]))
+            entries.append(Entry(path, cls.__name__, "rankkernels", None, "it is one of ours", False))
+        else:
+            library, kind = _said(module, model, adapters)
+            if isinstance(kind, type):
+                entries.append(Entry(path, cls.__name__, library, name_of(kind), "", False))
+            elif kind is not None:
+                entries.append(Entry(path, cls.__name__, library, None, kind, False))
+    return Report(type(model).__name__, entries)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -109,24 +113,17 @@ def _adapters() -> list:
     return [importlib.import_module(f"{__name__}.{a}") for library, a in _ADAPTERS.items() if library in sys.modules]
 
 
-def _known_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, type | str]]:
-    """The path of each layer that a library's adapter knows and ``accelerate`` has not replaced, the layer, the
-    library, and what the adapter says of it."""
-    adapters = _adapters()
-    for path, module in model.named_modules():
-        if _ORIGINAL not in module.__dict__ and not _is_ours(module):
-            said = ((a.LIBRARY, a.replacement(module, model)) for a in adapters)
-            library, kind = next((s for s in said if s[1] is not None), (None, None))
-            if kind is not None:
-                yield path, module, library, kind
+def _said(module: nn.Module, model: nn.Module, adapters: list) -> tuple[str | None, type | str | None]:
+    """The library whose adapter knows this layer of ``model``, and what it says of it; nothing where ``accelerate`` has
+    replaced it, or where it is ours."""
+    if _ORIGINAL in module.__dict__ or _is_ours(module):
+        return None, None
+    said = ((a.LIBRARY, a.replacement(module, model)) for a in adapters)
+    return next((s for s in said if s[1] is not None), (None, None))
 
 
 def _is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("rankkernels.")
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _library_of(cls: type) -> str:

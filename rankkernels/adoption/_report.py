@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 _HEAD = ("layer", "class", "library", "replaced by", "left because")
+
+
+def name_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def why_subclass_is_left(cls: type, known: Container[type]) -> str | None:
+    """The reason why a layer of class ``cls`` is left, if that derives from one of a library's ``known`` classes."""
+    base = next((b for b in cls.__mro__ if b in known), None)
+    return base and f"a subclass of {base.__name__}: only its author knows what it changes"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.adoption._deepctr_lookup import Lookups, by_group, dense_columns, of_tables
+from rankkernels.adoption._report import why_subclass_is_left
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.attention import FusedMLP, HiddenLayer, fused_mlp
 from rankkernels.nn.layers import BatchNormDice, run_layers
@@ -229,6 +230,4 @@ def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
         return ours
     if cls.__module__.startswith("deepctr_torch."):
         return "no kernel for it"
-    if base := next((b for b in cls.__mro__ if b in _NAMESAKES), None):
-        return f"a subclass of {base.__name__}: only its author knows what it changes"
-    return None
+    return why_subclass_is_left(cls, _NAMESAKES)

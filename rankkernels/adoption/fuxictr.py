@@ -6,6 +6,7 @@ from fuxictr.pytorch import layers
 from fuxictr.pytorch.models import BaseModel
 from torch import nn
 
+from rankkernels.adoption._report import why_subclass_is_left
 from rankkernels.adoption.fuxictr_embedding import FeatureEmbedding, FeatureEmbeddingDict
 from rankkernels.adoption.fuxictr_layers import Dice, DIN_Attention, InnerProductInteraction, MLP_Block
 from rankkernels.nn.embedding import fused_weight
@@ -47,9 +48,7 @@ def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
         return _BY_PARTS
     if cls.__module__.startswith("fuxictr."):
         return _LEFT.get(cls, "no kernel for it")
-    if base := next((b for b in cls.__mro__ if b in _FUSED), None):
-        return f"a subclass of {base.__name__}: only its author knows what it changes"
-    return None
+    return why_subclass_is_left(cls, _FUSED)
 
 
 def _why_called(table: nn.Embedding, model: nn.Module) -> str | None:

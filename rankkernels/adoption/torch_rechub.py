@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from rankkernels import models
+from rankkernels.adoption._report import name_of, why_subclass_is_left
 from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
 from rankkernels.nn.embedding import InputMask
 
@@ -23,19 +24,13 @@ _NAMESAKES = {
 }
 
 
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def replacement(module: nn.Module, model: nn.Module) -> type | str | None:
     """The class that ``module`` of ``model`` is given, why it is left, or None for what is no layer of theirs."""
     cls = type(module)
-    if (ours := _NAMESAKES.get(_name(cls))) is not None:
+    if (ours := _NAMESAKES.get(name_of(cls))) is not None:
         return ours
     if cls.__module__.startswith("torch_rechub.models."):
         return "its own forward runs, over the layers below"
     if cls.__module__.startswith("torch_rechub."):
         return "no kernel for it"
-    if base := next((b for b in cls.__mro__ if _name(b) in _NAMESAKES), None):
-        return f"a subclass of {base.__name__}: only its author knows what it changes"
-    return None
+    return why_subclass_is_left(cls, [b for b in cls.__mro__ if name_of(b) in _NAMESAKES])
