@@ -78,14 +78,7 @@ class BatchNormDice(nn.Module):
 
     def of_rows(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, H] by the op, where ``is_served``, running statistics included."""
-        norm = self.bn
-        out, batch_stats = ops.norm_activation(
-            x, norm.weight, norm.bias, self.alpha.flatten(), norm.running_mean, norm.running_var,
-            activation="dice_batch_norm", batch_norm=True, training=norm.training, norm_eps=norm.eps,
-        )  # fmt: skip
-        if norm.training:
-            update_running_stats([norm], batch_stats)
-        return out
+        return _normalized(self.bn, x, "dice_batch_norm", self.alpha.flatten())
 
 
 _ACTIVATIONS = {
@@ -154,6 +147,19 @@ def is_served(norm: nn.Module) -> bool:
     return all(map(is_tensor, (*affine, *map(buffers.get, _STATISTICS))))
 
 
+def _normalized(
+    norm: nn.BatchNorm1d, x: Tensor, activation: str, alpha: Tensor | None, dice_eps: float = 0.0
+) -> Tensor:
+    """The op with ``norm`` as if it had been called, running statistics included."""
+    out, batch_stats = ops.norm_activation(
+        x, norm.weight, norm.bias, alpha, norm.running_mean, norm.running_var,
+        activation=activation, batch_norm=True, training=norm.training, norm_eps=norm.eps, dice_eps=dice_eps,
+    )  # fmt: skip
+    if norm.training:
+        update_running_stats([norm], batch_stats)
+    return out
+
+
 def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell."""
     if x.dim() != 2 or not is_faster(x, "dice" if type(activation) is Dice else ""):
@@ -161,13 +167,7 @@ def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tenso
     name, learnt, dice_eps = activation_of(activation)
     if not name or not is_served(norm):
         return activation(norm(x))
-    out, batch_stats = ops.norm_activation(
-        x, norm.weight, norm.bias, learnt[0] if learnt else None, norm.running_mean, norm.running_var,
-        activation=name, batch_norm=True, training=norm.training, norm_eps=norm.eps, dice_eps=dice_eps,
-    )  # fmt: skip
-    if norm.training:
-        update_running_stats([norm], batch_stats)
-    return out
+    return _normalized(norm, x, name, learnt[0] if learnt else None, dice_eps)
 
 
 def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
