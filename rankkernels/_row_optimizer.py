@@ -65,7 +65,6 @@ class RowOptimizer(torch.optim.Optimizer):
     grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
 
     _kind: str
-    _rule = ""  # the one of ``OPTIMIZERS`` that it steps by, if another
     _states: tuple[str, ...] = ()
     _exact: ExactSteps | None = None  # what an optimizer with exact=True does for idle rows
 
@@ -88,7 +87,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Lets the tables follow dense Adam from the state they have. Raises as ``ExactSteps.attach``."""
         exact = ExactSteps(type(self).__name__)
         exact.attach(self.param_groups, self.state)
-        self._exact, self._rule = exact, "adamw"  # dense Adam's formula, where SparseAdam's has eps at another place
+        self._exact = exact
 
     def flush(self) -> None:
         """Brings every row up to date; there is something to do with ``exact=True`` alone.
@@ -183,8 +182,10 @@ class RowOptimizer(torch.optim.Optimizer):
                 hypers[key] = self._hyper(group, count, scale)
             hyper += hypers[key]
         tensors = [state[name] for state in states for name in self._states]
+        # Dense Adam's formula is AdamW's; SparseAdam's has eps at another place.
+        rule = OPTIMIZERS.index(self._kind if self._exact is None else "adamw")
         return [
-            partial(op._op, *before, tensors, *after, OPTIMIZERS.index(self._rule or self._kind), hyper),
+            partial(op._op, *before, tensors, *after, rule, hyper),
             partial(list, map(dict.__setitem__, states, repeat("step"), counts)),
             *(partial(self.state.__setitem__, params[t], state) for t, state in new.items()),
             partial(torch.autograd.graph.increment_version, list(params)),

@@ -214,11 +214,11 @@ def any_exact(weights: Sequence[Tensor]) -> bool:
     return any(map(is_exact, weights))
 
 
-def read(run_op: Callable, weights: Sequence[Tensor], features: Features, names: str, *arguments):
-    """A lookup op's ``run_op`` of these arguments, with its rows up to date."""
+def read(run: Callable, weights: Sequence[Tensor], features: Features, names: str):
+    """What ``run`` returns, which looks these features up, with their rows up to date."""
     catch_up(weights, features, names)
     with torch._C.DisableTorchFunctionSubclass():
-        return run_op(weights, features, names, *arguments, up_to_date=True)
+        return run()
 
 
 def _before(func: Callable, args: tuple, kwargs: dict) -> None:

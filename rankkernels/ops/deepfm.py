@@ -155,7 +155,5 @@ def run_batch(batch: LookupBatch, linear_weight: Tensor, mlp: Sequence[Tensor]) 
     features, columns = batch.features, batch.dense_columns()
     arguments = batch.weights, features.indices, features.tables, batch.names, linear_weight, columns, mlp
     if _exact_table.in_use and _exact_table.any_exact(batch.weights):
-        _exact_table.catch_up(batch.weights, features, batch.names)
-        with torch._C.DisableTorchFunctionSubclass():
-            return run_op(*arguments)
+        return _exact_table.read(functools.partial(run_op, *arguments), batch.weights, features, batch.names)
     return run_op(*arguments)

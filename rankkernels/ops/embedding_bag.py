@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ def run_op(
         arguments = weights, features, names, concat, sparse, optimizer
         if torch.compiler.is_compiling():
             return outside_graph(run_op, *arguments)
-        return _exact_table.read(run_op, *arguments)
+        return _exact_table.read(partial(run_op, *arguments, up_to_date=True), weights, features, names)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None

@@ -8,6 +8,7 @@ Looks the features of a few samples up and combines them while they are in the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ def run_op(
         arguments = weights, features, names, linear_weight, dense, sparse, optimizer
         if torch.compiler.is_compiling():
             return outside_graph(run_op, *arguments)
-        return _exact_table.read(run_op, *arguments)
+        return _exact_table.read(partial(run_op, *arguments, up_to_date=True), weights, features, names)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
