@@ -8,21 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact_adam import bag, close, draw, make, through_file, train
+from failing import Fails
 from torch.utils.checkpoint import checkpoint
 
 import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ArithmeticError("on the way back")
 
 
 def ids(step: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from failing import Fails
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.utils.checkpoint import checkpoint
@@ -180,16 +181,6 @@ def test_per_sample_weights_get_their_gradient_in_each_of_two_calls():
         grads.append([calls * f.grad for f in factors] if calls == 1 else [f.grad for f in factors])
     for a, b in zip(*grads):
         torch.testing.assert_close(2 * a, b)
-
-
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ArithmeticError("on the way back")
 
 
 def test_a_backward_that_fails_takes_no_step():
