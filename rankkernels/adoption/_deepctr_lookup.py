@@ -13,15 +13,13 @@ import torch
 from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat, get_varlen_pooling_list
 from torch import Tensor
 
+from rankkernels.nn._tables import KeepsPlans
 from rankkernels.nn._transparency import nobody_follows
 from rankkernels.nn.embedding import frozen_rows, fused_weight
 from rankkernels.ops import fm_interaction
 from rankkernels.ops._features import MODES, Features, LookupBatch, join_names
 from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
-
-#: Lists of columns that a module keeps the plan of: a model has one or two.
-MAX_PLANS = 8
 
 
 def by_group(columns: Sequence, values: Sequence[Tensor]) -> list[tuple]:
@@ -56,7 +54,6 @@ class Plan:
     """
 
     def __init__(self, columns: tuple, unpooled: tuple, feature_index: Mapping[str, tuple[int, int]]):
-        self.key = columns, unpooled
         self.columns = [*columns, *unpooled]
         self.places = [feature_index[c.name] for c in self.columns]
         self.tables = list(dict.fromkeys(c.embedding_name for c in self.columns))
@@ -108,21 +105,11 @@ class Plan:
         return factors
 
 
-class Lookups:
+class Lookups(KeepsPlans):
     """A module with a ``feature_index`` and an ``embedding_dict``."""
 
-    _kept_by_adoption = ("_plans",)
-    _plans: tuple[Plan, ...] = ()
-
     def _plan(self, columns: Sequence, unpooled: Sequence = ()) -> Plan:
-        key = tuple(columns), tuple(unpooled)
-        for plan in self._plans:
-            if plan.key == key:
-                return plan
-        plan = Plan(*key, self.feature_index)
-        if not torch.compiler.is_compiling():
-            self._plans = (plan, *self._plans[: MAX_PLANS - 1])
-        return plan
+        return self._plan_of((tuple(columns), tuple(unpooled)), lambda key: Plan(*key, self.feature_index))
 
     def _arguments(self, X: Tensor, plan: Plan) -> tuple[list[Tensor], Features] | None:
         """The tables and the features for the op; None where a table's call may be seen or has another dtype than X."""

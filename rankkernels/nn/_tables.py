@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
+from torch.compiler import is_compiling
 
 from rankkernels.ops import _exact_table
+
+#: Plans that a module keeps: a model looks one or two lists of features up.
+MAX_PLANS = 8
+
+
+class KeepsPlans:
+    """A module that looks lists of features up, and makes the plan of a list once."""
+
+    _kept_by_adoption = ("_plans",)
+    _plans: tuple[tuple[Any, Any], ...] = ()
+
+    def _plan_of(self, key: Any, make: Callable[[Any], Any]) -> Any:
+        """``make(key)``, kept for the lists seen last."""
+        for known, plan in self._plans:
+            if known == key:
+                return plan
+        plan = make(key)
+        if not is_compiling():
+            self._plans = ((key, plan), *self._plans[: MAX_PLANS - 1])
+        return plan
 
 
 class TableLayer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels import ops
-from rankkernels.nn._tables import TableLayer
+from rankkernels.nn._tables import KeepsPlans, TableLayer
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, column, table_name
@@ -18,9 +18,6 @@ from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
 from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
-
-#: Lists of features that a layer keeps the plan of: a model has one or two.
-MAX_PLANS = 8
 
 
 def fused_weight(table: nn.Module) -> Tensor | None:
@@ -86,7 +83,7 @@ def _pool(rows: Tensor, mask: Tensor, mode: str, weights: Tensor | None) -> Tens
     return pooled if mode == "sum" else pooled / mask.sum(-1).clamp(min=1)
 
 
-class EmbeddingLayer(TableLayer):
+class EmbeddingLayer(KeepsPlans, TableLayer):
     """The tables of a model's features, and their lookup. torch-rechub's ``EmbeddingLayer``.
 
     ``embed_dict`` holds one ``nn.Embedding`` for each sparse or sequence feature with ``shared_with=None``; a feature
@@ -101,9 +98,6 @@ class EmbeddingLayer(TableLayer):
             and concat, or a name that no module can have (empty, with a dot, or a method of ``nn.ModuleDict``).
         TypeError: one of ``features`` is no feature.
     """
-
-    _plans: tuple[Plan, ...] = ()
-    _kept_by_adoption = ("_plans",)
 
     def __init__(self, features: Sequence):
         super().__init__()
@@ -148,14 +142,7 @@ class EmbeddingLayer(TableLayer):
 
     def _plan(self, features: Sequence) -> Plan:
         """The plan of ``features``, made once for each list of the same objects."""
-        features = list(features)
-        for plan in self._plans:
-            if plan.features == features:
-                return plan
-        plan = Plan(features)
-        if not torch.compiler.is_compiling():
-            self._plans = (plan, *self._plans[: MAX_PLANS - 1])
-        return plan
+        return self._plan_of(list(features), Plan)
 
     def _tables(self, plan: Plan) -> tuple[list[nn.Module], list[Tensor | None]]:
         """The plan's tables as they are now, and the weight of each that the op serves."""
