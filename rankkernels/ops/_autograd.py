@@ -2,99 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rankkernels.ops._library import lib
-from rankkernels.ops._tracing import is_transformed
+from rankkernels.ops._tracing import is_traced, is_transformed, plain_classes
 
 
-def _below_autograd(op: torch._ops.OpOverload) -> Callable:
-    """``op``, without its autograd kernel where nothing is recorded: that is Python, and half of a small call.
-    Inference mode goes without by itself; compilers are asked for first, since they cannot ask for it."""
+def _redispatching(op: torch._ops.OpOverload, keyset) -> Callable:
+    """``op`` as its autograd kernel goes on with it."""
 
-    def call(*arguments, **keywords):
-        if is_compiling() or torch.is_inference_mode_enabled() or torch.is_grad_enabled() or is_transformed():
-            return op(*arguments, **keywords)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments, **keywords)
-
-    return call
-
-
-def _first_derivative(op: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> Callable:
-    """The kernel of ``op`` that records ``backward``. torch.library's own takes a tree of the arguments apart and puts
-    it together at each step, which costs as much as the lookups of a small batch."""
-    schema = op._schema
-    positional = [a for a in schema.arguments if not a.kwarg_only]
-    defaults = [a.default_value for a in positional]
-    keyword_defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
-    kinds = {"List[Tensor]": True, "Tensor": False, "Optional[Tensor]": False}
-    #: Where the tensors are among the arguments, and whether it is a list of them.
-    tensor_places = [(i, kinds[str(a.type)]) for i, a in enumerate(positional) if str(a.type) in kinds]
-    list_places = [i for i, is_list in tensor_places if is_list]
-    gives_list = str(schema.returns[0].type) == "List[Tensor]"
-
-    def run(keyset, arguments, keywords):
+    def run(*arguments, **keywords):
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **keywords)
 
-    class FirstDerivative(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, keyset, arguments, keywords, *tensors):
-            output = run(keyset, arguments, keywords)
-            inputs = (*arguments, *defaults[len(arguments) :])  # the dispatcher leaves out what is a default
-            if keyword_defaults:
-                setup_context(ctx, inputs, {**keyword_defaults, **keywords}, output)
-            else:
-                setup_context(ctx, inputs, output)
-            ctx.lengths_of_lists = [len(arguments[i]) for i in list_places]
-            return tuple(output) if gives_list else output
+    return run
 
-        @staticmethod
-        def backward(ctx, *grad_outs):
-            grads = backward(ctx, list(grad_outs)) if gives_list else backward(ctx, *grad_outs)
-            grads = grads if isinstance(grads, tuple) else (grads,)
-            lengths, flat = iter(ctx.lengths_of_lists), []
-            for i, is_list in tensor_places:
-                if is_list:
-                    length = next(lengths)
-                    flat += grads[i] or [None] * length
+
+class _FirstDerivative:
+    """How calls of ``op`` record ``backward``. torch.library's own way takes a tree of the arguments apart and puts it
+    together at each step, which costs as much as the lookups of a small batch."""
+
+    def __init__(self, op: torch._ops.OpOverload, backward: Callable, setup_context: Callable):
+        schema = op._schema
+        positional = [a for a in schema.arguments if not a.kwarg_only]
+        kinds = {"List[Tensor]": True, "Tensor": False, "Optional[Tensor]": False}
+        #: Where the tensors are among the arguments, and whether it is a list of them.
+        self.tensor_places = [(i, kinds[str(a.type)]) for i, a in enumerate(positional) if str(a.type) in kinds]
+        self.gives_list = str(schema.returns[0].type) == "List[Tensor]"
+        function = self._function(schema, positional, backward, setup_context)
+        # torch.autograd.Function's own looks at each argument once more, for tensors of transforms that are over.
+        self.apply = super(torch.autograd.Function, function).apply
+
+    def _function(self, schema, positional: list, backward: Callable, setup_context: Callable) -> type:
+        defaults = [a.default_value for a in positional]
+        keyword_defaults = {a.name: a.default_value for a in schema.arguments if a.kwarg_only}
+        tensor_places, gives_list = self.tensor_places, self.gives_list
+        list_places = [i for i, is_list in tensor_places if is_list]
+
+        class FirstDerivative(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, run, arguments, keywords, *tensors):
+                output = run(*arguments, **keywords)
+                inputs = (*arguments, *defaults[len(arguments) :])  # the dispatcher leaves out what is a default
+                if keyword_defaults:
+                    setup_context(ctx, inputs, {**keyword_defaults, **keywords}, output)
                 else:
-                    flat.append(grads[i])
-            return None, None, None, *flat
+                    setup_context(ctx, inputs, output)
+                ctx.lengths_of_lists = [len(arguments[i]) for i in list_places]
+                return tuple(output) if gives_list else output
 
-    def kernel(keyset, *arguments, **keywords):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
-            return run(keyset, arguments, keywords)
+            @staticmethod
+            def backward(ctx, *grad_outs):
+                grads = backward(ctx, list(grad_outs)) if gives_list else backward(ctx, *grad_outs)
+                grads = grads if isinstance(grads, tuple) else (grads,)
+                lengths, flat = iter(ctx.lengths_of_lists), []
+                for i, is_list in tensor_places:
+                    if is_list:
+                        length = next(lengths)
+                        flat += grads[i] or [None] * length
+                    else:
+                        flat.append(grads[i])
+                return None, None, None, *flat
+
+        return FirstDerivative
+
+    def tensors(self, arguments: Sequence) -> list[Tensor | None]:
+        """Those among the arguments, which autograd has to be given one by one."""
         tensors = []
-        for i, is_list in tensor_places:
+        for i, is_list in self.tensor_places:
             if is_list:
                 tensors += arguments[i]
             else:
                 tensors.append(arguments[i])
-        output = FirstDerivative.apply(keyset, arguments, keywords, *tensors)
-        return list(output) if gives_list else output
+        return tensors
 
-    return kernel
+    def record(self, run: Callable, arguments: Sequence, keywords: Mapping, tensors: Sequence[Tensor | None]):
+        """``run(*arguments, **keywords)``, with its backward."""
+        output = self.apply(run, arguments, keywords, *tensors)
+        return list(output) if self.gives_list else output
+
+
+def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative) -> Callable:
+    """``op`` without its autograd kernel, where plain tensors are called from plain Python: the way through the
+    dispatcher to a kernel in Python and back is half of a small call. Compilers are asked for first, since they cannot
+    ask for inference mode, which goes without by itself."""
+    absent = {type(None)}
+
+    def below(*arguments, **keywords):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments, **keywords)
+
+    def call(*arguments, **keywords):
+        if is_traced() or torch.is_inference_mode_enabled() or is_transformed():
+            return op(*arguments, **keywords)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return below(*arguments, **keywords)
+        tensors = first_derivative.tensors(arguments)
+        if torch._C._is_torch_function_mode_enabled() or set(map(type, tensors)).difference(plain_classes, absent):
+            return op(*arguments, **keywords)
+        return first_derivative.record(below, arguments, keywords, tensors)
+
+    return call
 
 
 def register_autograd(name: str, reference: Callable, backward: Callable, setup_context: Callable) -> Callable:
     """As ``torch.library.register_autograd``, but forward mode and ``torch.func`` run ``reference``, which takes and
     returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops.
 
-    Returns the op, for calls that skip its autograd kernel where nothing is recorded."""
+    Returns the op, for calls that skip the way to its autograd kernel where they can."""
     op = getattr(torch.ops.rankkernels, name).default
-    first_derivative = _first_derivative(op, backward, setup_context)
+    first_derivative = _FirstDerivative(op, backward, setup_context)
 
     def autograd(keyset, *arguments, **keywords):
         if is_transformed():
             return reference(*arguments, **keywords)
-        return first_derivative(keyset, *arguments, **keywords)
+        run = _redispatching(op, keyset)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+            return run(*arguments, **keywords)
+        return first_derivative.record(run, arguments, keywords, first_derivative.tensors(arguments))
 
     lib.impl(name, autograd, "Autograd", with_keyset=True)
 
@@ -110,7 +139,7 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
         return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)
 
     torch.library.register_vmap(f"rankkernels::{name}", one_by_one, lib=lib)
-    return _below_autograd(op)
+    return _caller(op, first_derivative)
 
 
 def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:

@@ -96,7 +96,7 @@ def _backward(ctx, grad_outs):
     features, values = ctx.features.with_tensors(saved), list(saved)
     if ctx.widths:
         (grad_out,) = grad_outs
-        grad_outs = [None] * len(ctx.widths) if grad_out is None else grad_out.split(ctx.widths, 1)
+        grad_outs = [None] * len(ctx.widths) if grad_out is None else grad_out.split_with_sizes(ctx.widths, 1)
     grad_weights, grad_psw = table_gradients(grad_outs, values, ctx.rows, features, ctx.sparse)
     return grad_weights, *features.gradients(grad_psw), None
 
@@ -122,7 +122,7 @@ class _FusedBag(FusedLookup):
     def gradients(self, grads, saved):
         if self.widths is not None:
             (grad,) = grads
-            grads = grad.split(self.widths, 1)
+            grads = grad.split_with_sizes(self.widths, 1)
         return (BagGradients(list(grads)),)
 
     def of_inputs(self, of_per_sample_weights):

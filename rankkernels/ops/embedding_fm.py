@@ -140,7 +140,7 @@ def _backward(ctx, *grads):
         grad_weights = sparse_gradients(set(features.tables), grad_rows, grad_values, ctx.rows)
     else:
         grad, grad_linear_weight = embedding_fm_backward(*arguments)
-        grad_outs = grad.split([ctx.dim] * F, 1)
+        grad_outs = grad.split_with_sizes([ctx.dim] * F, 1)
         grad_weights, grad_psw = table_gradients(grad_outs, values, ctx.rows, features, sparse=False)
     grad_linear_weight = None if linear_weight is None else grad_linear_weight
     return grad_weights, *features.gradients(grad_psw), None, grad_linear_weight, grad_dense

@@ -179,7 +179,7 @@ def _default(*arguments):
 def _of_lookups(a: Arguments, features: Features) -> tuple[list[Tensor], Tensor]:
     """The gradients of each feature's lookups, and of the linear weights."""
     grad, grad_linear_weight = torch.ops.rankkernels.embedding_fm_backward.default(*a)
-    return list(grad.split([a.dim] * len(features.indices), 1)), grad_linear_weight
+    return list(grad.split_with_sizes([a.dim] * len(features.indices), 1)), grad_linear_weight
 
 
 # The ops in turn are the fakes, too.
