@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch_rechub.basic import features
+from torch_rechub.basic.layers import CapsuleNetwork
 from torch_rechub.models import matching, multi_task, ranking
 from torch_rechub.models.matching.dssm_senet import DSSM as DSSMSenet
 
@@ -117,6 +118,15 @@ MODELS: dict[str, Callable[[Features], nn.Module]] = {
 
 #: What ``accelerate`` finds no layer of ours in.
 WITHOUT_OUR_LAYERS = ("NARM", "SINE", "STAMP")
+
+
+def build(name: str, sizes: Sizes) -> nn.Module:
+    """The model of that name. What torch-rechub leaves as it lay in memory is made random."""
+    model = MODELS[name](Features(sizes))
+    for module in model.modules():
+        if isinstance(module, CapsuleNetwork) and module.bilinear_type == 2:
+            nn.init.normal_(module.w)
+    return model
 
 
 def batch(sizes: Sizes) -> dict[str, Tensor]:

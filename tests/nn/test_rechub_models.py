@@ -10,7 +10,7 @@ from torch import nn
 
 import rankkernels as rk
 
-basic = pytest.importorskip("torch_rechub.basic.layers", reason="torch-rechub is not installed")
+pytest.importorskip("torch_rechub", reason="torch-rechub is not installed")
 rechub = pytest.importorskip("bench.harness.rechub_models")
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -38,12 +38,10 @@ def test_no_model_is_left_out():
 @pytest.mark.parametrize("name", rechub.MODELS)
 def test_accelerated(name, training):
     torch.manual_seed(0)
-    theirs = rechub.MODELS[name](rechub.Features(SIZES))
+    theirs = rechub.build(name, SIZES)
     for module in theirs.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight)
-        if isinstance(module, basic.CapsuleNetwork) and module.bilinear_type == 2:
-            nn.init.normal_(module.w)  # torch-rechub leaves it as it lay in memory
         if isinstance(module, nn.BatchNorm1d):
             module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
     ours = copy.deepcopy(theirs)
