@@ -56,7 +56,7 @@ def look_up(tables: Sequence[nn.Embedding], ids: Sequence[Tensor]) -> list[Tenso
         ids,
         modes=["none"] * len(tables),
         tables=[own.index(t) for t in tables],
-        frozen_rows=frozen_rows(own, weights),
+        frozen_rows=[t.padding_idx for t in own],
         names=[f"ids[{n}]" for n in range(len(tables))],
     )
 
