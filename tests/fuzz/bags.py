@@ -101,9 +101,7 @@ def one_table(draw: Draw) -> None:
     if right.requires_grad:
         expected = torch.autograd.grad(right, wanted, grad.double(), allow_unused=True)
     for name, g, e, x in zip(("the table", "the factors"), found, expected, leaves):
-        g, e = (
-            torch.zeros(x.shape, dtype=d) if y is None else y.to_dense() for y, d in ((g, dtype), (e, torch.float64))
-        )
+        g, e = (x.detach() * 0 if y is None else y.to_dense() for y in (g, e))
         check_close(f"EmbeddingBag's gradient of {name}", g, e, dtype, 0.1 * grad.double().norm().item())
     check_unchanged(before, "EmbeddingBag")
 
@@ -119,10 +117,8 @@ def several_tables(draw: Draw) -> None:
         tables[-1].weight = nn.Parameter(draw.strided(draw.normal((rows, tables[-1].embedding_dim), dtype)))
     chosen = [draw.choice(tables) for _ in range(draw.randint(1, 5))]
     B = draw.size()
-    ids = [
-        draw.ids(t.num_embeddings, draw.choice(((B,), (B, 3), (draw.size(20), 0), (B,) if sparse else ())))
-        for t in chosen
-    ]
+    shapes = [draw.choice(((B,), (B, 3), (draw.size(20), 0), (B,) if sparse else ())) for _ in chosen]
+    ids = [draw.ids(t.num_embeddings, shape) for t, shape in zip(chosen, shapes)]
     before = snapshot(tensors_of([ids, [t.weight for t in tables]]))
     outs = look_up(chosen, ids)
     exact = {t: t.weight.detach().double().requires_grad_() for t in tables}
