@@ -65,11 +65,13 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     ahead.fetch(n / 4 + 1);
     const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == Activation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
-    if (f.kept_mean) {
-      __builtin_memcpy(s.layer[i].mean, f.kept_mean + row, n * sizeof(A));
+    if (f.kept_inverse) {
+      // By y as it is here, which rounding leaves elsewhere than in the forward: equal units must stay so.
+      for (int64_t r = 0; r < n; ++r)
+        s.layer[i].mean[r] = first_unit(f, s.layer[i].g + r * padded<A>(f.out)) + f.kept_from_first[row + r];
       __builtin_memcpy(s.layer[i].inverse, f.kept_inverse + row, n * sizeof(A));
     }
-    activate(f, n, s.layer[i], need_a, f.kept_mean);
+    activate(f, n, s.layer[i], need_a, f.kept_inverse);
     if (!net.drops) continue;
     draw_factors(net.dropout, f, i, b, position, r0, n, s.layer[i]);
     if (need_a) multiply_factors(f, n, s.layer[i], s.layer[i].a);

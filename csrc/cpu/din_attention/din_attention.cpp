@@ -111,7 +111,7 @@ void place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows,
   saved += rows;
   if (a.config.keeps_dice())
     for (int64_t i = 0; i < a.layers(); ++i) {
-      network.layer(i).kept_mean = saved;
+      network.layer(i).kept_from_first = saved;
       network.layer(i).kept_inverse = saved + rows;
       saved += 2 * rows;
     }

@@ -97,21 +97,26 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
   }
 }
 
-// Merges n rows of z into the statistics.
+// Merges n rows of z into the statistics. What rounding took from a block's mean is added in double: the
+// variance between blocks would notice it where a mean is a thousand times the deviation.
 template <class A>
 static void add_statistics(const LayerParams<A>& f, int64_t n, const A* z, ColumnStats& stats) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   const MergeRows merge(stats, n);
   for (int64_t h = 0; h < end; h += X::lanes) {
-    typename X::vec sum = {}, squares = {};
+    typename X::vec sum = {}, rest = {}, squares = {};
     for (int64_t r = 0; r < n; ++r) sum += X::load(z + r * ld + h);
     const auto mean = sum / static_cast<A>(n);
     for (int64_t r = 0; r < n; ++r) {
       const auto centred = X::load(z + r * ld + h) - mean;
+      rest += centred;
       squares += centred * centred;
     }
-    for (int j = 0; j < X::lanes; ++j) merge(stats, h + j, mean[j], squares[j]);
+    for (int j = 0; j < X::lanes; ++j) {
+      const double taken = rest[j] == rest[j] ? rest[j] / static_cast<double>(n) : 0;  // infinite z: NaN
+      merge(stats, h + j, mean[j] + taken, squares[j] - rest[j] * taken);
+    }
   }
   stats.count = merge.count;
 }
@@ -174,7 +179,7 @@ RK_INLINE void clear_absent_rows(const Din<A>& net, int64_t begin, int64_t end) 
   for (int64_t l = begin; l < end; ++l) {
     net.row_weight[l] = 0;
     for (int64_t i = 0; i < net.layers; ++i)
-      if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
+      if (net.layer[i].kept_inverse) net.layer[i].kept_from_first[l] = net.layer[i].kept_inverse[l] = 0;
   }
 }
 
@@ -223,8 +228,8 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
         Score<A> score{};
         if (scores && i == last) score = {net.out_weight, net.out_bias, net.row_weight + first + r0};
         activate(f, n, s.layer[i], true, false, score);
-        if (f.kept_mean) {
-          __builtin_memcpy(f.kept_mean + first + r0, s.layer[i].mean, n * sizeof(A));
+        if (f.kept_inverse) {
+          __builtin_memcpy(f.kept_from_first + first + r0, s.layer[i].from_first, n * sizeof(A));
           __builtin_memcpy(f.kept_inverse + first + r0, s.layer[i].inverse, n * sizeof(A));
         }
         if (!net.drops) continue;

@@ -63,7 +63,7 @@ struct DinWorkspace {
       A* product = arena.take(R * ld);
       layers.push_back({product, backward ? arena.take(R * ld) : product,
                         net.drops ? arena.take(R * ld) : nullptr, arena.take(R), arena.take(R), arena.take(R),
-                        arena.take(R)});
+                        arena.take(R), arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(kDinTargets * ldD);
