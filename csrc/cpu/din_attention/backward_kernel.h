@@ -47,6 +47,16 @@ RK_INLINE void backward_history(const Din<A>& net, int64_t row, int64_t n, const
   gemm<A>(H, vecs, n, {d, 1, ld0}, history.p, history.ld, s.grad_operand, ld, s.grad_operand, ld);
 }
 
+// What the forward kept of Dice's statistics, by y as it is here: rounding leaves it elsewhere than there,
+// and units that are equal must be it here, too.
+template <class A>
+RK_INLINE void take_dice_statistics(const LayerParams<A>& f, int64_t row, int64_t n,
+                                    const LayerScratch<A>& s) {
+  const int64_t ld = padded<A>(f.out);
+  for (int64_t r = 0; r < n; ++r) s.mean[r] = first_unit(f, s.g + r * ld) + f.kept_from_first[row + r];
+  __builtin_memcpy(s.inverse, f.kept_inverse + row, n * sizeof(A));
+}
+
 // One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
 // which those by M, c and the rows are left in scratch.
 template <class T, class A>
@@ -65,12 +75,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     ahead.fetch(n / 4 + 1);
     const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == Activation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
-    if (f.kept_inverse) {
-      // By y as it is here, which rounding leaves elsewhere than in the forward: equal units must stay so.
-      for (int64_t r = 0; r < n; ++r)
-        s.layer[i].mean[r] = first_unit(f, s.layer[i].g + r * padded<A>(f.out)) + f.kept_from_first[row + r];
-      __builtin_memcpy(s.layer[i].inverse, f.kept_inverse + row, n * sizeof(A));
-    }
+    if (f.kept_inverse) take_dice_statistics(f, row, n, s.layer[i]);
     activate(f, n, s.layer[i], need_a, f.kept_inverse);
     if (!net.drops) continue;
     draw_factors(net.dropout, f, i, b, position, r0, n, s.layer[i]);

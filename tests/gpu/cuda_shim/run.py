@@ -1,9 +1,5 @@
 """The CUDA ops, their kernels under the shim, against the reference. Run by test_cuda.py in a process of its own.
 
-A line of stdin is a job: the path of a library, one of ``COMMANDS`` and an environment, as JSON. Each runs in a fork of
-this process, because importing torch takes the sanitizers longer than most jobs. The answer is its exit status and what
-it printed, a line of stdout.
-
 The library has the ops' CUDA implementations compiled for the CPU; here they are called for CPU tensors. Uninitialised
 memory is NaN. ``accuracy`` prints a digest of all results, which must not depend on the order of threads and blocks.
 """
@@ -11,12 +7,9 @@ memory is NaN. ``accuracy`` prints a digest of all results, which must not depen
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 import torch
@@ -27,6 +20,7 @@ from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_cas
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
+from gpu.cuda_shim.jobs import serve  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
@@ -399,40 +393,5 @@ def bad_arguments() -> None:
     print("arguments refused")
 
 
-COMMANDS = {f.__name__: f for f in (accuracy, launches, bad_ids, bad_ids_fm, bad_inputs, bad_arguments)}
-
-
-def run_job(path: str, command: str, environment: dict[str, str]) -> None:
-    """In the fork; does not return."""
-    status = 1
-    try:
-        os.environ.update(environment)
-        torch.ops.load_library(path)
-        torch.use_deterministic_algorithms(True)  # fills uninitialised memory
-        torch.manual_seed(0)
-        COMMANDS[command]()
-        status = 0
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        with tempfile.TemporaryFile("w+", errors="replace") as printed:
-            child = os.fork()
-            if child == 0:
-                os.dup2(printed.fileno(), 1)
-                os.dup2(printed.fileno(), 2)
-                run_job(*json.loads(line))
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            printed.seek(0)
-            print(json.dumps((status, printed.read())), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve({f.__name__: f for f in (accuracy, launches, bad_ids, bad_ids_fm, bad_inputs, bad_arguments)})
