@@ -1,4 +1,4 @@
-"""The lookup of one feature by torch's own embedding, where a call of ours costs more than it saves."""
+"""Lookups of a feature or two by torch's own embedding, where a call of ours costs more than it saves."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from rankkernels.ops._tracing import is_traced
 from rankkernels.ops.embedding_bag import run_op
 
 _NONE = MODES.index("none")
-#: Ids of one feature up to which torch's call is the faster one: docs/performance/embedding.md.
-MOST_IDS = 4096
+#: Up to so many features, with a backward and without, and ids of all of them together, torch's calls are the faster
+#: ones: docs/performance/embedding.md.
+MOST_RECORDED, MOST_UNRECORDED, MOST_IDS = 1, 2, 4096
 #: Of which torch sums a row's gradient in the precision that the kernel does.
 _DTYPES = torch.float32, torch.float64
 
 
 def is_faster(weights: Sequence[Tensor], features: Features) -> bool:
-    """Whether the op is the faster way, forward and backward. Under a compiler no size is read, which would specialize
-    the graph on it."""
-    if len(features.indices) > 1 or features.modes[0] != _NONE or is_traced():
+    """Whether the op is faster than torch's lookup of one feature after the other. Under a compiler no size is read,
+    which would specialize the graph on it."""
+    most = MOST_RECORDED if torch.is_grad_enabled() else MOST_UNRECORDED
+    if len(features.indices) > most or any(mode != _NONE for mode in features.modes) or is_traced():
         return True
-    weight = weights[features.tables[0]]
-    return features.indices[0].numel() > MOST_IDS or not weight.is_cpu or weight.dtype not in _DTYPES
+    if not all(w.is_cpu and w.dtype in _DTYPES for w in weights):
+        return True
+    return sum(ids.numel() for ids in features.indices) > MOST_IDS
 
 
 def run_lookups(
     weights: Sequence[Tensor], features: Features, names: str, concat: bool = False, optimizer: Optimizer | None = None
 ) -> list[Tensor]:
-    """``embedding_bag.run_op`` of tables that nobody parametrized, by torch where that is faster."""
+    """``embedding_bag.run_op`` of plain tables, by torch where that is faster."""
     if optimizer is None and not _exact_table.in_use and not is_faster(weights, features):
-        table, (ids,) = features.tables[0], features.indices
-        frozen = features.frozen_rows[table]
+        rows = [None if row < 0 else row for row in features.frozen_rows]
         try:
-            return [F.embedding(ids, weights[table], None if frozen < 0 else frozen)]
+            found = [F.embedding(i, weights[t], rows[t]) for i, t in zip(features.indices, features.tables)]
         except IndexError:
             pass  # the op's error names the feature
+        else:
+            return [torch.cat(found, 1)] if concat and len(found) > 1 else found
     return run_op(weights, features, names, concat=concat, optimizer=optimizer)
