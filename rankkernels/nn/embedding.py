@@ -16,8 +16,8 @@ from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
-from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
+from rankkernels.ops.few_lookups import run_lookups
 
 
 def fused_weight(table: nn.Module) -> Tensor | None:
@@ -187,7 +187,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
             features = plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
-            found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
+            found = dict(enumerate(run_lookups(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
@@ -248,7 +248,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         if arguments is None:
             return None
         weights, features = arguments
-        (out,) = run_op(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
+        (out,) = run_lookups(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
             return torch.cat([out, *plan.dense_columns(x, out.dtype, features.indices)], 1) if plan.dense else out
         return out.view(-1, len(features.indices), weights[0].size(1))
