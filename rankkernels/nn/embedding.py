@@ -152,10 +152,10 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             return tables, [None] * len(tables)
         return tables, [fused_weight(t) for t in tables]
 
-    def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
+    def lookup(self, x: Mapping[str, Tensor], features: Sequence, one_batch: bool = True) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
         in the tables' dtype for a dense one. A feature that comes twice is looked up once, but by a table whose call
-        may be seen.
+        may be seen. Without ``one_batch`` each feature may have a B of its own.
 
         The attributes of a feature object are read when a list of features is first seen.
 
@@ -170,11 +170,11 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         for lookup, i in zip(plan.lookups, ids):
             if i.dim() != 1 and not lookup.is_sequence:
                 raise bad_shape("sparse", lookup.name, "[B] ids", i)
-        return self._look_up(x, plan, ids)
+        return self._look_up(x, plan, ids, one_batch)
 
-    def _look_up(self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor]) -> list[Tensor]:
+    def _look_up(self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor], one_batch: bool = True) -> list[Tensor]:
         """``lookup`` for ids of any shape."""
-        for lookup, i in zip(plan.lookups, ids):
+        for lookup, i in zip(plan.lookups, ids if one_batch else ()):
             if i.shape[:1] != ids[0].shape[:1]:
                 raise bad_batch(lookup.name, i, plan.names[0], ids[0])
         tables, weights = self._tables(plan)
@@ -206,7 +206,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             )
             found = dict(zip(fused, embeddings))
         dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
-        found.update(enumerate(plan.dense_columns(x, dtype, ids), len(plan.lookups)))
+        found.update(enumerate(plan.dense_columns(x, dtype, ids, one_batch), len(plan.lookups)))
         return [
             found[i] if i in found else self._called(x, feature, ids[i], tables[plan.table_of[i]], plan.lookups[i])
             for i, feature in zip(plan.order, plan.features)

@@ -40,18 +40,19 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
-// The scratch with sample b's target and c, computed for kDinTargets samples at a time: a GEMM of one row
-// would be bound by its weights' bandwidth and by the latency of its sums.
+// The scratch for sample b with its target and c, computed for kDinTargets samples at a time: a GEMM of one
+// row would be bound by its weights' bandwidth and by the latency of its sums.
 template <class T, class A>
 static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int64_t b0, int64_t b, int64_t b1,
                                  bool need_c, DinScratch<A> s) {
   const LayerParams<A>& f = net.layer[0];
   const int64_t ld = padded<A>(net.D), ldH = padded<A>(f.out), i = (b - b0) % kDinTargets;
+  s.fresh = !rows.user || b == b0 || rows.user[b] != rows.user[b - 1];
   if (i == 0) {
     const int64_t n = b1 - b < kDinTargets ? b1 - b : kDinTargets;
     const Tail<T> tail(static_cast<int>(net.D % Traits<T>::lanes));
     for (int64_t j = 0; j < n; ++j)
-      widen_row(rows.target + (b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
+      widen_row(rows.target + sample_of(rows, b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
     if (need_c)
       gemm<A>(n, vectors<A>(f.out), net.D, {s.target, ld, 1}, net.target_weight, ldH, s.bias, ldH, f.bias, 0,
               tail_width<A>(f.out));
@@ -233,7 +234,7 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
           __builtin_memcpy(f.kept_inverse + first + r0, s.layer[i].inverse, n * sizeof(A));
         }
         if (!net.drops) continue;
-        draw_factors(net.dropout, net.layer[i], i, b, position, r0, n, s.layer[i]);
+        draw_factors(net.dropout, net.layer[i], i, din::sample_of(rows, b), position, r0, n, s.layer[i]);
         multiply_factors(net.layer[i], n, s.layer[i], s.layer[i].a);
       }
       ahead.fetch(n);
@@ -267,7 +268,7 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       din::scale(ld, s.out, 1 / total);
     }
     din::clear_absent_rows(net, first + count, rows.first[b + 1]);
-    if (rows.out) narrow_row(s.out, rows.out + b * D, D, tail);
+    if (rows.out) narrow_row(s.out, rows.out + din::sample_of(rows, b) * D, D, tail);
   };
   for (int64_t b = b0; b < b1; ++b) {
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
