@@ -70,6 +70,8 @@ OPS = {
             cpu_needs="AVX-512",
             is_served=has_avx512,
         ),
+        Op("rank", (), "one user's candidates by a frozen model (`serve`)"),
+        Op("frozen_rows", (), "rows of a frozen model's table"),
         Op(
             "linear_weight_grad",
             ("MLP",),

@@ -30,7 +30,8 @@ BELOW = {
         "cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding",
         "cpu/embedding/params.h", "cpu/embedding/features.h",
     },
-    "cpu/targets": {"cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu"},
+    "cpu/serve": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding"},
+    "cpu/targets": {"cpu/serve", "cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu"},
     "cuda/common": {"stable"},
     "cuda/embedding": {"cuda/common", "stable", "embedding"},
 }  # fmt: skip

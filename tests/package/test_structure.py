@@ -31,6 +31,7 @@ FLOORS = [
     ["rankkernels.optim"],
     ["rankkernels.models", "rankkernels.info", "rankkernels.flops"],
     ["rankkernels.adoption"],
+    ["rankkernels.serve"],
     ["rankkernels.testing"],
 ]
 

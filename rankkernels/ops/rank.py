@@ -1,0 +1,217 @@
+"""A frozen model's scores of one user's candidates: csrc/cpu/serve/rank.cpp.
+
+What the user has is computed once; the candidates fill the lanes of vectors (rank_layers_kernel.h). The layers of
+``rankkernels.serve`` make the arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._features import MODES, names_of
+from rankkernels.ops._library import lib
+from rankkernels.ops._rank_plan import (
+    DICE,
+    DICE_BATCH_NORM,
+    LEAKY,
+    RELU,
+    SIGMOID,
+    UNKNOWN,
+    Layer,
+    Lookup,
+    Plan,
+    Table,
+    Unit,
+    dequantize,
+    unpack,
+)
+from rankkernels.ops._table import notice_reference
+
+# ``inputs`` are ids and numbers, each the user's or, where ``sides`` is 0, the candidates'. ``plan`` and ``weights``:
+# ops/_rank_plan.py.
+lib.define(
+    "rank(Tensor[] inputs, int[] sides, Tensor[] tables, Tensor weights, Tensor plan, str names, int candidates) "
+    "-> Tensor"
+)
+# Rows of a table as ``Plan`` has it, ids.shape + [width].
+lib.define("frozen_rows(Tensor table, int bits, int width, Tensor ids, str name) -> Tensor")
+
+
+@torch.library.register_fake("rankkernels::rank", lib=lib)
+def _(inputs, sides, tables, weights, plan, names, candidates):
+    return weights.new_empty((candidates,))
+
+
+@torch.library.register_fake("rankkernels::frozen_rows", lib=lib)
+def _(table, bits, width, ids, name):
+    return table.new_empty((*ids.shape, width), dtype=torch.float32)
+
+
+class _Request:
+    """The definition of correct, sample by sample and row by row."""
+
+    def __init__(self, inputs, sides, tables, weights, plan, names, candidates):
+        self.inputs, self.sides, self.tables, self.weights = inputs, sides, tables, weights
+        self.plan, self.C = Plan.decode(plan), candidates
+        self.names = names_of(names, len(inputs))
+
+    def floats(self, place: int, size: int) -> Tensor:
+        return self.weights[place : place + size]
+
+    def known_ids(self, lookup: Lookup) -> Tensor:
+        """An input's ids as rows of the table: [1 or C, L]."""
+        ids, R = self.inputs[lookup.input].long(), self.tables[lookup.table].size(0)
+        ids = ids.reshape(1 if self.sides[lookup.input] else self.C, -1)
+        unknown = (ids < 0) | (ids >= (R if UNKNOWN[lookup.unknown] == "error" else lookup.known))
+        if UNKNOWN[lookup.unknown] == "row":
+            return ids.masked_fill(unknown, lookup.known - 1)
+        if UNKNOWN[lookup.unknown] == "hash":
+            mixed = ids * -7046029254386353131
+            padding = lookup.hash_padding
+            rows = mixed.bitwise_xor(mixed >> 32).remainder(max(lookup.known - (padding >= 0), 1))
+            return torch.where(unknown, rows + (rows >= padding) * (padding >= 0), ids)
+        if bool(unknown.any()):
+            at = unknown.nonzero()[0].tolist()
+            index = ", ".join(map(str, at[: self.inputs[lookup.input].dim()] if ids.size(1) > 1 else at[:1]))
+            raise RuntimeError(
+                f"rank: {self.names[lookup.input]}[{index}] = {int(ids[tuple(at)])} is out of range for a table with "
+                f"{R} rows"
+            )
+        return ids
+
+    def rows(self, lookup: Lookup) -> Tensor:
+        """[1 or C, D], of a history [L, D]."""
+        ids = self.known_ids(lookup)
+        rows = dequantize(self.tables[lookup.table][ids], self.plan.tables[lookup.table])
+        if lookup.history:
+            return rows[0]
+        if MODES[lookup.mode] == "none":
+            return rows[:, 0]
+        kept = (ids != lookup.padding_idx)[..., None]
+        pooled = (rows * kept).sum(1)
+        return pooled / kept.sum(1).clamp(min=1) if MODES[lookup.mode] == "mean" else pooled
+
+    def activated(self, layer: Layer, z: Tensor) -> Tensor:
+        alpha = self.floats(layer.alpha, layer.units)
+        if layer.activation == LEAKY:
+            return torch.where(z > 0, z, alpha * z)
+        if layer.activation == RELU:
+            return z.relu()
+        if layer.activation == SIGMOID:
+            return z.sigmoid()
+        if layer.activation == DICE_BATCH_NORM:
+            p = torch.sigmoid(z * self.floats(layer.v_scale, layer.units) + self.floats(layer.v_shift, layer.units))
+            return p * z + (1 - p) * alpha * z
+        assert layer.activation == DICE
+        return reference.dice(z, alpha, float(self.weights[layer.epsilon]) / layer.units)
+
+    def score(self, layers: Sequence[Layer], z: Tensor) -> Tensor:
+        """What follows the first product z [N, H]: [N]."""
+        for layer, following in zip(layers, [*layers[1:], None]):
+            z = self.activated(layer, z)
+            if following is not None:
+                weight = self.floats(following.weight, -(-following.units // 4) * 4 * following.inputs)
+                bias = self.floats(following.bias, following.units)
+                z = F.linear(z, unpack(weight, following.units, following.inputs), bias)
+        return z @ self.floats(layers[-1].score_weight, layers[-1].units) + self.weights[layers[-1].score_bias]
+
+    def pooled(self, unit: Unit, found: list[Tensor]) -> Tensor:
+        history = torch.cat([found[i] for i in unit.histories], -1)
+        target = torch.cat([found[i].expand(self.C, -1) for i in unit.targets], -1)
+        first, (L, D) = self.plan.lookups[unit.histories[0]], history.shape
+        valid = torch.ones(L, dtype=torch.bool)
+        if unit.masked:
+            valid = self.inputs[first.input].reshape(-1) != first.padding_idx
+        if unit.length >= 0:
+            valid = valid & (torch.arange(L) < int(self.inputs[unit.length]))
+        layer = unit.layers[0]
+        H, size = layer.units, -(-layer.units // 4) * -(-D // 4) * 16
+        of_target, of_product = (unpack(self.floats(p, size), H, D) for p in (unit.target_weight, unit.product_weight))
+        of_history = self.floats(unit.history_weight, D * (-(-H // 16) | 1) * 16).view(D, -1)[:, :H]
+        z = history @ of_history + self.floats(layer.bias, H)
+        z = z + F.linear(target, of_target)[:, None] + F.linear(target[:, None] * history, of_product)
+        score = self.score(unit.layers, z.flatten(0, 1)).view(self.C, L)
+        if unit.use_softmax and (bool(valid.any()) or unit.count_padding):
+            score = score.masked_fill(~valid, torch.finfo(score.dtype).min).softmax(-1)
+        return torch.where(valid, score, 0.0 if valid.any() or not unit.count_padding else score) @ history
+
+    def scores(self) -> Tensor:
+        plan = self.plan
+        x = self.weights.new_zeros(self.C, plan.width)
+        logit = self.weights[plan.constant] + x.new_zeros(self.C)
+        fields = []
+        found = [self.rows(lookup) for lookup in plan.lookups]
+        dense = [self.inputs[d.input].reshape(1 if self.sides[d.input] else self.C, d.width) for d in plan.dense]
+        for part, value in zip([*plan.lookups, *plan.dense], [*found, *dense]):
+            if isinstance(part, Lookup) and part.history:
+                continue
+            if part.column >= 0:
+                x[:, part.column : part.column + value.size(1)] = value
+            if part.weight >= 0:
+                logit = logit + value @ self.floats(part.weight, value.size(1))
+            if isinstance(part, Lookup) and part.fm:
+                fields.append(value.expand(self.C, -1))
+        for unit in plan.units:
+            pooled = self.pooled(unit, found)
+            x[:, unit.column : unit.column + pooled.size(1)] = pooled
+        if fields:
+            logit = logit + reference.fm_interaction(torch.stack(fields, 1), True).squeeze(1)
+        if plan.layers:
+            first = plan.layers[0]
+            weight = self.floats(first.weight, -(-first.units // 4) * 4 * first.inputs)
+            z = F.linear(x, unpack(weight, first.units, first.inputs), self.floats(first.bias, first.units))
+            logit = logit + self.score(plan.layers, z)
+        return logit.sigmoid() if plan.sigmoid else logit
+
+
+@torch.library.impl(lib, "rank", "CompositeExplicitAutograd")
+def _(inputs, sides, tables, weights, plan, names, candidates):
+    notice_reference("rank", weights)
+    return _Request(inputs, sides, tables, weights, plan, names, candidates).scores()
+
+
+@torch.library.impl(lib, "frozen_rows", "CompositeExplicitAutograd")
+def _(table, bits, width, ids, name):
+    notice_reference("frozen_rows", table)
+    R = table.size(0)
+    bad = ((ids < 0) | (ids >= R)).nonzero()
+    if len(bad):
+        index = bad[0].tolist()
+        raise RuntimeError(
+            f"rank: {name}[{', '.join(map(str, index))}] = {int(ids[tuple(index)])} is out of range for a table with "
+            f"{R} rows"
+        )
+    return dequantize(table[ids.long()], Table(bits, width))
+
+
+def _documented(error: RuntimeError) -> Exception:
+    """What an error of the C++ is in Python: about an id, or about what else is given."""
+    message = str(error).splitlines()[0]
+    if not message.startswith("rank: "):
+        return error
+    return (IndexError if "is out of range" in message else ValueError)(message)
+
+
+def frozen_rows(stored: Tensor, table: Table, ids: Tensor, name: str) -> Tensor:
+    """Rows of a table as it is stored, ids.shape + [D] in float32; an IndexError for an id outside it."""
+    try:
+        return torch.ops.rankkernels.frozen_rows.default(stored, table.bits, table.width, ids, name)
+    except RuntimeError as error:
+        raise _documented(error) from None
+
+
+def run_op(
+    inputs: Sequence[Tensor], sides: Sequence[int], tables: Sequence[Tensor], weights: Tensor, plan: Tensor,
+    names: str, candidates: int,
+) -> Tensor:  # fmt: skip
+    """The op on the schema's arguments; an IndexError for an id outside its table, a ValueError for what else is
+    wrong with the inputs."""
+    try:
+        return torch.ops.rankkernels.rank.default(inputs, sides, tables, weights, plan, names, candidates)
+    except RuntimeError as error:
+        raise _documented(error) from None

@@ -1,0 +1,57 @@
+"""Models for inference alone: ``freeze``, one user's candidates in one call, tables of 16, 8 or 4 bits.
+
+``freeze`` folds normalizations into the layers before them, joins constants and stores tables in the form that the
+kernels read. The result has no autograd and needs neither the model nor its library.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from rankkernels.adoption import _adapters, _said
+from rankkernels.serve import _rechub
+from rankkernels.serve._builder import Builder
+from rankkernels.serve._frozen import FORMAT, FrozenModel, Ranking
+from rankkernels.serve._layers import NotServed, plain
+
+__all__ = ["FrozenModel", "NotServed", "Ranking", "freeze", "load"]
+
+
+@torch.no_grad()
+def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
+    """A copy of ``model`` for inference, by the running statistics of its normalizations.
+
+    Args:
+        model: a DeepFM or DIN of ours or of torch-rechub, accelerated or not.
+        tables: float32, bfloat16, int8 or int4. Codes of 8 and 4 bits have a scale and a bias a row, and an error of
+            half the row's range over 255 or 15 at most; tables are read as they are stored.
+
+    Raises:
+        NotServed: a ValueError that names the module or the feature that a frozen model cannot have.
+    """
+    builder = Builder(tables)
+    _, said = _said(model, model, _adapters())
+    kind = said if isinstance(said, type) else type(model)
+    built = _rechub.build(plain(model, type(model).__name__), kind, builder)
+    if built is None:
+        raise NotServed(
+            f"freeze: {type(model).__module__}.{type(model).__name__} is not served; served are DeepFM and DIN of "
+            "rankkernels and torch-rechub"
+        )
+    plan, weights = builder.plan(*built)
+    return FrozenModel(builder.inputs, builder.stored, weights, plan.encode())
+
+
+def load(path: str | os.PathLike, mmap: bool = False) -> FrozenModel:
+    """The model that ``FrozenModel.save`` wrote; with ``mmap`` its tables stay in the file until they are read.
+
+    Raises:
+        ValueError: the file has something else, or another version's format.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"load: {os.fspath(path)!r} is no frozen model of format {FORMAT}")
+    return FrozenModel(state["inputs"], state["tables"], state["weights"], state["plan"])
