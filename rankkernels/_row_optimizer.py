@@ -286,7 +286,8 @@ class RowOptimizer(torch.optim.Optimizer):
             groups, lookups = group_of_each(self, weights), grads.lookups(features)
             scaled = self.grad_scaler is not None and self.grad_scaler.is_enabled()
             every = len(lookups) == len(features.indices)
-            if scaled or (not every and (self._exact or len({features.tables[f] for f in lookups}) < len(weights))):
+            stepped = set(features.tables if every else [features.tables[f] for f in lookups])
+            if scaled or len(stepped) < len(weights) or (self._exact and not every):
                 grad_outs, *others = grads.of_lookups(features)
                 scale = self.grad_scaler.get_scale() if scaled else None
                 return self._partial_step(grad_outs, weights, groups, features, scale), *others

@@ -32,8 +32,8 @@ _ADAPTERS = {
     "torch": "torch_nn",
 }
 
-#: Where a replaced layer keeps the class that it had.
-_ORIGINAL = "_class_before_acceleration"
+#: Where a replaced layer keeps the class that it had, and whose that is.
+_ORIGINAL = "_before_acceleration"
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -48,12 +48,12 @@ def accelerate(model: nn.Module) -> nn.Module:
         UserWarning: nothing in ``model`` is replaced, and nothing was before.
     """
     adapters = _adapters()
-    said = [(module, _said(module, model, adapters)[1]) for module in model.modules()]
-    found = [(module, kind) for module, kind in said if isinstance(kind, type)]
-    for module, cls in found:
-        module.__dict__[_ORIGINAL] = type(module)
+    said = [(module, *_said(module, model, adapters)) for module in model.modules()]
+    found = [(module, library, kind) for module, library, kind in said if isinstance(kind, type)]
+    for module, library, cls in found:
+        module.__dict__[_ORIGINAL] = type(module), library
         module.__class__ = cls
-    for module, cls in found:
+    for module, _, cls in found:
         if hasattr(cls, "_adopt"):
             cls._adopt(module)
     if not found and not any(map(_is_ours, model.modules())):
@@ -67,8 +67,8 @@ def explain(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         cls = type(module)
         if _ORIGINAL in module.__dict__:
-            original = module.__dict__[_ORIGINAL]
-            entries.append(Entry(path, original.__name__, _library_of(original), name_of(cls), "", True))
+            original, library = module.__dict__[_ORIGINAL]
+            entries.append(Entry(path, original.__name__, library, name_of(cls), "", True))
         elif _is_ours(module):
             entries.append(Entry(path, cls.__name__, "rankkernels", None, "it is one of ours", False))
         else:
@@ -104,7 +104,7 @@ def restore(model: nn.Module) -> nn.Module:
     for _, module in replaced:
         for name in getattr(type(module), "_kept_by_adoption", ()):
             module.__dict__.pop(name, None)
-        module.__class__ = module.__dict__.pop(_ORIGINAL)
+        module.__class__, _ = module.__dict__.pop(_ORIGINAL)
     return model
 
 
@@ -124,8 +124,3 @@ def _said(module: nn.Module, model: nn.Module, adapters: list) -> tuple[str | No
 
 def _is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("rankkernels.")
-
-
-def _library_of(cls: type) -> str:
-    adapter = _ADAPTERS.get(cls.__module__.partition(".")[0])
-    return importlib.import_module(f"{__name__}.{adapter}").LIBRARY if adapter else cls.__module__

@@ -52,7 +52,7 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         lookups = self.lookups(wanted, inputs)
         if not lookups:
             return super().forward(inputs, feature_source, feature_type)
-        embeddings, found = dict(zip(lookups, look_up(lookups.items()))), OrderedDict()
+        embeddings, found = dict(zip(lookups, run_lookups(lookups.items()))), OrderedDict()
         for feature in wanted:
             if feature not in lookups:
                 found.update(super().forward({feature: inputs[feature]}))
@@ -102,7 +102,7 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         lookups = self.lookups(features, inputs)
         if not _fit(list(lookups.values()), flatten_emb):
             return None
-        (out,) = look_up(lookups.items(), concat=True)
+        (out,) = run_lookups(lookups.items(), concat=True)
         D = next(iter(lookups.values())).weight.size(1)
         if len(lookups) < len(features):
             others = super().forward({f: inputs[f] for f in features if f not in lookups})
@@ -133,7 +133,7 @@ def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
     return True
 
 
-def look_up(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> list[Tensor]:
+def run_lookups(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> list[Tensor]:
     """One tensor a lookup, each with its feature's name, or all side by side in one."""
     names, values = zip(*lookups)
     weights = {lookup.table: lookup.weight for lookup in values}

@@ -8,7 +8,7 @@ import torch
 from model_zoo.LongCTR.DIN.DIN import DIN as _DIN
 from torch import Tensor
 
-from rankkernels.adoption.fuxictr_embedding import FeatureEmbedding, FeatureEmbeddingDict, look_up
+from rankkernels.adoption.fuxictr_embedding import FeatureEmbedding, FeatureEmbeddingDict, run_lookups
 from rankkernels.nn._transparency import are_plain
 from rankkernels.ops._tracing import is_tensor
 
@@ -47,7 +47,7 @@ class DIN(_DIN):
             return None
         if sum(lookup.weight.size(1) for _, lookup in lookups[n + m :]) != self.item_info_dim:
             return None
-        found = look_up(lookups)
+        found = run_lookups(lookups)
         if any(embedding.dim() != 2 for embedding in found[:n]):
             return None
         history, target = (e[0] if m == 1 else torch.cat(e, -1) for e in (found[n : n + m], found[n + m :]))

@@ -74,12 +74,12 @@ class FusedMLP(NamedTuple):
 def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
     """These modules, called one after the other, for the op; None where a module is none that it knows, was replaced,
     wrapped or re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
-    output = _weight_and_bias(last)
+    output = _served_linear(last)
     if output is None or not nobody_follows():
         return None
     params, norms, kinds = [], [], set()
     for linear, norm, activation, dropout in hidden:
-        affine = _weight_and_bias(linear)
+        affine = _served_linear(linear)
         if affine is None or not (dropout is None or is_untouched(dropout, nn.Dropout)):
             return None
         params += affine
@@ -108,8 +108,8 @@ def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None
     return FusedMLP(params, norms, name, batch_norm, True in trainings, norm_eps, dice_eps, p)
 
 
-def _weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Of a layer that the op may stand for (given ``nobody_follows``), zeros where it has no bias."""
+def _served_linear(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a layer that the op may stand for (given ``nobody_follows``), zeros where it has no bias."""
     if not is_untouched(linear, nn.Linear):
         return None
     parameters = linear._parameters  # ten times as fast as attributes

@@ -12,7 +12,7 @@ from rankkernels import ops
 from rankkernels.nn._tables import KeepsPlans, TableLayer
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
-from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, column, table_name
+from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, factors, table_name
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
@@ -56,7 +56,7 @@ def look_up(tables: Sequence[nn.Embedding], ids: Sequence[Tensor]) -> list[Tenso
         ids,
         modes=["none"] * len(tables),
         tables=[own.index(t) for t in tables],
-        frozen_rows=frozen_rows(own, weights),
+        frozen_rows=[t.padding_idx for t in own],
         names=[f"ids[{n}]" for n in range(len(tables))],
     )
 
@@ -196,7 +196,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
                 modes=[plan.lookups[i].mode for i in fused],
                 tables=[place[plan.table_of[i]] for i in fused],
                 per_sample_weights=[
-                    None if name is None else column(name, x).to(weights[plan.table_of[i]].dtype)
+                    None if name is None else factors(name, x).to(weights[plan.table_of[i]].dtype)
                     for i, name in zip(fused, (plan.lookups[i].weights for i in fused))
                 ],
                 padding_idx=[plan.lookups[i].padding_idx for i in fused],
@@ -221,7 +221,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
                 "another setting after rankkernels.optim.fuse"
             )
         mask = self.input_mask(x, feature) if is_sequence(feature) else None
-        weights = None if lookup.weights is None else column(lookup.weights, x)
+        weights = None if lookup.weights is None else factors(lookup.weights, x)
         return _pool(table(ids.long()), mask, lookup.mode, weights)
 
     def _dtype(self) -> torch.dtype:

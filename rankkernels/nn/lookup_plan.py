@@ -123,7 +123,7 @@ class Plan:
         if not self.has_weights:
             return []
         of_each = [(lookup.weights, tables[t]) for lookup, t in zip(self.lookups, self.table_of)]
-        return [w.new_empty(0) if name is None else column(name, x).to(w.dtype) for name, w in of_each]
+        return [w.new_empty(0) if name is None else factors(name, x).to(w.dtype) for name, w in of_each]
 
     def with_ids(self, ids: list[Tensor], sample_weights: list[Tensor], frozen_rows: list[int]) -> Features:
         return Features(ids, [], sample_weights, self.table_of, self.modes, self.padding_idx, frozen_rows)
@@ -137,6 +137,14 @@ def column(name: str, x: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(value, Tensor) or value.is_complex():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"EmbeddingLayer: feature {name!r} must be a tensor of real numbers, got {kind}")
+    return value
+
+
+def factors(name: str, x: Mapping[str, Tensor]) -> Tensor:
+    """What the batch has to scale a lookup's rows, [B, L]. To the op none would be an empty vector."""
+    value = column(name, x)
+    if value.dim() != 2:
+        raise bad_shape("sequence", name, "[B, L] weights", value)
     return value
 
 

@@ -183,6 +183,15 @@ def test_report():
     assert reasons["embedding_layer.embedding_layers.c0"] == "called on its own, for max_norm"
 
 
+@pytest.mark.parametrize("name", ["DeepFM", "LongCTR-DIN"])
+def test_a_layer_is_fuxictrs_before_and_after(name):
+    """The zoo's models are of a package of their own, which is installed with FuxiCTR."""
+    untouched, ours, _ = pair(name, 0)
+    reports = [rk.explain(model).entries for model in (untouched, ours)]
+    assert {e.library for entries in reports for e in entries} == {"FuxiCTR"}
+    assert [(e.path, e.cls) for e in reports[1]] == [(e.path, e.cls) for e in reports[0]]
+
+
 def test_subclasses_and_other_outputs_are_left():
     class Mine(layers.MLP_Block):
         pass

@@ -31,9 +31,9 @@ def test_embedding_bag(mode, sparse):
     assert type(rk.restore(ours)[0]) is nn.EmbeddingBag and torch.equal(ours(ids), theirs(ids))
 
 
-def lookups(seed: int = 0) -> tuple[nn.ModuleList, list[torch.Tensor]]:
-    torch.manual_seed(seed)
-    tables = nn.ModuleList(nn.Embedding(r, d, padding_idx=1) for r, d in zip(ROWS, WIDTHS))
+def lookups(padding_idx: int | None = 1) -> tuple[nn.ModuleList, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    tables = nn.ModuleList(nn.Embedding(r, d, padding_idx=padding_idx) for r, d in zip(ROWS, WIDTHS))
     return tables, [torch.randint(0, r, shape) for r, shape in zip(ROWS, ((6,), (2, 3), ()))]
 
 
@@ -43,9 +43,10 @@ def outcome(tables: nn.ModuleList, embeddings: list[torch.Tensor]) -> list[torch
     return [*embeddings, *(p.grad for p in tables.parameters() if p.grad is not None)]
 
 
-def test_look_up_is_every_table_called():
-    tables, ids = lookups()
-    several, more = [*tables, tables[0]], [*ids, ids[0].flip(0)]
+@pytest.mark.parametrize("padding_idx", [1, None, -1])
+def test_look_up_is_every_table_called(padding_idx):
+    tables, ids = lookups(padding_idx)
+    several, more = [*tables, tables[0]], [*ids, torch.arange(ROWS[0])]
     expected = outcome(tables, [t(i) for t, i in zip(several, more)])
     found = outcome(tables, rk.look_up(several, more))
     torch.testing.assert_close(found, expected)

@@ -286,6 +286,20 @@ def test_unreadable_file_ends_with_2_and_no_traceback(tmp_path):
     assert done.stderr.endswith("cannot be read: No such file or directory\n") and done.stderr.count("\n") == 1
 
 
+def test_a_whole_run(tmp_path, monkeypatch, capsys, rng):
+    pytest.importorskip("torch_rechub")
+    (tmp_path / "criteo.tsv").write_text("\n".join(criteo_lines(rng, 500)) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert train.main(["--data", "criteo.tsv", "--batch-size", "40", "--epochs", "1", "--threads", "1", "--quiet"]) == 0
+    report = json.loads((tmp_path / "results" / "train.json").read_text())
+    results, comparison = report["models"]["deepfm"]["results"], report["models"]["deepfm"]["comparison"]
+    assert [r["library"] for r in results] == ["torch-rechub", "rankkernels"]
+    assert results[0]["steps"] == results[1]["steps"] == comparison["compared_steps"] == 10
+    assert comparison["largest_relative_loss_difference"] < 1e-5 and "rankkernels" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_without_network_and_cache_the_synthetic_data_are_used(tmp_path):
     pytest.importorskip("torch_rechub")
     offline = {

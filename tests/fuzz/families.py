@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bags
 import embedding
 import embedding_fm
 import embedding_wrong
+import exact
 import kernels
 import layers
 import models
@@ -29,6 +31,9 @@ FAMILIES = {
     "linear_weight_grad_wrong": kernels.linear_weight_grad_wrong,
     "deepfm": kernels.deepfm,
     "deepfm_wrong": kernels.deepfm_wrong,
+    "layer_embedding_bag": bags.one_table,
+    "layer_table_batched": bags.table_batched,
+    "look_up": bags.several_tables,
     "layer_fm": layers.valid("fm"),
     "layer_lr": layers.valid("lr"),
     "layer_dice": layers.valid("dice"),
@@ -42,6 +47,7 @@ FAMILIES = {
     "models_wrong": models.wrong,
     "models_constructor_wrong": models.wrong_constructor,
     "optimizer": optimizers.valid,
+    "optimizer_exact": exact.valid,
     "optimizer_wrong": optimizers.wrong,
 }
 

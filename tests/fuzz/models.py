@@ -15,6 +15,7 @@ from torch_rechub.models import ranking
 
 import rankkernels as rk
 from rankkernels import reference
+from rankkernels.nn.lookup_plan import Known
 
 DEFAULT_ATTENTION = {"dims": [4], "activation": "dice", "use_softmax": False}
 
@@ -30,6 +31,11 @@ def is_sequence(feature) -> bool:
     return isinstance(feature, rk.SequenceFeature)
 
 
+def oov(draw: Draw, vocab: int, padding: int | None) -> str:
+    """What becomes of unknown ids, where there is a row for them beside the padding's."""
+    return draw.choice(("error", "error", "row", "hash")) if padding != vocab - 1 else "error"
+
+
 def feature(draw: Draw, name: str, width: int, kinds: tuple, owners: list):
     """One feature; now and then on the table of another."""
     kind = draw.choice(kinds)
@@ -39,7 +45,9 @@ def feature(draw: Draw, name: str, width: int, kinds: tuple, owners: list):
     owner = draw.choice(owners) if owners and draw.chance(0.3) else None
     vocab = owner.vocab_size if owner else max(draw.size(), 1)
     padding = draw.choice((None, 0, vocab - 1))
-    more = {"pooling": draw.choice(("mean", "sum"))} if kind is rk.SequenceFeature else {}
+    more = {"oov": oov(draw, vocab, padding)}
+    if kind is rk.SequenceFeature:
+        more |= {"pooling": draw.choice(("mean", "sum")), "weights": draw.choice((None, None, f"weights of {name}"))}
     return kind(name, vocab, width, shared_with=owner.name if owner else None, padding_idx=padding, **more)
 
 
@@ -58,13 +66,21 @@ def values(draw: Draw, f, B: int, L: int) -> Tensor:
         shape = (B,) if f.embed_dim == 1 and draw.chance(0.5) else (B, f.embed_dim)
         return draw.strided(draw.normal(shape, draw.choice((torch.float32, torch.float32, torch.float64))))
     ids = draw.ids(f.vocab_size, (B, L) if is_sequence(f) else (B,))
+    if f.oov != "error":
+        unknown = (-1, -7, f.vocab_size, f.vocab_size + 5, 2**31 - 1, -(2**31))
+        unknown += (2**40, -(2**62)) if ids.dtype == torch.int64 else ()
+        ids = torch.where(torch.rand(ids.shape, generator=draw.generator) < 0.3, draw.choice(unknown), ids)
     if is_sequence(f) and f.padding_idx is not None and ids.numel():
         ids = torch.where(torch.rand(ids.shape, generator=draw.generator) < 0.3, f.padding_idx, ids)
     return ids
 
 
 def batch(draw: Draw, chosen: list, B: int) -> dict[str, Tensor]:
-    return {f.name: values(draw, f, B, draw.size(12)) for f in chosen}
+    x = {f.name: values(draw, f, B, draw.size(12)) for f in chosen}
+    for f in chosen:
+        if getattr(f, "weights", None) is not None:
+            x[f.weights] = draw.strided(draw.normal(x[f.name].shape, draw.choice((torch.float32, torch.float64))))
+    return x
 
 
 # ---- what is right
@@ -78,11 +94,18 @@ class Embeddings(rechub.EmbeddingLayer):
             v = x[f.name].float()
             return v if v.dim() > 1 else v.unsqueeze(1)
         ids = x[f.name].long()
+        if f.oov != "error":
+            ids = Known(f.vocab_size, f.oov, f.padding_idx).rows_of(ids)
         found = self.embed_dict[f.shared_with or f.name](ids)
         if not is_sequence(f) or f.pooling == "concat":
             return found
         keep = (ids != (-1 if f.padding_idx is None else f.padding_idx)).to(found.dtype).unsqueeze(2)
-        total = (found * keep).sum(1)
+        scaled = keep
+        if f.weights is not None:
+            if x[f.weights].shape != ids.shape or x[f.weights].is_complex():
+                raise ValueError(f"{f.weights}: another shape than the ids'")
+            scaled = keep * x[f.weights].unsqueeze(2).to(found.dtype)
+        total = (found * scaled).sum(1)
         return total if f.pooling == "sum" else total / keep.sum(1).clamp(min=1)
 
     def forward(self, x: dict, features: list, squeeze_dim: bool = False) -> Tensor:
@@ -168,9 +191,11 @@ def din(draw: Draw) -> Trial:
     targets, histories = [], []
     for i in range(n):
         width, vocab = max(draw.size(40), 1), max(draw.size(), 8)
-        targets.append(rk.SparseFeature(f"t{i}", vocab, width, padding_idx=draw.choice((None, 0))))
+        none = draw.choice((None, 0))
+        targets.append(rk.SparseFeature(f"t{i}", vocab, width, padding_idx=none, oov=oov(draw, vocab, none)))
         padding, owner = 0 if mask_padding else draw.choice((None, 0)), f"t{i}" if draw.chance(0.6) else None
-        histories.append(rk.SequenceFeature(f"h{i}", vocab, width, "concat", owner, padding))
+        more = {"oov": oov(draw, vocab, padding)}
+        histories.append(rk.SequenceFeature(f"h{i}", vocab, width, "concat", owner, padding, **more))
     attention = {
         "dims": [max(draw.size(40), 1) for _ in range(draw.randint(0, 2))],
         "activation": draw.choice(ACTIVATIONS),

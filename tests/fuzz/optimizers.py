@@ -105,7 +105,7 @@ def one_step(draw: Draw, kind: str, optimizer, a: dict, weights: list, fused: bo
     for t, w in enumerate(weights):
         used = [f for f, i in enumerate(a["tables"]) if i == t]
         if not any(grads[f] is not None for grads in lookups for f in used):
-            if not torch.equal(w, old[t][0]):
+            if not torch.equal(w, old[t][0]) or optimizer.state.get(w, {"step": 0})["step"] != steps[t] - 1:
                 raise Finding(f"{kind}: a step on table {t}, which has no gradient")
             continue
         rows = torch.cat([touched_rows(a, grads, t) for grads in lookups]).unique()

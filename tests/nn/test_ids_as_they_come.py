@@ -88,6 +88,11 @@ def test_bad_weights_name_the_feature():
         layer({name: x[name] for name in ("item", "tags")}, features)
     with pytest.raises(RuntimeError, match=r"per_sample_weights of tags must have its shape \[7, 5\]"):
         layer(x | {"scores": x["scores"][:, :2]}, features)
+    for change in CHANGES.values():
+        layer, features = build("sum")
+        change(layer)
+        with pytest.raises(ValueError, match=r"feature 'scores' must be \[B, L\] weights, got shape \[0\]"):
+            layer(x | {"scores": torch.empty(0)}, features)
 
 
 # ------------------------------------------------------------------------------------------------ ids outside a table

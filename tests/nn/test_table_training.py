@@ -299,3 +299,14 @@ def test_a_fused_table_that_somebody_else_uses():
     (model(ids(0)).sum() + model.table.weight.square().sum()).backward()
     with pytest.raises(RuntimeError, match=r"Adam: the gradient of a table of shape \[20, 4\] is dense"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}], ids=["touched", "exact"])
+def test_a_table_that_no_feature_looks_up_takes_no_step(options):
+    module = rk.TableBatchedEmbeddingBag([20, 30], [4, 6], tables=[1]).double()
+    optimizer = rk.optim.AdamW(module.parameters(), lr=0.1, weight_decay=0.5, **options)
+    rk.optim.fuse(module, optimizer)
+    before = [w.detach().clone() for w in module.weights]
+    module([torch.tensor([[1, 2]])]).sum().backward()
+    assert list(optimizer.state_dict()["state"]) == [1]
+    assert torch.equal(module.weights[0], before[0]) and not torch.equal(module.weights[1], before[1])
