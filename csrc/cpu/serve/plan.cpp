@@ -51,7 +51,8 @@ class RankPlan::Reader {
   int64_t weights_;
 };
 
-constexpr int64_t kMost = int64_t(1) << 40;
+// Of places and ids, and of widths, whose products then fit, too.
+constexpr int64_t kMost = int64_t(1) << 40, kWidest = 1 << 20;
 
 FrozenTable frozen_table(const Tensor& t, const std::string& name, int64_t bits, int64_t D) {
   RK_RANK_CHECK((bits == 4 || bits == 8 || bits == 16 || bits == 32) && D > 0,
@@ -71,8 +72,8 @@ std::vector<RankLayer> RankPlan::read_layers(Reader& r, bool first_is_attention)
   std::vector<RankLayer> layers(r.next(1, 100));
   for (size_t i = 0; i < layers.size(); ++i) {
     RankLayer& l = layers[i];
-    l.in = r.next(0, kMost);
-    l.out = r.next(1, kMost);
+    l.in = r.next(0, kWidest);
+    l.out = r.next(1, kWidest);
     RK_RANK_CHECK(i == 0 || l.in == layers[i - 1].out, "plan has a layer of ", l.in, " inputs behind ",
                   layers[i - 1].out, " units");
     const int64_t units = 4 * l.groups();
@@ -126,15 +127,15 @@ void RankPlan::read_unit(Reader& r) {
 RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& given) {
   Reader r(plan, weights);
   inputs = r.next(1, kMost);
-  width = r.next(0, kMost);
-  fm_width = r.next(0, kMost);
+  width = r.next(0, kWidest);
+  fm_width = r.next(0, kWidest);
   sigmoid = r.next(0, 1);
   constant = *r.needed(1);
   const int64_t num_tables = r.next(0, kMost);
   RK_RANK_CHECK(num_tables == static_cast<int64_t>(given.size()), "plan has ", num_tables, " tables, got ",
                 given.size());
   for (const Tensor& t : given) {
-    const int64_t bits = r.next(4, 32), D = r.next(1, kMost);
+    const int64_t bits = r.next(4, 32), D = r.next(1, kWidest);
     tables.push_back(frozen_table(t, "tables[" + std::to_string(tables.size()) + "]", bits, D));
   }
   for (int64_t n = r.next(0, kMost); n > 0; --n) {
@@ -157,7 +158,7 @@ RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& giv
   for (int64_t n = r.next(0, kMost); n > 0; --n) {
     RankDense d{};
     d.input = r.next(0, inputs - 1);
-    d.width = r.next(1, kMost);
+    d.width = r.next(1, kWidest);
     d.column = column(r, d.width);
     d.weight = r.floats(d.width);
     dense.push_back(d);
