@@ -178,6 +178,56 @@ def test_of_torch_rechub():
         close(serve.freeze(rk.accelerate(model)).rank(user, candidates), expected)
 
 
+def randomized_deepctr(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.4)
+    return randomized(model)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"dnn_use_bn": True, "dnn_activation": "prelu"}, {"dnn_activation": "sigmoid"}]
+)
+def test_of_deepctr_torch(options):
+    inputs = pytest.importorskip("deepctr_torch.inputs")
+    from deepctr_torch.models import DIN, DeepFM
+
+    sparse, sequence, numbers = inputs.SparseFeat, inputs.VarLenSparseFeat, inputs.DenseFeat
+    user, item, shop = (sparse(name, R, 6) for name in ("user", "item", "shop"))
+    liked = sequence(sparse("liked", R, 6, embedding_name="item"), 4, combiner="mean")
+    columns = [user, item, shop, numbers("price"), liked, numbers("profile", 2)]
+    histories = [
+        sequence(sparse(f"hist_{name}", R, 6, embedding_name=name), 5, length_name="length")
+        for name in ("item", "shop")
+    ]
+    attention = {"att_weight_normalization": bool(options), "att_hidden_size": (7, 4)}
+    models = [
+        DeepFM(columns, columns, dnn_hidden_units=(9, 5), **options),
+        DeepFM(columns[:4], columns[:4], dnn_hidden_units=(), task="regression"),
+        DIN([*columns[:4], *histories], ["item", "shop"], dnn_hidden_units=(9, 5), **attention, **options),
+    ]
+    C, of_user = 13, {"user", "liked", "profile", "hist_item", "hist_shop", "length"}
+    for model in map(randomized_deepctr, models):
+        for length in (3, 5, 0):
+            given = {}
+            for name, (begin, end) in model.feature_index.items():
+                n = 1 if name in of_user else C
+                wide = name in ("liked", "hist_item", "hist_shop")
+                ids = torch.randint(0, R, (n, end - begin) if wide else (n,))
+                given[name] = torch.randn(n, end - begin).squeeze(1) if name in ("price", "profile") else ids
+                if name == "length":
+                    given[name] = torch.tensor([length])
+            X = [v.reshape(len(v), -1).expand(C, -1).float() for v in given.values()]
+            with torch.no_grad():
+                expected = model(torch.cat(X, 1)).squeeze(1)
+            user_part = {n: v for n, v in given.items() if n in of_user}
+            candidates = {n: v for n, v in given.items() if n not in of_user}
+            for frozen in (serve.freeze(model), serve.freeze(rk.accelerate(model))):
+                close(frozen.rank(user_part, candidates), expected)
+                close(frozen(batch(user_part, candidates)), expected)
+                close(reference(frozen, user_part, candidates), expected)
+            rk.restore(model)
+
+
 def test_what_is_not_served_is_named():
     model = deepfm()
     model.mlp.register_forward_hook(lambda *_: None)
@@ -284,6 +334,19 @@ def test_saved_and_loaded_without_the_model(tmp_path):
     torch.save({"format": 0}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="is no frozen model of format"):
         serve.load(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("make", [deepfm, din])
+def test_the_ops_are_torchs(make):
+    frozen = serve.freeze(make(), tables="int8")
+    user, candidates = request(make(), 3)
+    inputs = [candidates.get(n, user.get(n)) for n in frozen.inputs]
+    sides = [int(n not in candidates) for n in frozen.inputs]
+    of_rank = inputs, sides, frozen.tables, frozen.weights, frozen.plan, frozen._names, 3
+    of_rows = frozen.tables[0], 8, frozen.tables[0].size(1) - 8, torch.randint(0, R, (3, 4)), "item"
+    for op, arguments in (("rank", of_rank), ("frozen_rows", of_rows)):
+        overload = getattr(torch.ops.rankkernels, op).default
+        torch.library.opcheck(overload, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_plans_are_read_as_they_are_written():
