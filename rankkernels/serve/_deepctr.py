@@ -47,8 +47,8 @@ def _add(b: Builder, tables: nn.ModuleDict, feature, **parts) -> int:
         return b.lookup(feature.name, "ids", table, **parts)
     if feature.length_name is not None or feature.combiner not in ("sum", "mean"):
         raise NotServed(
-            f"freeze: feature {feature.name!r} is pooled by {feature.combiner} and length {feature.length_name!r}; served "
-            "are sum and mean without a length"
+            f"freeze: feature {feature.name!r} is pooled by {feature.combiner} and length {feature.length_name!r}; "
+            "served are sum and mean without a length"
         )
     table = b.table(tables[feature.embedding_name], f"the table of feature {feature.name!r}")
     return b.lookup(feature.name, "sequence", table, feature.combiner, 0, **parts)
