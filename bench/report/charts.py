@@ -14,6 +14,8 @@ HEADLINES = {
     "embedding_bag": (2, "fused step"),
     "lookup": (0, None),
     "linear": (0, None),
+    "adoption": (0, None),
+    "models": (0, None),
     "serving": (0, None),
 }
 CHART_TEXTS = {
