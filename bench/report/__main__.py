@@ -1,8 +1,8 @@
 """From the records in bench/records to tables and charts: ``python -m bench.report``.
 
 Writes README.md's parts between ``<!-- claim -->``, ``<!-- bench -->``, ``<!-- demo -->`` and their ends, the part
-``<!-- measured -->`` of docs/from_*.md, a page of bench/ for the records of each processor, and the charts. ``--check`` writes nothing and exits 1 if something there is
-not what the records say.
+``<!-- measured -->`` of the pages about other libraries, a page of bench/ for the records of each processor, and the
+charts. ``--check`` writes nothing and exits 1 if something there is not what the records say.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> int:
     readme = filled(readme, "demo", claims.section(demos, end_to_end))
     texts = {README: readme}
     for path, (name, text_of) in adoption.PAGES.items():
-        record = records[adoption.PROCESSOR][name]
-        texts[path] = filled(path.read_text(), "measured", text_of(record))
+        if record := records[adoption.PROCESSOR].get(name):
+            texts[path] = filled(path.read_text(), "measured", text_of(record))
     for processor, path in PAGES.items():
         texts[path] = page(processor, records[processor], pictures if processor == FIRST else {})
     shown = {RECORDS / FIRST / f"{name}.svg": chart for name, chart in pictures.items()}

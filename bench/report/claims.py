@@ -89,5 +89,6 @@ def section(demos: list[dict], end_to_end: list[list[dict]]) -> str:
         if len(found) == len(TITLES)
     ]
     if said:
-        lines += paragraph(f"In `make results BENCH=end_to_end`, on the same data, both with torch's dense Adam: {'; '.join(said)}.")
+        same = "on the same data, both with torch's dense Adam"
+        lines += paragraph(f"In `make results BENCH=end_to_end`, {same}: {'; '.join(said)}.")
     return "\n".join(lines).rstrip() + "\n"
