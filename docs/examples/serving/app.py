@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import logging
 import queue
 import signal
@@ -28,7 +27,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from pydantic_core import to_json
-from rank_request import JSON, NPZ, Limits, Refused, parse, request_type
+from rank_request import JSON, NPY, Limits, Refused, packed, parse, request_type
 from starlette.requests import ClientDisconnect
 
 from rankkernels import serve
@@ -41,10 +40,7 @@ class Model:
 
     def __init__(self, load: Callable[[], Any], of_candidates: Collection[str], limits: Limits):
         self.frozen, self.loaded = load(), time.time()
-        self.limits, self.request = limits, request_type(self.frozen.inputs, of_candidates, limits)
-
-    def parse(self, content_type: str, body: bytes) -> dict[str, Any]:
-        return parse(content_type, body, self.request, self.limits.body)
+        self.request = request_type(self.frozen.inputs, of_candidates, limits)
 
     def rank(self, request: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
@@ -184,18 +180,17 @@ class Service:
         body = await read(request, self.limits.body)
         self.ranker.admit()
         model = self.model  # this request's own, whatever is loaded meanwhile
-        ranked = await self.ranker.rank(model, model.parse(content_type, body))
+        ranked = await self.ranker.rank(model, parse(content_type, body, model.request))
         if content_type == JSON:
             return to_json({name: array.tolist() for name, array in ranked.items()}, inf_nan_mode="null")
-        np.savez(packed := io.BytesIO(), **ranked)
-        return packed.getvalue()
+        return packed(ranked)
 
     def openapi(self, app: FastAPI) -> dict[str, Any]:
         """With the request's type, which is the loaded model's."""
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         request = self.model.request.json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"].update(request.pop("$defs"))
-        body = {JSON: {"schema": request}, NPZ: {"schema": {"type": "string", "format": "binary"}}}
+        body = {JSON: {"schema": request}, NPY: {"schema": {"type": "string", "format": "binary"}}}
         schema["paths"]["/rank"]["post"]["requestBody"] = {"required": True, "content": body}
         return schema
 
