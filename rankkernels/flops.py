@@ -34,6 +34,8 @@ def _din_attention(inputs: Sequence) -> tuple[int, int]:
     """Of a forward: the products of the attention MLP's layers over all rows; those of the targets and the pooling."""
     tensors, flags = parsed(inputs, Inputs, Flags)
     N, D = prod(tensors.history[:-1]), tensors.history[-1]
+    if tensors.history_index is not None and tensors.offsets is None:  # of shared jagged ones only values say how many
+        N = tensors.history_index[0] * tensors.history[1]
     first, *others = (shape for shape in tensors.params if len(shape) == 2)
     units, pooling = first[0], 0 if flags.return_scores else 2 * N * D
     return 2 * N * (D * units + sum(map(prod, others))), 2 * tensors.target[0] * D * units + pooling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -12,8 +12,9 @@ from rankkernels.nn._transparency import are_plain, is_plain
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features, is_dense, is_sequence
-from rankkernels.nn.layers import FM, LR, MLP
+from rankkernels.nn.layers import FM, LR, MLP, run_layers
 from rankkernels.nn.lookup_plan import arrange
+from rankkernels.nn.shared_users import check_batch, check_user_features, copied, first_layer, fm_and_linear
 from rankkernels.ops import deepfm
 from rankkernels.ops._features import LookupBatch
 from rankkernels.ops._tracing import is_tensor
@@ -35,13 +36,19 @@ class DeepFM(nn.Module):
         fm_features: sparse and pooled sequence features of the linear and the FM part, of one width. Features in both
             lists are looked up once.
         mlp_params: arguments of ``MLP``: dims, activation, dropout, output_layer.
+        user_features: names of the features that are a user's: see ``forward``.
 
     Raises:
         TypeError: what is no feature in a list of features.
-        ValueError: an empty list, a dense feature among ``fm_features``, widths that differ there.
+        ValueError: an empty list, a dense feature among ``fm_features``, widths that differ there, a user feature that
+            is in neither list.
     """
 
-    def __init__(self, deep_features: Sequence, fm_features: Sequence, mlp_params: Mapping):
+    user_features: Sequence[str] = ()
+
+    def __init__(
+        self, deep_features: Sequence, fm_features: Sequence, mlp_params: Mapping, user_features: Sequence = ()
+    ):
         super().__init__()
         _check_lists("DeepFM", deep_features=deep_features, fm_features=fm_features)
         for feature in fm_features:
@@ -57,6 +64,7 @@ class DeepFM(nn.Module):
                 )
         for feature in [*deep_features, *fm_features]:
             _pooled("DeepFM", feature)
+        self.user_features = check_user_features("DeepFM", user_features, [*deep_features, *fm_features])
         self.deep_features = deep_features
         self.fm_features = fm_features
         self.deep_dims = sum(f.embed_dim for f in deep_features)
@@ -66,8 +74,15 @@ class DeepFM(nn.Module):
         self.embedding = EmbeddingLayer([*deep_features, *fm_features])
         self.mlp = MLP(self.deep_dims, **mlp_params)
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
+    def forward(self, x: Mapping[str, Tensor], user_index: Tensor | None = None) -> Tensor:
+        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B].
+
+        With ``user_index`` [B], int32 or int64 in any order, ``user_features`` have a row for each of U users, and
+        sample b is of user ``user_index[b]``: their lookups, their FM sums, their linear term and their part of the
+        MLP's first layer are computed once a user.
+        """
+        if user_index is not None:
+            return torch.sigmoid(self._by_user(x, user_index).squeeze(1))
         weight, batch = None, None
         if is_plain(self.embedding, EmbeddingLayer) and self._is_served():
             weight, bias = self.linear.fc.weight, self.linear.fc.bias
@@ -86,12 +101,40 @@ class DeepFM(nn.Module):
         if is_plain(self.embedding, EmbeddingLayer):
             embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
             n = len(self.deep_features)
-            input_deep = arrange(self.deep_features, embeddings[:n], squeeze_dim=True)
-            input_fm = arrange(self.fm_features, embeddings[n:], squeeze_dim=False)
-        else:
-            input_deep = self.embedding(x, self.deep_features, squeeze_dim=True)
-            input_fm = self.embedding(x, self.fm_features, squeeze_dim=False)
+            return self._of_embeddings(embeddings[:n], embeddings[n:])
+        input_deep = self.embedding(x, self.deep_features, squeeze_dim=True)
+        input_fm = self.embedding(x, self.fm_features, squeeze_dim=False)
         return self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
+
+    def _of_embeddings(self, deep: Sequence[Tensor], fm: Sequence[Tensor]) -> Tensor:
+        """The logits [B, 1], layer by layer, of the embeddings of both lists of features."""
+        input_deep = arrange(self.deep_features, deep, squeeze_dim=True)
+        input_fm = arrange(self.fm_features, fm, squeeze_dim=False)
+        return self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
+
+    def _by_user(self, x: Mapping[str, Tensor], user_index: Tensor) -> Tensor:
+        """The logits [B, 1] of samples that share users."""
+        users, features, n = set(self.user_features), [*self.deep_features, *self.fm_features], len(self.deep_features)
+        if not users:
+            raise ValueError("DeepFM: user_index needs user_features, which are a user's, got none")
+        check_batch("DeepFM", x, features, users, user_index)
+        if is_plain(self.embedding, EmbeddingLayer):
+            embeddings = self.embedding.lookup(x, features, one_batch=False)
+        else:
+            lists = self.deep_features, self.fm_features
+            embeddings = [e for features in lists for e in _called(self.embedding, x, features, users)]
+        deep, fm = embeddings[:n], embeddings[n:]
+        layers = list(self.mlp.mlp._modules.values()) if is_plain(self.mlp, MLP) else []
+        if not (
+            self._is_served() and layers and is_plain(self.mlp.mlp, nn.Sequential) and is_plain(layers[0], nn.Linear)
+        ):
+            deep, fm = (
+                copied(f, e, users, user_index) for f, e in ((self.deep_features, deep), (self.fm_features, fm))
+            )
+            return self._of_embeddings(deep, fm)
+        y = fm_and_linear(self.fm_features, fm, self.linear.fc.weight, users, user_index) + self.linear.fc.bias
+        hidden = first_layer(self.deep_features, deep, layers[0], users, user_index)
+        return y + run_layers(layers[1:], hidden)
 
     def _is_served(self) -> bool:
         """Whether the linear and the FM part are what ``embedding_fm`` does, and nobody could tell."""
@@ -127,14 +170,17 @@ class DIN(nn.Module):
         attention_mlp_params: arguments of ``ActivationUnit``: dims, activation, use_softmax, dropout.
         mask_padding: leave padded history positions (the feature's ``padding_idx``) out of the attention. torch-rechub
             does not: there pads count in the softmax and in the batch statistics.
+        user_features: names of those of ``features`` that are a user's, as all histories are: see ``forward``.
 
     Raises:
         TypeError: what is no feature in a list of features.
         ValueError: empty history or target features, a history that is no concat sequence or lacks its target, widths
-            that differ, ``mask_padding`` of a history without ``padding_idx``.
+            that differ, ``mask_padding`` of a history without ``padding_idx``, a user feature that is not in
+            ``features``.
     """
 
     mask_padding = False
+    user_features: Sequence[str] = ()
 
     def __init__(
         self,
@@ -144,6 +190,7 @@ class DIN(nn.Module):
         mlp_params: Mapping,
         attention_mlp_params: Mapping,
         mask_padding: bool = False,
+        user_features: Sequence = (),
     ):
         super().__init__()
         _check_lists("DIN", history_features=history_features, target_features=target_features)
@@ -172,6 +219,7 @@ class DIN(nn.Module):
         if mask_padding:
             for history in history_features:
                 _padding_idx(history)
+        self.user_features = check_user_features("DIN", user_features, features)
         self.features = features
         self.history_features = history_features
         self.target_features = target_features
@@ -185,29 +233,38 @@ class DIN(nn.Module):
         )
         self.mlp = MLP(self.all_dims, **{"activation": "dice", **mlp_params})
 
-    def forward(self, x: Mapping[str, Tensor]) -> Tensor:
-        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
+    def forward(self, x: Mapping[str, Tensor], user_index: Tensor | None = None) -> Tensor:
+        """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B].
+
+        With ``user_index`` [B], int32 or int64 in any order, histories and ``user_features`` have a row for each of U
+        users, and sample b is of user ``user_index[b]``. They are looked up once a user, and histories are never
+        copied (``history_index`` of ``rankkernels.din_attention``).
+        """
         lists = self.features, self.history_features, self.target_features
+        users = set()
+        if user_index is not None:
+            users = {*self.user_features, *(f.name for f in self.history_features)}
+            check_batch("DIN", x, list(chain(*lists)), users, user_index)
         if is_plain(self.embedding, EmbeddingLayer):
-            embeddings = self.embedding.lookup(x, list(chain(*lists)))
+            embeddings = self.embedding.lookup(x, list(chain(*lists)), one_batch=user_index is None)
         else:
-            embeddings = [e for features in lists for e in _called(self.embedding, x, features)]
+            embeddings = [e for features in lists for e in _called(self.embedding, x, features, users)]
         embeddings = iter(embeddings)
         others, histories, targets = ([next(embeddings) for _ in features] for features in lists)
+        shared = {}
+        if user_index is not None:
+            others, shared = copied(self.features, others, users, user_index), {"history_index": user_index}
         pooled = []
         for attention, feature, history, target in zip(
             self.attention_layers, self.history_features, histories, targets
         ):
-            mask = self._mask(x, feature)
-            pooled.append(attention(history, target) if mask is None else attention(history, target, mask=mask))
+            mask = {"mask": x[feature.name] != _padding_idx(feature)} if self.mask_padding else {}
+            pooled.append(attention(history, target, **mask, **shared))
         mlp_in = [*pooled, *targets]
         if self.features:
             mlp_in.append(arrange(self.features, others, squeeze_dim=True))
         y = self.mlp(torch.cat(mlp_in, dim=1))
         return torch.sigmoid(y.squeeze(1))
-
-    def _mask(self, x: Mapping[str, Tensor], feature) -> Tensor | None:
-        return x[feature.name] != _padding_idx(feature) if self.mask_padding else None
 
 
 def _padding_idx(history) -> int:
@@ -216,10 +273,14 @@ def _padding_idx(history) -> int:
     return history.padding_idx
 
 
-def _called(embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
+def _called(
+    embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence, users: Collection[str] = ()
+) -> list[Tensor]:
     """One tensor a feature by calling ``embedding``: once, as torch-rechub does, or once each where their shapes
     differ."""
-    shapes = [(is_dense(f), f.embed_dim, _length(x, f)) for f in features]  # while exporting no set can have them
+    shapes = [
+        (is_dense(f), f.embed_dim, _length(x, f), f.name in users) for f in features
+    ]  # while exporting no set can have them
     if all(shape == shapes[0] for shape in shapes[1:]) and features and not is_dense(features[0]):
         return list(embedding(x, features).unbind(1))
     return [embedding(x, [f], squeeze_dim=True) if is_dense(f) else embedding(x, [f]).squeeze(1) for f in features]

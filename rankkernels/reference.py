@@ -198,6 +198,19 @@ def valid_rows(
     return history[mask], *mask.nonzero().unbind(1)
 
 
+def expand_histories(
+    history: Tensor, history_index: Tensor, lengths: Tensor | None, mask: Tensor | None, offsets: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The batch [B] in which sample b has a copy of history ``history_index[b]``, in the form they are given in."""
+    if offsets is None:
+        return (*(x if x is None else x.index_select(0, history_index) for x in (history, lengths, mask)), None)
+    counts, starts = offsets.diff().index_select(0, history_index), offsets.index_select(0, history_index)
+    ends = counts.cumsum(0)
+    sample = torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+    rows = torch.arange(sample.numel(), device=counts.device) + (starts - (ends - counts))[sample]
+    return history.index_select(0, rows), None, None, torch.cat([ends.new_zeros(1), ends])
+
+
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     """Philox4x32-10 of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 
@@ -262,6 +275,7 @@ def din_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
+    history_index: Tensor | None = None,
     use_softmax: bool = False,
     count_padding: bool = False,
     return_scores: bool = False,
@@ -277,7 +291,11 @@ def din_attention(
     With ``count_padding`` it is rows like others, but for their score: 0, or under a softmax the lowest number. With
     ``return_scores`` the result is what the rows are multiplied with, [B, L] (0 at padding that has no score) or [N].
     ``dropout`` follows each hidden layer's activation (``dropout_factor``), as in torch-rechub, DeepCTR-Torch, FuxiCTR.
+    With ``history_index`` [B] the histories are those of U users, and everything is as on the batch in which sample b
+    has a copy of history ``history_index[b]``.
     """
+    if history_index is not None:
+        history, lengths, mask, offsets = expand_histories(history, history_index, lengths, mask, offsets)
     dtype = history.dtype
     history, target, B = accumulator(history), accumulator(target), target.size(0)
     rows, sample, position = valid_rows(history, lengths, mask, offsets)

@@ -98,18 +98,21 @@ def din_attention_case(
     dropout: float = 0.0,
     count_padding: bool = False,
     return_scores: bool = False,
+    users: int | None = None,
 ) -> OpCase:
-    """``form`` is padded, lengths, mask or offsets. Unless padded, lengths are random, the
-    first 0 and the last L."""
+    """``form`` is padded, lengths, mask or offsets. Unless padded, lengths are random, the first 0 and the last L. With
+    ``users`` the samples share so many histories."""
     generator = torch.Generator().manual_seed(B * 1000 + L)
-    counts = torch.full((B,), L)
-    if form != "padded" and B:
-        counts = torch.randint(0, L + 1, (B,), generator=generator)
+    U = B if users is None else users
+    counts = torch.full((U,), L)
+    if form != "padded" and U:
+        counts = torch.randint(0, L + 1, (U,), generator=generator)
         counts[0] = 0
         counts[-1] = L
+    index = () if users is None else (torch.arange(B).neg().remainder(max(U, 1)),)
     valid = torch.arange(L) < counts[:, None]
     valid = valid[:, torch.randperm(L, generator=generator)] if form == "mask" else valid
-    N = int(counts.sum())
+    N, rows = int(counts.sum()), int((counts if users is None else counts[index[0]]).sum())
     norms = norms_per_layer(activation, batch_norm)
     running = [
         t.double()
@@ -121,7 +124,7 @@ def din_attention_case(
              1e-3, dropout)  # fmt: skip
 
     def make(dtype, generator):
-        history = randn((N, D) if form == "offsets" else (B, L, D), dtype, generator)
+        history = randn((N, D) if form == "offsets" else (U, L, D), dtype, generator)
         params, width = [], 4 * D
         for w in widths:
             params += [randn((w, width), dtype, generator, max(width, 1) ** -0.5), randn((w,), dtype, generator)]
@@ -138,29 +141,30 @@ def din_attention_case(
             "offsets": (torch.cat([counts.new_zeros(1), counts.cumsum(0)]),),
         }[form]
         seed = [torch.randint(-(2**63), 2**63 - 1, (), generator=generator)] if dropout else []
-        return history, randn((B, D), dtype, generator), *extra, *params, *seed
+        return history, randn((B, D), dtype, generator), *extra, *index, *params, *seed
 
     def arguments(history, target, *rest):
         forms, rest = [None, None, None], list(rest)
         if form != "padded":
             forms[("lengths", "mask", "offsets").index(form)], *rest = rest
+        forms.append(None if users is None else rest.pop(0))
         seed = rest.pop() if dropout else None
         stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
         stats = [] if training else [t.to(history.device, stats_dtype) for t in running]
         return history, target, *forms, rest, stats, *flags, seed
 
     def run_reference(*inputs):
-        history, target, lengths, mask, offsets, params, stats, *_, seed = arguments(*inputs)
+        history, target, lengths, mask, offsets, history_index, params, stats, *_, seed = arguments(*inputs)
         hidden, weight, bias = unflatten(params, stats, activation, batch_norm, 1e-5, 1e-3)
         return reference.din_attention(
             history, target, hidden, weight, bias, lengths=lengths, mask=mask, offsets=offsets,
-            use_softmax=use_softmax, count_padding=count_padding, return_scores=return_scores, training=training,
-            dropout=dropout, seed=seed,
+            history_index=history_index, use_softmax=use_softmax, count_padding=count_padding,
+            return_scores=return_scores, training=training, dropout=dropout, seed=seed,
         )[0]  # fmt: skip
 
-    mlp = sum(2 * N * a * b for a, b in zip((D, *widths), (*widths, 1)))
+    mlp = sum(2 * rows * a * b for a, b in zip((D, *widths), (*widths, 1)))
     flags_id = "-bn" * batch_norm + "-softmax" * use_softmax + "-train" * training + "-dropout" * (dropout > 0)
-    flags_id += "-counted" * count_padding + "-scores" * return_scores
+    flags_id += "-counted" * count_padding + "-scores" * return_scores + f"-users{users}" * (users is not None)
     return OpCase(
         op="din_attention",
         id=f"din_attention-B{B}-L{L}-D{D}-{'x'.join(map(str, widths)) or 'linear'}-{activation}{flags_id}-{form}",
@@ -170,8 +174,8 @@ def din_attention_case(
         overload=torch.ops.rankkernels.din_attention.default,
         arguments=arguments,
         elements=N * D + 2 * B * D,
-        flops=mlp + 4 * N * D,
-        backward_flops=3 * mlp + 4 * N * D,
+        flops=mlp + 4 * rows * D,
+        backward_flops=3 * mlp + 4 * rows * D,
     )
 
 
@@ -390,6 +394,12 @@ TEST_CASES = [
     din_attention_case(4, 6, 3, [5], use_softmax=True, training=False, form="offsets", return_scores=True),
     din_attention_case(2, 0, 4, [5], training=False),
     din_attention_case(0, 3, 4, [5], "relu", training=False),
+    din_attention_case(7, 6, 5, [7], users=3),
+    din_attention_case(5, 9, 6, [5, 4], "dice_batch_norm", False, True, form="lengths", dropout=0.3, users=4),
+    din_attention_case(6, 5, 3, [6], "sigmoid", form="mask", count_padding=True, return_scores=True, users=2),
+    din_attention_case(5, 4, 3, [6], "prelu", training=False, use_softmax=True, form="offsets", users=3),
+    din_attention_case(0, 3, 4, [5], "relu", training=False, users=2),
+    din_attention_case(0, 3, 4, [5], "relu", training=False, users=0),
     norm_activation_case(7, 10),
     norm_activation_case(5, 33, training=False),
     norm_activation_case(40, 7, "dice_batch_norm"),

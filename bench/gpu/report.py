@@ -55,11 +55,14 @@ def _compile(job: tuple[int, int, str]) -> list:
     return compile_case(COMPILED[case], COMPILED[case].dtypes[dtype], target)
 
 
-def triton_records(targets: Sequence[str] = tuple(MULTIPROCESSORS)) -> Iterator[Record]:
-    """Every Triton kernel, its cases and dtypes and the targets: compiled by as many processes as there are cores."""
+def triton_records(
+    targets: Sequence[str] = tuple(MULTIPROCESSORS), cases: Sequence[OpCase] = COMPILED
+) -> Iterator[Record]:
+    """Triton's kernels of the cases, in all dtypes and for the targets: compiled by as many processes as there are
+    cores."""
     from bench.gpu.ahead_of_time import serves
 
-    served = [i for i, case in enumerate(COMPILED) if serves(case)]
+    served = [i for i, case in enumerate(COMPILED) if case in cases and serves(case)]
     jobs = [(i, j, t) for t in targets for i in served for j in range(len(COMPILED[i].dtypes))]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for (i, j, target), calls in zip(jobs, pool.map(_compile, jobs)):

@@ -42,8 +42,8 @@ class FusedMLP(NamedTuple):
     dropout: float
 
     def attend(self, history: Tensor, target: Tensor, **options) -> Tensor:
-        """The op with these modules and its ``options`` (lengths, mask, offsets, use_softmax, count_padding,
-        return_scores), as if they had been called: seeds are drawn and running statistics updated."""
+        """The op with these modules and its ``options`` (lengths, mask, offsets, history_index, use_softmax,
+        count_padding, return_scores), as if they had been called: seeds are drawn and running statistics updated."""
         # Drawn from torch's generator, which torch.manual_seed and checkpointing govern.
         seed = torch.randint(2**63 - 1, (), device=history.device) if self.dropout else None
         out, batch_stats = ops.din_attention(
@@ -213,21 +213,34 @@ class ActivationUnit(nn.Module):
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         offsets: Tensor | None = None,
+        history_index: Tensor | None = None,
     ) -> Tensor:
         """history [B, L, D] or, with ``offsets`` [B + 1], [N, D]; target [B, D] -> [B, D].
 
-        ``lengths`` [B] says how many rows of each sample are valid, ``mask`` [B, L] which. See
-        ``rankkernels.din_attention`` for dtypes and errors.
+        ``lengths`` [B] says how many rows of each sample are valid, ``mask`` [B, L] which. With ``history_index`` [B]
+        the histories (and lengths, mask, offsets) are those of U users, and sample b has that of user
+        ``history_index[b]``. See ``rankkernels.din_attention`` for dtypes and errors.
         """
         if target.size(-1) != self.emb_dim:
             raise ValueError(f"ActivationUnit: target must be [B, {self.emb_dim}], got {list(target.shape)}")
         history, offsets = jagged(history, offsets)
         fused = _fused(self.attention)
         if fused is None:
-            _check(Inputs(history, target, lengths, mask, offsets, [], []))
+            _check(Inputs(history, target, lengths, mask, offsets, history_index, [], []))
+            if history_index is not None:
+                rows = reference.expand_histories(history, history_index, lengths, mask, offsets)
+                history, lengths, mask, offsets = rows
             if offsets is None and is_exporting_to_onnx():
                 return self._padded(history, target, lengths, mask)
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = _score(self.attention, rows, target, sample).squeeze(1)
             return reference.attention_pool(score, rows, sample, target.size(0), self.use_softmax)
-        return fused.attend(history, target, lengths=lengths, mask=mask, offsets=offsets, use_softmax=self.use_softmax)
+        return fused.attend(
+            history,
+            target,
+            lengths=lengths,
+            mask=mask,
+            offsets=offsets,
+            history_index=history_index,
+            use_softmax=self.use_softmax,
+        )

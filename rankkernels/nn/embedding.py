@@ -16,8 +16,8 @@ from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
-from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
+from rankkernels.ops.few_lookups import run_lookups
 
 
 def fused_weight(table: nn.Module) -> Tensor | None:
@@ -152,10 +152,10 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             return tables, [None] * len(tables)
         return tables, [fused_weight(t) for t in tables]
 
-    def lookup(self, x: Mapping[str, Tensor], features: Sequence) -> list[Tensor]:
+    def lookup(self, x: Mapping[str, Tensor], features: Sequence, one_batch: bool = True) -> list[Tensor]:
         """One tensor a feature: [B, D] for a sparse or pooled one, [B, L, D] for ``pooling="concat"``, [B, embed_dim]
         in the tables' dtype for a dense one. A feature that comes twice is looked up once, but by a table whose call
-        may be seen.
+        may be seen. Without ``one_batch`` each feature may have a B of its own.
 
         The attributes of a feature object are read when a list of features is first seen.
 
@@ -170,11 +170,11 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         for lookup, i in zip(plan.lookups, ids):
             if i.dim() != 1 and not lookup.is_sequence:
                 raise bad_shape("sparse", lookup.name, "[B] ids", i)
-        return self._look_up(x, plan, ids)
+        return self._look_up(x, plan, ids, one_batch)
 
-    def _look_up(self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor]) -> list[Tensor]:
+    def _look_up(self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor], one_batch: bool = True) -> list[Tensor]:
         """``lookup`` for ids of any shape."""
-        for lookup, i in zip(plan.lookups, ids):
+        for lookup, i in zip(plan.lookups, ids if one_batch else ()):
             if i.shape[:1] != ids[0].shape[:1]:
                 raise bad_batch(lookup.name, i, plan.names[0], ids[0])
         tables, weights = self._tables(plan)
@@ -187,7 +187,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
             features = plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
-            found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
+            found = dict(enumerate(run_lookups(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
@@ -206,7 +206,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             )
             found = dict(zip(fused, embeddings))
         dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
-        found.update(enumerate(plan.dense_columns(x, dtype, ids), len(plan.lookups)))
+        found.update(enumerate(plan.dense_columns(x, dtype, ids, one_batch), len(plan.lookups)))
         return [
             found[i] if i in found else self._called(x, feature, ids[i], tables[plan.table_of[i]], plan.lookups[i])
             for i, feature in zip(plan.order, plan.features)
@@ -248,7 +248,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         if arguments is None:
             return None
         weights, features = arguments
-        (out,) = run_op(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
+        (out,) = run_lookups(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
             return torch.cat([out, *plan.dense_columns(x, out.dtype, features.indices)], 1) if plan.dense else out
         return out.view(-1, len(features.indices), weights[0].size(1))

@@ -181,7 +181,8 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
         elif followed or kind not in (nn.Linear, nn.Dropout) or not is_untouched(module, kind):
             x = module(x)
         elif kind is nn.Dropout:
-            x = x if not module.training and 0 <= module.p <= 1 else module(x)
+            p = module.p  # of 0, torch gives its input back, and draws no numbers
+            x = x if p == 0 or (not module.training and 0 <= p <= 1) else module(x)
         else:
             weight, bias = _weight_and_bias(module)
             normalized = _normalized_linear(weight, bias, modules[at : at + 1], x)

@@ -101,7 +101,9 @@ class Plan:
             ids_of.append(ids)
         return ids_of
 
-    def dense_columns(self, x: Mapping[str, Tensor], dtype: torch.dtype, ids: list[Tensor]) -> list[Tensor]:
+    def dense_columns(
+        self, x: Mapping[str, Tensor], dtype: torch.dtype, ids: list[Tensor], one_batch: bool = True
+    ) -> list[Tensor]:
         """The dense features' values, [B, n]: rounded to float32 as torch-rechub does, then in ``dtype``."""
         values = []
         for name in self.dense:
@@ -113,7 +115,7 @@ class Plan:
                     raise bad_shape("dense", name, "[B] or [B, n] numbers", v)
                 v = v.unsqueeze(1)
             first = ids[0] if ids else values[0] if values else v
-            if v.size(0) != first.size(0):
+            if one_batch and v.size(0) != first.size(0):
                 raise bad_batch(name, v, (self.names or self.dense)[0], first)
             values.append(v)
         return values

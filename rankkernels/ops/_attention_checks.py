@@ -40,28 +40,39 @@ def check(op: str, inputs: Inputs, flags: Flags) -> None:
 
 def check_history(op: str, inputs: Inputs) -> None:
     """Shapes of history and target, and what says which rows are valid."""
-    check, (history, target, lengths, mask, offsets, *_) = torch._check, inputs
+    check, (history, target, lengths, mask, offsets, history_index, *_) = torch._check, inputs
     given = [n for n in ("lengths", "mask", "offsets") if getattr(inputs, n) is not None]
     check(len(given) < 2, lambda: f"{op}: give one of lengths, mask and offsets, got {' and '.join(given)}")
     check(target.dim() == 2, lambda: f"{op}: target must be [B, D], got shape {list(target.shape)}")
-    rank, form = (2, "[N, D] beside offsets") if offsets is not None else (3, "[B, L, D]")
+    n = "B" if history_index is None else "U"
+    rank, form = (2, "[N, D] beside offsets") if offsets is not None else (3, f"[{n}, L, D]")
     check(history.dim() == rank, lambda: f"{op}: history must be {form}, got shape {list(history.shape)}")
     D, B = history.size(-1), target.size(0)
     check(D == target.size(1), lambda: f"{op}: history and target must have one width D, got {D} and {target.size(1)}")
-    if offsets is None:
-        n, L = history.size(0), history.size(1)
-        check(n == B, lambda: f"{op}: history and target must have one batch size B, got {n} and {B}")
+    U = B if history_index is None else history.size(0)
+    if history_index is not None:
+        fits = history_index.dim() == 1 and history_index.size(0) == B
+        check(fits, lambda: f"{op}: history_index must be [B] = [{B}], got shape {list(history_index.shape)}")
+    elif offsets is None:
+        check(
+            history.size(0) == B,
+            lambda: f"{op}: history and target must have one batch size B, got {history.size(0)} and {B}",
+        )
     if lengths is not None:
-        fits = lengths.dim() == 1 and lengths.size(0) == B
-        check(fits, lambda: f"{op}: lengths must be [B] = [{B}], got shape {list(lengths.shape)}")
+        fits = lengths.dim() == 1 and lengths.size(0) == U
+        check(fits, lambda: f"{op}: lengths must be [{n}] = [{U}], got shape {list(lengths.shape)}")
     if mask is not None:
-        fits = mask.dim() == 2 and mask.size(0) == B and mask.size(1) == L
-        check(fits, lambda: f"{op}: mask must be [B, L] = [{B}, {L}], got shape {list(mask.shape)}")
+        L = history.size(1)
+        fits = mask.dim() == 2 and mask.size(0) == U and mask.size(1) == L
+        check(fits, lambda: f"{op}: mask must be [{n}, L] = [{U}, {L}], got shape {list(mask.shape)}")
         check(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, true at valid rows, got {mask.dtype}")
-    if offsets is not None:
+    if offsets is not None and history_index is None:
         fits = offsets.dim() == 1 and offsets.size(0) == B + 1
         check(fits, lambda: f"{op}: offsets must be [B + 1] = [{B + 1}], got shape {list(offsets.shape)}")
-    for name, t in (("lengths", lengths), ("offsets", offsets)):
+    elif offsets is not None:
+        fits = offsets.dim() == 1 and offsets.size(0) > 0
+        check(fits, lambda: f"{op}: offsets must be [U + 1], got shape {list(offsets.shape)}")
+    for name, t in (("history_index", history_index), ("lengths", lengths), ("offsets", offsets)):
         fits = t is None or t.dtype in (torch.int32, torch.int64)
         check(fits, lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
 
@@ -133,8 +144,9 @@ def _check_layer(op: str, i: int, layer: list[Tensor], width: int, activation: s
 
 
 def check_positions(op: str, inputs: Inputs) -> None:
-    """Lengths and offsets against the history they describe: reads the values, so not where that would synchronize."""
-    history, _, lengths, _, offsets, *_ = inputs
+    """Lengths, offsets and the index against the histories they describe: reads the values, so not where that would
+    synchronize."""
+    history, _, lengths, _, offsets, history_index, *_ = inputs
     if lengths is not None and lengths.numel():
         L = history.size(1)
         bad = (lengths < 0) | (lengths > L)
@@ -150,30 +162,55 @@ def check_positions(op: str, inputs: Inputs) -> None:
         if down.numel():
             i = int(down[0])
             raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+    if history_index is not None and history_index.numel():
+        U = history.size(0) if offsets is None else offsets.numel() - 1
+        bad = (history_index < 0) | (history_index >= U)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise IndexError(f"{op}: history_index[{i}] = {int(history_index[i])} is out of range for {U} histories")
 
 
 def check_positions_at_hand(op: str, inputs: Inputs) -> None:
     """``check_positions``, where reading them waits for no device and no one follows."""
-    positions = inputs.offsets if inputs.lengths is None else inputs.lengths
-    if type(positions) is Tensor and positions.is_cpu and not (is_traced() or is_transformed()):
+    positions = [t for t in (inputs.lengths, inputs.offsets, inputs.history_index) if t is not None]
+    at_hand = all(type(t) is Tensor and t.is_cpu for t in positions)
+    if positions and at_hand and not (is_traced() or is_transformed()):
         check_positions(op, inputs)
 
 
 def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
     """``check_positions``, and how many rows there are to take statistics of."""
     check_positions(op, inputs)
-    history, _, lengths, mask, _, params, _ = inputs
+    _, _, lengths, mask, _, history_index, params, _ = inputs
     if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
-        valid = history.shape[:-1].numel()
+        valid = num_rows(inputs)
         if not flags.count_padding and (lengths is not None or mask is not None):
-            valid = int((mask if lengths is None else lengths).sum())
+            valid = mask.sum(1) if lengths is None else lengths
+            valid = int((valid if history_index is None else valid[history_index]).sum())
         if valid < 2:
             raise ValueError(f"{op}: training needs more than one valid row to take statistics of, got {valid}")
 
 
-def out_shape(inputs: Inputs, flags: Flags) -> torch.Size:
-    """The pooled rows' [B, D], or the scores': a number a row of the history."""
-    return inputs.history.shape[:-1] if flags.return_scores else inputs.target.shape
+def depends_on_values(inputs: Inputs) -> bool:
+    """Whether only values say how many rows all samples have together: those of jagged histories that are shared."""
+    return inputs.offsets is not None and inputs.history_index is not None
+
+
+def num_rows(inputs: Inputs) -> int:
+    """The rows of all samples together, padding included."""
+    history, target, history_index = inputs.history, inputs.target, inputs.history_index
+    if history_index is None:
+        return math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
+    if inputs.offsets is None:
+        return target.size(0) * history.size(1)
+    return int(inputs.offsets.diff()[history_index].sum())
+
+
+def out_shape(inputs: Inputs, flags: Flags, rows: int | None) -> tuple[int, ...]:
+    """The pooled rows' [B, D], or the scores': [B, L], or of jagged histories [rows]."""
+    if not flags.return_scores:
+        return tuple(inputs.target.shape)
+    return (rows,) if inputs.offsets is not None else (inputs.target.size(0), inputs.history.size(1))
 
 
 def stats_size(params: list[Tensor], flags: Flags) -> int:
@@ -182,12 +219,11 @@ def stats_size(params: list[Tensor], flags: Flags) -> int:
     return 2 * norms * sum(hidden_widths(params, flags)) if flags.training else 0
 
 
-def saved_size(inputs: Inputs, flags: Flags, on_gpu: bool | None = None) -> int:
+def saved_size(inputs: Inputs, flags: Flags, rows: int, on_gpu: bool | None = None) -> int:
     """The values of ``saved``. On the CPU, of a row: its weight in the sum; in training Dice's two statistics in each
     layer, and z of the normalized layers (of the first only if all widths together are at most 4 D). On a GPU: a row's
     score; with a softmax also a sample's sum in float32 and its scores' peak and total."""
     history, target, *_, params, _ = inputs
-    rows = math.prod(history.shape[:-1])  # Size.numel would make an int of a size that is unknown in a graph
     if history.device.type == "cuda" if on_gpu is None else on_gpu:
         return rows + (target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0)
     values, widths = 1, hidden_widths(params, flags)
@@ -199,10 +235,20 @@ def saved_size(inputs: Inputs, flags: Flags, on_gpu: bool | None = None) -> int:
 
 
 def check_backward(
-    grad_out: Tensor, batch_stats: Tensor, saved: Tensor, inputs: Inputs, flags: Flags, on_gpu: bool | None = None
+    grad_out: Tensor,
+    batch_stats: Tensor,
+    saved: Tensor,
+    inputs: Inputs,
+    flags: Flags,
+    on_gpu: bool | None = None,
+    traced: bool = False,
 ) -> None:
+    """``traced``: no value can be read."""
     check("din_attention", inputs, flags)
     op, history, kept = "din_attention_backward", inputs.history, wide(inputs.history.dtype)
-    check_form(op, "grad_out", grad_out, out_shape(inputs, flags), history.dtype, history.device)
+    rows = None if traced and depends_on_values(inputs) else num_rows(inputs)
+    if rows is not None or not flags.return_scores:
+        check_form(op, "grad_out", grad_out, out_shape(inputs, flags, rows), history.dtype, history.device)
     check_form(op, "batch_stats", batch_stats, (stats_size(inputs.params, flags),), kept, history.device)
-    check_form(op, "saved", saved, (saved_size(inputs, flags, on_gpu),), kept, history.device)
+    if rows is not None:
+        check_form(op, "saved", saved, (saved_size(inputs, flags, rows, on_gpu),), kept, history.device)

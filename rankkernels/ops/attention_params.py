@@ -17,7 +17,8 @@ class Inputs(NamedTuple):
     ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias
     [H]; what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
     ``running_stats``: the running mean and variance [H] of every normalization, in the order the layers meet them; a
-    layer's own comes before its Dice's.
+    layer's own comes before its Dice's. ``history_index``: which history each sample has, [B], where histories are
+    those of U users; without it history b is sample b's.
     """
 
     history: Tensor
@@ -25,13 +26,14 @@ class Inputs(NamedTuple):
     lengths: Tensor | None
     mask: Tensor | None
     offsets: Tensor | None
+    history_index: Tensor | None
     params: list[Tensor]
     running_stats: list[Tensor]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All of them, one by one."""
-        history, target, lengths, mask, offsets, params, running_stats = self
-        return history, target, lengths, mask, offsets, *params, *running_stats
+        history, target, lengths, mask, offsets, history_index, params, running_stats = self
+        return history, target, lengths, mask, offsets, history_index, *params, *running_stats
 
 
 class Flags(NamedTuple):

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._activations import number_of
-from rankkernels.ops._attention_checks import check, check_backward, check_values, out_shape, saved_size, stats_size
+from rankkernels.ops._attention_checks import (
+    check,
+    check_backward,
+    check_values,
+    depends_on_values,
+    num_rows,
+    out_shape,
+    saved_size,
+    stats_size,
+)
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
@@ -37,14 +46,16 @@ def _(*arguments):
     inputs, flags = parsed(arguments, Inputs, Flags)
     check("din_attention", inputs, flags)
     empty, accumulated = inputs.history.new_empty, wide(inputs.history.dtype)
-    stats, saved = (empty(n, dtype=accumulated) for n in (stats_size(inputs.params, flags), saved_size(inputs, flags)))
-    return empty(out_shape(inputs, flags)), stats, saved
+    rows = torch.library.get_ctx().new_dynamic_size() if depends_on_values(inputs) else num_rows(inputs)
+    sizes = stats_size(inputs.params, flags), saved_size(inputs, flags, rows)
+    stats, saved = (empty(n, dtype=accumulated) for n in sizes)
+    return empty(out_shape(inputs, flags, rows)), stats, saved
 
 
 @torch.library.register_fake("rankkernels::din_attention_backward", lib=lib)
 def _(grad_out, batch_stats, saved, *arguments):
     inputs, flags = parsed(arguments, Inputs, Flags)
-    check_backward(grad_out, batch_stats, saved, inputs, flags)
+    check_backward(grad_out, batch_stats, saved, inputs, flags, traced=True)
     history, target = inputs.history, inputs.target
     return (
         history.new_empty(history.shape),
@@ -62,8 +73,9 @@ def _attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, list[reference.BatchS
     )
     return reference.din_attention(
         inputs.history, inputs.target, hidden, out_weight, out_bias, lengths=inputs.lengths, mask=inputs.mask,
-        offsets=inputs.offsets, use_softmax=flags.use_softmax, count_padding=flags.count_padding,
-        return_scores=flags.return_scores, training=flags.training, dropout=flags.dropout, seed=flags.seed,
+        offsets=inputs.offsets, history_index=inputs.history_index, use_softmax=flags.use_softmax,
+        count_padding=flags.count_padding, return_scores=flags.return_scores, training=flags.training,
+        dropout=flags.dropout, seed=flags.seed,
     )  # fmt: skip
 
 
@@ -76,7 +88,7 @@ def _reference(*arguments):
     flat = [t for stats in all_stats if stats is not None for t in stats]
     history, accumulated = inputs.history, wide(inputs.history.dtype)
     stats = torch.cat(flat).to(accumulated) if flat else history.new_empty(0, dtype=accumulated)
-    return out, stats, history.new_zeros(saved_size(inputs, flags), dtype=accumulated)
+    return out, stats, history.new_zeros(saved_size(inputs, flags, num_rows(inputs)), dtype=accumulated)
 
 
 @torch.library.impl(lib, "din_attention", "CompositeExplicitAutograd")
@@ -102,6 +114,26 @@ def _default_backward(grad_out, batch_stats, saved, *arguments):
 
 if has_triton:
 
+    def expanded(inputs: Inputs) -> tuple[tuple, Tensor | None]:
+        """The tensors as the kernels take them, a history for each sample, and of which histories (rows, with offsets)
+        they are copies. The size of shared jagged ones waits for the device."""
+        history, target, lengths, mask, offsets, history_index, *rest = inputs
+        copied = history_index
+        if history_index is not None:
+            numbers = torch.arange(history.size(0), device=history.device)
+            copied, *_ = reference.expand_histories(numbers, history_index, None, None, offsets)
+            rows = reference.expand_histories(history, history_index, lengths, mask, offsets)
+            history, lengths, mask, offsets = rows
+        return (history, target, lengths, mask, offsets, *rest), copied
+
+    def summed(grad_history: Tensor, copied: Tensor | None, history: Tensor) -> Tensor:
+        """The copies' gradients, added up in a fixed order: ``index_put_`` sorts."""
+        if copied is None:
+            return grad_history
+        grads = reference.accumulator(grad_history)
+        sums = grads.new_zeros(history.shape).index_put_((copied,), grads, accumulate=True)
+        return sums.to(history.dtype)
+
     def _kernels(inputs: Inputs, flags: Flags):
         """The Triton kernels, where they serve these arguments."""
         from rankkernels._triton import din_attention as kernels
@@ -115,7 +147,8 @@ if has_triton:
         if kernels is None:
             return _default(*arguments)
         check("din_attention", inputs, flags)
-        return kernels.din_attention(*inputs, flags)
+        of_samples, _ = expanded(inputs)
+        return kernels.din_attention(*of_samples, flags)
 
     @torch.library.impl(lib, "din_attention_backward", "CUDA")
     def _(grad_out, batch_stats, saved, *arguments):
@@ -124,7 +157,9 @@ if has_triton:
         if kernels is None:
             return _default_backward(grad_out, batch_stats, saved, *arguments)
         check_backward(grad_out, batch_stats, saved, inputs, flags, on_gpu=True)
-        return kernels.din_attention_backward(grad_out, batch_stats, saved, *inputs, flags)
+        of_samples, copied = expanded(inputs)
+        grad_history, *grads = kernels.din_attention_backward(grad_out, batch_stats, saved, *of_samples, flags)
+        return summed(grad_history, copied, inputs.history), *grads
 
 
 def _setup_context(ctx, inputs, output):
@@ -143,15 +178,15 @@ _din_attention_backward = differentiable(torch.ops.rankkernels.din_attention_bac
 
 
 def _backward(ctx, grad_out, *_):
-    batch_stats, saved, seed, history, target, lengths, mask, offsets, *rest = ctx.saved_tensors
+    batch_stats, saved, seed, history, target, lengths, mask, offsets, history_index, *rest = ctx.saved_tensors
     params, running_stats = rest[: ctx.num_params], rest[ctx.num_params :]
     grad_history, grad_target, grad_params = None, None, nothing(params)
     if grad_out is not None:
         grad_history, grad_target, grad_params = _din_attention_backward(
-            grad_out, batch_stats, saved, history, target, lengths, mask, offsets, params, running_stats, *ctx.settings,
-            seed,
+            grad_out, batch_stats, saved, history, target, lengths, mask, offsets, history_index, params, running_stats,
+            *ctx.settings, seed,
         )  # fmt: skip
-    grads = Inputs(grad_history, grad_target, None, None, None, grad_params, [None] * ctx.num_stats)
+    grads = Inputs(grad_history, grad_target, None, None, None, None, grad_params, [None] * ctx.num_stats)
     return *grads, *no_gradients(Flags)
 
 
@@ -186,6 +221,7 @@ def din_attention(
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
     offsets: Tensor | None = None,
+    history_index: Tensor | None = None,
     activation: str = "dice",
     batch_norm: bool = False,
     use_softmax: bool = False,
@@ -213,6 +249,11 @@ def din_attention(
         lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
         mask: [B, L], bool: true at the valid rows.
         offsets: [B + 1], int32 or int64, from 0 to N: sample b has the rows ``offsets[b]:offsets[b + 1]``.
+        history_index: [B], int32 or int64, in any order: sample b has history ``history_index[b]`` of U, which are
+            [U, L, D] with ``lengths`` [U] or ``mask`` [U, L], or [N, D] with ``offsets`` [U + 1], or nested. Meta's
+            IKBO calls it ``cand_to_user_index``. All is as if each sample had a copy: its rows count in the batch
+            statistics, its units are dropped by its own number, and a history's gradient is the sum of its samples', in
+            a fixed order, zero where it has none. On the CPU no copy is made; on a GPU each sample gets one.
         activation: linear, sigmoid, relu, leakyrelu, prelu, dice (row statistics) or dice_batch_norm.
         batch_norm: a batch normalization after each hidden linear layer.
         use_softmax: softmax of the scores over each sample's valid rows.
@@ -230,21 +271,24 @@ def din_attention(
             of the history.
 
     Returns:
-        out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), or the scores [B, L], [N] with
-        ``offsets``, zero at padding that has none; and in training the mean and unbiased variance of each
-        normalization, one after the other; no running statistic is written.
+        out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), or the scores [B, L], zero at
+        padding that has none; with ``offsets`` the scores are [N], those of all samples one after the other (with
+        ``history_index`` sample b's begin behind the ``offsets.diff()[history_index[:b]].sum()`` of those before it).
+        And in training the mean and unbiased variance of each normalization, one after the other; no running statistic
+        is written.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once, an epsilon or
             a dropout out of its range, dropout without a seed.
         ValueError: a nested history of another form, lengths outside 0 .. L, offsets that decrease or do not run from
             0 to N, fewer than two valid rows in training with a normalization.
+        IndexError: a value of ``history_index`` outside 0 .. U - 1.
     """
     number = number_of("din_attention", activation)
     history, offsets = jagged(history, offsets)
     with raise_documented():
         out, batch_stats, _ = _forward(
-            history, target, lengths, mask, offsets, list(params), list(running_stats), number, batch_norm, use_softmax,
-            count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
+            history, target, lengths, mask, offsets, history_index, list(params), list(running_stats), number,
+            batch_norm, use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
         )  # fmt: skip
     return out, batch_stats

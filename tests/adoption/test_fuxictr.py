@@ -18,7 +18,7 @@ fuxi = pytest.importorskip("bench.harness.fuxictr_models")
 cases = pytest.importorskip("fuxictr_cases")
 
 CASES = [
-    pytest.param(name, seed, id=f"{name}-{seed}", marks=[pytest.mark.slow] if seed > 1 else [])
+    pytest.param(name, seed, id=f"{name}-{seed}", marks=[pytest.mark.slow] if seed > 0 else [])
     for name in cases.CASES
     for seed in range(10)
 ]

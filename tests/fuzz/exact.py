@@ -91,7 +91,7 @@ def valid(draw: Draw) -> None:
         options["weight_decay"] = 0.0
     ours, theirs = KINDS[kind]
     optimizer, dense = ours(weights, exact=True, **options), theirs(tables, **options)
-    for _ in range(draw.randint(1, 12)):
+    for _ in range(draw.randint(1, 6)):
         step(draw, a, optimizer, weights, dense, tables, fused)
         what = f"exact {kind}, {'fused' if fused else 'stepped'}"
         if draw.chance(0.1):

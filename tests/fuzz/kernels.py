@@ -27,6 +27,7 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
     dropout = draw.choice((0.0, 0.0, 0.3))
     options = dict(batch_norm=draw.chance(0.5), use_softmax=draw.chance(0.4), training=training)
     options |= dict(count_padding=draw.chance(0.3), return_scores=draw.chance(0.2))
+    options |= dict(users=draw.randint(1, 2 * B) if draw.chance(0.4) else None)
     return din_attention_case(B, L, max(draw.size(70), 1), widths, activation, form=form, dropout=dropout, **options)
 
 

@@ -6,12 +6,13 @@ process of their own; see cuda_shim/shim.h for what they find. Planted faults sh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -201,12 +202,24 @@ def copy_sources(target: Path) -> Path:
     return target / "cuda"
 
 
-def run_shim(library: Path, what: str, check: bool = True, **environment: str) -> str:
-    """cuda_shim/run.py; RANKKERNELS_REFERENCE leaves the CPU's own kernels out."""
+@pytest.fixture(scope="module")
+def run_shim() -> Iterator[Callable[..., str]]:
+    """A job of cuda_shim/run.py -> what it prints; RANKKERNELS_REFERENCE leaves the CPU's own kernels out."""
     preload = f"{sanitizer('libasan.so')} {sanitizer('libstdc++.so')}"
     options = {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "RANKKERNELS_REFERENCE": "1"}
-    return run(sys.executable, SHIM / "run.py", library, what, check=check,
-               **{"PYTHONPATH": str(ROOT), **options, **environment})  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, SHIM / "run.py"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **options},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+
+        def job(library: Path, what: str, check: bool = True, **environment: str) -> str:
+            print(json.dumps((str(library), what, environment)), file=process.stdin, flush=True)
+            status, printed = json.loads(process.stdout.readline())
+            assert status == 0 if check else status != 0, printed[-8000:]
+            return printed
+
+        yield job
+        process.stdin.close()
 
 
 UNITS = tuple(sorted(path.relative_to(ROOT / "csrc/cuda").as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu")))
@@ -262,12 +275,11 @@ def shim(objects, tmp_path_factory) -> Path:
 
 
 @needs_sanitizers
-def test_kernels_under_the_shim(shim):
+@pytest.mark.parametrize("grid", [{"SHIM_SOME": "1"}, pytest.param({}, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_kernels_under_the_shim(shim, run_shim, grid):
     """Every kernel in every order: right in all dtypes, without a word of the sanitizers, and with the same bits."""
     orders = ("forward", "reverse", "1")
-    with ThreadPoolExecutor(2) as pool:
-        run_in = lambda order: run_shim(shim, "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1")  # noqa: E731
-        outs = list(pool.map(run_in, orders))
+    outs = [run_shim(shim, "accuracy", SHIM_ORDER=order, SHIM_SAY_LAUNCHES="1", **grid) for order in orders]
     assert len({re.search(r"digest (\w+)", out)[1] for out in outs}) == 1
     sources = "".join(path.read_text() for path in (ROOT / "csrc/cuda").rglob("*.*"))
     assert len(KERNELS) == len(re.findall("^__global__", sources, re.M)) == sources.count("__global__") > 10
@@ -276,7 +288,7 @@ def test_kernels_under_the_shim(shim):
 
 
 @needs_sanitizers
-def test_launches_under_the_shim(shim):
+def test_launches_under_the_shim(shim, run_shim):
     """All tables go with one launch of each kernel: what ``bench.gpu.report`` counts."""
     out = run_shim(shim, "launches", SHIM_SAY_LAUNCHES="1")
     launched = [re.findall(r"launch of rk::cuda::(\w+)", part) for part in out.split("done\n")[:-1]]
@@ -287,14 +299,14 @@ def test_launches_under_the_shim(shim):
 
 
 @needs_sanitizers
-def test_bad_arguments_under_the_shim(shim):
+def test_bad_arguments_under_the_shim(shim, run_shim):
     assert "bad inputs refused" in run_shim(shim, "bad_inputs")
     assert "arguments refused" in run_shim(shim, "bad_arguments")
 
 
 @needs_sanitizers
 @pytest.mark.parametrize("mode", ["ignore", "warn", "fatal", "never"])
-def test_bad_ids_under_the_shim(shim, mode):
+def test_bad_ids_under_the_shim(shim, run_shim, mode):
     """Never followed; said as RANKKERNELS_CHECK_IDS asks."""
     message = "embedding_bag: indices[0, 1] = 5 is out of range for a table with 5 rows"
     out = run_shim(shim, "bad_ids", check=mode in ("ignore", "warn"), RANKKERNELS_CHECK_IDS=mode)
@@ -306,7 +318,7 @@ def test_bad_ids_under_the_shim(shim, mode):
 
 @needs_sanitizers
 @pytest.mark.parametrize("mode", ["ignore", "warn", "fatal"])
-def test_bad_ids_of_the_fm_under_the_shim(shim, mode):
+def test_bad_ids_of_the_fm_under_the_shim(shim, run_shim, mode):
     message = "embedding_bag: item[1] = 5 is out of range for a table with 5 rows"
     out = run_shim(shim, "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)
     assert ("ids not followed" in out) == (mode != "fatal")
@@ -316,7 +328,7 @@ def test_bad_ids_of_the_fm_under_the_shim(shim, mode):
 @needs_sanitizers
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(objects, tmp_path, fault):
+def test_a_planted_fault_is_caught(objects, run_shim, tmp_path, fault):
     file, unit, text, replacement, what, expected = FAULTS[fault]
     sources = copy_sources(tmp_path / "csrc")
     original = (sources / file).read_text()

@@ -10,7 +10,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def test_triton_kernels_compile_for_one_gpu():
-    run_pytest(FILE, "-m", "pytest", "-k", "compiles_to and sm_90", TRITON_INTERPRET="0", GPU_TARGETS="sm_90")
+    select = "-m", "pytest", "-k", "compiles_to and sm_90"
+    run_pytest(FILE, *select, TRITON_INTERPRET="0", GPU_TARGETS="sm_90", GPU_EVERY="3")
 
 
 @pytest.mark.slow

@@ -40,12 +40,15 @@ def norm_backward():
     return dict(grad_out=randn(4, H), batch_stats=torch.ones(2 * H), **norm())
 
 
+INDEX = torch.zeros(B).long()
+
+
 def din():
     params = [randn(H, 4 * D), randn(H), torch.ones(H), torch.zeros(H), randn(1), randn(1, H), randn(1)]
     return dict(
-        history=randn(B, L, D), target=randn(B, D), lengths=None, mask=None, offsets=None, params=params,
-        running_stats=[], activation=DICE, batch_norm=True, use_softmax=False, count_padding=False, return_scores=False,
-        training=True, norm_eps=1e-5, dice_eps=1e-3, dropout=0.0, seed=None,
+        history=randn(B, L, D), target=randn(B, D), lengths=None, mask=None, offsets=None, history_index=None,
+        params=params, running_stats=[], activation=DICE, batch_norm=True, use_softmax=False, count_padding=False,
+        return_scores=False, training=True, norm_eps=1e-5, dice_eps=1e-3, dropout=0.0, seed=None,
     )  # fmt: skip
 
 
@@ -227,6 +230,23 @@ BAD_INPUTS = {
         ),
         (dict(history=randn(B, D), offsets=torch.arange(B)), f"offsets must be [B + 1] = [{B + 1}], got shape [{B}]"),
         (dict(history=randn(B, D), offsets=torch.arange(B + 1.0)), "offsets must be int32 or int64, got torch.float32"),
+        (dict(history_index=torch.zeros(B + 1).long()), f"history_index must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(history_index=torch.zeros(B, 1).long()), f"history_index must be [B] = [{B}], got shape [{B}, 1]"),
+        (dict(history_index=torch.zeros(B)), "history_index must be int32 or int64, got torch.float32"),
+        (dict(history_index=torch.zeros(B).bool()), "history_index must be int32 or int64, got torch.bool"),
+        (dict(history_index=INDEX, history=randn(L, D)), f"history must be [U, L, D], got shape [{L}, {D}]"),
+        (
+            dict(history_index=INDEX, history=randn(5, L, D), lengths=INDEX),
+            f"lengths must be [U] = [5], got shape [{B}]",
+        ),
+        (
+            dict(history_index=INDEX, history=randn(5, L, D), mask=torch.ones(B, L).bool()),
+            f"mask must be [U, L] = [5, {L}], got shape [{B}, {L}]",
+        ),
+        (
+            dict(history_index=INDEX, history=randn(B, D), offsets=torch.ones(0).long()),
+            "offsets must be [U + 1], got shape [0]",
+        ),
         (dict(params=[]), "params must be 5 tensors a hidden layer and 2 of the output layer, got 0"),
         (dict(params=[randn(1, 1)] * 6), "params must be 5 tensors a hidden layer and 2 of the output layer, got 6"),
         (

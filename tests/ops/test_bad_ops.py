@@ -93,6 +93,20 @@ def test_values_that_do_not_fit_have_the_documented_type(rows, message):
     assert str(info.value).startswith(f"din_attention: {message}")
 
 
+@pytest.mark.parametrize("index, i, value", [([0, 2, 1], 1, 2), ([0, -1, 1], 1, -1), ([0, 0, BEYOND], 2, BEYOND)])
+@pytest.mark.parametrize("form", ["padded", "offsets"])
+def test_an_index_outside_the_histories_has_the_documented_type(index, i, value, form):
+    history = randn(7, D) if form == "offsets" else randn(2, L, D)
+    rows = dict(offsets=torch.tensor([0, 3, 7])) if form == "offsets" else {}
+    index, message = torch.tensor(index), f"history_index[{i}] = {value} is out of range for 2 histories"
+    for function in (public, lambda target, **rows: rk.ActivationUnit(D, [H])(target=target, **rows)):
+        with pytest.raises(IndexError) as info:
+            function(history=history, target=randn(B, D), history_index=index, **rows)
+        assert str(info.value).startswith(f"din_attention: {message}")
+    with pytest.raises(IndexError, match="out of range for 0 histories"):
+        public(history=randn(0, L, D), history_index=index)
+
+
 def test_an_id_outside_its_table_has_the_documented_type():
     values = deepfm() | dict(indices=[torch.arange(B), torch.arange(B) + 5])
     with pytest.raises(IndexError, match=r"shop\[2\] = 7 is out of range for a table with 7 rows"):

@@ -195,7 +195,7 @@ def test_bits_do_not_depend_on_threads(form, activation, dtype, use_softmax):
 
 
 @pytest.mark.skipif(bool(no_extension), reason="what the C++ kernels promise")
-@pytest.mark.parametrize("rows", [1, 5, 16, 50])
+@pytest.mark.parametrize("rows", [1, 5, 16, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("D, dims", [(64, [36]), (32, [36]), (16, [80, 40]), (7, [1])])
 def test_scores_that_cancel(rows, D, dims):
     """Sample by sample: among thousands some score nearly cancels, and is as exact as its rows allow all the same."""
@@ -347,6 +347,19 @@ def test_empty_histories_among_others_in_training(dtype, use_softmax):
     out, _, grads = run(lambda *x: din_attention(*x, stats, **rows, **flags), history, target, params, grad_out)
     empty = rows["lengths"] == 0
     assert (out[empty] == 0).all() and (grads[0][empty] == 0).all() and (grads[1][empty] == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "dice"])
+@pytest.mark.parametrize("dims", [[1], [20]], ids=str)
+def test_statistics_lose_nothing_to_means(activation, dims):
+    """Units far from zero, which differ by sample and hardly within one."""
+    history, target, params, grad_out, rows, stats = inputs("padded", 27, 63, 15, dims, activation=activation)
+    params[1] += 100
+    history = history[:, :1] + 0.1 * history
+    flags = dict(FLAGS, use_softmax=False, training=True, activation=activation, batch_norm=True)
+    _, found = din_attention(history, target, params, **flags)
+    assert_close(found.double(), expected(history, target, params, grad_out, rows, stats, flags)[1], rtol=3e-6, atol=0)
+    check(history, target, params, grad_out, rows, stats, flags)
 
 
 @pytest.mark.parametrize("lengths", [[0] * 7, [0, 1, 0, 0, 0, 0, 0]])

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from test_out_of_bounds import guarded
+from test_out_of_bounds import guarded, needs_kernels_of
 
 from rankkernels import table_batched_embedding_bag
 from rankkernels.testing import TOLERANCE, relative_error
@@ -67,6 +67,7 @@ def check_all() -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_width_between_forbidden_pages(capability):
     """In a process of its own: a byte read beyond a table, its ids or its factors ends it."""
+    needs_kernels_of(capability)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     done = subprocess.run([sys.executable, "-W", "ignore", __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-2000:]}"

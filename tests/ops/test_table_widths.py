@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from random_lookups import Lookups, random_lookups
+from test_out_of_bounds import needs_kernels_of
 
 import rankkernels as rk
-from rankkernels.ops._library import CPU_ISAS
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 WAYS = pytest.mark.parametrize("way", ["dense", "sparse", "fused"])
@@ -51,13 +51,11 @@ def test_features_of_default_widths(B):
         assert torch.allclose(weight.grad, torch.zeros_like(weight).index_add_(0, x[f.name], grad), atol=1e-4)
 
 
-@pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="there are no C++ kernels")
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_each_instruction_set(capability):
     """What runs without the variable is what the other tests try."""
+    needs_kernels_of(capability)
     isa = "baseline" if capability == "default" else capability
-    if CPU_ISAS.index(isa) > CPU_ISAS.index(rk.ops._library.cpu_isa):
-        pytest.skip(f"no {isa} here")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent,

@@ -33,17 +33,19 @@ def test_the_extension_is_what_the_tests_test():
     assert _library.no_extension is None
 
 
-def functions_by_instruction(library: Path, registers: str) -> set[str]:
-    """Mangled names of the functions of ``library`` with an operand among ``registers``."""
-    listing = subprocess.run(
-        ["objdump", "--disassemble", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
-    ).stdout
-    found, function = set(), ""
-    for line in listing.splitlines():
-        if header := re.match(r"[0-9a-f]+ <(.+)>:$", line):
-            function = header[1]
-        elif re.search(registers, line):
-            found.add(function)
+def functions_by_instruction(library: Path, *patterns: str) -> list[set[str]]:
+    """Mangled names of the functions of ``library`` with an instruction that each of ``patterns`` is found in."""
+    found, function, any_of = [set() for _ in patterns], "", re.compile("|".join(patterns)).search
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", library]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
+        for line in listing.stdout:
+            if line.endswith(">:\n"):
+                function = re.match(r"[0-9a-f]+ <(.+)>:$", line)[1]
+            elif any_of(line):
+                for names, pattern in zip(found, patterns):
+                    if function not in names and re.search(pattern, line):
+                        names.add(function)
+    assert listing.returncode == 0
     return found
 
 
@@ -51,11 +53,10 @@ def functions_by_instruction(library: Path, registers: str) -> set[str]:
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils' objdump is not installed")
 def test_wide_instructions_stay_in_their_variant():
     """An inline function of a header compiled for AVX-512 and merged by the linker would crash on other processors."""
-    avx512 = functions_by_instruction(EXTENSION, r"%zmm|\{%k[1-7]\}|%[xy]mm(1[6-9]|2\d|3[01])\b")
-    avx2 = functions_by_instruction(EXTENSION, r"%ymm")
+    wide = r"%zmm|\{%k[1-7]\}|%[xy]mm(1[6-9]|2\d|3[01])\b"
+    avx512, avx2, bf16 = functions_by_instruction(EXTENSION, wide, "%ymm", "vdpbf16ps|vcvtne2?ps2bf16")
     if not (avx512 or avx2):
         pytest.skip("not an x86-64 build")
-    bf16 = functions_by_instruction(EXTENSION, r"vdpbf16ps|vcvtne2?ps2bf16")
     assert all("2rk11avx512_bf16" in name for name in bf16), bf16
     assert avx512 and all(re.search("2rk(6avx512|11avx512_bf16)", name) for name in avx512), avx512
     assert avx2 and all(re.search("2rk(4avx2|6avx512|11avx512_bf16)", name) for name in avx2), avx2

@@ -40,6 +40,12 @@ RK_INLINE typename Traits<A>::vec pre_activation(const LayerParams<A>& f, typena
   return f.y_scale ? g * X::load(f.y_scale + n) + X::load(f.y_shift + n) : g;
 }
 
+// y of the first unit of a row.
+template <class A>
+RK_INLINE A first_unit(const LayerParams<A>& f, const A* g) {
+  return f.y_scale ? g[0] * f.y_scale[0] + f.y_shift[0] : g[0];
+}
+
 // Calls each(row) -> vector on the rows of a group, and store(first row, their sums) on groups of as many
 // rows as lanes.
 template <class A, class Each, class Store>
@@ -93,7 +99,7 @@ static void dice_statistics(LayerParams<A> f, int64_t rows, LayerScratch<A> s) {
     V sum[X::lanes], squares[X::lanes], shift{};
     for (int64_t i = 0; i < group; ++i) {
       const A* g = s.g + (r0 + i) * ld;
-      const A k = shift[i] = f.y_scale ? g[0] * f.y_scale[0] + f.y_shift[0] : g[0];
+      const A k = shift[i] = first_unit(f, g);
       V c = (pre_activation(f, X::load(g + last), last) - k) * ones_mask;
       sum[i] = c;
       squares[i] = c * c;
@@ -107,6 +113,7 @@ static void dice_statistics(LayerParams<A> f, int64_t rows, LayerScratch<A> s) {
     const V c = sum_each(sum), along = c * share, all = sum_each(squares);
     const V deviation = all < static_cast<A>(__builtin_inf()) ? all - c * along
                                                               : all;  // infinity stays: no difference of two
+    X::store(s.from_first + r0, along);
     X::store(s.mean + r0, shift + along);
     X::store(s.inverse + r0, inverse_root((deviation < 0 ? V{} : deviation) + f.epsilon));
   }

@@ -165,7 +165,8 @@ struct NormWorkspace {
     LayerScratch<A>& s = scratch.layer;
     s.g = arena.take(block * ld);
     s.a = arena.take(block * ld);
-    for (A** of_rows : {&s.mean, &s.inverse, &s.mean_w, &s.along_units}) *of_rows = arena.take(block);
+    for (A** of_rows : {&s.mean, &s.inverse, &s.from_first, &s.mean_w, &s.along_units})
+      *of_rows = arena.take(block);
     scratch.d = arena.take(block * ld);
     scratch.grad_shift = arena.take(ld);
   }

@@ -92,8 +92,9 @@ struct LayerParams {
   A epsilon;           // out * dice's epsilon
   const A* ones_mask;  // 1 for the channels there are
   A* kept;             // [rows, out]: z of each valid row, or null where the backward computes it again
-  A *kept_mean,
-      *kept_inverse;  // [rows]: dice's statistics of each valid row, or null where it takes them again
+  // [rows]: dice's statistics of each valid row, its mean less the row's first y, or null where the backward
+  // takes them again.
+  A *kept_from_first, *kept_inverse;
   // Backward through a normalization: dL/dz = r (e - c1 - c2 g) with e the derivative by g that leaves the
   // statistics fixed (in eval c1 = c2 = 0). Null r: no normalization.
   const A *r, *c1, *c2;
@@ -133,6 +134,7 @@ struct LayerScratch {
   A *g, *a;                 // [kBlockRows, padded(out)]: product and activation; in the forward one memory
   A* factor;                // [kBlockRows, padded(out)]: the dropout's
   A *mean, *inverse;        // [kBlockRows]: dice's mean and 1 / denominator
+  A* from_first;            // [kBlockRows]: that mean less the row's first y
   A *mean_w, *along_units;  // [kBlockRows]: and see dice_backward
 };
 

@@ -32,27 +32,41 @@ static Block<const A> grad_score(const Din<A>& net, const DinRows<T>& rows, int6
   return history;
 }
 
-// d = dL/dz of the first layer -> the gradients of n rows of the history, and of M.
+// d = dL/dz of the first layer -> the gradients of n rows of the history, with `add` added to those of other
+// samples, and of M.
 template <class A>
 RK_INLINE void backward_history(const Din<A>& net, int64_t row, int64_t n, const A* d, Block<const A> history,
-                                Block<A> grad_history, const DinScratch<A>& s) {
+                                Block<A> grad_history, bool add, const DinScratch<A>& s) {
   using X = Traits<A>;
   const int64_t D = net.D, H = net.layer[0].out, ld = padded<A>(D), vecs = vectors<A>(D), ld0 = padded<A>(H);
   const A *w = net.row_weight + row, *g = s.grad_out;
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes)
-      X::store(grad_history.p + r * grad_history.ld + j, w[r] * X::load(g + j));
+    for (int64_t j = 0; j < vecs * X::lanes; j += X::lanes) {
+      A* to = grad_history.p + r * grad_history.ld + j;
+      const auto pooled = w[r] * X::load(g + j);
+      X::store(to, add ? X::load(to) + pooled : pooled);
+    }
   gemm<A>(n, vecs, H, {d, ld0, 1}, s.operand_rows, ld, grad_history.p, grad_history.ld, grad_history.p,
           grad_history.ld);
   gemm<A>(H, vecs, n, {d, 1, ld0}, history.p, history.ld, s.grad_operand, ld, s.grad_operand, ld);
 }
 
+// What the forward kept of Dice's statistics, by y as it is here: rounding leaves it elsewhere than there,
+// and units that are equal must be it here, too.
+template <class A>
+RK_INLINE void take_dice_statistics(const LayerParams<A>& f, int64_t row, int64_t n,
+                                    const LayerScratch<A>& s) {
+  const int64_t ld = padded<A>(f.out);
+  for (int64_t r = 0; r < n; ++r) s.mean[r] = first_unit(f, s.g + r * ld) + f.kept_from_first[row + r];
+  __builtin_memcpy(s.inverse, f.kept_inverse + row, n * sizeof(A));
+}
+
 // One block of a sample from dL/dscore back to layer `until`: its sums, or with until < 0 all gradients, of
 // which those by M, c and the rows are left in scratch.
 template <class T, class A>
-static void backward_block(const Din<A>& net, int64_t until, int64_t b, const int32_t* position, int64_t r0,
-                           int64_t row, int64_t n, Block<const A> history, Block<A> grad_history,
-                           Ahead<T, A> ahead, const DinScratch<A>& s, const DinGrad<A>& grad) {
+static void backward_block(const Din<A>& net, int64_t until, int64_t sample, const int32_t* position,
+                           int64_t r0, int64_t row, int64_t n, Block<const A> history, Block<A> grad_history,
+                           bool add, Ahead<T, A> ahead, const DinScratch<A>& s, const DinGrad<A>& grad) {
   using X = Traits<A>;
   const bool only_sums = until >= 0;
   // The last layer's Dice makes da and w_out's gradient on the way, unless units were dropped in between.
@@ -65,13 +79,10 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     ahead.fetch(n / 4 + 1);
     const bool need_a = (!only_sums && !(i == last && dice_last)) || f.activation == Activation::sigmoid ||
                         (i < last && !net.layer[i + 1].kept);
-    if (f.kept_mean) {
-      __builtin_memcpy(s.layer[i].mean, f.kept_mean + row, n * sizeof(A));
-      __builtin_memcpy(s.layer[i].inverse, f.kept_inverse + row, n * sizeof(A));
-    }
-    activate(f, n, s.layer[i], need_a, f.kept_mean);
+    if (f.kept_inverse) take_dice_statistics(f, row, n, s.layer[i]);
+    activate(f, n, s.layer[i], need_a, f.kept_inverse);
     if (!net.drops) continue;
-    draw_factors(net.dropout, f, i, b, position, r0, n, s.layer[i]);
+    draw_factors(net.dropout, f, i, sample, position, r0, n, s.layer[i]);
     if (need_a) multiply_factors(f, n, s.layer[i], s.layer[i].a);
   }
   const A* ds = net.grad_score + row;
@@ -106,7 +117,7 @@ static void backward_block(const Din<A>& net, int64_t until, int64_t b, const in
     d = below;
     below = swap;
   }
-  if (!only_sums) backward_history(net, row, n, d, history, grad_history, s);
+  if (!only_sums) backward_history(net, row, n, d, history, grad_history, add, s);
 }
 
 // From the gradients by M and c of one sample to those of the first layer and the target.
@@ -149,11 +160,12 @@ void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accum
   const bool from_history = din::lowest(net, only_sums ? until : 0) == 0 && !net.layer[0].kept;
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t b = b0; b < b1; ++b) {
-    const int64_t count = rows.count[b], first = rows.first[b], places = rows.first[b + 1] - first;
+    const int64_t count = rows.count[b], first = rows.first[b], sample = din::sample_of(rows, b);
+    const bool add = rows.user && b > b0 && rows.segment[b] == rows.segment[b - 1];
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);
     const int32_t* position = din::positions(rows, b, s);
     if (rows.grad_out)
-      widen_row(rows.grad_out + b * rows.stride_gb, s.grad_out, D, tail);
+      widen_row(rows.grad_out + sample * rows.stride_gb, s.grad_out, D, tail);
     else
       __builtin_memset(s.grad_out, 0, ld * sizeof(A));
     din::Block<const A> history{};
@@ -164,10 +176,7 @@ void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accum
       din::form_operand_rows(net, s);
       __builtin_memset(s.grad_operand, 0, H * ld * sizeof(A));
       __builtin_memset(s.grad_bias, 0, ldH * sizeof(A));
-      // Rows without a gradient: all but the valid ones. Without any there may be no memory.
-      const int64_t kept = position ? 0 : count;
-      if (const int64_t bytes = (places - kept) * D * sizeof(T))
-        __builtin_memset(static_cast<void*>(rows.grad_history + (first + kept) * D), 0, bytes);
+      if (!rows.user) din::clear_grad_rows(rows, b, position, D);
     }
     din::for_each_block(count, [&](int64_t r0, int64_t n) {
       if ((from_history || !only_sums) && !gathered)
@@ -175,12 +184,15 @@ void din_backward(const DinBackward<T>& a, Range samples, const DinScratch<Accum
       const din::Block<A> grad_history = din::grad_rows(rows, b, position, r0, D, s);
       const din::Ahead<T, A> ahead(net, rows, b, r0 + n, b1, from_history || need_score || !only_sums,
                                    din::lowest(net, only_sums ? until : 0));
-      din::backward_block(net, until, b, position, r0, first + r0, n, history, grad_history, ahead, s, grad);
-      if (!only_sums) din::store_grad_rows(rows, b, position, r0, n, D, s, grad_history);
+      din::backward_block(net, until, sample, position, r0, first + r0, n, history, grad_history, add, ahead,
+                          s, grad);
+      if (!only_sums && !rows.user && grad_history.p == s.grad_history)
+        din::store_grad_rows<T, A>(rows, b, position, r0, n, D, {grad_history.p, grad_history.ld});
     });
     if (only_sums) continue;
     din::backward_operand(net, s, grad.layer[0]);
-    narrow_row(s.grad_target, rows.grad_target + b * D, D, tail);
+    narrow_row(s.grad_target, rows.grad_target + sample * D, D, tail);
+    if (rows.user && rows.segment[b + 1] != rows.segment[b]) din::store_segment(rows, b, position, D, s);
   }
 }
 

@@ -15,11 +15,15 @@ namespace rk {
 
 struct DinArguments {
   const Tensor &history, &target;
-  const OptionalTensor &lengths, &mask, &offsets;
+  const OptionalTensor &lengths, &mask, &offsets, &history_index;
   const std::vector<Tensor>&params, &running_stats;
   DinConfig config;
 
   int64_t B() const { return target.size(0); }
+  // Histories in a batch that has them: as many as samples, or with history_index any number.
+  int64_t histories() const {
+    return !history_index ? B() : offsets ? offsets->numel() - 1 : history.size(0);
+  }
   int64_t D() const { return target.size(1); }
   bool batch_statistics() const { return config.training && config.norms() * layers() > 0; }
   int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
@@ -38,8 +42,9 @@ inline void check_history(const DinArguments& a) {
   RK_DIN_CHECK(given.find(' ') == std::string::npos, "give one of lengths, mask and offsets, got ", given);
   RK_DIN_CHECK(target.dim() == 2, "target must be [B, D], got shape ", shape_of(target));
   const bool jagged = a.offsets.has_value();
+  const std::string n = a.history_index ? "U" : "B";
   RK_DIN_CHECK(history.dim() == (jagged ? 2 : 3), "history must be ",
-               jagged ? "[N, D] beside offsets" : "[B, L, D]", ", got shape ", shape_of(history));
+               jagged ? "[N, D] beside offsets" : "[" + n + ", L, D]", ", got shape ", shape_of(history));
   RK_DIN_CHECK(history.size(history.dim() - 1) == a.D(), "history and target must have one width D, got ",
                history.size(history.dim() - 1), " and ", a.D());
   RK_CHECK_FLOATING("din_attention", history);
@@ -51,22 +56,31 @@ inline void check_history(const DinArguments& a) {
                  " must be int32 or int64, got ", name_of(dtype_of(t)));
     RK_DIN_CHECK(t.is_cpu(), "all arguments must be on one device");
   };
+  if (a.history_index) {
+    RK_DIN_CHECK(a.history_index->dim() == 1 && a.history_index->size(0) == a.B(),
+                 "history_index must be [B] = [", a.B(), "], got shape ", shape_of(*a.history_index));
+    check_integers(*a.history_index, "history_index");
+  }
   if (jagged) {
-    RK_DIN_CHECK(a.offsets->dim() == 1 && a.offsets->size(0) == a.B() + 1, "offsets must be [B + 1] = [",
-                 a.B() + 1, "], got shape ", shape_of(*a.offsets));
+    RK_DIN_CHECK(
+        a.offsets->dim() == 1 && (a.history_index ? a.offsets->size(0) > 0 : a.offsets->size(0) == a.B() + 1),
+        "offsets must be [", n, " + 1]", a.history_index ? "" : " = [" + std::to_string(a.B() + 1) + "]",
+        ", got shape ", shape_of(*a.offsets));
     check_integers(*a.offsets, "offsets");
     return;
   }
-  RK_DIN_CHECK(history.size(0) == a.B(), "history and target must have one batch size B, got ",
-               history.size(0), " and ", a.B());
+  const int64_t U = a.histories();
+  RK_DIN_CHECK(history.size(0) == U, "history and target must have one batch size B, got ", history.size(0),
+               " and ", a.B());
   if (a.lengths) {
-    RK_DIN_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == a.B(), "lengths must be [B] = [", a.B(),
+    RK_DIN_CHECK(a.lengths->dim() == 1 && a.lengths->size(0) == U, "lengths must be [", n, "] = [", U,
                  "], got shape ", shape_of(*a.lengths));
     check_integers(*a.lengths, "lengths");
   }
   if (a.mask) {
-    RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == a.B() && a.mask->size(1) == history.size(1),
-                 "mask must be [B, L] = [", a.B(), ", ", history.size(1), "], got shape ", shape_of(*a.mask));
+    RK_DIN_CHECK(a.mask->dim() == 2 && a.mask->size(0) == U && a.mask->size(1) == history.size(1),
+                 "mask must be [", n, ", L] = [", U, ", ", history.size(1), "], got shape ",
+                 shape_of(*a.mask));
     RK_DIN_CHECK(dtype_of(*a.mask) == ScalarType::Bool, "mask must be bool, true at valid rows, got ",
                  name_of(dtype_of(*a.mask)));
     RK_DIN_CHECK(a.mask->is_cpu(), "all arguments must be on one device");
@@ -114,70 +128,6 @@ inline void check_params(const DinArguments& a) {
   RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
                "the output layer must be [1, ", width, "] with a bias [1], got ", shape_of(weight), " and ",
                shape_of(bias));
-}
-
-// Where the rows of each sample are (see DinRows), with lengths and offsets checked against the history.
-struct DinGeometry {
-  std::vector<int64_t> first, count, pooled;
-  int64_t valid = 0, longest = 0;
-  Tensor mask;
-};
-
-inline std::vector<int64_t> integers_of(const Tensor& t) {
-  const Tensor u = torch::stable::contiguous(t);
-  std::vector<int64_t> values(u.numel());
-  if (dtype_of(u) == ScalarType::Int)
-    std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
-  else
-    std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
-  return values;
-}
-
-inline DinGeometry geometry_of(const DinArguments& a) {
-  DinGeometry g;
-  const int64_t B = a.B();
-  g.count.resize(B);
-  if (a.offsets) {
-    g.first = integers_of(*a.offsets);
-    const int64_t N = a.history.size(0);
-    RK_DIN_CHECK(g.first[0] == 0 && g.first[B] == N, "offsets must run from 0 to N = ", N, ", got ",
-                 g.first[0], " .. ", g.first[B]);
-    for (int64_t b = 0; b < B; ++b) {
-      g.count[b] = g.first[b + 1] - g.first[b];
-      RK_DIN_CHECK(g.first[b] <= g.first[b + 1], "offsets decrease from ", g.first[b], " to ", g.first[b + 1],
-                   " at ", b + 1);
-    }
-  } else {
-    const int64_t L = a.history.size(1);
-    g.first.resize(B + 1);
-    for (int64_t b = 0; b <= B; ++b) g.first[b] = b * L;
-    if (a.lengths) {
-      g.count = integers_of(*a.lengths);
-      for (int64_t b = 0; b < B; ++b)
-        RK_DIN_CHECK(g.count[b] >= 0 && g.count[b] <= L, "lengths[", b, "] = ", g.count[b],
-                     " is outside 0 .. ", L, ", the history's positions");
-    } else if (a.mask) {
-      g.mask = torch::stable::contiguous(*a.mask);
-      const uint8_t* mask = static_cast<const uint8_t*>(g.mask.const_data_ptr());
-      for (int64_t b = 0; b < B; ++b) g.count[b] = L - std::count(mask + b * L, mask + (b + 1) * L, 0);
-    } else {
-      std::fill(g.count.begin(), g.count.end(), L);
-    }
-  }
-  // Padding that counts is computed: for the batch statistics, and where a softmax has nothing else.
-  const bool all = a.batch_statistics();
-  if (a.config.count_padding && (a.lengths || a.mask) && (all || a.config.use_softmax)) {
-    g.pooled = g.count;
-    for (int64_t& n : g.count)
-      if (all || n == 0) n = a.history.size(1);
-  }
-  for (const int64_t n : g.count) {
-    g.valid += n;
-    g.longest = std::max(g.longest, n);
-  }
-  RK_DIN_CHECK(!a.batch_statistics() || g.valid > 1,
-               "training needs more than one valid row to take statistics of, got ", g.valid);
-  return g;
 }
 
 }  // namespace rk

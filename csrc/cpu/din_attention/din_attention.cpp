@@ -11,7 +11,9 @@
 #include "cpu/dense/statistics.h"
 #include "cpu/din_attention/checks.h"
 #include "cpu/din_attention/folded_network.h"
+#include "cpu/din_attention/geometry.h"
 #include "cpu/din_attention/params.h"
+#include "cpu/din_attention/segments.h"
 #include "cpu/din_attention/workspace.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/dispatch.h"
@@ -34,22 +36,23 @@ DinRows<T> rows_of(const Tensor& history, const Tensor& target, const DinGeometr
   rows.stride_hl = history.stride(history.dim() - 2);
   rows.stride_tb = target.stride(0);
   rows.first = g.first.data();
+  rows.place = g.place();
+  if (g.shared()) {
+    rows.sample = g.sample.data();
+    rows.user = g.user.data();
+  }
   rows.count = g.count.data();
   rows.pooled = g.pooled.empty() ? nullptr : g.pooled.data();
   rows.mask = g.mask.defined() ? static_cast<const uint8_t*>(g.mask.const_data_ptr()) : nullptr;
   return rows;
 }
 
-// Calls body(row, place) for the rows computed: what belongs to a row is stored side by side, samples with
-// gaps apart; their place is that in the history.
+// Calls body(row, place) for all rows computed, with their places among the scores returned.
 template <class Body>
-void for_each_row(const DinGeometry& g, const Body& body) {
-  const uint8_t* mask = g.mask.defined() ? static_cast<const uint8_t*>(g.mask.const_data_ptr()) : nullptr;
+void for_each_score(const DinGeometry& g, const Body& body) {
   for (size_t b = 0; b < g.count.size(); ++b) {
-    const int64_t first = g.first[b], end = g.first[b + 1], last = first + g.count[b];
-    const bool gaps = mask && last < end;
-    for (int64_t row = first, place = first; row < last; ++place)
-      if (!gaps || mask[place]) body(row++, place);
+    const int64_t first = g.first[b], score = g.shared() ? g.score_place[b] : first;
+    for_each_row(g, b, [&](int64_t row, int64_t place) { body(first + row, score + place); });
   }
 }
 
@@ -58,7 +61,7 @@ void for_each_row(const DinGeometry& g, const Body& body) {
 template <class A>
 void scores_of_rows(const DinGeometry& g, const A* row_weight, Tensor& scores) {
   std::vector<A> places(scores.numel());
-  for_each_row(g, [&](int64_t row, int64_t place) { places[place] = row_weight[row]; });
+  for_each_score(g, [&](int64_t row, int64_t place) { places[place] = row_weight[row]; });
   with_values(scores.scalar_type(), [&](auto* type) {
     using P = std::remove_pointer_t<decltype(type)>;
     std::copy(places.begin(), places.end(), static_cast<P*>(scores.mutable_data_ptr()));
@@ -68,7 +71,7 @@ template <class A>
 std::vector<A> rows_of_scores(const DinGeometry& g, const Tensor& scores) {
   const std::vector<A> places = values_of<A>(scores);
   std::vector<A> rows(places.size());
-  for_each_row(g, [&](int64_t row, int64_t place) { rows[row] = places[place]; });
+  for_each_score(g, [&](int64_t row, int64_t place) { rows[row] = places[place]; });
   return rows;
 }
 
@@ -97,11 +100,11 @@ int64_t stats_size(const DinArguments& a) {
   return 2 * a.config.norms() * widths;
 }
 
-// The pooled rows' [B, D], or the scores' sizes: the history's without the last.
-std::vector<int64_t> out_sizes(const DinArguments& a) {
+// The pooled rows' [B, D], or the scores' sizes: [B, L], or of all samples with offsets.
+std::vector<int64_t> out_sizes(const DinArguments& a, const DinGeometry& g) {
   if (!a.config.return_scores) return {a.B(), a.D()};
-  const auto sizes = a.history.sizes();
-  return {sizes.begin(), sizes.end() - 1};
+  if (a.offsets) return {g.first.back()};
+  return {a.B(), a.history.size(1)};
 }
 
 // Lays out `saved`: the rows' weights, then what is kept of each layer.
@@ -111,7 +114,7 @@ void place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows,
   saved += rows;
   if (a.config.keeps_dice())
     for (int64_t i = 0; i < a.layers(); ++i) {
-      network.layer(i).kept_mean = saved;
+      network.layer(i).kept_from_first = saved;
       network.layer(i).kept_inverse = saved + rows;
       saved += 2 * rows;
     }
@@ -277,6 +280,10 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
     rows.stride_gb = grad.stride(0);
   }
   rows.grad_history = static_cast<T*>(grad_history.mutable_data_ptr());
+  const DinChunks chunks(network.net(), g);
+  const DinSegments<A> segments(chunks, g, a.D());
+  rows.segment = segments.of_samples();
+  rows.segment_sum = segments.sums();
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
   const bool batch_statistics = a.config.training && network.has_norm();
   if (!a.config.training) set_running_statistics(network, a);
@@ -292,12 +299,15 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
     }
     network.fold_backward(i);
   }
-  const DinChunks chunks(network.net(), g);
   bool need_score = true;
   for (int64_t i = last; batch_statistics && i >= 0; --i, need_score = false)
     network.set_backward_sums(i, backward_pass(network, g, chunks, rows, i, need_score)->layers[i].sums,
                               g.valid);
   const auto sum = backward_pass(network, g, chunks, rows, -1, need_score);
+  if (a.history_index) {
+    clear_unused_histories(a, g, rows.grad_history);
+    add_segments(g, segments, a.D(), grad_history);
+  }
   return param_gradients(network, a, *sum);
 }
 
@@ -305,10 +315,10 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
 
 DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
                        const OptionalTensor& mask, const OptionalTensor& offsets,
-                       const std::vector<Tensor>& params, const std::vector<Tensor>& running_stats,
-                       int64_t activation, bool batch_norm, bool use_softmax, bool count_padding,
-                       bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
-                       const OptionalTensor& seed) {
+                       const OptionalTensor& history_index, const std::vector<Tensor>& params,
+                       const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm,
+                       bool use_softmax, bool count_padding, bool return_scores, bool training,
+                       double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
   check_activation("din_attention", static_cast<ActivationName>(activation));
   RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
   RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
@@ -321,6 +331,7 @@ DinArguments arguments(const Tensor& history, const Tensor& target, const Option
                        lengths,
                        mask,
                        offsets,
+                       history_index,
                        params,
                        running_stats,
                        {static_cast<ActivationName>(activation), batch_norm, use_softmax, count_padding,
@@ -335,15 +346,15 @@ DinArguments arguments(const Tensor& history, const Tensor& target, const Option
 
 std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
-    const OptionalTensor& offsets, const std::vector<Tensor>& params,
+    const OptionalTensor& offsets, const OptionalTensor& history_index, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
     bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
     const OptionalTensor& seed) {
-  const DinArguments a =
-      arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-                use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed);
+  const DinArguments a = arguments(history, target, lengths, mask, offsets, history_index, params,
+                                   running_stats, activation, batch_norm, use_softmax, count_padding,
+                                   return_scores, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
-  Tensor out = torch::stable::new_empty(target, out_sizes(a));
+  Tensor out = torch::stable::new_empty(target, out_sizes(a, g));
   Tensor batch_stats =
       torch::stable::new_empty(target, {stats_size(a)}, accumulator_dtype(dtype_of(history)));
   Tensor saved =
@@ -357,17 +368,17 @@ std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
 std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
     const Tensor& grad_out, const Tensor& batch_stats, const Tensor& saved, const Tensor& history,
     const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
-    const OptionalTensor& offsets, const std::vector<Tensor>& params,
+    const OptionalTensor& offsets, const OptionalTensor& history_index, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
     bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
     const OptionalTensor& seed) {
-  const DinArguments a =
-      arguments(history, target, lengths, mask, offsets, params, running_stats, activation, batch_norm,
-                use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed);
+  const DinArguments a = arguments(history, target, lengths, mask, offsets, history_index, params,
+                                   running_stats, activation, batch_norm, use_softmax, count_padding,
+                                   return_scores, training, norm_eps, dice_eps, dropout, seed);
   const DinGeometry g = geometry_of(a);
   const int64_t B = a.B(), D = a.D();
   const ScalarType kept = accumulator_dtype(dtype_of(history));
-  check_form("din_attention_backward", "grad_out", grad_out, out_sizes(a), dtype_of(history));
+  check_form("din_attention_backward", "grad_out", grad_out, out_sizes(a, g), dtype_of(history));
   check_form("din_attention_backward", "batch_stats", batch_stats, {stats_size(a)}, kept);
   check_form("din_attention_backward", "saved", saved, {g.first.back() * (1 + kept_widths(a))}, kept);
   Tensor grad_history = new_empty_paged(history, history.sizes());

@@ -166,12 +166,12 @@ struct FirstLayer<bf16> {
                                 int64_t n, int64_t D, const DinScratch<A>& s) {
     const bf16* base = history_of(rows, b);
     const int64_t whole = D / X::lanes * X::lanes, ld = padded<bf16>(D);
-    bf16* copy = reinterpret_cast<bf16*>(s.history);
+    bf16* copy = reinterpret_cast<bf16*>(s.history) + (rows.user ? r0 * ld : 0);
     if (!position && rows.stride_hl == D && D == whole &&
         D * static_cast<int64_t>(sizeof(bf16)) <= kDinInPlaceBytes)
       return {base + r0 * D, D};
     const __mmask16 rest = static_cast<__mmask16>((1u << (D - whole)) - 1);
-    for (int64_t r = 0; r < n; ++r) {
+    for (int64_t r = 0; s.fresh && r < n; ++r) {
       const bf16* from = base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl;
       bf16* to = copy + r * ld;
       for (int64_t d = 0; d < whole; d += X::lanes) store_vector(to + d, load_vector<u16v>(from + d));

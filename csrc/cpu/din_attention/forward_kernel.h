@@ -40,18 +40,19 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
-// The scratch with sample b's target and c, computed for kDinTargets samples at a time: a GEMM of one row
-// would be bound by its weights' bandwidth and by the latency of its sums.
+// The scratch for sample b with its target and c, computed for kDinTargets samples at a time: a GEMM of one
+// row would be bound by its weights' bandwidth and by the latency of its sums.
 template <class T, class A>
 static DinScratch<A> with_target(const Din<A>& net, const DinRows<T>& rows, int64_t b0, int64_t b, int64_t b1,
                                  bool need_c, DinScratch<A> s) {
   const LayerParams<A>& f = net.layer[0];
   const int64_t ld = padded<A>(net.D), ldH = padded<A>(f.out), i = (b - b0) % kDinTargets;
+  s.fresh = !rows.user || b == b0 || rows.user[b] != rows.user[b - 1];
   if (i == 0) {
     const int64_t n = b1 - b < kDinTargets ? b1 - b : kDinTargets;
     const Tail<T> tail(static_cast<int>(net.D % Traits<T>::lanes));
     for (int64_t j = 0; j < n; ++j)
-      widen_row(rows.target + (b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
+      widen_row(rows.target + sample_of(rows, b + j) * rows.stride_tb, s.target + j * ld, net.D, tail);
     if (need_c)
       gemm<A>(n, vectors<A>(f.out), net.D, {s.target, ld, 1}, net.target_weight, ldH, s.bias, ldH, f.bias, 0,
               tail_width<A>(f.out));
@@ -97,21 +98,26 @@ static void product(const Din<A>& net, int64_t i, bool from_kept, int64_t row, i
   }
 }
 
-// Merges n rows of z into the statistics.
+// Merges n rows of z into the statistics. What rounding took from a block's mean is added in double: the
+// variance between blocks would notice it where a mean is a thousand times the deviation.
 template <class A>
 static void add_statistics(const LayerParams<A>& f, int64_t n, const A* z, ColumnStats& stats) {
   using X = Traits<A>;
   const int64_t ld = padded<A>(f.out), end = vectors<A>(f.out) * X::lanes;
   const MergeRows merge(stats, n);
   for (int64_t h = 0; h < end; h += X::lanes) {
-    typename X::vec sum = {}, squares = {};
+    typename X::vec sum = {}, rest = {}, squares = {};
     for (int64_t r = 0; r < n; ++r) sum += X::load(z + r * ld + h);
     const auto mean = sum / static_cast<A>(n);
     for (int64_t r = 0; r < n; ++r) {
       const auto centred = X::load(z + r * ld + h) - mean;
+      rest += centred;
       squares += centred * centred;
     }
-    for (int j = 0; j < X::lanes; ++j) merge(stats, h + j, mean[j], squares[j]);
+    for (int j = 0; j < X::lanes; ++j) {
+      const double taken = rest[j] == rest[j] ? rest[j] / static_cast<double>(n) : 0;  // infinite z: NaN
+      merge(stats, h + j, mean[j] + taken, squares[j] - rest[j] * taken);
+    }
   }
   stats.count = merge.count;
 }
@@ -174,7 +180,7 @@ RK_INLINE void clear_absent_rows(const Din<A>& net, int64_t begin, int64_t end) 
   for (int64_t l = begin; l < end; ++l) {
     net.row_weight[l] = 0;
     for (int64_t i = 0; i < net.layers; ++i)
-      if (net.layer[i].kept_mean) net.layer[i].kept_mean[l] = net.layer[i].kept_inverse[l] = 0;
+      if (net.layer[i].kept_inverse) net.layer[i].kept_from_first[l] = net.layer[i].kept_inverse[l] = 0;
   }
 }
 
@@ -223,12 +229,12 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
         Score<A> score{};
         if (scores && i == last) score = {net.out_weight, net.out_bias, net.row_weight + first + r0};
         activate(f, n, s.layer[i], true, false, score);
-        if (f.kept_mean) {
-          __builtin_memcpy(f.kept_mean + first + r0, s.layer[i].mean, n * sizeof(A));
+        if (f.kept_inverse) {
+          __builtin_memcpy(f.kept_from_first + first + r0, s.layer[i].from_first, n * sizeof(A));
           __builtin_memcpy(f.kept_inverse + first + r0, s.layer[i].inverse, n * sizeof(A));
         }
         if (!net.drops) continue;
-        draw_factors(net.dropout, net.layer[i], i, b, position, r0, n, s.layer[i]);
+        draw_factors(net.dropout, net.layer[i], i, din::sample_of(rows, b), position, r0, n, s.layer[i]);
         multiply_factors(net.layer[i], n, s.layer[i], s.layer[i].a);
       }
       ahead.fetch(n);
@@ -262,7 +268,7 @@ void din_forward(const DinForward<T>& a, Range samples, const DinScratch<Accumul
       din::scale(ld, s.out, 1 / total);
     }
     din::clear_absent_rows(net, first + count, rows.first[b + 1]);
-    if (rows.out) narrow_row(s.out, rows.out + b * D, D, tail);
+    if (rows.out) narrow_row(s.out, rows.out + din::sample_of(rows, b) * D, D, tail);
   };
   for (int64_t b = b0; b < b1; ++b) {
     const DinScratch<A> s = din::with_target(net, rows, b0, b, b1, from_history, scratch);

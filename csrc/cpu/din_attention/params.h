@@ -39,12 +39,19 @@ struct Din {
 // Where the samples' rows are. Of sample b count[b] rows are computed; the storage of what belongs to its
 // rows begins at first[b] and has first[b + 1] - first[b] places. Valid are all of the rows computed, or
 // where padding counts pooled[b] of them: those of the mask, or the first.
+//
+// Histories that samples share: b counts samples in the order of their histories. Sample b is then sample[b]
+// of the target and the output, and its history is user[b], whose rows in the mask and in the gradient begin
+// at place[b]. A history's gradient is summed over a segment, neighbouring samples of one history.
 template <class T>
 struct DinRows {
   const T *history, *target;
   int64_t stride_hb, stride_hl, stride_tb;
-  bool jagged;  // the history's rows of sample b begin at first[b], else at stride_hb * b
+  bool jagged;  // the history's rows of sample b begin at place[b], else at stride_hb times its number
   const int64_t *first, *count, *pooled;  // the last is null where padding does not count
+  const int64_t *sample, *user, *place;   // the first two are null where no history is shared
+  const int64_t* segment;                 // [B + 1]: the number of b's, and one that is none
+  Accumulator<T>* const* segment_sum;     // where one that is not all of its history is summed, else null
   const uint8_t* mask;  // [B, L], bytes of which any but 0 is true; or null: the first count[b] rows
   const T* grad_out;    // or null, where the gradient is that by the rows' weights, grad_weight [rows]
   int64_t stride_gb;
@@ -64,13 +71,14 @@ struct DinScratch {
   LayerScratch<A>* layer;
   A* target;                        // [kDinTargets, padded(D)]
   A *grad_out, *out, *grad_target;  // [padded(D)]
-  A* history;                       // [kBlockRows, padded(D)]
+  A* history;                       // [kBlockRows, padded(D)], of a shared history [rows, padded(D)]
+  bool fresh;                       // whether a shared history is not that of the sample before
   A* operand;                       // M [D, padded(H)] of a sample, with its tail
   A* bias;                          // [kDinTargets, padded(H)]: c
   A* operand_rows;                  // M [H, padded(D)]
   A *grad_operand, *grad_bias;      // and their gradients, [H, padded(D)] and [padded(H)]
   A *grad, *grad_below;             // [kBlockRows, the widest layer]
-  A* grad_history;                  // [kBlockRows, padded(D)]
+  A* grad_history;                  // as history
   int32_t* positions;               // [L]
 };
 

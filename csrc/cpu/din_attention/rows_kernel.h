@@ -10,6 +10,16 @@ namespace rk {
 namespace RK_ISA {
 namespace din {
 
+// Which sample of the batch b is, and its history.
+template <class T>
+RK_INLINE int64_t sample_of(const DinRows<T>& rows, int64_t b) {
+  return rows.sample ? rows.sample[b] : b;
+}
+template <class T>
+RK_INLINE int64_t user_of(const DinRows<T>& rows, int64_t b) {
+  return rows.user ? rows.user[b] : b;
+}
+
 // Whether some rows between others are left out.
 template <class T>
 RK_INLINE bool has_gaps(const DinRows<T>& rows, int64_t b) {
@@ -21,7 +31,8 @@ template <class T, class A>
 static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScratch<A>& s) {
   if (!has_gaps(rows, b)) return nullptr;
   const int64_t places = rows.first[b + 1] - rows.first[b];
-  const uint8_t* mask = rows.mask + rows.first[b];
+  if (!s.fresh) return s.positions;
+  const uint8_t* mask = rows.mask + rows.place[b];
   int64_t n = 0;
   for (int64_t l = 0; l < places; ++l) {
     s.positions[n] = static_cast<int32_t>(l);
@@ -34,7 +45,7 @@ static const int32_t* positions(const DinRows<T>& rows, int64_t b, const DinScra
 template <class T, class A>
 RK_INLINE void set_padding(const DinRows<T>& rows, int64_t b, int64_t r0, int64_t n, A value, A* w) {
   if (!rows.pooled || rows.pooled[b] == rows.count[b]) return;
-  const uint8_t* mask = rows.mask ? rows.mask + rows.first[b] : nullptr;
+  const uint8_t* mask = rows.mask ? rows.mask + rows.place[b] : nullptr;
   for (int64_t r = r0; r < r0 + n; ++r)
     if (mask ? !mask[r] : r >= rows.pooled[b]) w[r] = value;
 }
@@ -42,7 +53,7 @@ RK_INLINE void set_padding(const DinRows<T>& rows, int64_t b, int64_t r0, int64_
 // Where the history of sample b begins.
 template <class T>
 RK_INLINE const T* history_of(const DinRows<T>& rows, int64_t b) {
-  return rows.history + (rows.jagged ? rows.first[b] * rows.stride_hl : b * rows.stride_hb);
+  return rows.history + (rows.jagged ? rows.place[b] * rows.stride_hl : user_of(rows, b) * rows.stride_hb);
 }
 
 // Calls body(first row, rows) on about equal blocks of a sample's n rows; all but the last are of whole
@@ -72,7 +83,7 @@ RK_INLINE A* in_place(T*, A*) {
   return nullptr;
 }
 
-// Rows [r0, r0 + n) of sample b: in place, or converted into s.history.
+// Rows [r0, r0 + n) of sample b: in place, or converted into s.history, where those of a shared history stay.
 template <class T, class A>
 static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                                    int64_t n, int64_t D, const DinScratch<A>& s) {
@@ -80,10 +91,11 @@ static Block<const A> history_rows(const DinRows<T>& rows, int64_t b, const int3
   if (!position && rows.stride_hl == D && D % Traits<T>::lanes == 0 && D * sizeof(A) <= kDinInPlaceBytes)
     if (const A* p = in_place(const_cast<T*>(base) + r0 * D, s.history)) return {p, D};
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
-  for (int64_t r = 0; r < n; ++r)
-    widen_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, s.history + r * padded<A>(D), D,
-              tail);
-  return {s.history, padded<A>(D)};
+  const int64_t ld = padded<A>(D);
+  A* to = s.history + (rows.user ? r0 * ld : 0);
+  for (int64_t r = 0; s.fresh && r < n; ++r)
+    widen_row(base + (position ? position[r0 + r] : r0 + r) * rows.stride_hl, to + r * ld, D, tail);
+  return {to, ld};
 }
 
 // Rows that are prefetched into L2, a part at a time between the GEMMs of the block before. Read only when
@@ -126,22 +138,45 @@ struct Ahead {
   }
 };
 
-// Where the gradients of these rows are computed, and their way to grad_history.
+// Where the gradients of these rows are computed, and their way to grad_history: each block's, or those of a
+// shared history once, with the last sample of a segment.
 template <class T, class A>
 RK_INLINE Block<A> grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0,
                              int64_t D, const DinScratch<A>& s) {
+  if (rows.user) return {s.grad_history + r0 * padded<A>(D), padded<A>(D)};
   if (!position && D % Traits<T>::lanes == 0)
-    if (A* p = in_place(rows.grad_history + (rows.first[b] + r0) * D, s.grad_history)) return {p, D};
+    if (A* p = in_place(rows.grad_history + (rows.place[b] + r0) * D, s.grad_history)) return {p, D};
   return {s.grad_history, padded<A>(D)};
 }
 template <class T, class A>
 static void store_grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t r0, int64_t n,
-                            int64_t D, const DinScratch<A>& s, Block<A> grad) {
-  if (grad.p != s.grad_history) return;
+                            int64_t D, Block<const A> grad) {
   const Tail<T> tail(static_cast<int>(D % Traits<T>::lanes));
   for (int64_t r = 0; r < n; ++r)
     narrow_row(grad.p + r * grad.ld,
-               rows.grad_history + (rows.first[b] + (position ? position[r0 + r] : r0 + r)) * D, D, tail);
+               rows.grad_history + (rows.place[b] + (position ? position[r0 + r] : r0 + r)) * D, D, tail);
+}
+
+// Zeros for the rows of b's history that have no gradient: all but the valid ones. Without any there may be
+// no memory.
+template <class T>
+static void clear_grad_rows(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t D) {
+  const int64_t places = rows.first[b + 1] - rows.first[b], kept = position ? 0 : rows.count[b];
+  if (const int64_t bytes = (places - kept) * D * sizeof(T))
+    __builtin_memset(static_cast<void*>(rows.grad_history + (rows.place[b] + kept) * D), 0, bytes);
+}
+
+// After the last sample of a segment its sum's way: to grad_history, or where it is added to others.
+template <class T, class A>
+static void store_segment(const DinRows<T>& rows, int64_t b, const int32_t* position, int64_t D,
+                          const DinScratch<A>& s) {
+  const int64_t count = rows.count[b], ld = padded<A>(D);
+  if (A* sum = rows.segment_sum[rows.segment[b]]) {
+    if (count) __builtin_memcpy(sum, s.grad_history, count * ld * sizeof(A));
+    return;
+  }
+  clear_grad_rows(rows, b, position, D);
+  store_grad_rows<T, A>(rows, b, position, 0, count, D, {s.grad_history, ld});
 }
 
 }  // namespace din

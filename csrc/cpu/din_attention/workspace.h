@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/din_attention/checks.h"
+#include "cpu/din_attention/geometry.h"
 #include "cpu/din_attention/params.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/simd/operand.h"
@@ -55,7 +55,7 @@ template <class A>
 struct DinWorkspace {
   DinWorkspace(const Din<A>& net, const DinGeometry& g, bool backward) {
     const int64_t R = std::min(kBlockRows, g.longest), ldD = padded<A>(net.D), H = net.layer[0].out,
-                  ldH = padded<A>(H);
+                  ldH = padded<A>(H), kept_rows = g.shared() ? g.longest : R;
     int64_t widest = 0;
     for (int64_t i = 0; i < net.layers; ++i) {
       const int64_t ld = padded<A>(net.layer[i].out);
@@ -63,12 +63,12 @@ struct DinWorkspace {
       A* product = arena.take(R * ld);
       layers.push_back({product, backward ? arena.take(R * ld) : product,
                         net.drops ? arena.take(R * ld) : nullptr, arena.take(R), arena.take(R), arena.take(R),
-                        arena.take(R)});
+                        arena.take(R), arena.take(R)});
     }
     scratch.layer = layers.data();
     scratch.target = arena.take(kDinTargets * ldD);
     scratch.out = arena.take(ldD);
-    scratch.history = arena.take(R * ldD);
+    scratch.history = arena.take(kept_rows * ldD);
     scratch.operand = arena.take(operand_size<A>(net.D, H));
     scratch.bias = arena.take(kDinTargets * ldH);
     if (backward) {
@@ -79,7 +79,7 @@ struct DinWorkspace {
       scratch.grad_bias = arena.take(ldH);
       scratch.grad = arena.take(R * widest);
       scratch.grad_below = arena.take(R * widest);
-      scratch.grad_history = arena.take(R * ldD);
+      scratch.grad_history = arena.take(kept_rows * ldD);
     }
     if (g.mask.defined()) {
       positions.resize(g.mask.size(1));

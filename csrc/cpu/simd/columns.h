@@ -70,14 +70,7 @@ RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const 
 
 // Bytes, copied as they are.
 template <>
-struct Traits<uint8_t> {
-  using scalar = uint8_t;
-  using vec = f32v;
-  static constexpr int lanes = RK_VECTOR_BYTES;
-  static RK_INLINE vec load(const uint8_t* p) { return load_vector<vec>(p); }
-  static RK_INLINE void store(uint8_t* p, vec v) { store_vector(p, v); }
-  static RK_INLINE void store_non_temporal(uint8_t* p, vec v) { store_vector_non_temporal(p, v); }
-};
+struct Traits<uint8_t> : Unconverted<uint8_t, f32v, RK_VECTOR_BYTES> {};
 
 // kVecs vectors, the last of which begins at column `last`.
 template <class T, int kVecs>

@@ -119,24 +119,19 @@ struct Traits {  // bf16, fp16
   static RK_INLINE void store(T* p, vec v) { store_vector(p, narrow(v, T())); }
   static RK_INLINE void store_non_temporal(T* p, vec v) { store_vector_non_temporal(p, narrow(v, T())); }
 };
-template <>
-struct Traits<float> {
-  using scalar = float;
-  using vec = f32v;
-  static constexpr int lanes = kFloats;
-  static RK_INLINE vec load(const float* p) { return load_vector<vec>(p); }
-  static RK_INLINE void store(float* p, vec v) { store_vector(p, v); }
-  static RK_INLINE void store_non_temporal(float* p, vec v) { store_vector_non_temporal(p, v); }
+template <class T, class V, int n>
+struct Unconverted {  // stored as it is computed with
+  using scalar = T;
+  using vec = V;
+  static constexpr int lanes = n;
+  static RK_INLINE vec load(const T* p) { return load_vector<vec>(p); }
+  static RK_INLINE void store(T* p, vec v) { store_vector(p, v); }
+  static RK_INLINE void store_non_temporal(T* p, vec v) { store_vector_non_temporal(p, v); }
 };
 template <>
-struct Traits<double> {
-  using scalar = double;
-  using vec = f64v;
-  static constexpr int lanes = kDoubles;
-  static RK_INLINE vec load(const double* p) { return load_vector<vec>(p); }
-  static RK_INLINE void store(double* p, vec v) { store_vector(p, v); }
-  static RK_INLINE void store_non_temporal(double* p, vec v) { store_vector_non_temporal(p, v); }
-};
+struct Traits<float> : Unconverted<float, f32v, kFloats> {};
+template <>
+struct Traits<double> : Unconverted<double, f64v, kDoubles> {};
 
 template <class T>
 RK_INLINE typename Traits<T>::vec splat(typename Traits<T>::scalar s) {

@@ -144,8 +144,19 @@ def exported_in_eval(make, what=None) -> list[torch.fx.GraphModule]:
         return [torch.export.export(model.eval(), (x,)).graph_module]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("trace", [compiled, traced, exported, exported_in_eval])
+#: Every model compiled, and every other way of tracing once; the rest is slow.
+SOME = {(compiled, name) for name in MODELS}
+SOME |= {(traced, "DIN"), (exported, "DeepFM"), (exported_in_eval, "DIN, padding masked")}
+
+
+@pytest.mark.parametrize(
+    "trace, name",
+    [
+        pytest.param(trace, name, marks=[] if (trace, name) in SOME else pytest.mark.slow)
+        for trace in (compiled, traced, exported, exported_in_eval)
+        for name in MODELS
+    ],
+)
 def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
     graphs = trace(MODELS[name])
     forward = FORWARD.get(name, {"embedding_bag", "din_attention", "norm_activation"})
@@ -169,7 +180,7 @@ def test_a_step_launches_no_more_than_it_did():
         assert sorted(c.op for c in launched[name] if c.op) == sorted(ours(compiled(MODELS[name])))
 
 
-@pytest.mark.parametrize("trace", [compiled, traced])
+@pytest.mark.parametrize("trace", [pytest.param(compiled, marks=pytest.mark.slow), traced])
 @pytest.mark.parametrize(
     "what, op",
     [

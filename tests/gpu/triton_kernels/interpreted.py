@@ -57,11 +57,16 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
     return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
 
 
-@pytest.mark.parametrize(
-    "op, config, dtype",
-    [(op, config, dtype) for op in INTERPRETED for config in op.configs for dtype in config.get("dtypes", op.dtypes)],
-    ids=lambda v: getattr(v, "module", None) or described(v),
-)
+def in_all_dtypes():
+    """Every configuration in every dtype; all but one of these, in turn, are slow."""
+    for op in INTERPRETED:
+        for n, config in enumerate(op.configs):
+            dtypes = config.get("dtypes", op.dtypes)
+            for i, dtype in enumerate(dtypes):
+                yield pytest.param(op, config, dtype, marks=[] if i == n % len(dtypes) else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("op, config, dtype", in_all_dtypes(), ids=lambda v: getattr(v, "module", None) or described(v))
 def test_kernel_equals_reference(op, config, dtype):
     module = importlib.import_module(f"rankkernels._triton.{op.module}")
     assert max(errors(op, module, config, dtype)) <= 1
@@ -182,6 +187,7 @@ def test_unbroken_copy_passes(op, tmp_path):
     assert max(errors(op, copy, op.configs[0], SINGLE)) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op, what, old, new",
     [
