@@ -139,6 +139,7 @@ USER = {"user": 3, "clicks": np.array([1, 2])}
         (USER, {"item": np.array([ROWS])}, f"item[0] = {ROWS} is out of range"),
         (USER, {"item": np.array([None, 1])}, "Object arrays cannot be loaded"),
         (USER, {}, '["candidates","item"]'),
+        ({**USER, "\ud800": np.array(1)}, ITEMS, '["user"]'),
     ],
 )
 def test_a_wrong_npy_is_refused_by_the_field(client, user, candidates, said):
