@@ -31,7 +31,8 @@ def draw(kind: str, data: dict, path: Path) -> None:
     settings = {key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")}
     settings |= {"svg.fonttype": "path", "svg.hashsalt": "rankkernels", "font.size": 10, "axes.titlesize": 10}
     with plt.rc_context(settings):
-        kinds = {"bars": speed, "memory": memory, "roofline": roofline, "scaling": scaling, "learning": learning}
+        kinds = {"bars": speed, "memory": memory, "roofline": roofline, "scaling": scaling, "learning": learning,
+                 "load": load}  # fmt: skip
         figure = kinds[kind](plt, data)
         if is_clipped(figure):
             raise ValueError(f"{path.stem}: a label reaches beyond the chart's edge")
@@ -217,5 +218,30 @@ def learning(plt, data: dict):
         "rankkernels" if name == "ours" else f"rankkernels, {name}" if "fused" in name else name for name in names
     ]
     figure.legend(handles, [*labels, "AUC aimed at"], loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    caption(figure, data["caption"], 130)
+    return figure
+
+
+def load(plt, data: dict):
+    """Milliseconds until an answer against requests a second."""
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
+    known = {"ours": OURS, "torch-rechub": EAGER, "torch-rechub compiled": COMPILED}
+    others = iter(MORE)
+    for i, (name, points) in enumerate(data["curves"].items()):
+        colour = known.get(name) or next(others)
+        rates, p50, p99 = zip(*sorted(points))
+        label = "rankkernels" if name == "ours" else name
+        axes.plot(rates, p50, "-", marker=MARKERS[i], ms=4, color=colour, label=label)
+        axes.plot(rates, p99, ":", marker=MARKERS[i], ms=4, color=colour, lw=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain(axes.xaxis)
+    plain(axes.yaxis)
+    axes.set_xlabel("requests that come in a second")
+    axes.set_ylabel("ms until an answer: median, dotted p99")
+    axes.grid(color=INK, alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     caption(figure, data["caption"], 130)
     return figure

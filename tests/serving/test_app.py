@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from app import create_app
-from rank_request import JSON, NPZ, Limits
+from rank_request import JSON, NPY, Limits, packed
 from running import ROWS, Held, deepfm, din, running
 
 LIMITS = Limits(candidates=30, history=20, body=4096)
@@ -26,24 +25,21 @@ def client():
         yield client
 
 
-def packed(arrays: dict) -> bytes:
-    np.savez(file := io.BytesIO(), **arrays)
-    return file.getvalue()
-
-
 def post(client: httpx.Client, body: bytes | str, content_type: str = JSON) -> httpx.Response:
     return client.post("/rank", content=body, headers={"content-type": content_type})
 
 
-def post_npz(client: httpx.Client, user: dict, candidates: dict, k: int | None = None) -> httpx.Response:
+def post_npy(client: httpx.Client, user: dict, candidates: dict, k: int | None = None) -> httpx.Response:
     arrays = {f"user.{n}": v for n, v in user.items()} | {f"candidates.{n}": v for n, v in candidates.items()}
-    return post(client, packed(arrays if k is None else arrays | {"k": k}), NPZ)
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return post(client, packed(arrays if k is None else arrays | {"k": np.array(k)}), NPY)
 
 
 def answer_of(response: httpx.Response) -> dict[str, np.ndarray]:
     assert response.status_code == 200, response.text
-    if response.headers["content-type"] == NPZ:
-        return dict(np.load(io.BytesIO(response.content)))
+    if response.headers["content-type"] == NPY:
+        record = np.load(io.BytesIO(response.content))
+        return {name: record[name] for name in record.dtype.names}
     return {name: np.array(values) for name, values in response.json().items()}
 
 
@@ -55,7 +51,7 @@ def check_answers(client: httpx.Client, frozen, user: dict, candidates: dict) ->
         ranked = frozen.rank(user, candidates, k)
         expected = {"scores": ranked} if k is None else {"scores": ranked.values, "indices": ranked.indices}
         in_json = post(client, json.dumps(request if k is None else {**request, "k": k}))
-        for response in (in_json, post_npz(client, user, candidates, k)):
+        for response in (in_json, post_npy(client, user, candidates, k)):
             found = answer_of(response)
             assert found.keys() == expected.keys()
             for name, values in expected.items():
@@ -143,25 +139,35 @@ USER = {"user": 3, "clicks": np.array([1, 2])}
         (USER, {"item": np.array([ROWS])}, f"item[0] = {ROWS} is out of range"),
         (USER, {"item": np.array([None, 1])}, "Object arrays cannot be loaded"),
         (USER, {}, '["candidates","item"]'),
+        ({**USER, "\ud800": np.array(1)}, ITEMS, '["user"]'),
     ],
 )
-def test_a_wrong_npz_is_refused_by_the_field(client, user, candidates, said):
-    response = post_npz(client, user, candidates)
+def test_a_wrong_npy_is_refused_by_the_field(client, user, candidates, said):
+    response = post_npy(client, user, candidates)
     assert response.status_code == 422 and said in response.text, response.text
-    assert post_npz(client, USER, {"item": np.arange(3, dtype=np.uint8)}).status_code == 200
+    assert post_npy(client, USER, {"item": np.arange(3, dtype=np.uint8)}).status_code == 200
 
 
-def test_what_is_no_npz_and_what_unpacks_to_too_much(client):
-    for body in (b"", b"PK", packed({"k": 1})[:-9], b"\x93NUMPY" + bytes(90)):
-        response = post(client, body, NPZ)
-        assert response.status_code == 422 and "npz" in response.text, response.text
-    np.savez_compressed(file := io.BytesIO(), **{"user.clicks": np.zeros(100_000, np.int64)})
-    assert len(file.getvalue()) < LIMITS.body
-    response = post(client, file.getvalue(), NPZ)
-    assert response.status_code == 413 and "at most 4096 bytes" in response.text
-    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
-        archive.writestr("user.clicks.npy", b"no array")
-    assert post(client, file.getvalue(), NPZ).status_code == 422
+def test_what_is_no_npy_and_other_types_of_content(client):
+    right = packed({"user.user": np.array(3), "user.clicks": np.arange(2), "candidates.item": np.arange(3)})
+    assert len(answer_of(post(client, right, NPY))["scores"]) == 3
+    array, several = io.BytesIO(), io.BytesIO()
+    np.save(array, np.arange(3))
+    np.save(several, np.zeros(2, [("user.user", np.int64)]))
+    huge = right.replace(b"'<i8', (3,)", b"'<i8', (9**9,)")
+    for body in (
+        b"",
+        b"PK",
+        right[:-9],
+        right[:50],
+        b"\x93NUMPY" + bytes(90),
+        array.getvalue(),
+        several.getvalue(),
+        huge,
+    ):
+        response = post(client, body, NPY)
+        assert response.status_code == 422 and response.json()["detail"], response.text
+    assert post(client, bytes(5000), NPY).status_code == 413
     assert post(client, request_with(), "text/plain").status_code == 415
     assert post(client, request_with(), "application/json; charset=utf-8").status_code == 200
 

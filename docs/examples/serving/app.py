@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
+import json
 import logging
 import queue
 import signal
@@ -28,7 +28,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 from pydantic_core import to_json
-from rank_request import JSON, NPZ, Limits, Refused, parse, request_type
+from rank_request import JSON, NPY, Limits, Refused, packed, parse, request_type
 from starlette.requests import ClientDisconnect
 
 from rankkernels import serve
@@ -41,10 +41,7 @@ class Model:
 
     def __init__(self, load: Callable[[], Any], of_candidates: Collection[str], limits: Limits):
         self.frozen, self.loaded = load(), time.time()
-        self.limits, self.request = limits, request_type(self.frozen.inputs, of_candidates, limits)
-
-    def parse(self, content_type: str, body: bytes) -> dict[str, Any]:
-        return parse(content_type, body, self.request, self.limits.body)
+        self.request = request_type(self.frozen.inputs, of_candidates, limits)
 
     def rank(self, request: dict[str, Any]) -> dict[str, np.ndarray]:
         try:
@@ -93,23 +90,22 @@ class Ranker:
         done, began = [], 0.0
         while job := self.jobs.get():
             answer, latest, rank = job
-            now = time.perf_counter()
-            began = began if done else now
-            done.append((answer, self._result(rank, now > latest)))
-            end = time.perf_counter()
-            self.observe(end - now)
-            if self.jobs.empty() or end - began > self.HAND_OVER:
+            began = began if done else time.perf_counter()
+            done.append((answer, self._result(rank, latest)))
+            if self.jobs.empty() or time.perf_counter() - began > self.HAND_OVER:
                 self.loop.call_soon_threadsafe(self._hand_over, done)
                 done = []
 
-    @staticmethod
-    def _result(rank: Callable[[], Any], too_late: bool) -> Any:
-        if too_late:
+    def _result(self, rank: Callable[[], Any], latest: float) -> Any:
+        began = time.perf_counter()
+        if began > latest:
             return Refused(503, {"loc": [], "msg": "the request has waited too long"})
         try:
             return rank()
         except Exception as error:
             return error
+        finally:
+            self.observe(time.perf_counter() - began)
 
     @staticmethod
     def _hand_over(done: list[tuple[asyncio.Future, Any]]) -> None:
@@ -171,11 +167,11 @@ class Service:
         try:
             answer = await self._ranked(content_type, request)
         except Refused as refused:
-            status, content_type, answer = refused.status, JSON, to_json({"detail": refused.wrong})
+            status, content_type, answer = refused.status, JSON, detail(*refused.wrong)
             headers = {"Retry-After": "1"} if status == 503 else {}
         except Exception:
             log.exception("a request that is not refused cannot be ranked")
-            status, content_type, answer = 500, JSON, to_json({"detail": [{"loc": [], "msg": "internal error"}]})
+            status, content_type, answer = 500, JSON, detail({"loc": [], "msg": "internal error"})
         self.metrics.requests.labels(status).inc()
         self.metrics.seconds.observe(time.perf_counter() - began)
         return Response(answer, status, headers, content_type)
@@ -184,20 +180,24 @@ class Service:
         body = await read(request, self.limits.body)
         self.ranker.admit()
         model = self.model  # this request's own, whatever is loaded meanwhile
-        ranked = await self.ranker.rank(model, model.parse(content_type, body))
+        ranked = await self.ranker.rank(model, parse(content_type, body, model.request))
         if content_type == JSON:
             return to_json({name: array.tolist() for name, array in ranked.items()}, inf_nan_mode="null")
-        np.savez(packed := io.BytesIO(), **ranked)
-        return packed.getvalue()
+        return packed(ranked)
 
     def openapi(self, app: FastAPI) -> dict[str, Any]:
         """With the request's type, which is the loaded model's."""
         schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
         request = self.model.request.json_schema(ref_template="#/components/schemas/{model}")
         schema["components"]["schemas"].update(request.pop("$defs"))
-        body = {JSON: {"schema": request}, NPZ: {"schema": {"type": "string", "format": "binary"}}}
+        body = {JSON: {"schema": request}, NPY: {"schema": {"type": "string", "format": "binary"}}}
         schema["paths"]["/rank"]["post"]["requestBody"] = {"required": True, "content": body}
         return schema
+
+
+def detail(*wrong: dict[str, Any]) -> str:
+    """The body of a refusal; ``json`` escapes what of a request UTF-8 does not have."""
+    return json.dumps({"detail": wrong}, separators=(",", ":"))
 
 
 async def read(request: Request, largest: int) -> bytes:
@@ -262,7 +262,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     limits = Limits(**{field.name: getattr(options, f"max_{field.name}") for field in fields(Limits)})
     app = create_app(partial(serve.load, options.model, mmap=options.mmap), options.candidates, limits)
-    uvicorn.run(app, host=options.host, port=options.port, access_log=False, timeout_keep_alive=75)
+    uvicorn.run(
+        app, host=options.host, port=options.port, access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=30
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What a request to a frozen model looks like: its type, limits, and how it is read from JSON or an .npz."""
+"""What a request to a frozen model looks like: its type, limits, and how it is read from JSON or .npy."""
 
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,14 @@ import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, WrapValidator
 from typing_extensions import NotRequired, TypedDict
 
-JSON, NPZ = "application/json", "application/x-npz"
+JSON, NPY = "application/json", "application/x-npy"
 
 
 @dataclass(frozen=True)
 class Limits:
     candidates: int = 2000
     history: int = 500
-    body: int = 1 << 20  # bytes, of an .npz unpacked ones
+    body: int = 1 << 20  # bytes
     waiting: int = 32  # requests accepted and not yet answered
     seconds: float = 0.1  # that a request may have waited when its turn comes
 
@@ -37,7 +36,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-3.4e38, le
 
 
 def to_array(value: Any, check: Callable[[Any], list], dtype: type) -> np.ndarray:
-    if isinstance(value, np.ndarray):  # of an .npz: checked as the list that it stands for, and kept
+    if isinstance(value, np.ndarray):  # of an .npy: checked as the list that it stands for, and kept
         check(value.tolist())
         return np.asarray(value, dtype)
     checked = check(value)
@@ -88,25 +87,33 @@ def request_type(inputs: dict[str, str], of_candidates: Collection[str], limits:
     return TypeAdapter(struct("RankRequest", request))
 
 
-def unpacked(body: bytes, largest: int) -> dict[str, Any]:
-    """An .npz with arrays ``user.FEATURE``, ``candidates.FEATURE`` and ``k`` as a nested request."""
+def unpacked(body: bytes) -> dict[str, Any]:
+    """An .npy, one record with the fields ``user.FEATURE``, ``candidates.FEATURE`` and ``k``, as a nested request."""
     request: dict[str, Any] = {"user": {}, "candidates": {}}
     try:
-        with zipfile.ZipFile(io.BytesIO(body)) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        arrays = np.load(io.BytesIO(body), allow_pickle=False) if size <= largest else {}
-        for name, array in arrays.items():
-            part, _, feature = name.partition(".")
-            where = request[part] if feature and part in ("user", "candidates") else request
-            where[name if where is request else feature] = array if array.ndim else array.item()
-    except Exception as error:  # whatever zipfile and numpy raise for bytes that are no .npz
-        raise Refused(422, {"loc": [], "msg": f"the body must be an .npz: {error}"}) from None
-    if size > largest:
-        raise Refused(413, {"loc": [], "msg": f"the body unpacked must have at most {largest} bytes, has {size}"})
+        record = np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
+        for name in record.dtype.names:
+            side, _, feature = name.partition(".")
+            value = record[name] if record[name].ndim else record[name].item()
+            if feature and side in ("user", "candidates"):
+                request[side][feature] = value
+            else:
+                request[name] = value
+    except Exception as error:  # whatever numpy raises for bytes that are no .npy
+        raise Refused(422, {"loc": [], "msg": f"the body must be an .npy of one record: {error}"}) from None
     return request
 
 
-def parse(content_type: str, body: bytes, kind: TypeAdapter, largest: int) -> dict[str, Any]:
+def packed(arrays: dict[str, np.ndarray]) -> bytes:
+    """An .npy, one record with these fields."""
+    record = np.empty((), [(name, array.dtype, array.shape) for name, array in arrays.items()])
+    for name, array in arrays.items():
+        record[name] = array
+    np.save(body := io.BytesIO(), record)
+    return body.getvalue()
+
+
+def parse(content_type: str, body: bytes, kind: TypeAdapter) -> dict[str, Any]:
     """A request of the type ``kind``: {"user": {...}, "candidates": {...}} and perhaps "k".
 
     Raises:
@@ -115,9 +122,9 @@ def parse(content_type: str, body: bytes, kind: TypeAdapter, largest: int) -> di
     try:
         if content_type == JSON:
             return kind.validate_json(body)
-        if content_type == NPZ:
-            return kind.validate_python(unpacked(body, largest))
+        if content_type == NPY:
+            return kind.validate_python(unpacked(body))
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False, include_input=False)
         raise Refused(422, *wrong[:10]) from None
-    raise Refused(415, {"loc": ["content-type"], "msg": f"must be {JSON} or {NPZ}, got {content_type!r}"})
+    raise Refused(415, {"loc": ["content-type"], "msg": f"must be {JSON} or {NPY}, got {content_type!r}"})

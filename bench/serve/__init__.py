@@ -1,0 +1,1 @@
+"""Load on the example app of docs/examples/serving: ``python -m bench.serve``."""
