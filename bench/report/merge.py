@@ -1,4 +1,4 @@
-"""One record of several runs' parts: ``python -m bench.report.merge OUT PART...``, for a benchmark that is run in parts.
+"""One record of parts: ``python -m bench.report.merge OUT PART...``, for a benchmark that is run in several calls.
 
 A race that is in several parts is that of the last. What the machine was is that of the first part, but for what
 disturbed the races.
