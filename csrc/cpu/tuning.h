@@ -76,6 +76,8 @@ constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 constexpr int64_t kMostFmLookups = 32;
 // L1: idle rows that are caught up together, and their values in one of three arrays (bench_steps.py).
 constexpr int64_t kMostIdle = 64, kFewestIdle = 8, kIdleValues = 1024;
+// L1: lookups whose rows are caught up and then pooled (bench_embedding_bag.py).
+constexpr int64_t kIdleLookups = 40;
 // Digits of a radix sort's pass: counters of two blocks of keys stay in L1 (bench_embedding_bag.py).
 constexpr int kMaxDigit = 12;
 constexpr int64_t kSortBlockPair = 16384, kFewKeys = 64;
