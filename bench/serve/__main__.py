@@ -1,7 +1,8 @@
 """The load test of the example app (docs/examples/serving): latency against load, of ours and of others.
 
 python -m bench.serve ours           one contender's curve, into bench/records/avx2/serve/load.json
-python -m bench.serve ours --bars    ours at 70 % for two minutes, at 150 %, and killed and started again
+python -m bench.serve --bars         ours at 70 % (--seconds 120: for two minutes) and at 150 %
+python -m bench.serve --restart      ours killed and started again
 python -m bench.serve --chart        the chart, from the record
 
 The server has one core, the load another: a closed loop of eight clients says what the server can do, open loops at
@@ -79,6 +80,7 @@ def write_bodies(path: Path, candidates: int) -> None:
 
 
 def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict:
+    watch = machine.Watch()
     with server(contender, candidates) as (port, _, _):
         load(port, bodies, seconds=min(seconds, 2))  # warm
         closed = load(port, bodies, seconds=seconds, clients=8)
@@ -88,11 +90,13 @@ def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict
             rate = part * closed["requests_s"]
             opened.append({"load": part, "rate": rate, **load(port, bodies, seconds=seconds, rate=rate, poisson=True)})
             print(json.dumps(rounded(opened[-1])), flush=True)
-    return {"saturation_s": closed["requests_s"], "closed": closed, "alone": alone, "opened": opened}
+    found = {"saturation_s": closed["requests_s"], "closed": closed, "alone": alone, "opened": opened}
+    return {**found, "others_cores": watch.others()}
 
 
 def bars(candidates: int, bodies: Path, seconds: float) -> dict:
-    """Ours at 70 % of what it can do, at 150 %, and started again after it was killed."""
+    """Ours at 70 % of what it can do and at 150 %."""
+    watch = machine.Watch()
     with server("ours", candidates) as (port, _, _):
         load(port, bodies, seconds=1)
         saturation = load(port, bodies, seconds=min(seconds, 4), clients=8)["requests_s"]
@@ -101,7 +105,7 @@ def bars(candidates: int, bodies: Path, seconds: float) -> dict:
             "at random": load(port, bodies, seconds=seconds / 6, rate=0.7 * saturation, poisson=True),
         }
         at_150 = load(port, bodies, seconds=seconds / 10, rate=1.5 * saturation, poisson=True)
-    return {"saturation_s": saturation, "at_70": at_70, "at_150": at_150}
+    return {"saturation_s": saturation, "at_70": at_70, "at_150": at_150, "others_cores": watch.others()}
 
 
 def restart(candidates: int) -> dict:
