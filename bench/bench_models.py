@@ -1,7 +1,7 @@
 """Every model of torch-rechub as it is, and accelerated: forward and backward, and evaluation, on one thread.
 
-Three features of 10,000 rows, histories of 20, 1024 samples: so little that what a call costs beside its arithmetic is seen. Accelerated
-they must not be slower.
+Three features of 10,000 rows, histories of 20, 1024 samples: so little that what a call costs beside its arithmetic is
+seen. Accelerated they must not be slower.
 """
 
 from __future__ import annotations

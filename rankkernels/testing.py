@@ -399,7 +399,6 @@ TEST_CASES = [
     din_attention_case(6, 5, 3, [6], "sigmoid", form="mask", count_padding=True, return_scores=True, users=2),
     din_attention_case(5, 4, 3, [6], "prelu", training=False, use_softmax=True, form="offsets", users=3),
     din_attention_case(0, 3, 4, [5], "relu", training=False, users=2),
-    din_attention_case(0, 3, 4, [5], "relu", training=False, users=0),
     norm_activation_case(7, 10),
     norm_activation_case(5, 33, training=False),
     norm_activation_case(40, 7, "dice_batch_norm"),

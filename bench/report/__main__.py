@@ -1,8 +1,8 @@
 """From the records in bench/records to tables and charts: ``python -m bench.report``.
 
-Writes README.md's parts between ``<!-- claim -->``, ``<!-- bench -->``, ``<!-- demo -->`` and their ends, a page of
-bench/ for the records of each processor, and the charts. ``--check`` writes nothing and exits 1 if something there is
-not what the records say.
+Writes README.md's parts between ``<!-- claim -->``, ``<!-- bench -->``, ``<!-- demo -->`` and their ends, the part
+``<!-- measured -->`` of the pages about other libraries, a page of bench/ for the records of each processor, and the
+charts. ``--check`` writes nothing and exits 1 if something there is not what the records say.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import re
 import sys
 
-from bench.report import claims
+from bench.report import adoption, claims
 from bench.report.charts import charts
 from bench.report.draw import draw, is_current
 from bench.report.pages import FIRST, PAGES, excerpt, page
@@ -24,7 +24,7 @@ def filled(text: str, part: str, new: str) -> str:
     """``text`` with ``new`` between the marks of a part."""
     begin, end = f"<!-- {part} -->\n", f"<!-- /{part} -->"
     if begin not in text or end not in text:
-        sys.exit(f"{README}: no part from {begin.strip()} to {end}")
+        sys.exit(f"no part from {begin.strip()} to {end} in {text.splitlines()[0]!r}")
     return re.sub(f"{begin}.*{end}", lambda _: begin + new + end, text, flags=re.DOTALL)
 
 
@@ -41,6 +41,9 @@ def main() -> int:
     readme = filled(readme, "bench", excerpt(records[FIRST], pictures))
     readme = filled(readme, "demo", claims.section(demos, end_to_end))
     texts = {README: readme}
+    for path, (name, text_of) in adoption.PAGES.items():
+        if record := records[adoption.PROCESSOR].get(name):
+            texts[path] = filled(path.read_text(), "measured", text_of(record))
     for processor, path in PAGES.items():
         texts[path] = page(processor, records[processor], pictures if processor == FIRST else {})
     shown = {RECORDS / FIRST / f"{name}.svg": chart for name, chart in pictures.items()}

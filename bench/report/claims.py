@@ -52,7 +52,7 @@ def claim(demos: list[dict], end_to_end: list[list[dict]]) -> str:
         paragraph(
             f"**DIN trains {speed('din')} times as fast as torch-rechub's, in {memory} % of the memory, from one "
             "changed import: the same numbers, the same `state_dict`, on the CPU you have.** "
-            "([MovieLens-100k](#on-real-data), two cores, without AVX-512 and with it. "
+            "([MovieLens-100k](#on-real-data), both with torch's dense Adam, two cores, without AVX-512 and with it. "
             f"DeepFM: {speed('deepfm')} times.)"
         )
     )
@@ -67,8 +67,8 @@ def section(demos: list[dict], end_to_end: list[list[dict]]) -> str:
         worst = max(c["largest_relative_loss_difference"] for c in comparisons)
         lines += paragraph(
             f"What `make demo` printed on {machine['cores']} cores of an {machine['cpu']}, {machine['isa']} kernels, "
-            f"torch {demo['versions']['torch']}, batch {settings['batch_size']}, {settings['epochs']} epochs of Adam, "
-            "both libraries with the same seed and batches; the first "
+            f"torch {demo['versions']['torch']}, batch {settings['batch_size']}, {settings['epochs']} epochs, both "
+            "libraries with torch's dense Adam, the same seed and the same batches; the first "
             f"{comparisons[0]['compared_steps']} losses differ by {worst:.1e} relative at most:"
         )
         rows = []
@@ -89,5 +89,6 @@ def section(demos: list[dict], end_to_end: list[list[dict]]) -> str:
         if len(found) == len(TITLES)
     ]
     if said:
-        lines += paragraph(f"In `make results BENCH=end_to_end`, on the same data: {'; '.join(said)}.")
+        same = "on the same data, both with torch's dense Adam"
+        lines += paragraph(f"In `make results BENCH=end_to_end`, {same}: {'; '.join(said)}.")
     return "\n".join(lines).rstrip() + "\n"

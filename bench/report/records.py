@@ -18,6 +18,8 @@ TITLES = {
     "embedding_bag": "Embedding tables",
     "lookup": "Lookups by width",
     "linear": "Linear layers",
+    "adoption": "Models of FuxiCTR and DeepCTR-Torch, accelerated",
+    "models": "Models of torch-rechub, accelerated",
     "serving": "Serving one user",
     "import": "Import",
     "scaling": "Scaling",

@@ -233,10 +233,11 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         if not plan.in_order:
             return None
         ids = plan.ids(x)
-        if any(i.dim() != 1 for i, lookup in zip(ids, plan.lookups) if not lookup.is_sequence):
+        # Lists, not generators: of a feature or two, what is asked takes as long as the lookup.
+        if any([i.dim() != 1 and not lookup.is_sequence for i, lookup in zip(ids, plan.lookups)]):
             return None
         tables, weights = self._tables(plan)
-        if any(w is None for w in weights) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
+        if any([w is None for w in weights]) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
             return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None

@@ -39,17 +39,17 @@ class EmbeddingBag(TableLayer, nn.EmbeddingBag):
             )
         if self.include_last_offset and offsets is not None and offsets.numel() == 0:
             raise ValueError("EmbeddingBag: with include_last_offset, offsets must be [B + 1], got [0]")
+        if self.max_norm is not None:
+            with torch.no_grad():
+                # Of no columns: raises what there is to raise, reads no row and writes nothing.
+                self._look_up(self.weight[:, :0], input, offsets, per_sample_weights)
+                torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
         if self.include_last_offset and offsets is not None and (self.sparse or self.fused_optimizer):
             # Ids after the last bag: dense gradients take no notice of their zeros, a step on their rows would.
             end = int(offsets[-1])
             if end < input.numel():
                 input = input[:end]
                 per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
-        if self.max_norm is not None:
-            with torch.no_grad():
-                # Of no columns: raises what there is to raise, reads no row and writes nothing.
-                self._look_up(self.weight[:, :0], input, offsets, per_sample_weights)
-                torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
         out = self._look_up(self.weight, input, offsets, per_sample_weights)
         # The last offset ends the last bag: what comes after it is a bag of its own to the op.
         return out[:-1] if self.include_last_offset and offsets is not None else out

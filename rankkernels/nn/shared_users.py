@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn.features import is_dense
+from rankkernels.ops._tracing import is_traced
+from rankkernels.ops.linear import linear as faster_linear
 
 
 def check_user_features(model: str, user_features: Iterable, features: Sequence) -> tuple[str, ...]:
@@ -94,13 +96,13 @@ def first_layer(
     """``linear`` [B, H] of what ``arrange`` makes of the features' embeddings: tables' first, then dense values."""
     ordered = sorted(zip(features, embeddings), key=lambda pair: is_dense(pair[0]))
     columns = linear.weight.split([e.flatten(1).size(1) for _, e in ordered], dim=1)
-    out, bias = None, linear.bias
+    out, bias, product = None, linear.bias, F.linear if is_traced() else faster_linear
     for of_user in (True, False):
         kept = [(e.flatten(1), w) for (f, e), w in zip(ordered, columns) if (f.name in users) == of_user]
         if not kept:
             continue
         x, w = (torch.cat(parts, dim=1) for parts in zip(*kept))
-        part, bias = F.linear(x, w, bias), None
+        part, bias = product(x, w, bias), None
         if of_user:
             (part,) = of_samples([part], user_index)
         out = part if out is None else out + part

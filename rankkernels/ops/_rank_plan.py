@@ -184,7 +184,7 @@ def dequantize(stored: Tensor, table: Table) -> Tensor:
     """Rows as they are stored -> [.., D] in float32."""
     if table.bits >= 16:
         return stored.float()
-    scale, low = stored[..., :SCALES].contiguous().view(torch.float32).unbind(-1)
+    scale, low = stored[..., :SCALES].clone(memory_format=torch.contiguous_format).view(torch.float32).unbind(-1)
     codes = stored[..., SCALES:]
     if table.bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)[..., : table.width]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rankkernels.ops import _exact_table
@@ -26,11 +25,11 @@ def is_faster(weights: Sequence[Tensor], features: Features) -> bool:
     """Whether the op is faster than torch's lookup of one feature after the other. Under a compiler no size is read,
     which would specialize the graph on it."""
     most = MOST_RECORDED if torch.is_grad_enabled() else MOST_UNRECORDED
-    if len(features.indices) > most or any(mode != _NONE for mode in features.modes) or is_traced():
+    if len(features.indices) > most or any([mode != _NONE for mode in features.modes]) or is_traced():
         return True
-    if not all(w.is_cpu and w.dtype in _DTYPES for w in weights):
+    if sum([ids.numel() for ids in features.indices]) > MOST_IDS:
         return True
-    return sum(ids.numel() for ids in features.indices) > MOST_IDS
+    return not all([w.is_cpu and w.dtype in _DTYPES for w in weights])
 
 
 def run_lookups(
@@ -38,9 +37,9 @@ def run_lookups(
 ) -> list[Tensor]:
     """``embedding_bag.run_op`` of plain tables, by torch where that is faster."""
     if optimizer is None and not _exact_table.in_use and not is_faster(weights, features):
-        rows = [None if row < 0 else row for row in features.frozen_rows]
+        frozen = features.frozen_rows
         try:
-            found = [F.embedding(i, weights[t], rows[t]) for i, t in zip(features.indices, features.tables)]
+            found = [torch.embedding(weights[t], i, frozen[t]) for i, t in zip(features.indices, features.tables)]
         except IndexError:
             pass  # the op's error names the feature
         else:

@@ -136,9 +136,10 @@ class _Request:
         z = history @ of_history + self.floats(layer.bias, H)
         z = z + F.linear(target, of_target)[:, None] + F.linear(target[:, None] * history, of_product)
         score = self.score(unit.layers, z.flatten(0, 1)).view(self.C, L)
-        if unit.use_softmax and (bool(valid.any()) or unit.count_padding):
+        alone = unit.use_softmax and unit.count_padding and not bool(valid.any())  # padding has all the weight
+        if unit.use_softmax and (alone or bool(valid.any())):
             score = score.masked_fill(~valid, torch.finfo(score.dtype).min).softmax(-1)
-        return torch.where(valid, score, 0.0 if valid.any() or not unit.count_padding else score) @ history
+        return (score if alone else torch.where(valid, score, 0.0)) @ history
 
     def scores(self) -> Tensor:
         plan = self.plan

@@ -6,7 +6,9 @@ kernels read. The result has no autograd and needs neither the model nor its lib
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 
 import torch
 from torch import nn
@@ -25,7 +27,8 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
     """A copy of ``model`` for inference, by the running statistics of its normalizations.
 
     Args:
-        model: a DeepFM or DIN of ours or of torch-rechub, accelerated or not.
+        model: a DeepFM or DIN of ours, of torch-rechub or of DeepCTR-Torch, accelerated or not. A request to one of
+            DeepCTR-Torch's is by its features' names, a history's length among them.
         tables: float32, bfloat16, int8 or int4. Codes of 8 and 4 bits have a scale and a bias a row, and an error of
             half the row's range over 255 or 15 at most; tables are read as they are stored.
 
@@ -33,13 +36,17 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
         NotServed: a ValueError that names the module or the feature that a frozen model cannot have.
     """
     builder = Builder(tables)
+    plain(model, type(model).__name__)
     _, said = _said(model, model, _adapters())
     kind = said if isinstance(said, type) else type(model)
-    built = _rechub.build(plain(model, type(model).__name__), kind, builder)
+    if "deepctr_torch" in sys.modules and isinstance(model, sys.modules["deepctr_torch"].models.basemodel.BaseModel):
+        built = importlib.import_module("rankkernels.serve._deepctr").build(model, builder)
+    else:
+        built = _rechub.build(model, kind, builder)
     if built is None:
         raise NotServed(
             f"freeze: {type(model).__module__}.{type(model).__name__} is not served; served are DeepFM and DIN of "
-            "rankkernels and torch-rechub"
+            "rankkernels, torch-rechub and DeepCTR-Torch"
         )
     plan, weights = builder.plan(*built)
     return FrozenModel(builder.inputs, builder.stored, weights, plan.encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class FrozenModel:
     def __init__(self, inputs: Mapping[str, str], tables: list[Tensor], weights: Tensor, plan: Tensor):
         self.inputs = dict(inputs)
         self.tables, self.weights, self.plan = tables, weights, plan
+        self._dtypes = [(n, torch.float32 if kind == "numbers" else torch.int64) for n, kind in self.inputs.items()]
         self._names = join_names([str(name) for name in self.inputs])
         decoded = Plan.decode(plan)
         self._attentions = [Attention(decoded, unit, weights, list(self.inputs)) for unit in decoded.units]
@@ -73,7 +74,7 @@ class FrozenModel:
             IndexError: an id outside its table, of a feature whose ``oov`` is "error".
             ValueError: a feature has another shape.
         """
-        inputs = [_value(name, kind, x[name] if name in x else _missing(name, x)) for name, kind in self.inputs.items()]
+        inputs = [_value(name, dtype, x.get(name), (x,)) for name, dtype in self._dtypes]
         B = len(inputs[0]) if inputs[0].dim() else 1
         if self._attentions:
             found = [attention(inputs, self.tables) for attention in self._attentions]
@@ -100,16 +101,17 @@ class FrozenModel:
             ValueError: a feature has another shape, or is a history of the candidates; ``k`` is negative.
         """
         inputs, sides, C = [], [], None
-        for name, kind in self.inputs.items():
+        for name, dtype in self._dtypes:
             value = candidates.get(name)
             of_user = value is None
             if of_user:
-                value = user[name] if name in user else _missing(name, {**user, **candidates})
-            value = _value(name, kind, value)
+                value = user.get(name)
+            if type(value) is not Tensor or value.dtype is not dtype:
+                value = _value(name, dtype, value, (user, candidates))
             if not of_user and C is None:
                 C = len(value) if value.dim() else 1
             inputs.append(value)
-            sides.append(int(of_user))
+            sides.append(of_user)
         if C is None:
             raise KeyError(f"rank: candidates must have one of the model's features {list(self.inputs)}")
         scores = run_op(inputs, sides, self.tables, self.weights, self.plan, self._names, C)
@@ -120,12 +122,10 @@ class FrozenModel:
         return Ranking(*torch.topk(scores, min(k, C)))
 
 
-def _missing(name: str, given: Mapping) -> None:
-    raise KeyError(f"rank: feature {name!r} is missing, got {list(given)}")
-
-
-def _value(name: str, kind: str, value: object) -> Tensor:
-    """What is given of a feature, in the dtype that the op takes."""
+def _value(name: str, dtype: torch.dtype, value: object, given: Sequence[Mapping]) -> Tensor:
+    """What is given of a feature, as the op takes it: float32, int64 or int32."""
+    if value is None:
+        raise KeyError(f"rank: feature {name!r} is missing, got {[n for each in given for n in each]}")
     if not isinstance(value, Tensor):
         try:
             value = torch.as_tensor(value)
@@ -133,9 +133,7 @@ def _value(name: str, kind: str, value: object) -> Tensor:
             raise ValueError(f"rank: {name} must be numbers, got {value!r}") from error
     if value.is_complex():
         raise ValueError(f"rank: {name} must be real numbers, got {value.dtype}")
-    if kind == "numbers":
-        return value if value.dtype is torch.float32 else value.float()
-    return value if value.dtype is torch.int64 or value.dtype is torch.int32 else value.long()
+    return value if value.dtype is dtype or (dtype, value.dtype) == (torch.int64, torch.int32) else value.to(dtype)
 
 
 def _without_attention(plan: Plan) -> Plan:

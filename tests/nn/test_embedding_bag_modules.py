@@ -73,6 +73,11 @@ def test_ids_after_the_last_offset_are_in_no_bag():
     module.sparse = True
     (grad,) = torch.autograd.grad(module(ids, offsets).sin().sum(), module.weight)
     assert torch.equal(grad._indices()[0], ids[:7].unique())
+    for sparse in (False, True):  # max_norm is of all ids, as torch's
+        module, theirs = pair(include_last_offset=True, max_norm=0.5, sparse=sparse)
+        module(ids, offsets)
+        torch.embedding_renorm_(theirs.weight.detach(), ids, 0.5, 2.0)
+        assert torch.equal(module.weight, theirs.weight)
 
 
 def test_from_pretrained():

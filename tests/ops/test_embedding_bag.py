@@ -329,3 +329,14 @@ def test_on_cuda_without_the_cuda_part(monkeypatch):
         for _ in range(3):
             table.notice_reference("embedding_bag", on_cuda)
     assert len(said) == 1 and "on 'cuda': rankkernels was built without RANKKERNELS_CUDA=1" in str(said[0].message)
+
+
+def test_tables_in_a_tuple_get_their_gradients():
+    """What autograd records is found in lists only."""
+    tables, ids = tuple(torch.randn(5, 3, requires_grad=True) for _ in range(2)), (torch.arange(4), torch.arange(4))
+    for outs in (
+        rk.table_batched_embedding_bag(tables, ids, modes=("none", "none")),
+        rk.embedding_fm(tables, ids, torch.ones(1, 6))[:2],
+    ):
+        grads = torch.autograd.grad(sum(out.sum() for out in outs), tables)
+        assert all((g[:4] != 0).all() and (g[4] == 0).all() for g in grads)

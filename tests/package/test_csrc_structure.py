@@ -31,7 +31,9 @@ BELOW = {
         "cpu/embedding/params.h", "cpu/embedding/features.h",
     },
     "cpu/serve": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding"},
-    "cpu/targets": {"cpu/serve", "cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu"},
+    "cpu/targets": {
+        "cpu/serve", "cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu",
+    },
     "cuda/common": {"stable"},
     "cuda/embedding": {"cuda/common", "stable", "embedding"},
 }  # fmt: skip

@@ -25,6 +25,7 @@ def test_numbers_and_charts_are_those_of_the_records():
 def test_a_changed_number_is_noticed(tmp_path):
     """The check before this one is worth something: one digit in one record, and it fails."""
     shutil.copytree(README.parent / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(README.parent / "docs", tmp_path / "docs")
     shutil.copy(README, tmp_path)
 
     def check():

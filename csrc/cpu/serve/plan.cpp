@@ -51,7 +51,8 @@ class RankPlan::Reader {
   int64_t weights_;
 };
 
-constexpr int64_t kMost = int64_t(1) << 40;
+// Of places and ids, and of widths, whose products then fit, too.
+constexpr int64_t kMost = int64_t(1) << 40, kWidest = 1 << 20;
 
 FrozenTable frozen_table(const Tensor& t, const std::string& name, int64_t bits, int64_t D) {
   RK_RANK_CHECK((bits == 4 || bits == 8 || bits == 16 || bits == 32) && D > 0,
@@ -71,8 +72,8 @@ std::vector<RankLayer> RankPlan::read_layers(Reader& r, bool first_is_attention)
   std::vector<RankLayer> layers(r.next(1, 100));
   for (size_t i = 0; i < layers.size(); ++i) {
     RankLayer& l = layers[i];
-    l.in = r.next(0, kMost);
-    l.out = r.next(1, kMost);
+    l.in = r.next(0, kWidest);
+    l.out = r.next(1, kWidest);
     RK_RANK_CHECK(i == 0 || l.in == layers[i - 1].out, "plan has a layer of ", l.in, " inputs behind ",
                   layers[i - 1].out, " units");
     const int64_t units = 4 * l.groups();
@@ -92,25 +93,51 @@ std::vector<RankLayer> RankPlan::read_layers(Reader& r, bool first_is_attention)
   return layers;
 }
 
+int64_t RankPlan::column(Reader& r, int64_t n) const {
+  const int64_t first = r.next(-1, width);
+  RK_RANK_CHECK(first < 0 || n <= width - first, "plan has columns beyond ", width);
+  return first;
+}
+
+void RankPlan::read_unit(Reader& r) {
+  const int64_t num_lookups = static_cast<int64_t>(lookups.size());
+  RankUnit u{};
+  for (int64_t parts = r.next(1, num_lookups); parts > 0; --parts) {
+    u.histories.push_back(r.next(0, num_lookups - 1));
+    u.targets.push_back(r.next(0, num_lookups - 1));
+    const RankLookup &h = lookups[u.histories.back()], &t = lookups[u.targets.back()];
+    RK_RANK_CHECK(h.history && !t.history && t.column >= 0 && tables[h.table].D == tables[t.table].D,
+                  "plan has a history that does not fit its target");
+    u.D += tables[h.table].D;
+  }
+  u.column = column(r, u.D);
+  u.length = r.next(-1, inputs - 1);
+  u.masked = r.next(0, 1);
+  u.use_softmax = r.next(0, 1);
+  u.count_padding = r.next(0, 1);
+  u.layers = read_layers(r, true);
+  const int64_t H = u.layers[0].out, packed = u.layers[0].groups() * rank_width(u.D) * 4;
+  RK_RANK_CHECK(u.layers[0].in == u.D && u.column >= 0, "plan has an attention of another width");
+  u.history_weight = r.needed(u.D * padded<float>(H));
+  u.target_weight = r.needed(packed);
+  u.product_weight = r.needed(packed);
+  units.push_back(u);
+}
+
 RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& given) {
   Reader r(plan, weights);
   inputs = r.next(1, kMost);
-  width = r.next(0, kMost);
-  fm_width = r.next(0, kMost);
+  width = r.next(0, kWidest);
+  fm_width = r.next(0, kWidest);
   sigmoid = r.next(0, 1);
   constant = *r.needed(1);
   const int64_t num_tables = r.next(0, kMost);
   RK_RANK_CHECK(num_tables == static_cast<int64_t>(given.size()), "plan has ", num_tables, " tables, got ",
                 given.size());
   for (const Tensor& t : given) {
-    const int64_t bits = r.next(4, 32), D = r.next(1, kMost);
+    const int64_t bits = r.next(4, 32), D = r.next(1, kWidest);
     tables.push_back(frozen_table(t, "tables[" + std::to_string(tables.size()) + "]", bits, D));
   }
-  const auto column_of = [&](int64_t n) {
-    const int64_t column = r.next(-1, width);
-    RK_RANK_CHECK(column < 0 || n <= width - column, "plan has columns beyond ", width);
-    return column;
-  };
   for (int64_t n = r.next(0, kMost); n > 0; --n) {
     RankLookup l{};
     l.input = r.next(0, inputs - 1);
@@ -121,7 +148,7 @@ RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& giv
     l.unknown = static_cast<Unknown>(r.next(0, 2));
     l.known = r.next(l.unknown != Unknown::error, R);
     l.hash_padding = r.next(-1, R - 1);
-    l.column = column_of(D);
+    l.column = column(r, D);
     l.weight = r.floats(D);
     l.fm = r.next(0, 1);
     l.history = r.next(0, 1);
@@ -131,35 +158,12 @@ RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& giv
   for (int64_t n = r.next(0, kMost); n > 0; --n) {
     RankDense d{};
     d.input = r.next(0, inputs - 1);
-    d.width = r.next(1, kMost);
-    d.column = column_of(d.width);
+    d.width = r.next(1, kWidest);
+    d.column = column(r, d.width);
     d.weight = r.floats(d.width);
     dense.push_back(d);
   }
-  const int64_t num_lookups = static_cast<int64_t>(lookups.size());
-  for (int64_t n = r.next(0, kMost); n > 0; --n) {
-    RankUnit u{};
-    for (int64_t parts = r.next(1, num_lookups); parts > 0; --parts) {
-      u.histories.push_back(r.next(0, num_lookups - 1));
-      u.targets.push_back(r.next(0, num_lookups - 1));
-      const RankLookup &h = lookups[u.histories.back()], &t = lookups[u.targets.back()];
-      RK_RANK_CHECK(h.history && !t.history && t.column >= 0 && tables[h.table].D == tables[t.table].D,
-                    "plan has a history that does not fit its target");
-      u.D += tables[h.table].D;
-    }
-    u.column = column_of(u.D);
-    u.length = r.next(-1, inputs - 1);
-    u.masked = r.next(0, 1);
-    u.use_softmax = r.next(0, 1);
-    u.count_padding = r.next(0, 1);
-    u.layers = read_layers(r, true);
-    const int64_t H = u.layers[0].out, packed = u.layers[0].groups() * rank_width(u.D) * 4;
-    RK_RANK_CHECK(u.layers[0].in == u.D && u.column >= 0, "plan has an attention of another width");
-    u.history_weight = r.needed(u.D * padded<float>(H));
-    u.target_weight = r.needed(packed);
-    u.product_weight = r.needed(packed);
-    units.push_back(u);
-  }
+  for (int64_t n = r.next(0, kMost); n > 0; --n) read_unit(r);
   if (r.next(0, 1)) {
     layers = read_layers(r, false);
     RK_RANK_CHECK(layers[0].in == width, "plan has an MLP of another width");

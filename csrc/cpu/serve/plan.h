@@ -52,6 +52,9 @@ struct RankPlan {
 
  private:
   class Reader;
+  // The first of n columns of the MLP's inputs, or -1.
+  int64_t column(Reader& r, int64_t n) const;
+  void read_unit(Reader& r);
   static std::vector<RankLayer> read_layers(Reader& r, bool first_is_attention);
 };
 

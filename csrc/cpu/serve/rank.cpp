@@ -103,7 +103,7 @@ class Block {
       if (next && !fetch(*next, t, ids_[(i + 1) % 2])) return false;
       if (l.mode == kNone)
         RK_DISPATCH_ISA(frozen_rows, {request_.table(l), ids_[i % 2], t.n, rows_, stride_rows_, false});
-      else if (!pool(l, t))
+      else if (!pool(l, t, ids_[i % 2]))
         return false;
       const int64_t D = request_.table(l).D;
       float* columns = l.column >= 0 ? t.x + l.column * tile_ : columns_;
@@ -136,10 +136,9 @@ class Block {
     return true;
   }
 
-  bool pool(const RankLookup& l, const Tile& t) {
+  bool pool(const RankLookup& l, const Tile& t, int64_t* ids) {
     for (int64_t i = 0; i < t.n; ++i)
-      if (!pool_rows(request_, l, (t.first + i) * request_.of(l).width, ids_[0], tile_,
-                     rows_ + i * stride_rows_))
+      if (!pool_rows(request_, l, (t.first + i) * request_.of(l).width, ids, tile_, rows_ + i * stride_rows_))
         return false;
     return true;
   }

@@ -171,6 +171,7 @@ def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
 LAUNCHES = {"DeepFM": (10, 9, 2, 30), "DIN": (20, 6, 130, 35)}
 
 
+@pytest.mark.slow
 def test_a_step_launches_no_more_than_it_did():
     pytest.importorskip("triton", reason="Triton is not installed")
     launched = report.model_launches()

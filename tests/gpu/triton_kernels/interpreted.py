@@ -57,16 +57,19 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
     return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
 
 
-def in_all_dtypes():
-    """Every configuration in every dtype; all but one of these, in turn, are slow."""
+def in_all_dtypes(configs: str):
+    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow."""
     for op in INTERPRETED:
-        for n, config in enumerate(op.configs):
+        for n, config in enumerate(getattr(op, configs)):
             dtypes = config.get("dtypes", op.dtypes)
             for i, dtype in enumerate(dtypes):
-                yield pytest.param(op, config, dtype, marks=[] if i == n % len(dtypes) else pytest.mark.slow)
+                marks = [] if i == n % len(dtypes) else pytest.mark.slow
+                yield pytest.param(
+                    op, config, dtype, marks=marks, id=f"{op.module}-{described(config)}-{described(dtype)}"
+                )
 
 
-@pytest.mark.parametrize("op, config, dtype", in_all_dtypes(), ids=lambda v: getattr(v, "module", None) or described(v))
+@pytest.mark.parametrize("op, config, dtype", in_all_dtypes("configs"))
 def test_kernel_equals_reference(op, config, dtype):
     module = importlib.import_module(f"rankkernels._triton.{op.module}")
     assert max(errors(op, module, config, dtype)) <= 1
@@ -90,11 +93,7 @@ def test_forward_reads_its_input_once(op, config):
     assert (loads == 1).all()
 
 
-@pytest.mark.parametrize(
-    "op, config, dtype",
-    [pytest.param(op, c, d, id=f"{op.module}-{described(c)}-{described(d)}")
-     for op in INTERPRETED for c in op.counted_configs for d in c.get("dtypes", op.dtypes)],
-)  # fmt: skip
+@pytest.mark.parametrize("op, config, dtype", in_all_dtypes("counted_configs"))
 def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
     """No more than 1.05 times the bytes of what it is given and returns, weights included, by the loads and stores of
     all its launches and by what PyTorch's kernels around them take and return.

@@ -1,0 +1,99 @@
+"""Lookups so small that torch's own are the faster ones: who runs when, and the same errors, gradients and steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import rankkernels as rk
+from rankkernels.ops.few_lookups import MOST_IDS, MOST_RECORDED, MOST_UNRECORDED
+
+R, D = 30, 5
+
+
+def layer(features: int, padding_idx: int | None = 3, D: int = D) -> rk.EmbeddingLayer:
+    torch.manual_seed(0)
+    made = rk.EmbeddingLayer([rk.SparseFeature(f"c{i}", R, D, padding_idx=padding_idx) for i in range(features)])
+    for table in made.embed_dict.values():
+        torch.nn.init.normal_(table.weight)
+    return made
+
+
+def batch(features: int, B: int) -> dict[str, torch.Tensor]:
+    return {f"c{i}": torch.randint(0, R, (B,)) for i in range(features)}
+
+
+def calls_op(layer: rk.EmbeddingLayer, x: dict[str, torch.Tensor], recorded: bool = True) -> bool:
+    with torch.profiler.profile() as profile, torch.set_grad_enabled(recorded):
+        layer(x, layer.features, squeeze_dim=True)
+    names = {event.name for event in profile.events()}
+    assert ("rankkernels::embedding_bag" in names) != ("aten::embedding" in names)
+    return "rankkernels::embedding_bag" in names
+
+
+@pytest.mark.parametrize("recorded, most", [(True, MOST_RECORDED), (False, MOST_UNRECORDED)])
+def test_who_runs(recorded, most):
+    for features in range(1, 4):
+        fits = MOST_IDS // features
+        assert calls_op(layer(features), batch(features, fits), recorded) == (features > most)
+        assert calls_op(layer(features), batch(features, fits + 1), recorded)
+    assert calls_op(layer(1).bfloat16(), batch(1, 4), recorded)  # torch sums gradients in bfloat16
+    sequence = rk.SequenceFeature("c0", R, D, pooling="sum")
+    assert calls_op(rk.EmbeddingLayer([sequence]), {"c0": torch.randint(0, R, (4, 2))}, recorded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+def test_numbers_are_torchs(padding_idx, ids_dtype, dtype):
+    ours, x = layer(1, padding_idx).to(dtype), {"c0": batch(1, 70)["c0"].to(ids_dtype)}
+    weight = ours.embed_dict["c0"].weight
+    expected = F.embedding(x["c0"], weight, padding_idx)
+    grad_out = torch.randn_like(expected)
+    for found in (
+        ours(x, ours.features, squeeze_dim=True),
+        ours(x, ours.features)[:, 0],
+        ours.lookup(x, ours.features)[0],
+    ):
+        assert torch.equal(found, expected)
+        grads = [torch.autograd.grad(y, weight, grad_out, retain_graph=True)[0] for y in (found, expected)]
+        assert torch.equal(*grads) and (padding_idx is None or not grads[0][padding_idx].any())
+
+
+def test_two_features_stand_side_by_side():
+    ours, x = layer(2), batch(2, 9)
+    with torch.no_grad():
+        expected = torch.cat([ours.embed_dict[n](i) for n, i in x.items()], 1)
+        assert torch.equal(ours(x, ours.features, squeeze_dim=True), expected)
+        assert torch.equal(ours(x, ours.features), expected.view(9, 2, D))
+
+
+@pytest.mark.parametrize("bad", [-1, R])
+def test_an_id_outside_its_table_is_named(bad):
+    ours = layer(1)
+    with pytest.raises(IndexError, match=rf"c0\[2\] = {bad} is out of range for a table with {R} rows"):
+        ours({"c0": torch.tensor([1, 2, bad])}, ours.features)
+
+
+def test_an_optimizer_steps_in_the_backward():
+    ours, x = layer(1), batch(1, 9)
+    before = ours.embed_dict["c0"].weight.detach().clone()
+    rk.optim.fuse(ours, rk.optim.SGD(ours.embed_dict.parameters(), lr=0.5))
+    ours(x, ours.features).sum().backward()
+    counts = torch.bincount(x["c0"], minlength=R).index_fill(0, torch.tensor([3]), 0)
+    torch.testing.assert_close(ours.embed_dict["c0"].weight.detach(), before - 0.5 * counts[:, None])
+
+
+def test_a_table_under_exact_adam_is_read_up_to_date():
+    ours, reference = layer(1), layer(1)
+    optimizers = [rk.optim.Adam(ours.embed_dict.parameters(), lr=0.1, exact=True),
+                  torch.optim.Adam(reference.embed_dict.parameters(), lr=0.1)]  # fmt: skip
+    rk.optim.fuse(ours, optimizers[0])
+    for i in range(4):
+        x = {"c0": torch.tensor([i, i + 5])}
+        found, expected = (m(x, m.features) for m in (ours, reference))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        optimizers[1].zero_grad()
+        found.square().sum().backward(), expected.square().sum().backward()
+        optimizers[1].step()
