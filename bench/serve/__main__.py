@@ -40,23 +40,28 @@ SERVER_CORE, LOAD_CORE = 0, 1
 
 
 @contextlib.contextmanager
-def server(contender: str, candidates: int) -> Iterator[tuple[int, subprocess.Popen, float]]:
-    """Its port, its process, and the seconds until it answered."""
+def server(contender: str, candidates: int) -> Iterator[tuple[int, subprocess.Popen]]:
+    """Its port and its process, when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.serve.server", contender, str(port), "--candidates", str(candidates)]
-    began = time.perf_counter()
     process = subprocess.Popen([*command, "--core", str(SERVER_CORE)])
     try:
         while not answers(port):
             if process.poll() is not None:
                 sys.exit(f"the server of {contender} has exited")
             time.sleep(0.02)
-        yield port, process, time.perf_counter() - began
+        yield port, process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """What a process has used so far: what others leave it changes less than time does."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def answers(port: int) -> bool:
@@ -81,9 +86,11 @@ def write_bodies(path: Path, candidates: int) -> None:
 
 def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict:
     watch = machine.Watch()
-    with server(contender, candidates) as (port, _, _):
+    with server(contender, candidates) as (port, process):
         load(port, bodies, seconds=min(seconds, 2))  # warm
+        before = cpu_seconds(process)
         closed = load(port, bodies, seconds=seconds, clients=8)
+        closed["cpu_ms"] = 1e3 * (cpu_seconds(process) - before) / sum(closed["statuses"].values())
         alone = load(port, bodies, seconds=min(seconds, 2), clients=1)
         opened = []
         for part in LOADS:
@@ -97,7 +104,7 @@ def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict
 def bars(candidates: int, bodies: Path, seconds: float) -> dict:
     """Ours at 70 % of what it can do and at 150 %."""
     watch = machine.Watch()
-    with server("ours", candidates) as (port, _, _):
+    with server("ours", candidates) as (port, _):
         load(port, bodies, seconds=1)
         saturation = load(port, bodies, seconds=min(seconds, 4), clients=8)["requests_s"]
         at_70 = {
