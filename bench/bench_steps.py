@@ -87,6 +87,28 @@ def test_exact_adam(workload, other, threads, race):
     )
 
 
+@named([DEEPFM])
+def test_evaluation_after_exact_adam(workload, threads, race):
+    """Beside the model that lazy Adam trained: ``eval()`` has brought all rows up to date."""
+    model, batches = workload.models()["ours"], [workload.batch(seed) for seed in range(8)]
+    models = {"ours": model, "our lazy Adam": copy.deepcopy(model)}
+    for name, model in models.items():
+        first_losses(CycledStep(model, batches, fused=True, exact=name == "ours", adam={"lr": 1e-3}))
+        model.eval()
+
+    @torch.inference_mode()
+    def evaluate(model):
+        model(batches[0][0])
+
+    race(
+        lambda: evaluate(models["ours"]),
+        {"our lazy Adam": lambda: evaluate(models["our lazy Adam"])},
+        case=workload.name,
+        kind="evaluation, trained by exact Adam",
+        missing=missing("torch-rechub"),
+    )
+
+
 @named([DIN, DEEPFM])
 @torch.inference_mode()
 def test_eval(workload, threads, race):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +13,24 @@ from rankkernels.ops._exact_table import Ledger, StepHistory, attach, catch_up, 
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_catch_up import truncation
 
+_ops = torch.ops.rankkernels
 #: The largest relative error that the series in place of idle steps may have.
 MOST_TRUNCATION = 1e-5
+
+
+class Lists(NamedTuple):
+    """Of the tables of a step: their rows' last steps, histories and clocks, as the ops take them. ``by_itself``: the
+    step's op brings the rows up to date and marks them."""
+
+    by_itself: bool
+    last_steps: list[Tensor]
+    histories: list[Tensor]
+    clocks: list[float]
+
+    def step(self, before: tuple, states: list[Tensor], features: Features, hyper: list[float]) -> Callable:
+        """The call of the op that does so."""
+        op = _ops.embedding_bag_exact_update.default._op
+        return partial(op, *before, states, self.last_steps, self.histories, *features, hyper, self.clocks)
 
 
 def _settings(group: dict) -> tuple[tuple[float, float], float]:
@@ -73,8 +90,11 @@ class ExactSteps:
         for history in {id(ledger.history): ledger.history for ledger in self.ledgers.values()}.values():
             history.begin_again(history.betas, history.eps)
 
-    def before(self, params: Sequence[Tensor], groups: Sequence[dict], touched: Features) -> None:
-        """Brings the rows up to date that a step of these tables moves, and makes room for it in their histories."""
+    def before(
+        self, params: Sequence[Tensor], groups: Sequence[dict], ops: Sequence[Callable], touched: Features
+    ) -> Lists:
+        """Makes room for a step of these tables by ``ops`` in their histories, and brings the rows up to date that it
+        moves, unless there is an op for both."""
         together: dict[int, list[Ledger]] = {}
         settings = {}
         for group in groups:
@@ -94,22 +114,28 @@ class ExactSteps:
             if len(ledgers) < len(history.ledgers):
                 history = history.fork(ledgers)
             history.make_room()
-        catch_up(params, touched)
+        by_itself = list(ops) == [_ops.embedding_bag_update.default] and not touched.need_values()
+        if not by_itself:
+            catch_up(params, touched)
+        histories, last_steps = [self.ledgers[p].history for p in params], [self.ledgers[p].last_steps for p in params]
+        for i, p in enumerate(params):
+            if last_steps[i] is None:
+                last_steps[i] = torch.zeros(p.shape[:1], dtype=torch.int32, device=p.device)
+        clocks = [number for history in histories for number in history.clock()]
+        return Lists(by_itself, last_steps, [history.numbers for history in histories], clocks)
 
     def after(
-        self, params: Sequence[Tensor], groups: Sequence[dict], states: Sequence[dict], touched: Features
+        self, params: Sequence[Tensor], groups: Sequence[dict], states: Sequence[dict], lists: Lists, touched: Features
     ) -> list[Callable]:
         """What follows a step on rows of ``params``, from the lookups whose gradients it took: calls of C."""
-        begins, adds, last_steps, steps = [], {}, [], []
-        for p, group, state in zip(params, groups, states):
+        begins, adds, steps = [], {}, []
+        for p, group, state, last in zip(params, groups, states, lists.last_steps):
             ledger = self.ledgers[p]
-            last = ledger.last_steps
-            if last is None:
-                last = torch.zeros(p.shape[:1], dtype=torch.int32, device=p.device)
+            if ledger.last_steps is None:
                 begins.append(partial(ledger.__dict__.update, states=_moments(state), last_steps=last))
-            last_steps.append(last)
             steps.append(ledger.history.step + 1)
             adds[id(ledger.history)] = ledger.history, group
-        mark = partial(torch.ops.rankkernels.embedding_mark_steps.default._op, last_steps, *touched, steps)
+        if not lists.by_itself:
+            begins.append(partial(_ops.embedding_mark_steps.default._op, lists.last_steps, *touched, steps))
         of_histories = [history.add(float(g["lr"]), float(g["weight_decay"])) for history, g in adds.values()]
-        return [*begins, mark, *(call for calls in of_histories for call in calls)]
+        return [*begins, *(call for calls in of_histories for call in calls)]

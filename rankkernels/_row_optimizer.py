@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankkernels._exact_adam import ExactSteps
+from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._state_dict import check_form
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
@@ -169,7 +169,7 @@ class RowOptimizer(torch.optim.Optimizer):
         )  # fmt: skip
         return (*common, *(float(group[name]) for name in RULES[self._kind].settings))
 
-    def _calls(self, update: _Update, scale: float) -> tuple[list[Callable], list[dict]]:
+    def _calls(self, update: _Update, scale: float, exact: Lists | None) -> tuple[list[Callable], list[dict]]:
         """The step of an update and its counts, calls of C of which the first is the op's, and its tables' states."""
         op, before, params, groups, after = update
         states = [self.state.get(p) for p in params]
@@ -184,8 +184,9 @@ class RowOptimizer(torch.optim.Optimizer):
         tensors = [state[name] for state in states for name in self._states]
         # Dense Adam's formula is AdamW's; SparseAdam's has eps at another place.
         rule = OPTIMIZERS.index(self._kind if self._exact is None else "adamw")
+        step = partial(op._op, *before, tensors, *after, rule, hyper)
         return [
-            partial(op._op, *before, tensors, *after, rule, hyper),
+            exact.step(before, tensors, after, hyper) if exact is not None and exact.by_itself else step,
             partial(list, map(dict.__setitem__, states, repeat("step"), counts)),
             *(partial(self.state.__setitem__, params[t], state) for t, state in new.items()),
             partial(torch.autograd.graph.increment_version, list(params)),
@@ -199,16 +200,17 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         params = [p for update in updates for p in update.params]
         groups = [group for update in updates for group in update.groups]
+        exact = None
         if self._exact is not None:
-            self._exact.before(params, groups, touched)
+            exact = self._exact.before(params, groups, [update.op for update in updates], touched)
         calls, states, firsts = [], [], []
         for update in updates:
             firsts.append(len(calls))
-            own, of_tables = self._calls(update, scale)
+            own, of_tables = self._calls(update, scale, exact)
             calls += own
             states += of_tables
-        if self._exact is not None:
-            calls += self._exact.after(params, groups, states, touched)
+        if exact is not None:
+            calls += self._exact.after(params, groups, states, exact, touched)
         try:
             returned = list(map(partial.__call__, calls))
         except RuntimeError:

@@ -21,7 +21,7 @@ _WITHOUT_PRODUCTS = [
     _OPS.fm_interaction, _OPS.fm_interaction_backward, _OPS.norm_activation, _OPS.norm_activation_backward,
     _OPS.embedding_bag, _OPS.embedding_bag_backward, _OPS.embedding_bag_backward_sparse, _OPS.embedding_bag_update,
     _OPS.sparse_update, _OPS.embedding_catch_up, _OPS.embedding_catch_up_all, _OPS.embedding_mark_steps,
-    _OPS.adam_history,
+    _OPS.adam_history, _OPS.embedding_bag_exact, _OPS.embedding_bag_exact_update,
 ]  # fmt: skip
 
 

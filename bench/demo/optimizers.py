@@ -40,6 +40,7 @@ class Run(NamedTuple):
 RUNS = (
     Run("torch-rechub's trainer: dense Adam, decay 1e-5", decay=1e-5),
     Run("dense Adam"),
+    Run("Adam, exact", "Adam", {"lr": LR, "exact": True}),
     Run("Adam", "Adam", {"lr": LR}),
     Run("Adam, decay 1e-5", "Adam", {"lr": LR, "weight_decay": 1e-5}, 1e-5),
     Run("AdamW, decay 1e-2", "AdamW", {"lr": LR, "weight_decay": 1e-2}),

@@ -46,10 +46,9 @@ constexpr int64_t kGemmDepth = 128;
 constexpr int64_t kMlpDepth = 144;
 // L2: samples of DeepFM's block, with their weights (bench_serving.py).
 constexpr int64_t kMlpRows = 64;
-// L1: inputs of a pass over a frozen model's first layer, beside a tile of 3 vectors of candidates; tiles that
-// share what is formed for a row of a history, in L2; multiply-adds below which a request stays on one thread
-// (bench_rank.py).
-constexpr int64_t kRankDepth = 160, kRankTiles = 4;
+// L2: tiles of candidates that share what is formed for a row of a history; multiply-adds below which a
+// request stays on one thread (bench_rank.py).
+constexpr int64_t kRankTiles = 4;
 constexpr double kRankSerialWork = 1e6;
 // L1, mostly: rows of a sample's history. 128 took 5 to 8 % longer with 100 rows a sample
 // (bench_din_attention.py).
@@ -77,6 +76,8 @@ constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 constexpr int64_t kMostFmLookups = 32;
 // L1: idle rows that are caught up together, and their values in one of three arrays (bench_steps.py).
 constexpr int64_t kMostIdle = 64, kFewestIdle = 8, kIdleValues = 1024;
+// L1: lookups whose rows are caught up and then pooled (bench_embedding_bag.py).
+constexpr int64_t kIdleLookups = 40;
 // Digits of a radix sort's pass: counters of two blocks of keys stay in L1 (bench_embedding_bag.py).
 constexpr int kMaxDigit = 12;
 constexpr int64_t kSortBlockPair = 16384, kFewKeys = 64;

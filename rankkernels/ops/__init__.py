@@ -1,5 +1,6 @@
 """The ops, one file each: schema, fake, default, CUDA implementation, autograd, autocast, public function."""
 
+import rankkernels.ops.rank  # noqa: F401 (defines an op; its public side is rankkernels.serve)
 import rankkernels.ops.sparse_norm  # noqa: F401 (registers a kernel)
 from rankkernels.ops.din_attention import din_attention
 from rankkernels.ops.embedding_bag import embedding_bag, table_batched_embedding_bag

@@ -166,13 +166,13 @@ def exact_tables(values: Iterable) -> list[Tensor]:
     return found
 
 
-def _of_each(ledgers: Sequence[Ledger]) -> tuple[list, ...]:
+def of_each(tables: Sequence[Tensor]) -> tuple[list, ...]:
     """The catch-up ops' first arguments, and the clocks."""
-    weights = [ledger.table() for ledger in ledgers]
+    ledgers = [table.ledger for table in tables]
     states = [state for ledger in ledgers for state in ledger.states]
     histories = [ledger.history.numbers for ledger in ledgers]
     clocks = [number for ledger in ledgers for number in ledger.history.clock()]
-    return weights, states, [ledger.last_steps for ledger in ledgers], histories, clocks
+    return list(tables), states, [ledger.last_steps for ledger in ledgers], histories, clocks
 
 
 @torch.no_grad()
@@ -180,7 +180,7 @@ def flush(ledgers: Iterable[Ledger]) -> None:
     """Brings every row of these tables up to date."""
     behind = [ledger for ledger in ledgers if ledger.is_behind() and ledger.table() is not None]
     if behind:
-        *arguments, clocks = _of_each(behind)
+        *arguments, clocks = of_each([ledger.table() for ledger in behind])
         with torch._C.DisableTorchFunctionSubclass():
             _ops.embedding_catch_up_all.default(*arguments, clocks)
         for ledger in behind:
@@ -204,7 +204,7 @@ def catch_up(weights: Sequence[Tensor], features: Features, names: str = "") -> 
             return
         behind, features = features.subset(kept)
         names = ""
-    *arguments, clocks = _of_each([weights[t].ledger for t in behind])
+    *arguments, clocks = of_each([weights[t] for t in behind])
     with torch._C.DisableTorchFunctionSubclass():
         _ops.embedding_catch_up.default(*arguments, *features, names, clocks)
 
@@ -214,9 +214,16 @@ def any_exact(weights: Sequence[Tensor]) -> bool:
     return any(map(is_exact, weights))
 
 
-def read(run: Callable, weights: Sequence[Tensor], features: Features, names: str):
-    """What ``run`` returns, which looks these features up, with their rows up to date."""
-    catch_up(weights, features, names)
+def lag_behind(weights: Sequence[Tensor], features: Features) -> bool:
+    """Whether ops that catch up by themselves take these lookups: all tables are behind, and a backward, if there is
+    one, reads none of their values."""
+    return not features.need_values() and all(is_exact(w) and w.ledger.is_behind() for w in weights)
+
+
+def read(run: Callable, weights: Sequence[Tensor], features: Features, names: str, by_itself: bool = False):
+    """What ``run`` returns, which looks these features up, with their rows up to date: ``by_itself`` it does so."""
+    if not by_itself:
+        catch_up(weights, features, names)
     with torch._C.DisableTorchFunctionSubclass():
         return run()
 

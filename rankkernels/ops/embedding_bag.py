@@ -20,6 +20,7 @@ from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops._tracing import is_exporting
 from rankkernels.ops.embedding_bag_backward import table_gradients
+from rankkernels.ops.embedding_bag_exact import bag_exact
 from rankkernels.ops.embedding_bag_update import BagGradients
 
 # ``names``, one a line, are the features' for error messages, or empty. ``concat`` gives one tensor [B, all widths],
@@ -115,6 +116,9 @@ class _FusedBag(FusedLookup):
         self.widths = [self.weights[t].size(1) for t in self.features.tables] if concat else None
 
     def run(self, *per_sample_weights):
+        if _exact_table.in_use and _exact_table.lag_behind(self.weights, self.features):
+            tables = _exact_table.of_each(self.weights)
+            return bag_exact(tables, self.features, self.names, self.widths is not None)
         return torch.ops.rankkernels.embedding_bag.default(
             self.weights, *self.features, self.names, concat=self.widths is not None
         )
@@ -148,7 +152,12 @@ def run_op(
         arguments = weights, features, names, concat, sparse, optimizer
         if torch.compiler.is_compiling():
             return outside_graph(run_op, *arguments)
-        return _exact_table.read(partial(run_op, *arguments, up_to_date=True), weights, features, names)
+        run, no_grad = partial(run_op, *arguments, up_to_date=True), not torch.is_grad_enabled()
+        by_itself = (no_grad or optimizer is not None) and not is_exporting()
+        by_itself = by_itself and _exact_table.lag_behind(weights, features)
+        if by_itself and no_grad:
+            run = partial(bag_exact, _exact_table.of_each(weights), features, names, concat)
+        return _exact_table.read(run, weights, features, names, by_itself)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None

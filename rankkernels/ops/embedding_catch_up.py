@@ -33,10 +33,10 @@ class Clock(NamedTuple):
 
 # ``states`` are the two moments of each table, ``last_steps`` int32 [R]: the step that each row is as of, zero or
 # negative if it never had a gradient. Ids outside a table are left to the lookup's own error.
-_TABLES = "Tensor(a!)[] weights, Tensor(b!)[] states, Tensor(c!)[] last_steps, Tensor[] histories"
-lib.define(f"embedding_catch_up({_TABLES}, {schema_of(Features)}, str names, float[] clocks) -> ()")
+TABLES = "Tensor(a!)[] weights, Tensor(b!)[] states, Tensor(c!)[] last_steps, Tensor[] histories"
+lib.define(f"embedding_catch_up({TABLES}, {schema_of(Features)}, str names, float[] clocks) -> ()")
 # The same for every row of the tables.
-lib.define(f"embedding_catch_up_all({_TABLES}, float[] clocks) -> ()")
+lib.define(f"embedding_catch_up_all({TABLES}, float[] clocks) -> ()")
 # The rows that these lookups' gradients moved are as of the tables' ``steps``.
 lib.define(f"embedding_mark_steps(Tensor(a!)[] last_steps, {schema_of(Features)}, int[] steps) -> ()")
 # Adds a step of rate lr. ``decay_before`` and ``decay_after`` are ``Clock.decay`` without and with it.

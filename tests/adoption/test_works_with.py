@@ -78,6 +78,9 @@ def test_flops_of_din_attention():
     found = counted(lambda: rk.din_attention(history, target, params, activation="relu"))
     assert found["din_attention"] == rows + others
     assert found["din_attention_backward"] == 3 * rows + 2 * others
+    index = torch.arange(B) % 2
+    shared = counted(lambda: rk.din_attention(history[:2], target, params, activation="relu", history_index=index))
+    assert shared["din_attention"] == found["din_attention"]
     scores = counted(lambda: rk.din_attention(history, target, params, activation="relu", return_scores=True))
     assert scores["din_attention"] == found["din_attention"] - 2 * B * L * D
 

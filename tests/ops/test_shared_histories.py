@@ -9,6 +9,8 @@ from test_din_attention import FLAGS, FORMS, check, din_attention, make_inputs, 
 
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops._library import has_triton
+from rankkernels.ops.attention_params import Inputs
 from rankkernels.testing import TOLERANCE
 
 
@@ -27,7 +29,7 @@ def copies(history, rows):
     return history, {n: t for n, t in zip(("lengths", "mask", "offsets"), forms) if t is not None}
 
 
-def summed(grad, history, rows):
+def summed_in_double(grad, history, rows):
     """Copies' gradients, added up."""
     offsets, index = rows.get("offsets"), rows["history_index"]
     place = torch.arange(len(history))
@@ -82,7 +84,7 @@ def test_equals_a_copy_for_each_sample(form, return_scores, training, activation
     assert training or torch.equal(out, own_out)
     close = {"rtol": 1e-9, "atol": 1e-11}
     torch.testing.assert_close((out, batch_stats), (own_out, own_stats), **close)
-    torch.testing.assert_close(grads, [summed(own_grads[0], history, rows), *own_grads[1:]], **close)
+    torch.testing.assert_close(grads, [summed_in_double(own_grads[0], history, rows), *own_grads[1:]], **close)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -201,3 +203,23 @@ def test_transforms():
     torch.testing.assert_close(forward, near, rtol=1e-6, atol=1e-8)
     batch = torch.stack([history, tangent])
     torch.testing.assert_close(torch.vmap(attend)(batch), torch.stack([attend(history), attend(tangent)]))
+
+
+@pytest.mark.skipif(not has_triton, reason="Triton is not installed")
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_for_a_gpu_and_their_gradients(form):
+    from rankkernels.ops.din_attention import expanded, summed
+
+    generator = torch.Generator().manual_seed(15)
+    history, target, rows = shared_inputs(form, 5, 31, 7, 3, torch.float16, generator)
+    forms = [rows.get(name) for name in ("lengths", "mask", "offsets")]
+    inputs = Inputs(history, target, *forms, rows["history_index"], [], [])
+    (own, own_target, *own_forms, _, _), copied = expanded(inputs)
+    expected, expected_rows = copies(history, rows)
+    assert torch.equal(own.nan_to_num(9.0), expected.nan_to_num(9.0)) and own_target is target
+    assert all(torch.equal(t, expected_rows[n]) for n, t in zip(("lengths", "mask", "offsets"), own_forms) if n in rows)
+    grad = torch.randn(own.shape, generator=generator).half()
+    found = summed(grad, copied, history)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), summed_in_double(grad, history, rows), rtol=1e-3, atol=1e-6)
+    assert expanded(inputs._replace(history_index=None))[1] is None and summed(grad, None, history) is grad

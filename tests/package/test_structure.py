@@ -140,8 +140,9 @@ def test_the_table_of_the_ops_has_every_op():
     """All that the package registers, but backwards and what is a step's or a lookup's own part."""
     registered = {name.removeprefix("rankkernels::") for name in torch._C._dispatch_get_all_op_names()
                   if name.startswith("rankkernels::")}  # fmt: skip
-    parts = {"adam_history", "embedding_bag_update", "embedding_catch_up_all", "embedding_fm_update",
-             "embedding_mark_steps", "cpu_isa", "use_huge_pages"}  # fmt: skip
+    parts = {"adam_history", "embedding_bag_exact", "embedding_bag_exact_update", "embedding_bag_update",
+             "embedding_catch_up_all", "embedding_fm_update", "embedding_mark_steps", "cpu_isa",
+             "use_huge_pages"}  # fmt: skip
     assert {name for name in registered if "_backward" not in name} - parts == OPS.keys()
     assert all(hasattr(rankkernels, layer) for op in OPS.values() for layer in op.layers)
 

@@ -72,7 +72,8 @@ static Update make_cpu_update(const char* op, int64_t optimizer, const double* h
 }
 
 Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, const Tensors& states,
-                      int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm) {
+                      int64_t optimizer, const std::vector<double>& hyper, const std::vector<FmPart>& fm,
+                      const CatchUp* idle) {
   check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
   std::vector<Update> updates;
   std::vector<TableGrad> sums(weights.size(), TableGrad{});
@@ -80,6 +81,7 @@ Tensors update_tables(const BackwardArgs& backward, const Tensors& weights, cons
     updates.push_back(make_cpu_update("embedding_bag_update", optimizer,
                                       hyper.data() + hyper_of(optimizer) * t, weights[t],
                                       states.data() + t * states_of(optimizer)));
+    updates[t].idle = idle ? idle + t : nullptr;
   }
   check_apart(weights);
   for (size_t t = 0; t < weights.size(); ++t) {

@@ -1,6 +1,8 @@
 // Rows of tables under exact Adam, brought up to the last step: those that a batch looks up, or all of them.
 // And the steps' part in it: their history, and the step of the rows that they touched. The mathematics is in
 // catch_up_kernel.h.
+#include "cpu/embedding/catch_up.h"
+
 #include <cmath>
 
 #include "cpu/embedding/features.h"
@@ -33,6 +35,8 @@ int32_t* last_steps_of(const char* op, const Tensor& last, int64_t R) {
   return static_cast<int32_t*>(last.mutable_data_ptr());
 }
 
+}  // namespace
+
 std::vector<CatchUp> catch_ups(const Tensors& weights, const Tensors& states, const Tensors& last_steps,
                                const Tensors& histories, const std::vector<double>& clocks) {
   const size_t n = weights.size();
@@ -62,6 +66,8 @@ std::vector<CatchUp> catch_ups(const Tensors& weights, const Tensors& states, co
   }
   return all;
 }
+
+namespace {
 
 // Idle rows of one table, found one by one and caught up chunk by chunk, so that a chunk's memory is there
 // when its turn comes.
@@ -111,15 +117,6 @@ class Chunks {
   Chunk now_, next_;
 };
 
-// Whether a row of this last step has steps to catch up with: one that never had a gradient only where rows
-// decay.
-bool is_idle(const CatchUp& table, int32_t last) {
-  return last > 0 ? last < table.step : table.decay != 1 && -last < table.step;
-}
-int32_t current(const CatchUp& table, int32_t last) {
-  return static_cast<int32_t>(last > 0 ? table.step : -table.step);
-}
-
 // Of the rows that several lookups name, one thread claims each: the others see it as current, and it will be
 // once all are done. Ids outside the table are left to the lookup's own error.
 template <class T>
@@ -135,8 +132,8 @@ void catch_up_bags(const CatchUp& table, const Bags& bags, int64_t b0, int64_t b
       if (is_row(ahead)) __builtin_prefetch(table.last_steps + ahead, 1);
       if (!is_row(id)) continue;
       int32_t last = __atomic_load_n(table.last_steps + id, __ATOMIC_RELAXED);
-      if (is_idle(table, last) &&
-          __atomic_compare_exchange_n(table.last_steps + id, &last, current(table, last), false,
+      if (table.is_idle(last) &&
+          __atomic_compare_exchange_n(table.last_steps + id, &last, table.current(last), false,
                                       __ATOMIC_RELAXED, __ATOMIC_RELAXED))
         chunks.add(id, last);
     }
@@ -148,8 +145,8 @@ void catch_up_range(const CatchUp& table, int64_t r0, int64_t r1) {
   Chunks<T> chunks(table);
   for (int64_t row = r0; row < r1; ++row) {
     const int32_t last = table.last_steps[row];
-    if (!is_idle(table, last)) continue;
-    table.last_steps[row] = current(table, last);
+    if (!table.is_idle(last)) continue;
+    table.last_steps[row] = table.current(last);
     chunks.add(row, last);
   }
 }

@@ -18,11 +18,14 @@
 // in
 // [-1, 1] however near to eps or to zero sqrt v is.
 //
-// Bytes a row: D values of w, m and v, read and written. Flops a value: 12 and 3 a term.
+// Bytes a row: D values of w, m and v, read and written; by a lookup, which leaves the row as it is, read.
+// Flops a value: 11 and 3 a term, one division and one square root.
 #pragma once
 
+#include "cpu/embedding/ids_kernel.h"
 #include "cpu/embedding/params.h"
 #include "cpu/simd/columns.h"
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/math.h"
 #include "cpu/simd/vec.h"
 
@@ -33,85 +36,178 @@ namespace catch_up {
 // What the steps after t do to a row. Terms too small for A to tell are zero.
 template <class A>
 struct Idle {
-  A decay, keep1, keep2, centre, term[kAdamTerms];
+  A decay, keep1, keep2, centre, eps, term[kAdamTerms];
   int n;  // terms up to the last one that is not zero
 
-  RK_INLINE void set(const CatchUp& c, int64_t t) {
+  RK_INLINE Idle(const CatchUp& c, int64_t t) {
     const AdamStart& start = c.history[t - c.base];
     const AdamStart& powers = c.history[c.step - t];
     decay = A(c.decay / start.decay), keep1 = A(powers.power1), keep2 = A(powers.power2);
-    centre = A(start.centre);
-    const A least = A(c.decay * start.term[0]) * (sizeof(A) == 4 ? A(1e-9) : A(1e-17));
+    centre = A(start.centre), eps = A(c.eps);
+    for (int j = 0; j < kAdamTerms; ++j) term[j] = A(c.decay * start.term[j]);
+    const A least = term[0] * (sizeof(A) == 4 ? A(1e-9) : A(1e-17));
     n = 1;
     for (int j = 0; j < kAdamTerms; ++j) {
-      const A value = A(c.decay * start.term[j]);
-      const bool counts = !(__builtin_fabs(value) <= least);  // a NaN stays
-      term[j] = counts ? value : A(0);
-      n = counts ? j + 1 : n;
+      const bool small = __builtin_fabs(term[j]) <= least;  // a NaN is not
+      term[j] = small ? A(0) : term[j];
+      n = small ? n : j + 1;
     }
   }
 };
 
-// The first n terms; those beyond the row's own are zero and change no bit.
-template <class T>
-RK_INLINE void catch_up_row(const CatchUp& c, int64_t row, const Idle<Accumulator<T>>& idle, int n,
-                            const Tail<T>& tail, const Tail<Accumulator<T>>& tail_state) {
-  using A = Accumulator<T>;
-  using V = typename Traits<T>::vec;
-  constexpr int64_t kLanes = Traits<T>::lanes;
-  T* weight = static_cast<T*>(c.weight) + row * c.stride_wr;
-  A *state1 = static_cast<A*>(c.state[0]) + row * c.stride_sr,
-    *state2 = static_cast<A*>(c.state[1]) + row * c.stride_sr;
-  const A eps = A(c.eps);
-  for (int64_t d = 0; d < c.D; d += kLanes) {
-    const bool whole = d + kLanes <= c.D;
-    const V m = load_columns(state1 + d, whole, tail_state), v = load_columns(state2 + d, whole, tail_state);
-    const V gx = idle.centre * square_root(v), divisor = gx + eps, z = (gx - eps) / divisor;
-    V b1 = {}, b2 = {};  // Clenshaw's sums
-    for (int j = n - 1; j > 0; --j) {
-      const V b = (idle.term[j] - b2) + (z + z) * b1;
-      b2 = b1, b1 = b;
-    }
-    const V step = m * ((idle.term[0] - b2) + z * b1) / divisor;
-    store_columns(weight + d, idle.decay * load_columns(weight + d, whole, tail) - step, whole, tail);
-    store_columns(state1 + d, idle.keep1 * m, whole, tail_state);
-    store_columns(state2 + d, idle.keep2 * v, whole, tail_state);
-  }
+// Calls body(Int<number of terms>) with one of three numbers: loops of known length, and a branch that the
+// processor foretells. Terms that are zero change no bit.
+template <class Body>
+RK_INLINE void with_terms(int n, const Body& body) {
+  if (n <= 4) return body(Int<4>());
+  if (n <= 8) return body(Int<8>());
+  body(Int<kAdamTerms>());
 }
 
-}  // namespace catch_up
+// The new w of columns of a row.
+template <int kTerms, class V, class A>
+RK_INLINE V moved(V w, V m, V v, const Idle<A>& idle) {
+  const V gx = idle.centre * square_root(v), inverse = A(1) / (gx + idle.eps), z = (gx - idle.eps) * inverse;
+  V b1 = {}, b2 = {};  // Clenshaw's sums
+#pragma GCC unroll 16
+  for (int j = kTerms - 1; j > 0; --j) {
+    const V b = (idle.term[j] - b2) + (z + z) * b1;
+    b2 = b1, b1 = b;
+  }
+  V step = m * (((idle.term[0] - b2) + z * b1) * inverse);
+  // Rounded here: which of the two products is fused with the sum would be the compiler's choice in each
+  // copy.
+#if defined(__x86_64__)
+  asm("" : "+x"(step));
+#elif defined(__aarch64__)
+  asm("" : "+w"(step));
+#endif
+  return idle.decay * w - step;
+}
 
-// As many terms for all rows of a chunk, which the processor can foretell. A row that never had a gradient
-// has no moments and only decays.
+// Pointers to a row's columns.
 template <class T>
-void embedding_catch_up_rows(const CatchUp& c, const IdleRow* rows, int64_t n) {
+struct Row {
+  using A = Accumulator<T>;
+  T* w;
+  A *m, *v;
+
+  RK_INLINE Row(const CatchUp& c, int64_t row)
+      : w(static_cast<T*>(c.weight) + row * c.stride_wr),
+        m(static_cast<A*>(c.state[0]) + row * c.stride_sr),
+        v(static_cast<A*>(c.state[1]) + row * c.stride_sr) {}
+};
+
+// What a row that never had a gradient, and so has no moments, has decayed to.
+template <class A>
+RK_INLINE A decay_of(const CatchUp& c, int32_t last) {
+  return A(c.decay / c.history[-last > c.base ? -last - c.base : 0].decay);
+}
+
+// Brings an idle row, which is as of step `last`, up to the table's.
+template <class T>
+__attribute__((noinline)) void catch_up_row(const CatchUp& c, int64_t row, int32_t last) {
   using A = Accumulator<T>;
   constexpr int64_t kLanes = Traits<T>::lanes;
   const Tail<T> tail(static_cast<int>(c.D % kLanes));
   const Tail<A> tail_state(static_cast<int>(c.D % kLanes));
-  catch_up::Idle<A> idle[kMostIdle];
-  int terms = 1;
-  for (int64_t i = 0; i < n; ++i) {
-    if (rows[i].last <= 0) continue;
-    idle[i].set(c, rows[i].last);
-    terms = idle[i].n > terms ? idle[i].n : terms;
+  const Row<T> r(c, row);
+  if (last <= 0) {
+    const A decay = decay_of<A>(c, last);
+    for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+      for (int i = 0; i < block.vecs; ++i)
+        block.store(r.w + d, i, decay * block.load(r.w + d, i, tail), tail);
+    });
+    return;
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t last = rows[i].last;
-    if (last > 0) {
-      catch_up::catch_up_row<T>(c, rows[i].row, idle[i], terms, tail, tail_state);
-      continue;
-    }
-    T* weight = static_cast<T*>(c.weight) + rows[i].row * c.stride_wr;
-    const A decay = A(c.decay / c.history[-last > c.base ? -last - c.base : 0].decay);
-    for (int64_t d = 0; d < c.D; d += kLanes) {
-      const bool whole = d + kLanes <= c.D;
-      store_columns(weight + d, decay * load_columns(weight + d, whole, tail), whole, tail);
-    }
-  }
+  const Idle<A> idle(c, last);
+  with_terms(idle.n, [&](auto terms) __attribute__((always_inline)) {
+    for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < block.vecs; ++i) {
+        const auto m = block.load(r.m + d, i, tail_state), v = block.load(r.v + d, i, tail_state);
+        const auto w = moved<terms.value>(block.load(r.w + d, i, tail), m, v, idle);
+        block.store(r.w + d, i, w, tail);
+        block.store(r.m + d, i, idle.keep1 * m, tail_state);
+        block.store(r.v + d, i, idle.keep2 * v, tail_state);
+      }
+    });
+  });
 }
 
-#define RK_INSTANTIATE(T) template void embedding_catch_up_rows<T>(const CatchUp&, const IdleRow*, int64_t);
+// Lookups ahead whose rows are prefetched, and whose rows' last steps.
+constexpr int64_t kRowsAhead = 8, kLastAhead = 24;
+
+template <class T, class I>
+__attribute__((noinline)) bool caught_up_rows(const CatchUp& c, const Bags& f, const I* ids, Range lookups,
+                                              T* out, int64_t stride_out) {
+  using A = Accumulator<T>;
+  constexpr int64_t kLanes = Traits<T>::lanes;
+  constexpr int kLine = kCacheLine / sizeof(f32v);  // vectors
+  const Tail<T> tail(static_cast<int>(c.D % kLanes));
+  const Tail<A> tail_state(static_cast<int>(c.D % kLanes));
+  const uint64_t R = c.R;
+  const int64_t end = f.N, padding = f.padding_idx;
+  for (int64_t p = lookups.begin; p < lookups.end; ++p, out += stride_out) {
+    const int64_t id = ids[p];
+    if (static_cast<uint64_t>(id) >= R) return false;
+    const int64_t far = ids[p + kLastAhead < end ? p + kLastAhead : p],
+                  near = ids[p + kRowsAhead < end ? p + kRowsAhead : p];
+    __builtin_prefetch(c.last_steps + (static_cast<uint64_t>(far) < R ? far : id));
+    const Row<T> next(c, static_cast<uint64_t>(near) < R ? near : id);
+    const auto prefetch = [&](int i, int64_t d) __attribute__((always_inline)) {
+      if (i % kLine) return;
+      __builtin_prefetch(next.w + d + i * kLanes);
+      __builtin_prefetch(next.m + d + i * kLanes);
+      __builtin_prefetch(next.v + d + i * kLanes);
+    };
+    if (id == padding) continue;
+    const Row<T> r(c, id);
+    const int32_t last = c.last_steps[id];
+    if (last > 0 && last < c.step) {
+      const Idle<A> idle(c, last);
+      with_terms(idle.n, [&](auto terms) __attribute__((always_inline)) {
+        for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+          for (int i = 0; i < block.vecs; ++i) {
+            prefetch(i, d);
+            const auto m = block.load(r.m + d, i, tail_state), v = block.load(r.v + d, i, tail_state);
+            block.store(out + d, i, moved<terms.value>(block.load(r.w + d, i, tail), m, v, idle), tail);
+          }
+        });
+      });
+      continue;
+    }
+    const A decay = c.is_idle(last) ? decay_of<A>(c, last) : A(1);
+    for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < block.vecs; ++i) {
+        prefetch(i, d);
+        block.store(out + d, i, decay * block.load(r.w + d, i, tail), tail);
+      }
+    });
+  }
+  return true;
+}
+
+}  // namespace catch_up
+
+template <class T>
+void embedding_catch_up_rows(const CatchUp& c, const IdleRow* rows, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    catch_up::catch_up_row<T>(c, rows[i].row, static_cast<int32_t>(rows[i].last));
+}
+
+template <class T>
+bool embedding_caught_up_rows(const CatchUp& c, const Bags& f, Range lookups, T* out, int64_t stride_out) {
+  return with_ids(f, [&](const auto* ids) __attribute__((always_inline)) {
+    return catch_up::caught_up_rows<T>(c, f, ids, lookups, out, stride_out);
+  });
+}
+
+#define RK_INSTANTIATE(T)                                                            \
+  template void embedding_catch_up_rows<T>(const CatchUp&, const IdleRow*, int64_t); \
+  template bool embedding_caught_up_rows<T>(const CatchUp&, const Bags&, Range, T*, int64_t);
 RK_FOR_EACH_STORAGE(RK_INSTANTIATE)
 #undef RK_INSTANTIATE
 

@@ -25,6 +25,7 @@
 // not two.
 #pragma once
 
+#include "cpu/embedding/catch_up_kernel.h"
 #include "cpu/embedding/params.h"
 #include "cpu/simd/columns.h"
 #include "cpu/simd/lanes.h"
@@ -83,6 +84,7 @@ struct Step {
   Optimizer optimizer;
   T* weight;
   A *state1, *state2;
+  const CatchUp* idle;
   int64_t stride_wr, stride_sr, D;
   A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm, own[2];
   Tail<T> tail;
@@ -95,7 +97,7 @@ struct Step {
     optimizer = u.optimizer, weight = static_cast<T*>(u.weight), stride_wr = u.stride_wr;
     state1 = static_cast<A*>(u.state[0]), state2 = static_cast<A*>(u.state[1]), stride_sr = u.stride_sr;
     lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1), keep2 = A(1 - u.beta2);
-    step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor),
+    step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor), idle = u.idle,
     max_norm = A(u.max_norm), own[0] = A(u.own[0]), own[1] = A(u.own[1]);
   }
 
@@ -112,6 +114,16 @@ struct Step {
     if (rule.row_wise > 0 && rule.elementwise == 0) __builtin_prefetch(state1 + row, 1, kLevel);
     if (rule.row_wise > 0 && rule.elementwise + rule.row_wise == 2)
       __builtin_prefetch(state2 + row, 1, kLevel);
+    if (kind == kAdamW && idle) __builtin_prefetch(idle->last_steps + row, 1, kLevel);
+  }
+
+  // Under exact Adam a row first takes the steps that it missed.
+  template <Optimizer kind>
+  RK_INLINE void catch_up(int64_t row) const {
+    if (kind != kAdamW || !idle) return;
+    int32_t& last = idle->last_steps[row];
+    if (idle->is_idle(last)) catch_up::catch_up_row<T>(*idle, row, last);
+    last = static_cast<int32_t>(idle->step + 1);
   }
 
   // Norms between them are what their squares' sum says: its terms are then normal numbers or too small to
@@ -266,6 +278,7 @@ struct Step {
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = rows[k], ahead = next[k < n_next ? k : n_next - 1];
       const A* grad = grads + k * D;
+      s.template catch_up<kind>(row);
       RowStep of_row;
       if (kRowWise<kind>) of_row.scale = scales[k];
       if (kind == kRowWiseRMSprop) of_row.shrink = s.shrink_of(s.state2[row]);

@@ -86,6 +86,41 @@ struct Carries {
   }
 };
 
+// What dense Adam's idle steps after step t = base + i come to, up to the last one: catch_up_kernel.h. Row i
+// of the history [S, 20] of doubles; the powers are the betas' to i.
+constexpr int kAdamTerms = 16;
+struct AdamStart {
+  double centre, decay, term[kAdamTerms], power1, power2;
+};
+
+// A table, and the steps that it has taken up to now: `step` is the last one's number, `decay` the product of
+// all (1 - lr weight_decay) after `base`.
+struct CatchUp {
+  void* weight;  // [R, D], unit stride along D
+  int64_t stride_wr, R, D;
+  void* state[2];  // [R, D], rows stride_sr apart
+  int64_t stride_sr;
+  int32_t* last_steps;  // [R]: the step that a row is as of, negative or zero if it never had a gradient
+  const AdamStart* history;
+  int64_t step, base;
+  double decay, eps;
+
+  // Whether a row of this last step has steps to catch up with: one that never had a gradient only where rows
+  // decay.
+  RK_INLINE bool is_idle(int32_t last) const { return last > 0 ? last < step : decay != 1 && -last < step; }
+  // The last step of such a row once it has caught up.
+  RK_INLINE int32_t current(int32_t last) const { return static_cast<int32_t>(last > 0 ? step : -step); }
+};
+struct IdleRow {
+  int64_t row, last;
+};
+RK_KERNEL(template <class T> void embedding_catch_up_rows(const CatchUp&, const IdleRow*, int64_t n))
+// out [lookups, D], rows stride_out apart: what these lookups' rows are once caught up; the table stays as it
+// is. Those of padding_idx are left out. Returns whether the ids are in the table; at one that is not it
+// ends.
+RK_KERNEL(template <class T> bool embedding_caught_up_rows(const CatchUp&, const Bags&, Range lookups, T* out,
+                                                           int64_t stride_out))
+
 // An optimizer's step on a table; optimizer_kernel.h has the formulas.
 struct Update {
   Optimizer optimizer;
@@ -94,6 +129,7 @@ struct Update {
   void* state[2];  // as the rule has them: [R, D], rows stride_sr apart, or [R]; null where there is none
   int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
+  const CatchUp* idle;  // of exact Adam, or null: a row first takes the steps that it missed
   double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
 };
 
@@ -193,29 +229,5 @@ struct SumParts {
   T* total;
 };
 RK_KERNEL(template <class T> void embedding_fm_sum(const SumParts<T>&))
-
-// What dense Adam's idle steps after step t = base + i come to, up to the last one: catch_up_kernel.h. Row i
-// of the history [S, 20] of doubles; the powers are the betas' to i.
-constexpr int kAdamTerms = 16;
-struct AdamStart {
-  double centre, decay, term[kAdamTerms], power1, power2;
-};
-
-// A table, and the steps that it has taken up to now: `step` is the last one's number, `decay` the product of
-// all (1 - lr weight_decay) after `base`.
-struct CatchUp {
-  void* weight;  // [R, D], unit stride along D
-  int64_t stride_wr, R, D;
-  void* state[2];  // [R, D], rows stride_sr apart
-  int64_t stride_sr;
-  int32_t* last_steps;  // [R]: the step that a row is as of, negative or zero if it never had a gradient
-  const AdamStart* history;
-  int64_t step, base;
-  double decay, eps;
-};
-struct IdleRow {
-  int64_t row, last;
-};
-RK_KERNEL(template <class T> void embedding_catch_up_rows(const CatchUp&, const IdleRow*, int64_t n))
 
 }  // namespace rk

@@ -65,6 +65,7 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
     const bool complete = !from_left && !goes_on;
     A* sum = from_left ? carries.left<A>(p / tile) : goes_on ? carries.right<A>(p / tile) : whole;
     const int64_t row = row_of(p);
+    if (complete) step.template catch_up<kind>(row);
 #pragma GCC unroll 4
     for (int64_t d = 0; d < D; d += kVecs * kLanes) {
       V acc[kVecs] = {};

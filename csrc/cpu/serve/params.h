@@ -60,7 +60,7 @@ struct RankProduct {
   int64_t num_runs;
   const float* x;
   float* y;
-  const float* init;  // a number a unit, or null: y
+  const float* init;  // a number a unit
   int64_t vecs;
 };
 RK_KERNEL(void rank_product(RankProduct))

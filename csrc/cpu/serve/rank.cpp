@@ -172,13 +172,11 @@ class Block {
     for (size_t i = 0; i < plan_.layers.size(); ++i) {
       const RankLayer& l = plan_.layers[i];
       float* y = hidden_[i % 2];
-      const std::vector<RankRuns>& passes = i == 0 ? user_.passes : user_.whole[i];
-      const float* init = i == 0 ? user_.first_bias : l.bias;
-      for (const RankRuns& pass : passes) {
-        RK_DISPATCH_ISA(rank_product, {l.weight, l.groups(), l.in, pass.data(),
-                                       static_cast<int64_t>(pass.size()), x, y, init, t.vecs});
-        init = nullptr;
-      }
+      const RankRun whole{0, l.in};
+      const RankRun* runs = i == 0 ? user_.runs.data() : &whole;
+      const int64_t n = i == 0 ? static_cast<int64_t>(user_.runs.size()) : 1;
+      RK_DISPATCH_ISA(rank_product, {l.weight, l.groups(), l.in, runs, n, x, y,
+                                     i == 0 ? user_.first_bias : l.bias, t.vecs});
       const bool last = i + 1 == plan_.layers.size();
       RK_DISPATCH_ISA(rank_activation, {l, y, last ? t.score : nullptr, t.vecs});
       x = y;

@@ -3,9 +3,11 @@
 //   y_u = init_u + sum_k W_uk x_k
 //
 // Weights are broadcast and candidates fill the vectors, so that what the user has alone costs nothing: it is
-// in init. Activations need no sum over lanes: dice's statistics run down the units. Per candidate 2 in out
-// flops a layer; the weights come from L2 once a tile, 48 flops a value and AVX2's tile of 24. Each lane is
-// summed in order, so that its bits do not depend on its neighbours.
+// in init. Activations need no sum over lanes: dice's statistics run down the units. Each lane is summed in
+// order, so that its bits do not depend on its neighbours.
+//
+// Per candidate 2 in out flops a layer. A tile reads the weights once, from L2, 48 flops a value with AVX2,
+// and its own inputs once a group of units.
 #pragma once
 
 #include "cpu/serve/params.h"
@@ -39,9 +41,7 @@ RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
 #pragma GCC unroll 8
   for (int u = 0; u < 4 * kOf; ++u)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v)
-      sum[u][v] =
-          p.init ? splat<float>(p.init[4 * group + u]) : load_vector<f32v>(y + u * kTile + v * kFloats);
+    for (int v = 0; v < kVecs; ++v) sum[u][v] = splat<float>(p.init[4 * group + u]);
   for (int64_t r = 0; r < p.num_runs; ++r) {
     const int64_t begin = p.runs[r].begin, n = p.runs[r].end - begin;
     const float *x = p.x + begin * kTile, *w = p.weight + group * stride + 4 * begin;

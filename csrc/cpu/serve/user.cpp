@@ -39,28 +39,6 @@ static RankRuns joined(RankRuns runs) {
   return all;
 }
 
-// Cut into passes of about as many inputs, kRankDepth at most.
-static std::vector<RankRuns> in_passes(const RankRuns& runs) {
-  int64_t all = 0;
-  for (const RankRun& r : runs) all += r.end - r.begin;
-  const int64_t parts = std::max<int64_t>(1, (all + kRankDepth - 1) / kRankDepth),
-                most = (all + parts - 1) / parts;
-  std::vector<RankRuns> passes(1);
-  int64_t room = most;
-  for (RankRun r : runs)
-    while (r.begin < r.end) {
-      if (room == 0) {
-        passes.emplace_back();
-        room = most;
-      }
-      const int64_t n = std::min(room, r.end - r.begin);
-      passes.back().push_back({r.begin, r.begin + n});
-      r.begin += n;
-      room -= n;
-    }
-  return passes;
-}
-
 void RankUser::add_field(const RankLookup& l, const float* row, int64_t D) {
   for (int64_t d = 0; d < D; ++d) {
     if (l.weight) logit += l.weight[d] * row[d];
@@ -81,11 +59,9 @@ void RankUser::split_inputs(const RankPlan& plan, RankRuns of_user, RankRuns of_
   RK_DISPATCH_ISA(rank_product_of_user, {first.weight, first.groups(), first.in, of_user.data(),
                                          static_cast<int64_t>(of_user.size()), x, bias, first.bias, 0});
   first_bias = bias;
-  passes = in_passes(of_candidates);
-  for (const RankLayer& l : plan.layers) {
-    whole.push_back(in_passes({{0, l.in}}));
+  runs = std::move(of_candidates);
+  for (const RankLayer& l : plan.layers)
     if (&l != &first) work += l.in * l.out;
-  }
 }
 
 namespace {

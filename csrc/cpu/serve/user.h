@@ -18,10 +18,9 @@ struct RankUser {
   // Rows of the tables as the MLP's inputs [width], where they are the user's; the FM's sums and squares; the
   // linear term.
   float *x, *sums, squares = 0, logit = 0;
-  const float* first_bias = nullptr;  // of the MLP, with the user's part of its product
-  std::vector<RankRuns> passes;       // of the first layer over the candidates' inputs, which stay in L1
-  std::vector<std::vector<RankRuns>> whole;  // of the others over all of theirs
-  std::vector<const RankLookup*> lookups;    // the candidates'
+  const float* first_bias = nullptr;       // of the MLP, with the user's part of its product
+  RankRuns runs;                           // the candidates' inputs of the first layer
+  std::vector<const RankLookup*> lookups;  // the candidates'
   std::vector<const RankDense*> dense;
   std::vector<RankAttention> attentions;
   double work = 0;  // multiply-adds a candidate

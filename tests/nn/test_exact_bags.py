@@ -1,0 +1,113 @@
+"""Lookups and fused steps of exact Adam that catch up by themselves: in bits what its parts give in turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rankkernels as rk
+from rankkernels.ops._features import MODES, Features
+from rankkernels.ops.embedding_catch_up import new_history
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning"),
+    pytest.mark.skipif(bool(rk.ops._library.no_extension), reason="what the C++ kernels promise"),
+]
+OPS = torch.ops.rankkernels
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+ROWS, STEP, BASE = 60, 39, 9
+
+
+def tables(dtype: torch.dtype, D: int, decay: float, n: int = 2) -> tuple:
+    """What the ops take of ``n`` tables whose rows are as of different steps, some without a gradient so far."""
+    history, product = new_history(64, 0.9, 0.999), 1.0
+    for step in range(BASE + 1, STEP + 1):
+        after = product * (1 - 0.01 * decay)
+        OPS.adam_history.default(history, BASE, step, 0.9, 0.999, 0.01, product, after)
+        product = after
+    generator, state = torch.Generator().manual_seed(D), torch.promote_types(dtype, torch.float32)
+    weights, states, last_steps = [], [], []
+    for _ in range(n):
+        last = torch.randint(-STEP, STEP + 1, (ROWS,), generator=generator, dtype=torch.int32)
+        last[last > 0] = last[last > 0].clamp(min=BASE)
+        weights.append(torch.randn(ROWS, D, generator=generator).to(dtype))
+        both = torch.randn(ROWS, 2, D, generator=generator, dtype=state) * (last > 0)[:, None, None]
+        states += [both[:, 0].mul_(1e-6), both[:, 1].square_().mul_(1e-12)]
+        last_steps.append(last)
+    return (weights, states, last_steps, [history] * n), [STEP, BASE, product, 1e-8] * n
+
+
+def features(pooled: list[int], dtype: torch.dtype | None = None) -> Features:
+    """Several of two tables: [B, L] of these modes, jagged with empty bags, one id a bag, ids as they are."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(ROWS, (31, 4), generator=generator) for _ in pooled]
+    offsets = torch.tensor([0, 0, 3, 3, 150, 159, 160])
+    ids += [torch.randint(ROWS, (160,), generator=generator, dtype=torch.int32),
+            *(torch.randint(ROWS, shape, generator=generator) for shape in ((31, 1), (7, 3)))]  # fmt: skip
+    n, none = len(ids), torch.empty(0)
+    weights = [torch.randn(i.shape, generator=generator).to(dtype) for i in ids[:1]] if dtype else []
+    weights += [none.to(dtype)] * (n - 1) if dtype else []
+    return Features(
+        ids, [none.long()] * (n - 3) + [offsets] + [none.long()] * 2, weights, [i % 2 for i in range(n)],
+        [*pooled, 1, 2, 0], [5, -1, 3, -1, -1][: n - 3] + [4, -1, -1], [2, -1],
+    )  # fmt: skip
+
+
+def by_key(key: str, op, *arguments, **options):
+    return op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *arguments, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize("D", [1, 19, 64])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_lookup_is_of_rows_that_have_caught_up_and_changes_none(dtype, D, decay):
+    modes = [MODES.index(mode) for mode in ("sum", "mean", "max", "sum")]
+    for looked_up in (features(modes), features(modes, dtype)):
+        results = []
+        for key in ("CompositeExplicitAutograd", "CPU"):
+            lists, clocks = tables(dtype, D, decay)
+            before = [t.clone() for each in lists for t in each]
+            results.append(by_key(key, OPS.embedding_bag_exact.default, *lists, *looked_up, "", clocks))
+            changed = [not torch.equal(a, b) for a, b in zip(before, (t for each in lists for t in each))]
+            assert any(changed) == (key != "CPU")
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@DTYPES
+@pytest.mark.parametrize("D", [1, 19, 64])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5])
+def test_a_step_is_one_of_rows_that_have_caught_up(dtype, D, max_norm):
+    results, stepped = [], features([1, 2, 1, 1])
+    for key in ("CompositeExplicitAutograd", "CPU"):
+        lists, clocks = tables(dtype, D, 0.1)
+        grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(f)).to(dtype)
+                 for f, o in enumerate(OPS.embedding_bag.default(lists[0], *stepped, ""))]  # fmt: skip
+        grads[1] = None
+        hyper = [0.01, 0.9, 0.999, 1e-8, 0.1, STEP + 1.0, 1.0, max_norm] * 2
+        assert by_key(key, OPS.embedding_bag_exact_update.default, grads, *lists, *stepped, hyper, clocks) == []
+        results.append(lists)
+    (weights, states, last_steps, _), ours = results
+    before = tables(dtype, D, 0.1)[0]
+    for t, last in enumerate(last_steps):
+        moved = last == STEP + 1
+        assert moved.any() and not moved.all() and torch.equal(moved, ours[2][t] == STEP + 1)
+        for theirs, own, old in zip((weights[t], *states[2 * t :][:2]), (ours[0][t], *ours[1][2 * t :][:2]),
+                                    (before[0][t], *before[1][2 * t :][:2])):  # fmt: skip
+            assert torch.equal(theirs[moved], own[moved]) and torch.equal(own[~moved], old[~moved])
+    assert last_steps[0][2] != STEP + 1  # the frozen row
+
+
+def test_ids_out_of_range_change_nothing():
+    lists, clocks = tables(torch.float32, 8, 0.1)
+    looked_up = features([1, 1, 1, 1])
+    looked_up.indices[2][3, 1] = ROWS
+    before = [t.clone() for each in lists for t in each]
+    message = rf"third\[13\] = {ROWS} is out of range|third\[3, 1\] = {ROWS} is out of range"
+    with pytest.raises(IndexError, match=message), rk.ops._checks.raise_documented():
+        OPS.embedding_bag_exact.default(*lists, *looked_up, "\n".join(("a", "b", "third", "d", "e", "f", "g")), clocks)
+    grads = [torch.ones(o.shape) for o in OPS.embedding_bag.default(lists[0], *features([1, 1, 1, 1]), "")]
+    with pytest.raises(RuntimeError, match="out of range"):
+        OPS.embedding_bag_exact_update.default(
+            grads, *lists, *looked_up, [0.01, 0.9, 0.999, 1e-8, 0, 40, 1, 0] * 2, clocks
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for each in lists for t in each)))
