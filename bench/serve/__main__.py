@@ -1,7 +1,8 @@
 """The load test of the example app (docs/examples/serving): latency against load, of ours and of others.
 
 python -m bench.serve ours           one contender's curve, into bench/records/avx2/serve/load.json
-python -m bench.serve ours --bars    ours at 70 % for two minutes, at 150 %, and killed and started again
+python -m bench.serve --bars         ours at 70 % (--seconds 120: for two minutes) and at 150 %
+python -m bench.serve --restart      ours killed and started again
 python -m bench.serve --chart        the chart, from the record
 
 The server has one core, the load another: a closed loop of eight clients says what the server can do, open loops at
@@ -39,23 +40,28 @@ SERVER_CORE, LOAD_CORE = 0, 1
 
 
 @contextlib.contextmanager
-def server(contender: str, candidates: int) -> Iterator[tuple[int, subprocess.Popen, float]]:
-    """Its port, its process, and the seconds until it answered."""
+def server(contender: str, candidates: int) -> Iterator[tuple[int, subprocess.Popen]]:
+    """Its port and its process, when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.serve.server", contender, str(port), "--candidates", str(candidates)]
-    began = time.perf_counter()
     process = subprocess.Popen([*command, "--core", str(SERVER_CORE)])
     try:
         while not answers(port):
             if process.poll() is not None:
                 sys.exit(f"the server of {contender} has exited")
             time.sleep(0.02)
-        yield port, process, time.perf_counter() - began
+        yield port, process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
+
+
+def cpu_seconds(process: subprocess.Popen) -> float:
+    """What a process has used so far: what others leave it changes less than time does."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def answers(port: int) -> bool:
@@ -79,21 +85,26 @@ def write_bodies(path: Path, candidates: int) -> None:
 
 
 def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict:
-    with server(contender, candidates) as (port, _, _):
+    watch = machine.Watch()
+    with server(contender, candidates) as (port, process):
         load(port, bodies, seconds=min(seconds, 2))  # warm
+        before = cpu_seconds(process)
         closed = load(port, bodies, seconds=seconds, clients=8)
+        closed["cpu_ms"] = 1e3 * (cpu_seconds(process) - before) / sum(closed["statuses"].values())
         alone = load(port, bodies, seconds=min(seconds, 2), clients=1)
         opened = []
         for part in LOADS:
             rate = part * closed["requests_s"]
             opened.append({"load": part, "rate": rate, **load(port, bodies, seconds=seconds, rate=rate, poisson=True)})
             print(json.dumps(rounded(opened[-1])), flush=True)
-    return {"saturation_s": closed["requests_s"], "closed": closed, "alone": alone, "opened": opened}
+    found = {"saturation_s": closed["requests_s"], "closed": closed, "alone": alone, "opened": opened}
+    return {**found, "others_cores": watch.others()}
 
 
 def bars(candidates: int, bodies: Path, seconds: float) -> dict:
-    """Ours at 70 % of what it can do, at 150 %, and started again after it was killed."""
-    with server("ours", candidates) as (port, _, _):
+    """Ours at 70 % of what it can do and at 150 %."""
+    watch = machine.Watch()
+    with server("ours", candidates) as (port, _):
         load(port, bodies, seconds=1)
         saturation = load(port, bodies, seconds=min(seconds, 4), clients=8)["requests_s"]
         at_70 = {
@@ -101,7 +112,7 @@ def bars(candidates: int, bodies: Path, seconds: float) -> dict:
             "at random": load(port, bodies, seconds=seconds / 6, rate=0.7 * saturation, poisson=True),
         }
         at_150 = load(port, bodies, seconds=seconds / 10, rate=1.5 * saturation, poisson=True)
-    return {"saturation_s": saturation, "at_70": at_70, "at_150": at_150}
+    return {"saturation_s": saturation, "at_70": at_70, "at_150": at_150, "others_cores": watch.others()}
 
 
 def restart(candidates: int) -> dict:

@@ -71,7 +71,7 @@ def onnxruntime(model: nn.Module, x: Batch) -> Callable[[Batch], Tensor]:
 
     path = KEPT / f"din-{len(x['item'])}.onnx"
     if not path.exists():
-        torch.onnx.export(model, (x,), str(path), dynamo=True)
+        torch.onnx.export(model, kwargs={"x": x}, f=str(path), dynamo=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
