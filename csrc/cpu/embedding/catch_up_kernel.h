@@ -19,7 +19,7 @@
 // [-1, 1] however near to eps or to zero sqrt v is.
 //
 // Bytes a row: D values of w, m and v, read and written; by a lookup, which leaves the row as it is, read.
-// Flops a value: 11 and 3 a term, one division and one square root.
+// Flops a value: 11 and 1 a term (more than 8 terms: 3), one division and one square root.
 #pragma once
 
 #include "cpu/embedding/ids_kernel.h"
@@ -33,34 +33,51 @@ namespace rk {
 namespace RK_ISA {
 namespace catch_up {
 
-// What the steps after t do to a row. Terms too small for A to tell are zero.
+// So few terms, which fade quickly, are summed as powers of z: half the operations of Clenshaw's sums.
+constexpr int kPowers = 8;
+
+// What the steps after t do to a row, but terms too small for A to tell.
 template <class A>
 struct Idle {
-  A decay, keep1, keep2, centre, eps, term[kAdamTerms];
-  int n;  // terms up to the last one that is not zero
+  A decay, keep1, keep2, centre, eps;
+  A term[kAdamTerms];  // of n <= kPowers terms the factors of z's powers
+  int n;               // 4, 6, 8 or all: none beyond counts
 
   RK_INLINE Idle(const CatchUp& c, int64_t t) {
     const AdamStart& start = c.history[t - c.base];
     const AdamStart& powers = c.history[c.step - t];
     decay = A(c.decay / start.decay), keep1 = A(powers.power1), keep2 = A(powers.power2);
     centre = A(start.centre), eps = A(c.eps);
-    for (int j = 0; j < kAdamTerms; ++j) term[j] = A(c.decay * start.term[j]);
-    const A least = term[0] * (sizeof(A) == 4 ? A(1e-9) : A(1e-17));
-    n = 1;
-    for (int j = 0; j < kAdamTerms; ++j) {
-      const bool small = __builtin_fabs(term[j]) <= least;  // a NaN is not
-      term[j] = small ? A(0) : term[j];
-      n = small ? n : j + 1;
-    }
+    const double least = start.term[0] * (sizeof(A) == 4 ? 1e-9 : 1e-17);
+    const auto any = [&](int from, int to) __attribute__((always_inline)) {
+      bool counts = false;
+      for (int j = from; j < to; ++j) counts |= !(__builtin_fabs(start.term[j]) <= least);  // a NaN does
+      return counts;
+    };
+    n = any(8, kAdamTerms) ? kAdamTerms : any(6, 8) ? 8 : any(4, 6) ? 6 : 4;
+    for (int j = 0; j < kAdamTerms; ++j) term[j] = j < n ? A(c.decay * start.term[j]) : A(0);
+    if (n <= kPowers) expand(term);
+  }
+
+  // T_0 = 1, T_1 = z, T_2 = 2 z^2 - 1, ... T_7 = 64 z^7 - 112 z^5 + 56 z^3 - 7 z
+  static RK_INLINE void expand(A* c) {
+    c[0] += c[4] - c[2] - c[6];
+    c[1] += 5 * c[5] - 3 * c[3] - 7 * c[7];
+    c[2] = 2 * c[2] - 8 * c[4] + 18 * c[6];
+    c[3] = 4 * c[3] - 20 * c[5] + 56 * c[7];
+    c[4] = 8 * c[4] - 48 * c[6];
+    c[5] = 16 * c[5] - 112 * c[7];
+    c[6] *= 32;
+    c[7] *= 64;
   }
 };
 
-// Calls body(Int<number of terms>) with one of three numbers: loops of known length, and a branch that the
-// processor foretells. Terms that are zero change no bit.
+// Calls body(Int<n>): loops of known length, and a branch that the processor foretells.
 template <class Body>
 RK_INLINE void with_terms(int n, const Body& body) {
-  if (n <= 4) return body(Int<4>());
-  if (n <= 8) return body(Int<8>());
+  if (n == 4) return body(Int<4>());
+  if (n == 6) return body(Int<6>());
+  if (n == kPowers) return body(Int<kPowers>());
   body(Int<kAdamTerms>());
 }
 
@@ -68,13 +85,20 @@ RK_INLINE void with_terms(int n, const Body& body) {
 template <int kTerms, class V, class A>
 RK_INLINE V moved(V w, V m, V v, const Idle<A>& idle) {
   const V gx = idle.centre * square_root(v), inverse = A(1) / (gx + idle.eps), z = (gx - idle.eps) * inverse;
-  V b1 = {}, b2 = {};  // Clenshaw's sums
+  V sum = V{} + idle.term[kTerms - 1];
+  if constexpr (kTerms <= kPowers) {
+#pragma GCC unroll 8
+    for (int j = kTerms - 2; j >= 0; --j) sum = idle.term[j] + z * sum;
+  } else {
+    V b1 = {}, b2 = {};  // Clenshaw's sums
 #pragma GCC unroll 16
-  for (int j = kTerms - 1; j > 0; --j) {
-    const V b = (idle.term[j] - b2) + (z + z) * b1;
-    b2 = b1, b1 = b;
+    for (int j = kTerms - 1; j > 0; --j) {
+      const V b = (idle.term[j] - b2) + (z + z) * b1;
+      b2 = b1, b1 = b;
+    }
+    sum = (idle.term[0] - b2) + z * b1;
   }
-  V step = m * (((idle.term[0] - b2) + z * b1) * inverse);
+  V step = m * (sum * inverse);
   // Rounded here: which of the two products is fused with the sum would be the compiler's choice in each
   // copy.
 #if defined(__x86_64__)
@@ -135,9 +159,6 @@ __attribute__((noinline)) void catch_up_row(const CatchUp& c, int64_t row, int32
   });
 }
 
-// Lookups ahead whose rows are prefetched, and whose rows' last steps.
-constexpr int64_t kRowsAhead = 8, kLastAhead = 24;
-
 template <class T, class I>
 __attribute__((noinline)) bool caught_up_rows(const CatchUp& c, const Bags& f, const I* ids, Range lookups,
                                               T* out, int64_t stride_out) {
@@ -151,15 +172,20 @@ __attribute__((noinline)) bool caught_up_rows(const CatchUp& c, const Bags& f, c
   for (int64_t p = lookups.begin; p < lookups.end; ++p, out += stride_out) {
     const int64_t id = ids[p];
     if (static_cast<uint64_t>(id) >= R) return false;
-    const int64_t far = ids[p + kLastAhead < end ? p + kLastAhead : p],
-                  near = ids[p + kRowsAhead < end ? p + kRowsAhead : p];
-    __builtin_prefetch(c.last_steps + (static_cast<uint64_t>(far) < R ? far : id));
-    const Row<T> next(c, static_cast<uint64_t>(near) < R ? near : id);
+    const auto ahead = [&](int64_t distance) __attribute__((always_inline)) {
+      const int64_t row = ids[p + distance < end ? p + distance : p];
+      return static_cast<uint64_t>(row) < R ? row : id;
+    };
+    __builtin_prefetch(c.last_steps + ahead(kIdleAhead));
+    const Row<T> near(c, ahead(kNearWide)), far(c, ahead(kFarWide));
     const auto prefetch = [&](int i, int64_t d) __attribute__((always_inline)) {
       if (i % kLine) return;
-      __builtin_prefetch(next.w + d + i * kLanes);
-      __builtin_prefetch(next.m + d + i * kLanes);
-      __builtin_prefetch(next.v + d + i * kLanes);
+      __builtin_prefetch(near.w + d + i * kLanes, 0, 3);
+      __builtin_prefetch(near.m + d + i * kLanes, 0, 3);
+      __builtin_prefetch(near.v + d + i * kLanes, 0, 3);
+      __builtin_prefetch(far.w + d + i * kLanes, 0, 2);
+      __builtin_prefetch(far.m + d + i * kLanes, 0, 2);
+      __builtin_prefetch(far.v + d + i * kLanes, 0, 2);
     };
     if (id == padding) continue;
     const Row<T> r(c, id);
