@@ -99,9 +99,9 @@ def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative) -> Ca
     def call(*arguments, **keywords):
         if is_traced() or torch.is_inference_mode_enabled() or is_transformed():
             return op(*arguments, **keywords)
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
+        tensors = first_derivative.tensors(arguments) if torch.is_grad_enabled() else ()
+        if not torch._C._any_requires_grad(*tensors):
             return below(*arguments, **keywords)
-        tensors = first_derivative.tensors(arguments)
         if torch._C._is_torch_function_mode_enabled() or set(map(type, tensors)).difference(plain_classes, absent):
             return op(*arguments, **keywords)
         return first_derivative.record(below, arguments, keywords, tensors)

@@ -278,7 +278,7 @@ def table_batched_embedding_bag(
     features, joined_names = to_schema(
         weights, indices, offsets, per_sample_weights, modes, tables, padding_idx, frozen_rows, names
     )
-    return run_op(list(weights), features, joined_names, concat, sparse, optimizer)
+    return run_op(weights, features, joined_names, concat, sparse, optimizer)
 
 
 def embedding_bag(

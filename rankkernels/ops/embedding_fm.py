@@ -259,5 +259,5 @@ def embedding_fm(
     """
     modes = ["none"] * len(indices) if modes is None else modes
     features, joined_names = to_schema(weights, indices, None, None, modes, tables, padding_idx, frozen_rows, names)
-    embeddings, fm, linear = run_op(list(weights), features, joined_names, linear_weight, dense, sparse, optimizer)
+    embeddings, fm, linear = run_op(weights, features, joined_names, linear_weight, dense, sparse, optimizer)
     return embeddings, fm, None if linear_weight is None else linear
