@@ -11,6 +11,7 @@ from rank_request import Limits
 from running import Held, din, running
 
 from bench.report import draw
+from bench.serve import __main__ as load_test
 from bench.serve.load import BROKEN, Load, http, percentiles
 
 RIGHT = http(json.dumps({"user": {"user": 3, "clicks": [1]}, "candidates": {"item": [1, 2]}}).encode())
@@ -65,3 +66,9 @@ def test_the_chart_draws(tmp_path):
     }
     draw.draw("load", data, tmp_path / "load.svg")
     assert draw.is_current(tmp_path / "load.svg", data)
+
+
+def test_the_chart_kept_shows_the_record_kept():
+    record = json.loads(load_test.RECORD.read_text())
+    assert draw.is_current(load_test.CHART, load_test.chart_data(record)), "run: python -m bench.serve --chart"
+    assert record["bars"]["at_70"]["evenly"]["statuses"].keys() == {"200"}
