@@ -65,8 +65,9 @@ class _Request:
 
     def known_ids(self, lookup: Lookup) -> Tensor:
         """An input's ids as rows of the table: [1 or C, L]."""
-        ids, R = self.inputs[lookup.input].long(), self.tables[lookup.table].size(0)
-        ids = ids.reshape(1 if self.sides[lookup.input] else self.C, -1)
+        given, R = self.inputs[lookup.input], self.tables[lookup.table].size(0)
+        rows = 1 if self.sides[lookup.input] else self.C
+        ids = given.long().reshape(rows, given.numel() if rows == 1 else given.shape[1:].numel())
         unknown = (ids < 0) | (ids >= (R if UNKNOWN[lookup.unknown] == "error" else lookup.known))
         if UNKNOWN[lookup.unknown] == "row":
             return ids.masked_fill(unknown, lookup.known - 1)
@@ -77,7 +78,7 @@ class _Request:
             return torch.where(unknown, rows + (rows >= padding) * (padding >= 0), ids)
         if bool(unknown.any()):
             at = unknown.nonzero()[0].tolist()
-            index = ", ".join(map(str, at[: self.inputs[lookup.input].dim()] if ids.size(1) > 1 else at[:1]))
+            index = ", ".join(map(str, at)) if given.dim() > 1 else at[0] * ids.size(1) + at[1]
             raise RuntimeError(
                 f"rank: {self.names[lookup.input]}[{index}] = {int(ids[tuple(at)])} is out of range for a table with "
                 f"{R} rows"

@@ -59,6 +59,7 @@ def test_scores_are_the_models(name):
         close(frozen.rank(user, candidates), expected)
         close(frozen(batch(user, candidates)), expected)
         close(reference(frozen, user, candidates), expected)
+    assert reference(frozen, *request(model, 0)).shape == frozen.rank(*request(model, 0)).shape == (0,)
 
 
 def test_masked_histories_without_an_item():
@@ -252,6 +253,7 @@ def test_requests_that_are_wrong_say_so():
         (IndexError, r"rank: item\[3\] = 40 is out of range for a table with 40 rows", {}, {"item": [0, 1, 2, R, 4]}),
         (IndexError, r"rank: age\[0\] = -1 is out of range", {"age": [-1]}, {}),
         (IndexError, r"rank: items\[0, 1\] = 99 is out of range", {"items": [[1, 99]]}, {}),
+        (IndexError, r"rank: items\[1\] = 99 is out of range", {"items": [1, 99]}, {}),
         (ValueError, r"rank: shop must be ids \[C\] of the candidates, C = 5, got shape \[4\]", {}, {"shop": [0] * 4}),
         (ValueError, r"rank: items is a history, which must be the user's", {}, {"items": [[1]] * 5}),
         (ValueError, r"rank: age must be ids of the user, got shape \[2\]", {"age": [1, 2]}, {}),
@@ -264,6 +266,9 @@ def test_requests_that_are_wrong_say_so():
         ]
         with pytest.raises(error, match=text):
             frozen.rank(*given)
+        if error is IndexError:
+            with pytest.raises(RuntimeError, match=text):
+                reference(frozen, *given)
     with pytest.raises(KeyError, match="feature 'age' is missing"):
         frozen.rank({n: v for n, v in user.items() if n != "age"}, candidates)
     with pytest.raises(KeyError, match="candidates must have one"):
