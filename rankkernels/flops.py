@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from rankkernels.ops._rank_plan import Layer, Plan
 from rankkernels.ops._schema import parsed
 from rankkernels.ops.attention_params import Flags, Inputs
 
@@ -21,7 +22,7 @@ _WITHOUT_PRODUCTS = [
     _OPS.fm_interaction, _OPS.fm_interaction_backward, _OPS.norm_activation, _OPS.norm_activation_backward,
     _OPS.embedding_bag, _OPS.embedding_bag_backward, _OPS.embedding_bag_backward_sparse, _OPS.embedding_bag_update,
     _OPS.sparse_update, _OPS.embedding_catch_up, _OPS.embedding_catch_up_all, _OPS.embedding_mark_steps,
-    _OPS.adam_history, _OPS.embedding_bag_exact, _OPS.embedding_bag_exact_update,
+    _OPS.adam_history, _OPS.embedding_bag_exact, _OPS.embedding_bag_exact_update, _OPS.frozen_rows,
 ]  # fmt: skip
 
 
@@ -74,6 +75,34 @@ def _deepfm(weights, indices, tables, names, linear_weight, dense, mlp, *args, o
 @register_flop_formula(_OPS.linear_weight_grad)
 def _linear_weight_grad(dy, x, *args, out_shape=None, **kwargs) -> int:
     return 2 * dy[0] * dy[1] * x[1]
+
+
+def _of_candidate(layers: Sequence[Layer], inputs: int) -> int:
+    """Multiply-adds of the layers, the first of so many inputs, and of the score behind the last."""
+    if not layers:
+        return 0
+    first, *others = layers
+    return inputs * first.units + sum(layer.inputs * layer.units for layer in others) + layers[-1].units
+
+
+@register_flop_formula(_OPS.rank, get_raw=True)
+def _rank(inputs, sides, tables, weights, plan, names, candidates, *, out_val=None, **kwargs) -> int:
+    """The candidates' products: what is the user's is computed once. Rows of a history that are equal count each."""
+    plan = Plan.decode(plan)
+
+    def width(lookup: int) -> int:
+        return plan.tables[plan.lookups[lookup].table].width
+
+    columns = sum(d.width for d in plan.dense if d.column >= 0 and not sides[d.input])
+    columns += sum(
+        width(i) for i, each in enumerate(plan.lookups) if each.column >= 0 and not (each.history or sides[each.input])
+    )
+    attention = 0
+    for unit in plan.units:
+        L, D = inputs[plan.lookups[unit.histories[0]].input].numel(), sum(map(width, unit.histories))
+        attention += L * (_of_candidate(unit.layers, D) + D)
+        columns += D
+    return 2 * candidates * (attention + _of_candidate(plan.layers, columns))
 
 
 if torch.ops.mkldnn._linear_pointwise not in flop_registry:  # torch's own, but it has no formula for it

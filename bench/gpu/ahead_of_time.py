@@ -222,10 +222,11 @@ def serves(case) -> bool:
     if case.op != "din_attention":
         return True
     from rankkernels._triton.din_attention import supports
-    from rankkernels.ops.attention_params import Flags
+    from rankkernels.ops._schema import parsed
+    from rankkernels.ops.attention_params import Flags, Inputs
 
-    history, _, _, _, _, params, _, *flags = case.arguments(*meta_inputs(case, case.dtypes[0]))
-    return supports(history, params, Flags(*flags))
+    inputs, flags = parsed(case.arguments(*meta_inputs(case, case.dtypes[0])), Inputs, Flags)
+    return supports(inputs.history, inputs.params, flags)
 
 
 def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:

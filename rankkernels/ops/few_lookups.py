@@ -36,7 +36,8 @@ def run_lookups(
     weights: Sequence[Tensor], features: Features, names: str, concat: bool = False, optimizer: Optimizer | None = None
 ) -> list[Tensor]:
     """``embedding_bag.run_op`` of plain tables, by torch where that is faster."""
-    if optimizer is None and not _exact_table.in_use and not is_faster(weights, features):
+    exact = _exact_table.in_use and _exact_table.any_exact(weights)
+    if optimizer is None and not exact and not is_faster(weights, features):
         frozen = features.frozen_rows
         try:
             found = [torch.embedding(weights[t], i, frozen[t]) for i, t in zip(features.indices, features.tables)]

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import rankkernels as rk
 import rankkernels.flops  # noqa: F401 (registers the formulas)
+from rankkernels import serve
 
 B, L, V, D = 16, 5, 20, 4
 
@@ -62,6 +63,19 @@ def test_flops_of_models_are_torch_rechubs(build, training):
     theirs = build(ranking, features)
     ours = rk.accelerate(copy.deepcopy(theirs))
     assert flops(ours, training)[0] == flops(theirs, training)[0] > 0
+
+
+def test_flops_of_a_frozen_models_candidates():
+    user, item = rk.SparseFeature("user", 9, 4), rk.SparseFeature("item", 9, 4)
+    history = rk.SequenceFeature("history", 9, 4, pooling="concat", shared_with="item")
+    frozen = serve.freeze(rk.DIN([user], [history], [item], {"dims": [3]}, {"dims": [2]}))
+    with FlopCounterMode(display=False) as counter:
+        frozen.rank({"user": 1, "history": [1, 2, 3, 4, 5]}, {"item": torch.arange(7)})
+    attention, mlp = (
+        5 * (4 * 2 + 2 + 4),
+        (4 + 4) * 3 + 3,
+    )  # a row's layer, score and share; the user's columns are a bias
+    assert counter.get_total_flops() == 2 * 7 * (attention + mlp)
 
 
 def counted(function, *arguments) -> dict[str, int]:
