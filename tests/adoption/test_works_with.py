@@ -74,7 +74,7 @@ def test_flops_of_a_frozen_models_candidates():
     attention, mlp = (
         5 * (4 * 2 + 2 + 4),
         (4 + 4) * 3 + 3,
-    )  # a row's layer, score and share; the user's columns are a bias
+    )  # the user's columns are a bias
     assert counter.get_total_flops() == 2 * 7 * (attention + mlp)
 
 
