@@ -29,7 +29,9 @@ def is_faster(weights: Sequence[Tensor], features: Features) -> bool:
         return True
     if sum([ids.numel() for ids in features.indices]) > MOST_IDS:
         return True
-    return not all([w.is_cpu and w.dtype in _DTYPES for w in weights])
+    # torch looks ids without memory (meta) up in a table on the CPU, and gives what is there by chance.
+    tables = all([w.is_cpu and w.dtype in _DTYPES for w in weights])
+    return not (tables and all([ids.is_cpu for ids in features.indices]))
 
 
 def run_lookups(

@@ -157,7 +157,7 @@ def embedding_layer(draw: Draw) -> Trial:
     if draw.chance(0.2):
         for f in chosen:
             if is_sequence(f) and squeeze is False and all(map(is_sequence, chosen)):
-                f.pooling = "concat"
+                f.pooling, f.weights = "concat", None
     tables = [f for f in chosen if not is_dense(f)]
     dtype = draw.dtype() if tables else torch.float32
     ours, theirs = built(draw, rk.EmbeddingLayer, Embeddings, [chosen], dtype, draw.chance(0.5))

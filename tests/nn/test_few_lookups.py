@@ -97,3 +97,10 @@ def test_a_table_under_exact_adam_is_read_up_to_date():
         optimizers[1].zero_grad()
         found.square().sum().backward(), expected.square().sum().backward()
         optimizers[1].step()
+
+
+def test_ids_of_another_device_are_refused():
+    """torch's own embedding takes them, and returns memory that nobody wrote."""
+    ours = layer(1)
+    with pytest.raises((RuntimeError, ValueError), match="c0"):
+        ours({"c0": torch.zeros(4, dtype=torch.int64, device="meta")}, ours.features)
