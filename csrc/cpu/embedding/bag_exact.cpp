@@ -1,14 +1,11 @@
 // Lookups of tables under exact Adam, and its fused step: each row is read and written as often as lazy
 // Adam's. A lookup computes what its rows have come to and leaves them as they are; the step, which has to
 // write them, takes what they missed before its own. The mathematics is in catch_up_kernel.h.
-#include <atomic>
-
 #include "cpu/embedding/backward.h"
 #include "cpu/embedding/catch_up.h"
 #include "cpu/embedding/lookup.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
-#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/radix_sort.h"
 #include "cpu/tuning.h"
 
@@ -80,16 +77,14 @@ Tensors embedding_bag_exact_cpu(const Tensors& weights, const Tensors& states, c
   const ForwardArgs forward(
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
       concat);
-  const BagTasks plan(forward.features);
-  std::atomic<bool> in_range{true};
-  run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
-    const auto [f, b0, b1] = plan.tasks[task];
-    dispatch_floating(forward.dtype(f), [&, f = f, b0 = b0, b1 = b1](auto* type) {
+  forward.for_each_part([&](size_t f, int64_t b0, int64_t b1) {
+    bool in_range = true;
+    dispatch_floating(forward.dtype(f), [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      if (!CaughtUpBags<T>(all[tables[f]], forward.features.bags[f]).look_up(b0, b1)) in_range = false;
+      in_range = CaughtUpBags<T>(all[tables[f]], forward.features.bags[f]).look_up(b0, b1);
     });
+    return in_range;
   });
-  if (!in_range) forward.check_range();
   return forward.outs;
 }
 

@@ -4,7 +4,6 @@
 
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
-#include "cpu/runtime/parallel.h"
 
 namespace rk {
 
@@ -74,13 +73,7 @@ static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices,
   const ForwardArgs forward(
       weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
       concat);
-  const BagTasks plan(forward.features);
-  std::atomic<bool> in_range{true};
-  run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
-    const auto [f, b0, b1] = plan.tasks[task];
-    if (!forward.look_up(f, b0, b1)) in_range = false;
-  });
-  if (!in_range) forward.check_range();
+  forward.for_each_part([&](size_t f, int64_t b0, int64_t b1) { return forward.look_up(f, b0, b1); });
   return forward.outs;
 }
 
