@@ -32,7 +32,6 @@ class Block {
       : request_(request),
         plan_(request.plan),
         user_(user),
-        memory_(memory),
         lanes_(RK_DISPATCH_ISA(rank_lanes)),
         tile_(kRankVecs * lanes_) {
     memory.restart();
@@ -187,7 +186,6 @@ class Block {
   const RankRequest& request_;
   const RankPlan& plan_;
   const RankUser& user_;
-  KeptMemory& memory_;
   int64_t lanes_, tile_, stride_rows_;
   float *hidden_[2], *rows_, *columns_, *operand_;
   int64_t* ids_[2];
