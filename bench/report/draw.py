@@ -53,6 +53,12 @@ def caption(figure, text: str, width: int) -> None:
     figure.suptitle(textwrap.fill(text, width), x=0.01, ha="left", fontsize=9, color=INK)
 
 
+def grid(axes) -> None:
+    """Faint lines, open at the top and at the right."""
+    axes.grid(color=INK, alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def plain(axis) -> None:
     """0.5, 1, 2, 5 on a logarithmic axis, and not powers of ten."""
     from matplotlib import ticker
@@ -145,8 +151,7 @@ def roofline(plt, data: dict):
     plain(axes.yaxis)
     axes.set_xlabel("flops that the mathematics needs for each byte that it must move")
     axes.set_ylabel("GFLOP/s")
-    axes.grid(color=INK, alpha=0.25, lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    grid(axes)
     names = axes.get_legend_handles_labels()[1]
     shapes = [plt.Line2D([], [], marker=MARKERS[i % 8], color=INK, ls="", ms=7) for i in range(len(names))]
     shapes += [
@@ -184,8 +189,7 @@ def scaling(plt, data: dict):
         axes.set_xlabel(names.get(curve["axis"], curve["axis"]))
         axes.set_ylabel("ms")
         axes.set_title(f"{curve['op']}\n{curve['fixed']}", fontsize=8.5)
-        axes.grid(color=INK, alpha=0.25, lw=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+    [["top", "right"]].set_visible(False)
     for axes in set(grid.flat) - {axes for axes, _ in places}:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -210,8 +214,7 @@ def learning(plt, data: dict):
         plain(axes.xaxis)
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("AUC of the test part")
-        axes.grid(color=INK, alpha=0.25, lw=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+    [["top", "right"]].set_visible(False)
     handles = [plt.Line2D([], [], marker=MARKERS[i % 8], ms=4, color=palette[name]) for i, name in enumerate(names)]
     handles.append(plt.Line2D([], [], color=INK, ls=":"))
     labels = [
@@ -239,8 +242,7 @@ def load(plt, data: dict):
     plain(axes.yaxis)
     axes.set_xlabel("requests that come in a second")
     axes.set_ylabel("ms until an answer: median, dotted p99")
-    axes.grid(color=INK, alpha=0.25, lw=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    grid(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     caption(figure, data["caption"], 130)
