@@ -9,29 +9,9 @@ import torch
 from torch import Tensor
 
 from rankkernels.nn.features import check_features, is_dense, is_sequence
-from rankkernels.ops._features import MODES, Features, join_names
+from rankkernels.ops._features import MODES, Features, Known, join_names
 
 POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
-
-
-class Known(NamedTuple):
-    """The ids that have rows, 0 .. size - 1, and what the others get: see ``SparseFeature``."""
-
-    size: int
-    oov: str
-    padding_idx: int | None
-
-    def rows_of(self, ids: Tensor) -> Tensor:
-        """ids as they come -> rows of the table, one pass over the ids for each of a few torch ops."""
-        unknown = (ids < 0) | (ids >= self.size)
-        if self.oov == "row":
-            return ids.masked_fill(unknown, self.size - 1)
-        # Fibonacci hashing: the product's high bits depend on all of the id's, the sign is taken off by the remainder.
-        mixed = ids.long() * -7046029254386353131
-        rows = mixed.bitwise_xor(mixed >> 32).remainder(max(self.size - (self.padding_idx is not None), 1))
-        if self.padding_idx is not None:
-            rows = rows + (rows >= self.padding_idx % self.size)
-        return torch.where(unknown, rows, ids.long())
 
 
 class Lookup(NamedTuple):

@@ -15,6 +15,26 @@ from rankkernels.ops._schema import nothing
 MODES = ("none", "sum", "mean", "max")
 
 
+class Known(NamedTuple):
+    """The ids that have rows, 0 .. size - 1, and what the others get: see ``rankkernels.SparseFeature``."""
+
+    size: int
+    oov: str
+    padding_idx: int | None
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """ids as they come -> rows of the table, one pass over the ids for each of a few torch ops."""
+        unknown = (ids < 0) | (ids >= self.size)
+        if self.oov == "row":
+            return ids.masked_fill(unknown, self.size - 1)
+        # Fibonacci hashing: the product's high bits depend on all of the id's, the sign is taken off by the remainder.
+        mixed = ids.long() * -7046029254386353131
+        rows = mixed.bitwise_xor(mixed >> 32).remainder(max(self.size - (self.padding_idx is not None), 1))
+        if self.padding_idx is not None:
+            rows = rows + (rows >= self.padding_idx % self.size)
+        return torch.where(unknown, rows, ids.long())
+
+
 class Features(NamedTuple):
     """One entry a feature, but ``frozen_rows``: one entry a table.
 

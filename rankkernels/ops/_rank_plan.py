@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankkernels.ops._features import Known
+
 #: Their numbers in the C++: ``Activation`` of csrc/cpu/dense/params.h.
 LEAKY, RELU, SIGMOID, DICE, DICE_BATCH_NORM = range(5)
 #: What becomes of an id that is no row of its table: ``Unknown`` of csrc/cpu/serve/plan.h.
@@ -51,6 +53,13 @@ class Lookup(NamedTuple):
     fm: bool
     history: bool
 
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """ids as they come -> rows of the table; as they are where unknown ones are an error."""
+        if UNKNOWN[self.unknown] == "error":
+            return ids
+        padding_idx = None if self.hash_padding < 0 else self.hash_padding
+        return Known(self.known, UNKNOWN[self.unknown], padding_idx).rows_of(ids)
+
 
 class Dense(NamedTuple):
     input: int
@@ -74,6 +83,10 @@ class Layer(NamedTuple):
     score_weight: int
     score_bias: int
 
+    def weight_of(self, weights: Tensor) -> Tensor:
+        """W [units, inputs]."""
+        return unpack(weights[self.weight :], self.units, self.inputs)
+
 
 class Unit(NamedTuple):
     """An attention: histories and targets are lookups, side by side."""
@@ -89,6 +102,13 @@ class Unit(NamedTuple):
     history_weight: int
     target_weight: int
     product_weight: int
+
+    def first_weights(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first layer's products take: Wt + Wd of the target, Wh - Wd of the history, Wp, [H, D] each."""
+        H, D = self.layers[0].units, self.layers[0].inputs
+        target, product = (unpack(weights[p:], H, D, 4) for p in (self.target_weight, self.product_weight))
+        history = weights[self.history_weight :][: D * padded(H)].view(D, padded(H))
+        return target, history[:, :H].t(), product
 
 
 class Plan(NamedTuple):
@@ -147,10 +167,11 @@ def pack(weight: Tensor, multiple: int = 1) -> Tensor:
     return filled.view(-1, 4, filled.size(1)).transpose(1, 2).contiguous()
 
 
-def unpack(packed: Tensor, units: int, inputs: int) -> Tensor:
-    """The inverse of ``pack``, of a vector."""
-    groups = -(-units // 4)
-    return packed.view(groups, -1, 4).transpose(1, 2).reshape(4 * groups, -1)[:units, :inputs]
+def unpack(packed: Tensor, units: int, inputs: int, multiple: int = 1) -> Tensor:
+    """The inverse of ``pack``, of a vector that begins with what it made."""
+    groups, filled = -(-units // 4), -(-inputs // multiple) * multiple
+    packed = packed[: 4 * groups * filled].view(groups, filled, 4)
+    return packed.transpose(1, 2).reshape(4 * groups, filled)[:units, :inputs]
 
 
 def padded(n: int) -> int:

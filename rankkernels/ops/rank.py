@@ -21,14 +21,12 @@ from rankkernels.ops._rank_plan import (
     LEAKY,
     RELU,
     SIGMOID,
-    UNKNOWN,
     Layer,
     Lookup,
     Plan,
     Table,
     Unit,
     dequantize,
-    unpack,
 )
 from rankkernels.ops._table import notice_reference
 
@@ -67,15 +65,9 @@ class _Request:
         """An input's ids as rows of the table: [1 or C, L]."""
         given, R = self.inputs[lookup.input], self.tables[lookup.table].size(0)
         rows = 1 if self.sides[lookup.input] else self.C
-        ids = given.long().reshape(rows, given.numel() if rows == 1 else given.shape[1:].numel())
-        unknown = (ids < 0) | (ids >= (R if UNKNOWN[lookup.unknown] == "error" else lookup.known))
-        if UNKNOWN[lookup.unknown] == "row":
-            return ids.masked_fill(unknown, lookup.known - 1)
-        if UNKNOWN[lookup.unknown] == "hash":
-            mixed = ids * -7046029254386353131
-            padding = lookup.hash_padding
-            rows = mixed.bitwise_xor(mixed >> 32).remainder(max(lookup.known - (padding >= 0), 1))
-            return torch.where(unknown, rows + (rows >= padding) * (padding >= 0), ids)
+        width = given.numel() if rows == 1 else given.shape[1:].numel()
+        ids = lookup.rows_of(given.long().reshape(rows, width))
+        unknown = (ids < 0) | (ids >= R)
         if bool(unknown.any()):
             at = unknown.nonzero()[0].tolist()
             index = ", ".join(map(str, at)) if given.dim() > 1 else at[0] * ids.size(1) + at[1]
@@ -116,25 +108,20 @@ class _Request:
         for layer, following in zip(layers, [*layers[1:], None]):
             z = self.activated(layer, z)
             if following is not None:
-                weight = self.floats(following.weight, -(-following.units // 4) * 4 * following.inputs)
-                bias = self.floats(following.bias, following.units)
-                z = F.linear(z, unpack(weight, following.units, following.inputs), bias)
+                z = F.linear(z, following.weight_of(self.weights), self.floats(following.bias, following.units))
         return z @ self.floats(layers[-1].score_weight, layers[-1].units) + self.weights[layers[-1].score_bias]
 
     def pooled(self, unit: Unit, found: list[Tensor]) -> Tensor:
         history = torch.cat([found[i] for i in unit.histories], -1)
         target = torch.cat([found[i].expand(self.C, -1) for i in unit.targets], -1)
-        first, (L, D) = self.plan.lookups[unit.histories[0]], history.shape
+        first, L = self.plan.lookups[unit.histories[0]], len(history)
         valid = torch.ones(L, dtype=torch.bool)
         if unit.masked:
             valid = self.inputs[first.input].reshape(-1) != first.padding_idx
         if unit.length >= 0:
             valid = valid & (torch.arange(L) < int(self.inputs[unit.length]))
-        layer = unit.layers[0]
-        H, size = layer.units, -(-layer.units // 4) * -(-D // 4) * 16
-        of_target, of_product = (unpack(self.floats(p, size), H, D) for p in (unit.target_weight, unit.product_weight))
-        of_history = self.floats(unit.history_weight, D * (-(-H // 16) | 1) * 16).view(D, -1)[:, :H]
-        z = history @ of_history + self.floats(layer.bias, H)
+        of_target, of_history, of_product = unit.first_weights(self.weights)
+        z = F.linear(history, of_history, self.floats(unit.layers[0].bias, unit.layers[0].units))
         z = z + F.linear(target, of_target)[:, None] + F.linear(target[:, None] * history, of_product)
         score = self.score(unit.layers, z.flatten(0, 1)).view(self.C, L)
         alone = unit.use_softmax and unit.count_padding and not bool(valid.any())  # padding has all the weight
@@ -165,8 +152,7 @@ class _Request:
             logit = logit + reference.fm_interaction(torch.stack(fields, 1), True).squeeze(1)
         if plan.layers:
             first = plan.layers[0]
-            weight = self.floats(first.weight, -(-first.units // 4) * 4 * first.inputs)
-            z = F.linear(x, unpack(weight, first.units, first.inputs), self.floats(first.bias, first.units))
+            z = F.linear(x, first.weight_of(self.weights), self.floats(first.bias, first.units))
             logit = logit + self.score(plan.layers, z)
         return logit.sigmoid() if plan.sigmoid else logit
 

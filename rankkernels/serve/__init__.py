@@ -13,11 +13,10 @@ import sys
 import torch
 from torch import nn
 
-from rankkernels.adoption import _adapters, _said
 from rankkernels.serve import _rechub
 from rankkernels.serve._builder import Builder
 from rankkernels.serve._frozen import FORMAT, FrozenModel, Ranking
-from rankkernels.serve._layers import NotServed, plain
+from rankkernels.serve._layers import NotServed, kind_of, plain
 
 __all__ = ["FrozenModel", "NotServed", "Ranking", "freeze", "load"]
 
@@ -37,12 +36,10 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
     """
     builder = Builder(tables)
     plain(model, type(model).__name__)
-    _, said = _said(model, model, _adapters())
-    kind = said if isinstance(said, type) else type(model)
     if "deepctr_torch" in sys.modules and isinstance(model, sys.modules["deepctr_torch"].models.basemodel.BaseModel):
         built = importlib.import_module("rankkernels.serve._deepctr").build(model, builder)
     else:
-        built = _rechub.build(model, kind, builder)
+        built = _rechub.build(model, kind_of(model), builder)
     if built is None:
         raise NotServed(
             f"freeze: {type(model).__module__}.{type(model).__name__} is not served; served are DeepFM and DIN of "

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rankkernels.nn.lookup_plan import Known
-from rankkernels.ops._rank_plan import DICE, DICE_BATCH_NORM, LEAKY, RELU, SIGMOID, UNKNOWN, Plan, Unit, unpack
+from rankkernels.ops._rank_plan import DICE, DICE_BATCH_NORM, LEAKY, RELU, SIGMOID, Plan, Unit
 from rankkernels.ops.din_attention import din_attention
 from rankkernels.ops.rank import frozen_rows
 
@@ -22,16 +21,12 @@ class Attention:
         self.plan, self.unit, self.names = plan, unit, names
         self.params, self.running_stats = [], []
         for i, layer in enumerate(unit.layers):
-            H, D = layer.units, layer.inputs
+            H = layer.units
             if i == 0:
-                size = -(-H // 4) * -(-D // 4) * 16
-                target, product = (
-                    unpack(weights[p : p + size], H, D) for p in (unit.target_weight, unit.product_weight)
-                )
-                history = weights[unit.history_weight :][: D * (-(-H // 16) | 1) * 16].view(D, -1)[:, :H].t()
+                target, history, product = unit.first_weights(weights)
                 weight = torch.cat([target, history, torch.zeros_like(target), product], 1)
             else:
-                weight = unpack(weights[layer.weight :][: -(-H // 4) * 4 * D], H, D)
+                weight = layer.weight_of(weights)
             self.params += [weight.contiguous(), weights[layer.bias :][:H].clone()]
             if layer.activation in (LEAKY, DICE, DICE_BATCH_NORM):
                 self.params.append(weights[layer.alpha :][:H].clone())
@@ -45,11 +40,7 @@ class Attention:
     def _rows(self, inputs: Sequence[Tensor], tables: Sequence[Tensor], lookups: Sequence[int]) -> Tensor:
         found = []
         for lookup in map(self.plan.lookups.__getitem__, lookups):
-            ids, oov = inputs[lookup.input], UNKNOWN[lookup.unknown]
-            if oov != "error":
-                padding = None if lookup.hash_padding < 0 else lookup.hash_padding
-                ids = Known(lookup.known, oov, padding).rows_of(ids)
-            table = self.plan.tables[lookup.table]
+            ids, table = lookup.rows_of(inputs[lookup.input]), self.plan.tables[lookup.table]
             found.append(frozen_rows(tables[lookup.table], table, ids, self.names[lookup.input]))
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 

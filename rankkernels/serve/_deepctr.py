@@ -54,6 +54,14 @@ def _add(b: Builder, tables: nn.ModuleDict, feature, **parts) -> int:
     return b.lookup(feature.name, "sequence", table, feature.combiner, 0, **parts)
 
 
+def _dnn(model: nn.Module, b: Builder) -> None:
+    """The MLP, whose last inputs are the dense columns."""
+    for column in model.dnn_feature_columns:
+        if isinstance(column, DenseFeat):
+            b.numbers(column.name, column.dimension, b.columns(column.dimension))
+    b.mlp(read_network(_mlp(model.dnn, model.dnn_linear, "dnn"), "dnn"))
+
+
 def _deepfm(model: nn.Module, b: Builder) -> None:
     linear = plain(model.linear_model, "linear_model")
     one = b.floats(torch.ones(1))
@@ -68,12 +76,8 @@ def _deepfm(model: nn.Module, b: Builder) -> None:
     for column in of_tables(model.dnn_feature_columns):
         at = b.columns(column.embedding_dim) if model.use_dnn else -1
         _add(b, model.embedding_dict, column, column=at, fm=model.use_fm)
-    if not model.use_dnn:
-        return
-    for column in model.dnn_feature_columns:
-        if isinstance(column, DenseFeat):
-            b.numbers(column.name, column.dimension, b.columns(column.dimension))
-    b.mlp(read_network(_mlp(model.dnn, model.dnn_linear, "dnn"), "dnn"))
+    if model.use_dnn:
+        _dnn(model, b)
 
 
 def _weights(linear: nn.Module) -> Sequence[Tensor]:
@@ -107,7 +111,4 @@ def _din(model: nn.Module, b: Builder) -> None:
         b.columns(width), length=b.input(lengths[0], "ids"), use_softmax=attention.weight_normalization,
         count_padding=True,
     )  # fmt: skip
-    for column in model.dnn_feature_columns:
-        if isinstance(column, DenseFeat):
-            b.numbers(column.name, column.dimension, b.columns(column.dimension))
-    b.mlp(read_network(_mlp(model.dnn, model.dnn_linear, "dnn"), "dnn"))
+    _dnn(model, b)

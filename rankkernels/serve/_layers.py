@@ -38,6 +38,12 @@ class Network(NamedTuple):
     out_bias: float
 
 
+def kind_of(module: nn.Module) -> type:
+    """The class that says what a module computes: ours, where ``accelerate`` gives it one."""
+    _, ours = _said(module, module, _adapters())
+    return ours if isinstance(ours, type) else type(module)
+
+
 def plain(module: nn.Module, path: str) -> nn.Module:
     """``module``, if calling it is nothing but its class's forward."""
     if not is_untouched(module, type(module)):
@@ -95,9 +101,7 @@ def _hidden(linear: nn.Linear, behind: list[nn.Module], path: str) -> Hidden:
 
 def _activation(module: nn.Module, units: int, path: str) -> tuple:
     """Its number, and the parameters that ``Hidden`` has of it."""
-    kind = type(module)
-    _, ours = _said(module, module, _adapters())
-    kind = ours if isinstance(ours, type) else kind
+    kind = kind_of(module)
 
     def each(alpha: Tensor | float) -> Tensor:
         return torch.as_tensor(alpha).detach().cpu().double().flatten().expand(units).clone()

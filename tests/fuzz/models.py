@@ -15,7 +15,7 @@ from torch_rechub.models import ranking
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.nn.lookup_plan import Known
+from rankkernels.ops._features import Known
 
 DEFAULT_ATTENTION = {"dims": [4], "activation": "dice", "use_softmax": False}
 

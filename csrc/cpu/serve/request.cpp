@@ -76,7 +76,7 @@ int64_t RankRequest::row(const RankLookup& l, int64_t id) const {
   if (l.unknown == Unknown::error) return id >= 0 && id < R ? id : -1;
   if (id >= 0 && id < l.known) return id;
   if (l.unknown == Unknown::row) return l.known - 1;
-  // nn/lookup_plan.py: Known.rows_of
+  // ops/_features.py: Known.rows_of
   const int64_t mixed =
       static_cast<int64_t>(static_cast<uint64_t>(id) * static_cast<uint64_t>(-7046029254386353131));
   const int64_t n = std::max<int64_t>(l.known - (l.hash_padding >= 0), 1);
