@@ -13,11 +13,12 @@ from rankkernels.nn._tables import KeepsPlans, TableLayer
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, factors, table_name
+from rankkernels.ops import few_lookups
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
+from rankkernels.ops.embedding_bag import run_op
 from rankkernels.ops.embedding_fm import run_batch as run_fm
-from rankkernels.ops.few_lookups import run_lookups
 
 
 def fused_weight(table: nn.Module) -> Tensor | None:
@@ -177,6 +178,9 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         for lookup, i in zip(plan.lookups, ids if one_batch else ()):
             if i.shape[:1] != ids[0].shape[:1]:
                 raise bad_batch(lookup.name, i, plan.names[0], ids[0])
+        few = None if plan.dense else self._few(plan, ids)
+        if few is not None:
+            return [few[i] for i in plan.order]
         tables, weights = self._tables(plan)
         masked = is_plain(self.input_mask, InputMask)
         fused = [
@@ -187,7 +191,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         found = {}
         if fused and len(fused) == len(plan.lookups):  # as nearly always: the plan has the op's arguments
             features = plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
-            found = dict(enumerate(run_lookups(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
+            found = dict(enumerate(run_op(weights, features, plan.joined_names, optimizer=self.fused_optimizer)))
         elif fused:
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
@@ -212,6 +216,16 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             for i, feature in zip(plan.order, plan.features)
         ]
 
+    def _few(self, plan: Plan, ids: list[Tensor]) -> list[Tensor] | None:
+        """The plan's lookups by the tables' own calls, where they are so few that this is the faster way."""
+        if not plan.may_be_few or (self.fused_optimizer is not None and torch.is_grad_enabled()):
+            return None
+        if plan.has_sequence and not is_plain(self.input_mask, InputMask):
+            return None
+        modules = self.embed_dict._modules
+        tables = [modules[lookup.table] for lookup in plan.lookups]
+        return few_lookups.call(tables, ids) if few_lookups.are_faster(tables, ids) else None
+
     def _called(self, x: Mapping[str, Tensor], feature, ids: Tensor, table: nn.Module, lookup: Lookup) -> Tensor:
         """``feature`` looked up by calling the modules, in torch-rechub's order."""
         if self.fused_optimizer is not None and torch.is_grad_enabled():
@@ -228,11 +242,12 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         """Of the layer's tables, whatever they are."""
         return next((p.dtype for p in self.embed_dict.parameters() if p.is_floating_point()), torch.float32)
 
-    def _together(self, x: Mapping[str, Tensor], plan: Plan, one_width: bool) -> tuple[list[Tensor], Features] | None:
+    def _together(
+        self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor], one_width: bool
+    ) -> tuple[list[Tensor], Features] | None:
         """The weights and the features of all of the plan's lookups, if one tensor can hold these side by side."""
         if not plan.in_order:
             return None
-        ids = plan.ids(x)
         # Lists, not generators: of a feature or two, what is asked takes as long as the lookup.
         if any([i.dim() != 1 and not lookup.is_sequence for i, lookup in zip(ids, plan.lookups)]):
             return None
@@ -243,13 +258,20 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             return None
         return weights, plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))
 
-    def _concat(self, x: Mapping[str, Tensor], plan: Plan, squeeze_dim: bool) -> Tensor | None:
+    def _concat(self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor], squeeze_dim: bool) -> Tensor | None:
         """What ``forward`` returns, written by the op in one piece; None if that is not possible."""
-        arguments = self._together(x, plan, not squeeze_dim)
+        if plan.may_be_few and plan.in_order and ids[0].dim() == 1:
+            few = self._few(plan, ids)
+            if few is not None and squeeze_dim:
+                few += plan.dense_columns(x, few[0].dtype, ids) if plan.dense else ()
+                return few[0] if len(few) == 1 else torch.cat(few, 1)
+            if few is not None and len({f.shape for f in few}) == 1:
+                return torch.cat(few, 1).view(-1, len(few), few[0].shape[1]) if len(few) > 1 else few[0].unsqueeze(1)
+        arguments = self._together(x, plan, ids, not squeeze_dim)
         if arguments is None:
             return None
         weights, features = arguments
-        (out,) = run_lookups(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
+        (out,) = run_op(weights, features, plan.joined_names, concat=True, optimizer=self.fused_optimizer)
         if squeeze_dim:
             return torch.cat([out, *plan.dense_columns(x, out.dtype, features.indices)], 1) if plan.dense else out
         return out.view(-1, len(features.indices), weights[0].size(1))
@@ -265,7 +287,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         deep, fm = self._plan(deep_features), self._plan(fm_features)
         if deep.lookups != fm.lookups or len(fm.order) != len(fm.lookups):
             return None
-        arguments = self._together(x, deep, True)
+        arguments = self._together(x, deep, deep.ids(x), True)
         if arguments is None:
             return None
         weights, features = arguments
@@ -301,9 +323,10 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             RuntimeError: features of one shape with another B.
         """
         plan = self._plan(features)
-        out = self._concat(x, plan, squeeze_dim)
+        ids = plan.ids(x)
+        out = self._concat(x, plan, ids, squeeze_dim)
         if out is None:
-            out = arrange(features, self._look_up(x, plan, plan.ids(x)), squeeze_dim)
+            out = arrange(features, self._look_up(x, plan, ids), squeeze_dim)
         return out
 
 

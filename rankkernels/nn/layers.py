@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import are_plain, is_plain, is_untouched, nobody_follows
 from rankkernels.ops._tracing import is_tensor, is_traced
-from rankkernels.ops.linear import folded, folded_linear, is_faster_folded, linear
+from rankkernels.ops.linear import folded, folded_linear, is_faster_folded, is_torchs, linear
 from rankkernels.ops.norm_activation import is_faster
 
 
@@ -174,6 +175,7 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     """``modules`` one after the other: a normalization and the activation behind it as one op, a linear layer by the
     faster library, wherever nobody could tell."""
     modules, at, followed = [*modules], 0, is_traced() or not nobody_follows()
+    N = 0 if followed or x.dim() != 2 else x.shape[0]
     while at < len(modules):
         module, kind, at = modules[at], type(modules[at]), at + 1
         if kind is nn.BatchNorm1d and at < len(modules) and type(modules[at]) is not nn.Linear:
@@ -185,8 +187,9 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             x = x if p == 0 or (not module.training and 0 <= p <= 1) else module(x)
         else:
             weight, bias = _weight_and_bias(module)
-            normalized = _normalized_linear(weight, bias, modules[at : at + 1], x)
-            if normalized is None:
+            if is_torchs(N, module.in_features, module.out_features):
+                x = F.linear(x, weight, bias)
+            elif (normalized := _normalized_linear(weight, bias, modules[at : at + 1], x)) is None:
                 x = linear(x, weight, bias)
             else:
                 x, at = normalized, at + 1
@@ -233,9 +236,8 @@ class MLP(nn.Module):
         self.mlp = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain(self.mlp, nn.Sequential):
-            return self.mlp(x)
-        return run_layers(self.mlp._modules.values(), x)
+        mlp = self.mlp
+        return run_layers(mlp._modules.values(), x) if is_plain(mlp, nn.Sequential) else mlp(x)
 
     def relu_layers(self) -> Iterator[Tensor] | None:
         """Weight and bias of each layer with batch norm folded in, for inference; relu between two layers.

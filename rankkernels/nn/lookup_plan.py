@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankkernels.nn.features import check_features, is_dense, is_sequence
+from rankkernels.ops import few_lookups
 from rankkernels.ops._features import MODES, Features, Known, join_names
 
 POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
@@ -61,6 +62,12 @@ class Plan:
         self.joined_names = join_names(self.names)
         self.has_sequence = any(k.is_sequence for k in self.lookups)
         self.has_weights = any(k.weights is not None for k in self.lookups)
+        #: Whether the tables' own calls give the same: see few_lookups.
+        self.may_be_few = 0 < len(self.lookups) <= few_lookups.MOST_FEATURES and all(
+            k.mode == "none" and k.weights is None and k.known is None for k in self.lookups
+        )
+        if len(self.lookups) > 1:
+            self.may_be_few &= all(is_dense(f) or f.embed_dim <= few_lookups.MOST_WIDTH for f in features)
         #: Whether the lookups, side by side, are what ``EmbeddingLayer.forward`` returns but for dense values.
         self.in_order = len(self.order) == len(places) and len(self.lookups) > 0
         self.in_order &= [i for i in self.order if i < len(self.lookups)] == list(range(len(self.lookups)))

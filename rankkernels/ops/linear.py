@@ -18,6 +18,8 @@ from rankkernels.reference import BatchNorm
 
 #: Multiply-adds from which oneDNN wins despite its cost per call: in forward and backward, and in the forward alone.
 MIN_MULTIPLY_ADDS, MIN_MULTIPLY_ADDS_FORWARD = 1 << 24, 1 << 21
+#: With a single output unit a product is bound by reading x, which takes the time of about so many units.
+LEAST_UNITS = 4
 #: Values of a cache line.
 LINE = 16
 
@@ -71,6 +73,13 @@ def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None, least: int, rows_a
     return x.shape[1] == weight.shape[1] and (bias is None or bias.dim() == 1)
 
 
+def is_torchs(N: int, K: int, M: int) -> bool:
+    """Whether ``linear`` is torch's own call for an x [N, K] and M units, and ``folded_linear`` not faster, whatever
+    else they are: by three numbers that take a tenth of the time of what ``linear`` asks."""
+    least = MIN_MULTIPLY_ADDS_FORWARD if onednn_is_faster() else MIN_MULTIPLY_ADDS
+    return N * K * max(M, LEAST_UNITS) < least
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, the same numbers up to the order of summation.
 
@@ -80,8 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (onednn_is_faster() or (grad and x.requires_grad)) and not must_stay_transparent():  # before any size is read
         if grad and (onednn_is_faster() or x.shape[-1] % LINE) and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS):
             return _Linear.apply(x, weight, bias)
-        # With a single output unit we are bound by reading x, which takes the time of about four units.
-        if not grad and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS_FORWARD, 4):
+        if not grad and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS_FORWARD, LEAST_UNITS):
             return _product(x, weight, bias)
     return F.linear(x, weight, bias)
 

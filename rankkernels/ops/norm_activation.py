@@ -16,7 +16,7 @@ from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_s
 from rankkernels.ops._library import has_triton, lib
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops._tracing import is_exporting_to_onnx
+from rankkernels.ops._tracing import is_compiling, is_exporting_to_onnx
 
 
 class Inputs(NamedTuple):
@@ -222,11 +222,15 @@ def _backward(ctx, grad_out, _):
 _forward = register_autograd("norm_activation", _reference, _backward, _setup_context)
 
 
+#: Values of x below which the cost per call decides between torch's normalization and activation and the op.
+LEAST_VALUES = 1 << 17
+
+
 def is_faster(x: Tensor, activation: str) -> bool:
     """Whether the op is faster than torch's normalization and activation of [N, H] in turn. For small x the cost per
     call decides, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a compiler no size is read,
     which would specialize the graph on it."""
-    return "dice" in activation or torch.compiler.is_compiling() or not x.is_cpu or not 0 < x.numel() < 1 << 17
+    return is_compiling() or not 0 < x.numel() < LEAST_VALUES or not x.is_cpu or "dice" in activation
 
 
 def norm_activation(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import rankkernels as rk
-from rankkernels.ops.few_lookups import MOST_IDS, MOST_RECORDED, MOST_UNRECORDED
+from rankkernels.ops.few_lookups import MOST_FEATURES, MOST_RECORDED, MOST_UNRECORDED, MOST_WIDTH
 
 R, D = 30, 5
 
@@ -34,11 +34,12 @@ def calls_op(layer: rk.EmbeddingLayer, x: dict[str, torch.Tensor], recorded: boo
 
 @pytest.mark.parametrize("recorded, most", [(True, MOST_RECORDED), (False, MOST_UNRECORDED)])
 def test_who_runs(recorded, most):
-    for features in range(1, 4):
-        fits = MOST_IDS // features
-        assert calls_op(layer(features), batch(features, fits), recorded) == (features > most)
+    for features in range(1, MOST_FEATURES + 2):
+        fits = most // features
+        assert calls_op(layer(features), batch(features, fits), recorded) == (features > MOST_FEATURES)
         assert calls_op(layer(features), batch(features, fits + 1), recorded)
-    assert calls_op(layer(1).bfloat16(), batch(1, 4), recorded)  # torch sums gradients in bfloat16
+    assert calls_op(layer(1).bfloat16(), batch(1, 4), recorded) == recorded  # torch sums gradients in bfloat16
+    assert calls_op(layer(2, D=MOST_WIDTH + 1), batch(2, 4), recorded)
     sequence = rk.SequenceFeature("c0", R, D, pooling="sum")
     assert calls_op(rk.EmbeddingLayer([sequence]), {"c0": torch.randint(0, R, (4, 2))}, recorded)
 
@@ -61,12 +62,44 @@ def test_numbers_are_torchs(padding_idx, ids_dtype, dtype):
         assert torch.equal(*grads) and (padding_idx is None or not grads[0][padding_idx].any())
 
 
-def test_two_features_stand_side_by_side():
-    ours, x = layer(2), batch(2, 9)
-    with torch.no_grad():
-        expected = torch.cat([ours.embed_dict[n](i) for n, i in x.items()], 1)
-        assert torch.equal(ours(x, ours.features, squeeze_dim=True), expected)
-        assert torch.equal(ours(x, ours.features), expected.view(9, 2, D))
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("widths", [(D, D), (D, 3)])
+def test_features_stand_side_by_side(widths, recorded):
+    """Also those of two widths, and beside dense columns."""
+    tables = [rk.SparseFeature(f"c{i}", R, width) for i, width in enumerate(widths)]
+    dense = [rk.DenseFeature("age"), rk.DenseFeature("counts")]
+    ours, x = rk.EmbeddingLayer(tables + dense), batch(2, 9) | {"age": torch.rand(9), "counts": torch.rand(9, 4)}
+    with torch.set_grad_enabled(recorded):
+        found = [ours.embed_dict[f.name](x[f.name]) for f in tables]
+        expected = torch.cat(found, 1)
+        assert torch.equal(ours(x, tables, squeeze_dim=True), expected)
+        assert torch.equal(
+            ours(x, [dense[1], *tables, dense[0]], squeeze_dim=True),
+            torch.cat([expected, x["counts"], x["age"][:, None]], 1),
+        )
+        assert all(map(torch.equal, ours.lookup(x, [*tables, tables[0]]), [*found, found[0]]))
+        if widths[0] == widths[1]:
+            assert torch.equal(ours(x, tables), expected.view(9, 2, D))
+            assert torch.equal(ours(x, [*tables, *dense]), expected.view(9, 2, D))  # dense values are dropped
+        else:
+            with pytest.raises(ValueError, match="can only be combined with squeeze_dim=True"):
+                ours(x, tables)
+
+
+def test_other_batches_are_refused():
+    ours = layer(2)
+    x = {"c0": torch.tensor([1, 2]), "c1": torch.tensor([1])}
+    for call in (lambda: ours(x, ours.features, squeeze_dim=True), lambda: ours.lookup(x, ours.features)):
+        with pytest.raises((ValueError, RuntimeError), match="c1"):
+            call()
+
+
+def test_a_mask_that_may_be_seen_is_called():
+    history = [rk.SequenceFeature("c0", R, D, pooling="concat")]
+    ours, seen = rk.EmbeddingLayer(history), []
+    ours.input_mask.register_forward_hook(lambda *_: seen.append(1))
+    ours({"c0": torch.tensor([[1, 2]])}, history)
+    assert seen == [1]
 
 
 @pytest.mark.parametrize("bad", [-1, R])

@@ -136,8 +136,8 @@ def test_activation_of_din_can_be_chosen():
 
 def test_features_in_both_parts_are_looked_up_once(monkeypatch):
     calls = []
-    real = rk.nn.embedding.run_lookups
-    monkeypatch.setattr(rk.nn.embedding, "run_lookups", lambda *a, **k: calls.append(a[-1]) or real(*a, **k))
+    real = rk.nn.embedding.run_op
+    monkeypatch.setattr(rk.nn.embedding, "run_op", lambda *a, **k: calls.append(a[-1]) or real(*a, **k))
     deepfm()(batch())
     assert calls == ["c0\nc1\nc2\ntags\nwide"]
 
