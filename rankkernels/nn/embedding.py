@@ -14,6 +14,7 @@ from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, factors, table_name
 from rankkernels.ops import few_lookups
+from rankkernels.ops._embedding_checks import row_of
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
@@ -122,11 +123,8 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
                         "name in a ModuleDict"
                     )
                 R, padding_idx = feature.vocab_size, feature.padding_idx
-                if padding_idx is not None and not -R <= padding_idx < R:
-                    raise ValueError(
-                        f"EmbeddingLayer: feature {feature.name!r} has padding_idx {padding_idx}, which is no row of a "
-                        f"table with {R} rows"
-                    )
+                if padding_idx is not None:
+                    row_of("EmbeddingLayer", f"feature {feature.name!r}: padding_idx", padding_idx, R)
                 table = self.embed_dict[feature.name] = feature.get_embedding_layer()
                 use_huge_pages(table.weight)
         for feature in features:
@@ -332,12 +330,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
 
 def frozen_rows(tables: Sequence[nn.Embedding], weights: Sequence[Tensor]) -> list[int]:
     """Of each table the row that gets no gradient, as the op takes it."""
-    return [-1 if t.padding_idx is None else _row(t.padding_idx, w) for t, w in zip(tables, weights)]
-
-
-def _row(padding_idx: int, weight: Tensor) -> int:
-    """A table's ``padding_idx`` counted from its beginning."""
-    R = weight.size(0)
-    if not -R <= padding_idx < R:
-        raise ValueError(f"EmbeddingLayer: padding_idx {padding_idx} is no row of a table with {R} rows")
-    return padding_idx % R
+    return [
+        -1 if t.padding_idx is None else row_of("EmbeddingLayer", "padding_idx", t.padding_idx, w.size(0))
+        for t, w in zip(tables, weights)
+    ]

@@ -16,6 +16,13 @@ _FLOATING = "float32, float64, float16 or bfloat16"
 _MOST_ROWS = 2**60  # of all tables of a backward together
 
 
+def row_of(op: str, what: str, row: int, R: int) -> int:
+    """``row`` of a table with R rows counted from its beginning, where ``op``'s argument is called ``what``."""
+    if not -R <= row < R:
+        raise ValueError(f"{op}: {what} {row} is no row of a table with {R} rows")
+    return row % R
+
+
 def check_like(op, what, t, device, dtypes, kind):
     """Dtype, layout and device of one tensor; the dispatcher brings sparse ones to the defaults."""
     torch._check(t.dtype in dtypes, lambda: f"{op}: {what} must be {kind}, got {t.dtype}")

@@ -12,7 +12,7 @@ from rankkernels import reference
 from rankkernels.ops import _exact_table
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import raise_documented
-from rankkernels.ops._embedding_checks import check_forward, check_values
+from rankkernels.ops._embedding_checks import check_forward, check_values, row_of
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
 from rankkernels.ops._library import lib
@@ -183,9 +183,7 @@ def _rows(what: str, values: Sequence[int | None] | None, tables: Sequence[int],
             found.append(-1)
             continue
         R = weights[t].size(0) if weights[t].dim() == 2 else 0
-        if not -R <= value < R:
-            raise ValueError(f"embedding_bag: {what} {value} is no row of a table with {R} rows")
-        found.append(value % R)
+        found.append(row_of("embedding_bag", what, value, R))
     return found
 
 

@@ -415,7 +415,7 @@ def test_bad_models_name_the_feature():
     assert "feature 'x' shares the table of 'y'" in error(
         rk.EmbeddingLayer, [a, rk.SparseFeature("x", 9, 4, shared_with="y")]
     )
-    assert "feature 'a' has padding_idx 9, which is no row" in error(
+    assert "feature 'a': padding_idx 9 is no row" in error(
         rk.EmbeddingLayer, [rk.SparseFeature("a", 9, 4, padding_idx=9)]
     )
     assert "feature 'items' cannot own a table" in error(rk.EmbeddingLayer, [rk.SparseFeature("items", 9, 4)])
