@@ -25,7 +25,7 @@ from rankkernels.ops._attention_checks import (
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten
@@ -34,8 +34,8 @@ from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unfl
 # after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running statistics.
 # ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``saved_size``.
 _SIGNATURE = f"{schema_of(Inputs)}, {schema_of(Flags)}"
-lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
-lib.define(
+define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
+define(
     f"din_attention_backward(Tensor grad_out, Tensor batch_stats, Tensor saved, {_SIGNATURE}) "
     "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
 )

@@ -15,7 +15,7 @@ from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops._tracing import is_exporting
@@ -25,7 +25,7 @@ from rankkernels.ops.embedding_bag_update import BagGradients
 
 # ``names``, one a line, are the features' for error messages, or empty. ``concat`` gives one tensor [B, all widths],
 # ``sparse`` makes the tables' gradients sparse.
-lib.define(
+define(
     f"embedding_bag(Tensor[] weights, {schema_of(Features)}, str names, *, bool concat=False, bool sparse=False) "
     "-> Tensor[]"
 )

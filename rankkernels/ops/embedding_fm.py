@@ -19,7 +19,7 @@ from rankkernels.ops._autograd import check_first_derivative, register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
@@ -34,7 +34,7 @@ from rankkernels.ops.embedding_fm_backward import (
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as embedding_bag with concat gives them, then the columns
 # of ``dense`` [B, n], if any. ``fm`` is [B, 1]; so is ``linear``, but [0, 1] without a ``linear_weight``, which has
 # F * D values in any shape.
-lib.define(
+define(
     f"embedding_fm(Tensor[] weights, {schema_of(Features)}, str names, Tensor? linear_weight, Tensor? dense, *, "
     "bool sparse=False) -> (Tensor embeddings, Tensor fm, Tensor linear)"
 )

@@ -13,7 +13,7 @@ from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
-from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops._tracing import is_exporting_to_onnx
@@ -60,8 +60,8 @@ class Flags(NamedTuple):
 # ``batch_stats``: in training with a normalization the batch's mean and its unbiased variance, [2 H] in float32 (or
 # float64), else empty; the caller updates the running statistics. ``grad_params``: of ``Inputs.learnt``.
 _SIGNATURE = f"{schema_of(Inputs)}, {schema_of(Flags)}"
-lib.define(f"norm_activation({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
-lib.define(
+define(f"norm_activation({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
+define(
     f"norm_activation_backward(Tensor grad_out, Tensor batch_stats, {_SIGNATURE}) "
     "-> (Tensor grad_x, Tensor[] grad_params)"
 )
