@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops import _exact_table
+from rankkernels.ops import _exact_table, _onnx
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values
@@ -102,7 +102,13 @@ def _backward(ctx, grad_outs):
     return grad_weights, *features.gradients(grad_psw), None
 
 
-_forward = register_autograd("embedding_bag", _reference, _backward, _setup_context)
+def _to_onnx(weights, *rest, concat=False, sparse=False):
+    *features, _names = rest
+    outs = _onnx.embedding_bag(weights, Features(*features))
+    return [torch.cat(outs, 1)] if concat else outs
+
+
+_forward = register_autograd("embedding_bag", _reference, _backward, _setup_context, _to_onnx)
 
 
 class _FusedBag(FusedLookup):

@@ -10,7 +10,6 @@ from rankkernels.ops._autograd import differentiable, register_autograd
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
 from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops._tracing import is_exporting_to_onnx
 
 define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
 define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
@@ -106,6 +105,4 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype.
     """
-    if is_exporting_to_onnx():
-        return reference.fm_interaction(x, reduce_sum)
     return _forward(x, reduce_sum)

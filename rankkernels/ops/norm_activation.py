@@ -16,7 +16,6 @@ from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_s
 from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops._tracing import is_exporting_to_onnx
 
 
 class Inputs(NamedTuple):
@@ -219,7 +218,8 @@ def _backward(ctx, grad_out, _):
     return *Inputs(grad_x, *Inputs(*inputs).spread(grad_params), None, None), *no_gradients(Flags)
 
 
-_forward = register_autograd("norm_activation", _reference, _backward, _setup_context)
+# Sizes are tensors while torch.jit traces for the older exporter to ONNX: nothing to check.
+_forward = register_autograd("norm_activation", _reference, _backward, _setup_context, _unchecked)
 
 
 def is_faster(x: Tensor, activation: str) -> bool:
@@ -273,8 +273,6 @@ def norm_activation(
             training with a normalization, an epsilon that is negative, or 0 in training with a normalization.
     """
     number = number_of("norm_activation", activation)
-    # Sizes are tensors while torch.jit traces for the older exporter: nothing to check.
-    op = _unchecked if is_exporting_to_onnx() else _forward
-    return op(
+    return _forward(
         x, weight, bias, alpha, running_mean, running_var, number, batch_norm, training, norm_eps, dice_eps,
     )  # fmt: skip
