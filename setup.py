@@ -1,4 +1,4 @@
-"""Builds ``rankkernels._C``: one abi3 extension on torch's stable ABI, for every torch from 2.10.
+"""Builds ``librankkernels.so``: one library on torch's stable ABI, without Python's, for every torch from 2.10.
 
 Environment:
   RANKKERNELS_SKIP_EXT=1  no extension at all: the package runs its pure-PyTorch reference and says so once.
@@ -8,17 +8,33 @@ Environment:
   MAX_JOBS                parallel compilations.
 """
 
+import json
 import os
+import subprocess
 import sys
 from glob import glob
 
 from setuptools import Extension, setup
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10
+SCHEMAS = os.path.abspath("build/include/rankkernels_schemas.inc")
 
 
 def enabled(variable: str) -> bool:
     return os.environ.get(variable, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def write_schemas() -> None:
+    """Asks the package's sources, in a process of their own, for the schemas that csrc/library.cpp defines."""
+    code = "import json, sys; from rankkernels.ops import _library; json.dump(_library.schemas, sys.stdout)"
+    environment = {**os.environ, "RANKKERNELS_REFERENCE": "1"}
+    asked = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    listed = "".join(f"    {json.dumps(schema)},\n" for schema in json.loads(asked.stdout))
+    text = f"namespace rk {{\nconstexpr const char* kSchemas[] = {{\n{listed}}};\n}}  // namespace rk\n"
+    os.makedirs(os.path.dirname(SCHEMAS), exist_ok=True)
+    if not os.path.exists(SCHEMAS) or open(SCHEMAS).read() != text:
+        with open(SCHEMAS, "w") as file:
+            file.write(text)
 
 
 def add_cuda(module: Extension, defines: list[str]) -> None:
@@ -57,20 +73,27 @@ def extension() -> dict:
     if enabled("RANKKERNELS_SANITIZE"):
         link = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
         cxx += ["-O1", "-g1", *link]  # the last -O counts
+    link.append("-Wl,-soname,librankkernels.so")
     module = CppExtension(
-        "rankkernels._C",
+        "rankkernels.librankkernels",
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
-        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
-        include_dirs=[os.path.abspath("csrc")],  # absolute: ninja runs elsewhere
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True) + [SCHEMAS]),
+        include_dirs=[os.path.abspath("csrc"), os.path.dirname(SCHEMAS)],  # absolute: ninja runs elsewhere
         extra_compile_args={"cxx": cxx},
         extra_link_args=link,
-        py_limited_api=True,
+        py_limited_api=True,  # torch's Python library is not linked
     )
     if enabled("RANKKERNELS_CUDA"):
         add_cuda(module, defines)
+
+    class Build(BuildExtension):
+        def run(self):
+            write_schemas()
+            super().run()
+
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

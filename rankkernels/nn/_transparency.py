@@ -12,15 +12,13 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from rankkernels.ops._tracing import is_exporting_to_onnx
-
 _BEFORE, _AFTER = torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks
 _BEFORE_BACKWARD, _AFTER_BACKWARD = torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks
 
 
 def nobody_follows() -> bool:
-    """Whether no global hook sees all modules' calls, and no exporter to ONNX is tracing."""
-    return not (_BEFORE or _AFTER or _BEFORE_BACKWARD or _AFTER_BACKWARD or is_exporting_to_onnx())
+    """Whether no global hook sees all modules' calls."""
+    return not (_BEFORE or _AFTER or _BEFORE_BACKWARD or _AFTER_BACKWARD)
 
 
 def is_untouched(module: nn.Module, cls: type) -> bool:

@@ -14,7 +14,7 @@ from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._tracing import is_exporting_to_onnx, is_tensor
+from rankkernels.ops._tracing import is_exporting, is_tensor
 from rankkernels.ops.attention_params import Inputs
 from rankkernels.ops.din_attention import has_kernel
 
@@ -230,7 +230,7 @@ class ActivationUnit(nn.Module):
             if history_index is not None:
                 rows = reference.expand_histories(history, history_index, lengths, mask, offsets)
                 history, lengths, mask, offsets = rows
-            if offsets is None and is_exporting_to_onnx():
+            if offsets is None and is_exporting():
                 return self._padded(history, target, lengths, mask)
             rows, sample, _ = reference.valid_rows(history, lengths, mask, offsets)
             score = _score(self.attention, rows, target, sample).squeeze(1)

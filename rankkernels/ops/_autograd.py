@@ -86,7 +86,7 @@ class _FirstDerivative:
         return list(output) if self.gives_list else output
 
 
-def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative) -> Callable:
+def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative, to_onnx: Callable) -> Callable:
     """``op`` without its autograd kernel, where plain tensors are called from plain Python: the way through the
     dispatcher to a kernel in Python and back is half of a small call. Compilers are asked for first, since they cannot
     ask for inference mode, which goes without by itself."""
@@ -97,7 +97,9 @@ def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative) -> Ca
             return op(*arguments, **keywords)
 
     def call(*arguments, **keywords):
-        if is_traced() or torch.is_inference_mode_enabled() or is_transformed():
+        if is_traced():
+            return (to_onnx if torch.onnx.is_in_onnx_export() else op)(*arguments, **keywords)
+        if torch.is_inference_mode_enabled() or is_transformed():
             return op(*arguments, **keywords)
         tensors = first_derivative.tensors(arguments) if torch.is_grad_enabled() else ()
         if not torch._C._any_requires_grad(*tensors):
@@ -109,17 +111,23 @@ def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative) -> Ca
     return call
 
 
-def register_autograd(name: str, reference: Callable, backward: Callable, setup_context: Callable) -> Callable:
+def register_autograd(
+    name: str, reference: Callable, backward: Callable, setup_context: Callable, to_onnx: Callable | None = None
+) -> Callable:
     """As ``torch.library.register_autograd``, but forward mode and ``torch.func`` run ``reference``, which takes and
-    returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops.
+    returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops. Exporters to
+    ONNX get ``to_onnx``, by default ``reference``: of a model as it is called, of a program of torch.export here.
 
     Returns the op, for calls that skip the way to its autograd kernel where they can."""
     op = getattr(torch.ops.rankkernels, name).default
     first_derivative = _FirstDerivative(op, backward, setup_context)
+    to_onnx = reference if to_onnx is None else to_onnx
 
     def autograd(keyset, *arguments, **keywords):
         if is_transformed():
             return reference(*arguments, **keywords)
+        if torch.onnx.is_in_onnx_export():
+            return to_onnx(*arguments, **keywords)
         run = _redispatching(op, keyset)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return run(*arguments, **keywords)
@@ -139,7 +147,7 @@ def register_autograd(name: str, reference: Callable, backward: Callable, setup_
         return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)
 
     torch.library.register_vmap(f"rankkernels::{name}", one_by_one, lib=lib)
-    return _caller(op, first_derivative)
+    return _caller(op, first_derivative, to_onnx)
 
 
 def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:

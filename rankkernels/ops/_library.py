@@ -1,44 +1,72 @@
-"""The torch.library namespace ``rankkernels`` and the C++ extension.
+"""The torch.library namespace ``rankkernels`` and the library of the kernels, ``librankkernels.so``.
 
-Schemas are defined in Python, beside the public function of each op. The extension registers the CPU implementations
-when it is loaded; CUDA implementations are registered beside the schema. A device without a kernel runs the op's
-default, the reference, registered under CompositeExplicitAutograd. torch's dispatcher chooses, and nothing else does.
+Schemas are written in Python, beside the public function of each op. setup.py asks this module for them and builds them
+into the library, which wants nothing of Python: loaded in any process, it defines the ops and registers their CPU
+implementations. CUDA implementations are registered beside the schema. A device without a kernel runs the op's default,
+the reference, registered under CompositeExplicitAutograd. torch's dispatcher chooses, and nothing else does.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
-lib = torch.library.Library("rankkernels", "DEF")
+lib = torch.library.Library("rankkernels", "FRAGMENT")
 
 CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+_FOLDER = os.path.dirname(os.path.dirname(__file__))
+_LIBRARY = os.path.join(_FOLDER, "librankkernels.so")
+#: Where CMake finds the library: ``-DCMAKE_PREFIX_PATH=``, then ``find_package(rankkernels)``.
+cmake_prefix: str = os.path.join(_FOLDER, "share", "cmake")
 
 
 def _load_extension() -> str | None:
-    """Loads ``rankkernels._C``; returns why it did not, or None."""
+    """Loads the library; returns why it did not, or None."""
     if os.environ.get("RANKKERNELS_REFERENCE", "0") not in ("", "0"):
         return "RANKKERNELS_REFERENCE is set"
-    # Searched beside this package's files only: an editable installation of another copy may be on the path.
-    folder = os.path.dirname(os.path.dirname(__file__))
-    if importlib.machinery.PathFinder.find_spec("rankkernels._C", [folder]) is None:
+    if not os.path.exists(_LIBRARY):
         return "rankkernels was installed without its C++ extension"
     try:
-        importlib.import_module("rankkernels._C")
-    except ImportError as error:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
         return f"the C++ extension does not load: {error}"
     return None
 
 
-lib.define("cpu_isa() -> int")
-lib.define("use_huge_pages(Tensor t) -> ()")
+def library_path() -> str:
+    """Where the library of the kernels lies, for processes that load it themselves: ``torch.ops.load_library``, the
+    linker, ``dlopen``.
+
+    Raises:
+        RuntimeError: the package was installed without it.
+    """
+    if not os.path.exists(_LIBRARY):
+        raise RuntimeError("rankkernels was installed without its C++ extension")
+    return _LIBRARY
+
+
+#: Of every op, as ``define`` was given them.
+schemas: list[str] = []
+
+
+def define(schema: str) -> None:
+    """Defines an op where the library has not, and holds the library to the schema where it has."""
+    schemas.append(schema)
+    built = torch._C._jit_get_schemas_for_operator(f"rankkernels::{schema.partition('(')[0]}")
+    if not built:
+        lib.define(schema)
+    elif built != [torch._C.parse_schema(f"rankkernels::{schema}")]:
+        raise ImportError(f"{_LIBRARY} was built from other sources, with {built[0]}, not {schema}: build it again")
+
+
+no_extension: str | None = _load_extension()
+define("cpu_isa() -> int")
+define("use_huge_pages(Tensor t) -> ()")
 torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
-no_extension: str | None = _load_extension()
 #: What the C++ kernels run with, or None without them. Queried once at import, so it never appears in a traced graph.
 cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
 has_triton: bool = importlib.util.find_spec("triton") is not None and no_extension != "RANKKERNELS_REFERENCE is set"

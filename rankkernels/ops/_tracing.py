@@ -14,11 +14,6 @@ def is_exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-def is_exporting_to_onnx() -> bool:
-    """Whether an exporter to ONNX is tracing, which knows torch's own operators only."""
-    return is_traced() and torch.onnx.is_in_onnx_export()
-
-
 #: The mode of torch's older vmap, of ``torch.autograd.grad(is_grads_batched=True)``.
 _VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES
+from rankkernels.ops._checks import wide
 
 
 class Inputs(NamedTuple):
@@ -79,6 +80,14 @@ def norms_per_layer(activation: str, batch_norm: bool) -> int:
 def hidden_widths(params: Sequence[Tensor], flags: Flags) -> list[int]:
     """The units of each hidden layer."""
     return [p.size(0) for p in params[: -2 : params_per_layer(flags.name, flags.batch_norm)]]
+
+
+def unflatten_wide(inputs: Inputs, flags: Flags) -> tuple[list[reference.Hidden], Tensor, Tensor]:
+    """``unflatten`` of the schema's parameters, in the dtype that the history is accumulated in."""
+    params, running_stats = (
+        [t.to(wide(inputs.history.dtype)) for t in tensors] for tensors in (inputs.params, inputs.running_stats)
+    )
+    return unflatten(params, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps)
 
 
 def unflatten(

@@ -19,14 +19,14 @@ from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import check_strided, raise_documented
 from rankkernels.ops._embedding_checks import check_forward
 from rankkernels.ops._features import MODES, Features, LookupBatch, names_of
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._table import OPS
 from rankkernels.ops._tracing import must_stay_transparent
 from rankkernels.ops.linear import MIN_MULTIPLY_ADDS
 
 # One id a sample: ``indices`` are [B]. ``dense`` [B, n] are appended to the embeddings; ``mlp`` holds the weight and
 # the bias of each layer, the last with one unit, with relu between layers.
-lib.define(
+define(
     "deepfm(Tensor[] weights, Tensor[] indices, int[] tables, str names, Tensor linear_weight, Tensor? dense, "
     "Tensor[] mlp) -> Tensor"
 )

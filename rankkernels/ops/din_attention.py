@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
+from rankkernels.ops import _onnx
 from rankkernels.ops._activations import number_of
 from rankkernels.ops._attention_checks import (
     check,
@@ -25,17 +26,17 @@ from rankkernels.ops._attention_checks import (
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten
+from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten_wide
 
 # ``batch_stats``: in training, mean and unbiased variance of every normalization, in the order of the running ones, one
 # after the other in one float32 (or float64) tensor; empty in eval. The caller updates the running statistics.
 # ``saved``: what an implementation keeps for its backward, a float32 (or float64) vector of ``saved_size``.
 _SIGNATURE = f"{schema_of(Inputs)}, {schema_of(Flags)}"
-lib.define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
-lib.define(
+define(f"din_attention({_SIGNATURE}) -> (Tensor out, Tensor batch_stats, Tensor saved)")
+define(
     f"din_attention_backward(Tensor grad_out, Tensor batch_stats, Tensor saved, {_SIGNATURE}) "
     "-> (Tensor grad_history, Tensor grad_target, Tensor[] grad_params)"
 )
@@ -65,12 +66,7 @@ def _(grad_out, batch_stats, saved, *arguments):
 
 
 def _attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, list[reference.BatchStats | None]]:
-    params, running_stats = (
-        [t.to(wide(inputs.history.dtype)) for t in tensors] for tensors in (inputs.params, inputs.running_stats)
-    )
-    hidden, out_weight, out_bias = unflatten(
-        params, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
-    )
+    hidden, out_weight, out_bias = unflatten_wide(inputs, flags)
     return reference.din_attention(
         inputs.history, inputs.target, hidden, out_weight, out_bias, lengths=inputs.lengths, mask=inputs.mask,
         offsets=inputs.offsets, history_index=inputs.history_index, use_softmax=flags.use_softmax,
@@ -190,7 +186,17 @@ def _backward(ctx, grad_out, *_):
     return *grads, *no_gradients(Flags)
 
 
-_forward = register_autograd("din_attention", _reference, _backward, _setup_context)
+def _to_onnx(*arguments):
+    inputs, flags = parsed(arguments, Inputs, Flags)
+    if inputs.offsets is not None or flags.training or flags.dropout:
+        out, _ = _attend(inputs, flags)
+    else:
+        out = _onnx.din_attention(inputs, flags)
+    nothing_kept = inputs.history.new_empty(0)
+    return out, nothing_kept, nothing_kept
+
+
+_forward = register_autograd("din_attention", _reference, _backward, _setup_context, _to_onnx)
 
 
 def _without_autocast(op: torch._ops.OpOverload, key: str):

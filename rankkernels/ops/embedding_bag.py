@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops import _exact_table
+from rankkernels.ops import _exact_table, _onnx
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values, row_of
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops._tracing import is_exporting
@@ -25,7 +25,7 @@ from rankkernels.ops.embedding_bag_update import BagGradients
 
 # ``names``, one a line, are the features' for error messages, or empty. ``concat`` gives one tensor [B, all widths],
 # ``sparse`` makes the tables' gradients sparse.
-lib.define(
+define(
     f"embedding_bag(Tensor[] weights, {schema_of(Features)}, str names, *, bool concat=False, bool sparse=False) "
     "-> Tensor[]"
 )
@@ -102,7 +102,13 @@ def _backward(ctx, grad_outs):
     return grad_weights, *features.gradients(grad_psw), None
 
 
-_forward = register_autograd("embedding_bag", _reference, _backward, _setup_context)
+def _to_onnx(weights, *rest, concat=False, sparse=False):
+    *features, _names = rest
+    outs = _onnx.embedding_bag(weights, Features(*features))
+    return [torch.cat(outs, 1)] if concat else outs
+
+
+_forward = register_autograd("embedding_bag", _reference, _backward, _setup_context, _to_onnx)
 
 
 class _FusedBag(FusedLookup):

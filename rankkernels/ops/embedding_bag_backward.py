@@ -11,17 +11,17 @@ from rankkernels import reference
 from rankkernels.ops._autograd import check_first_derivative, differentiable, vjp
 from rankkernels.ops._embedding_checks import check_backward, check_values
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import nothing, schema_of
 
 # Tables and features without a gradient get an empty tensor. ``weights`` are given only where the gradients depend on
 # their values (``Features.need_values``); ``rows`` are the tables' numbers of rows.
-lib.define(
+define(
     f"embedding_bag_backward(Tensor?[] grad_outs, Tensor[] weights, SymInt[] rows, {schema_of(Features)}) "
     "-> (Tensor[] grad_weights, Tensor[] grad_per_sample_weights)"
 )
 # The same gradients as rows that were looked up, ascending, and their values: coalesced.
-lib.define(
+define(
     f"embedding_bag_backward_sparse(Tensor?[] grad_outs, Tensor[] weights, int[] rows, {schema_of(Features)}) "
     "-> (Tensor[] grad_rows, Tensor[] grad_values, Tensor[] grad_per_sample_weights)"
 )

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS
 from rankkernels.ops.embedding_catch_up import TABLES, Clock
 
 # ``embedding_bag`` of tables that lag behind. They may be changed: what they are read as stays.
-lib.define(
+define(
     f"embedding_bag_exact({TABLES}, {schema_of(Features)}, str names, float[] clocks, *, bool concat=False) -> Tensor[]"
 )
 # ``embedding_bag_update`` of them by AdamW, without per-sample weights and mode max: rows that get a gradient are then
 # as of the step after the clock's.
-lib.define(
+define(
     f"embedding_bag_exact_update(Tensor?[] grad_outs, {TABLES}, {schema_of(Features)}, float[] hyper, float[] clocks) "
     "-> Tensor[] grad_per_sample_weights"
 )

@@ -12,7 +12,7 @@ from rankkernels import reference
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_backward, check_table
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -73,12 +73,12 @@ def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
 
 # ``states`` hold the states of each table, as its rule has them, in float32, float64 for a float64 table. Returned are
 # the gradients of the per-sample weights.
-lib.define(
+define(
     f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {schema_of(Features)}, "
     "int optimizer, float[] hyper) -> Tensor[] grad_per_sample_weights"
 )
 # The same for one table, given its coalesced gradient.
-lib.define(
+define(
     "sparse_update(Tensor(a!) weight, Tensor(b!)[] states, Tensor rows, Tensor values, int optimizer, float[] hyper) "
     "-> ()"
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -34,13 +34,13 @@ class Clock(NamedTuple):
 # ``states`` are the two moments of each table, ``last_steps`` int32 [R]: the step that each row is as of, zero or
 # negative if it never had a gradient. Ids outside a table are left to the lookup's own error.
 TABLES = "Tensor(a!)[] weights, Tensor(b!)[] states, Tensor(c!)[] last_steps, Tensor[] histories"
-lib.define(f"embedding_catch_up({TABLES}, {schema_of(Features)}, str names, float[] clocks) -> ()")
+define(f"embedding_catch_up({TABLES}, {schema_of(Features)}, str names, float[] clocks) -> ()")
 # The same for every row of the tables.
-lib.define(f"embedding_catch_up_all({TABLES}, float[] clocks) -> ()")
+define(f"embedding_catch_up_all({TABLES}, float[] clocks) -> ()")
 # The rows that these lookups' gradients moved are as of the tables' ``steps``.
-lib.define(f"embedding_mark_steps(Tensor(a!)[] last_steps, {schema_of(Features)}, int[] steps) -> ()")
+define(f"embedding_mark_steps(Tensor(a!)[] last_steps, {schema_of(Features)}, int[] steps) -> ()")
 # Adds a step of rate lr. ``decay_before`` and ``decay_after`` are ``Clock.decay`` without and with it.
-lib.define(
+define(
     "adam_history(Tensor(a!) history, int base, int step, float beta1, float beta2, float lr, float decay_before, "
     "float decay_after) -> ()"
 )

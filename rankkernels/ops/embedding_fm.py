@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankkernels.ops import _exact_table
+from rankkernels import reference
+from rankkernels.ops import _exact_table, _onnx
 from rankkernels.ops._autograd import check_first_derivative, register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
@@ -34,7 +35,7 @@ from rankkernels.ops.embedding_fm_backward import (
 # ``embeddings`` [B, F * D + n] are the lookups side by side, as embedding_bag with concat gives them, then the columns
 # of ``dense`` [B, n], if any. ``fm`` is [B, 1]; so is ``linear``, but [0, 1] without a ``linear_weight``, which has
 # F * D values in any shape.
-lib.define(
+define(
     f"embedding_fm(Tensor[] weights, {schema_of(Features)}, str names, Tensor? linear_weight, Tensor? dense, *, "
     "bool sparse=False) -> (Tensor embeddings, Tensor fm, Tensor linear)"
 )
@@ -146,7 +147,14 @@ def _backward(ctx, *grads):
     return grad_weights, *features.gradients(grad_psw), None, grad_linear_weight, grad_dense
 
 
-_forward = register_autograd("embedding_fm", _default, _backward, _setup_context)
+def _to_onnx(weights, *rest, sparse=False):
+    *features, _names, linear_weight, dense = rest
+    embeddings = torch.cat(_onnx.embedding_bag(weights, Features(*features)), 1)
+    fm, linear = reference.fm_and_linear(embeddings, weights[0].size(1), linear_weight)
+    return _with_dense(embeddings, dense), fm, embeddings.new_empty((0, 1)) if linear is None else linear
+
+
+_forward = register_autograd("embedding_fm", _default, _backward, _setup_context, _to_onnx)
 
 
 class _FusedFm(FusedLookup):

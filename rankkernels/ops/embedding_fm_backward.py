@@ -18,7 +18,7 @@ from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import parsed, schema_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
@@ -35,18 +35,18 @@ class Arguments(NamedTuple):
 
 
 # The gradient of the lookups, [B, F * dim], and of the linear weights ([0] without any).
-lib.define(
+define(
     f"embedding_fm_backward({schema_of(Arguments).replace('int dim', 'SymInt dim')}) "
     "-> (Tensor grad_lookups, Tensor grad_linear_weight)"
 )
 # The same followed by embedding_bag_backward_sparse, and by embedding_bag_update. ``unchanged``: ``weights`` hold what
 # was looked up.
-lib.define(
+define(
     f"embedding_fm_backward_sparse({schema_of(Arguments)}, Tensor[] weights, bool unchanged, int[] rows, "
     f"{schema_of(Features)}) -> (Tensor[] grad_rows, Tensor[] grad_values, Tensor[] grad_per_sample_weights, "
     "Tensor grad_linear_weight)"
 )
-lib.define(
+define(
     f"embedding_fm_update({schema_of(Arguments)}, Tensor(a!)[] weights, bool unchanged, Tensor(b!)[] states, "
     f"{schema_of(Features)}, int optimizer, float[] hyper) "
     "-> (Tensor[] grad_per_sample_weights, Tensor grad_linear_weight)"

@@ -8,12 +8,11 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops._tracing import is_exporting_to_onnx
 
-lib.define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
-lib.define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
+define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
+define("fm_interaction_backward(Tensor grad_out, Tensor x, bool reduce_sum) -> Tensor")
 
 
 def _check(op: str, x: Tensor, reduce_sum: bool, grad_out: Tensor | None = None) -> None:
@@ -106,6 +105,4 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     Raises:
         RuntimeError: ``x`` has another rank or dtype.
     """
-    if is_exporting_to_onnx():
-        return reference.fm_interaction(x, reduce_sum)
     return _forward(x, reduce_sum)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import check_strided
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 
-lib.define("linear_weight_grad(Tensor dy, Tensor x) -> Tensor")
+define("linear_weight_grad(Tensor dy, Tensor x) -> Tensor")
 
 
 def _check(dy, x):

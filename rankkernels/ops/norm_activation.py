@@ -13,10 +13,10 @@ from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
-from rankkernels.ops._library import has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
-from rankkernels.ops._tracing import is_compiling, is_exporting_to_onnx
+from rankkernels.ops._tracing import is_compiling
 
 
 class Inputs(NamedTuple):
@@ -60,8 +60,8 @@ class Flags(NamedTuple):
 # ``batch_stats``: in training with a normalization the batch's mean and its unbiased variance, [2 H] in float32 (or
 # float64), else empty; the caller updates the running statistics. ``grad_params``: of ``Inputs.learnt``.
 _SIGNATURE = f"{schema_of(Inputs)}, {schema_of(Flags)}"
-lib.define(f"norm_activation({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
-lib.define(
+define(f"norm_activation({_SIGNATURE}) -> (Tensor out, Tensor batch_stats)")
+define(
     f"norm_activation_backward(Tensor grad_out, Tensor batch_stats, {_SIGNATURE}) "
     "-> (Tensor grad_x, Tensor[] grad_params)"
 )
@@ -219,7 +219,8 @@ def _backward(ctx, grad_out, _):
     return *Inputs(grad_x, *Inputs(*inputs).spread(grad_params), None, None), *no_gradients(Flags)
 
 
-_forward = register_autograd("norm_activation", _reference, _backward, _setup_context)
+# Sizes are tensors while torch.jit traces for the older exporter to ONNX: nothing to check.
+_forward = register_autograd("norm_activation", _reference, _backward, _setup_context, _unchecked)
 
 
 #: Values of x below which the cost per call decides between torch's normalization and activation and the op.
@@ -277,8 +278,6 @@ def norm_activation(
             training with a normalization, an epsilon that is negative, or 0 in training with a normalization.
     """
     number = number_of("norm_activation", activation)
-    # Sizes are tensors while torch.jit traces for the older exporter: nothing to check.
-    op = _unchecked if is_exporting_to_onnx() else _forward
-    return op(
+    return _forward(
         x, weight, bias, alpha, running_mean, running_var, number, batch_norm, training, norm_eps, dice_eps,
     )  # fmt: skip

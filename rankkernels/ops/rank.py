@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._features import MODES, names_of
-from rankkernels.ops._library import lib
+from rankkernels.ops._library import define, lib
 from rankkernels.ops._rank_plan import (
     DICE,
     DICE_BATCH_NORM,
@@ -32,12 +32,12 @@ from rankkernels.ops._table import notice_reference
 
 # ``inputs`` are ids and numbers, each the user's or, where ``sides`` is 0, the candidates'. ``plan`` and ``weights``:
 # ops/_rank_plan.py.
-lib.define(
-    "rank(Tensor[] inputs, int[] sides, Tensor[] tables, Tensor weights, Tensor plan, str names, int candidates) "
+define(
+    "rank(Tensor[] inputs, int[] sides, Tensor[] tables, Tensor weights, Tensor plan, str names, SymInt candidates) "
     "-> Tensor"
 )
 # Rows of a table as ``Plan`` has it, ids.shape + [width].
-lib.define("frozen_rows(Tensor table, int bits, int width, Tensor ids, str name) -> Tensor")
+define("frozen_rows(Tensor table, int bits, int width, Tensor ids, str name) -> Tensor")
 
 
 @torch.library.register_fake("rankkernels::rank", lib=lib)

@@ -101,7 +101,7 @@ def test_imports_beside_any_torch(build):
     assert str(library) in out
     assert "weights[0] must be on a GPU" in out
     if shutil.which("readelf"):
-        dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/_C.abi3.so")
+        dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/librankkernels.so")
         assert "libtorch_cuda" not in dynamic and "libcudart" not in dynamic
         assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch.export import Dim, export
@@ -15,12 +17,12 @@ HISTORY = rk.SequenceFeature("history", 40, 8, pooling="concat", shared_with="it
 AGE = rk.DenseFeature("age")
 
 
-def batch(B: int, names=("user", "item", "tags", "history", "age")) -> dict[str, torch.Tensor]:
+def batch(B: int, names=("user", "item", "tags", "history", "age"), L: int = 5) -> dict[str, torch.Tensor]:
     x = {
         "user": torch.randint(50, (B,)),
         "item": torch.randint(40, (B,)),
         "tags": torch.randint(30, (B, 3)),
-        "history": torch.randint(40, (B, 5)),
+        "history": torch.randint(40, (B, L)) * (torch.rand(B, L) > 0.3) * (torch.arange(B) > 0)[:, None],
         "age": torch.rand(B),
     }
     return {name: x[name] for name in names}
@@ -107,33 +109,93 @@ def test_tensorboard_graph(tmp_path):
         writer.add_graph(model, (batch(4, names),), use_strict_trace=False)
 
 
+class Columns(torch.nn.Module):
+    """A model that takes tensors only, as the older exporter does."""
+
+    def __init__(self, model, names):
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *columns):
+        return self.model(dict(zip(self.names, columns)))
+
+
+def lengths_too(name: str, what: dict) -> dict:
+    """``what`` is dynamic of a feature: its batch, and a history's length."""
+    return {i: value for i, value in what.items() if i == 0 or name == "history"}
+
+
+def to_onnx(model, way: str, names, path: str) -> None:
+    x = batch(4, names)
+    shapes = {name: lengths_too(name, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}) for name in names}
+    if way == "module":
+        torch.onnx.export(model, (), path, kwargs={"x": x}, dynamo=True, dynamic_shapes={"x": shapes}, verbose=False)
+    elif way == "program":
+        torch.onnx.export(export(model, (x,), dynamic_shapes=(shapes,)), (), path, dynamo=True, verbose=False)
+    else:
+        axes = {name: lengths_too(name, {0: "batch", 1: "length"}) for name in names}
+        torch.onnx.export(Columns(model, names).eval(), tuple(x.values()), path, dynamo=False,
+                          input_names=list(names), dynamic_axes=axes)  # fmt: skip
+
+
 @MODELS
-@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fused", "plain"])
+@pytest.mark.parametrize("way", ["module", "program", "torchscript"])
 @pytest.mark.filterwarnings("ignore")
-def test_onnx(make, dynamo, tmp_path):
+def test_onnx(make, fused, way, tmp_path):
+    """Of a model, of a program of torch.export, and by the older exporter; other batches and longer histories."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model, names = trained(make)
-    path, x = str(tmp_path / "model.onnx"), batch(4, names)
-    if dynamo:
-        shapes = {"x": {name: {0: Dim.DYNAMIC} for name in names}}
-        torch.onnx.export(model, (), path, kwargs={"x": x}, dynamo=True, dynamic_shapes=shapes)
-    else:
-        # The older exporter takes tensors only.
-        class Columns(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.model = model
-
-            def forward(self, *columns):
-                return self.model(dict(zip(names, columns)))
-
-        torch.onnx.export(
-            Columns().eval(), tuple(x.values()), path, dynamo=False, input_names=list(names),
-            dynamic_axes={name: {0: "batch"} for name in names},
-        )  # fmt: skip
+    if fused:
+        optim.fuse(model, optim.Adam(model.embedding.parameters()))
+    path = str(tmp_path / "model.onnx")
+    to_onnx(model, way, names, path)
     session = onnxruntime.InferenceSession(path)
-    x = batch(7, names)
-    given = {i.name: t.numpy() for i, t in zip(session.get_inputs(), x.values())}
-    assert len(given) == len(names)
-    assert close(torch.from_numpy(session.run(None, given)[0]).reshape(-1), model(x).detach())
+    for x in (batch(7, names), batch(1, names, L=9)):
+        given = {i.name: t.numpy() for i, t in zip(session.get_inputs(), x.values(), strict=True)}
+        assert close(torch.from_numpy(session.run(None, given)[0]).reshape(-1), model(x).detach())
+
+
+#: Ops on tensors alone, each with what is given to it and, once it is exported, to onnxruntime.
+OPS = {
+    "sum": lambda w, ids: rk.embedding_bag(w, ids, mode="sum", padding_idx=2),
+    "mean": lambda w, ids: rk.embedding_bag(w, ids, mode="mean", padding_idx=2),
+    "max": lambda w, ids: rk.embedding_bag(w, ids, mode="max", padding_idx=2),
+    "weighted": lambda w, ids: rk.embedding_bag(w, ids, mode="mean", per_sample_weights=w[: len(ids), :3]),
+}
+
+
+@pytest.mark.parametrize("mode", OPS)
+@pytest.mark.filterwarnings("ignore")
+def test_bags_in_torchs_own_operators(mode):
+    """What exporters to ONNX get is what the op computes; empty bags, too."""
+    w, ids = torch.randn(9, 4), torch.tensor([[0, 2, 5], [2, 2, 2], [8, 1, 1]])
+    expected = OPS[mode](w, ids)
+    with mock.patch("torch.onnx.is_in_onnx_export", lambda: True):
+        traced = torch.jit.trace(OPS[mode], (w, ids))
+    assert "rankkernels::" not in str(traced.graph)
+    torch.testing.assert_close(traced(w, ids), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_softmax", [True, False])
+@pytest.mark.parametrize("count_padding", [True, False])
+@pytest.mark.parametrize("return_scores", [True, False])
+@pytest.mark.parametrize("form", ["padded", "mask", "lengths", "shared"])
+@pytest.mark.filterwarnings("ignore")
+def test_attention_in_torchs_own_operators(form, return_scores, count_padding, use_softmax):
+    options = dict(use_softmax=use_softmax, count_padding=count_padding, return_scores=return_scores, activation="relu")
+    history, target, params = torch.randn(3, 5, 4), torch.randn(3, 4), [torch.randn(s) for s in ((6, 16), 6, (1, 6), 1)]
+    given = {
+        "padded": {}, "mask": {"mask": torch.rand(3, 5) > 0.5}, "lengths": {"lengths": torch.tensor([0, 5, 2])},
+        "shared": {"history_index": torch.tensor([2, 0, 2]), "lengths": torch.tensor([0, 5, 2])},
+    }[form]  # fmt: skip
+
+    def attend(history, target):
+        return rk.din_attention(history, target, params, **given, **options)[0]
+
+    expected = attend(history, target)
+    with mock.patch("torch.onnx.is_in_onnx_export", lambda: True):
+        traced = torch.jit.trace(attend, (history, target))
+    assert "rankkernels::" not in str(traced.graph)
+    torch.testing.assert_close(traced(history, target), expected, rtol=1e-5, atol=1e-5)

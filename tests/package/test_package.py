@@ -15,7 +15,7 @@ import pytest
 from rankkernels.ops import _library
 
 ROOT = Path(__file__).parents[2]
-EXTENSION = next(iter(ROOT.glob("rankkernels/_C*.so")), None)
+EXTENSION = next(iter(ROOT.glob("rankkernels/librankkernels.so")), None)
 needs_extension = pytest.mark.skipif(EXTENSION is None, reason="built without the C++ extension")
 
 
@@ -31,6 +31,33 @@ def run(code: str, cwd: Path = ROOT, **environment: str) -> str:
 @needs_extension
 def test_the_extension_is_what_the_tests_test():
     assert _library.no_extension is None
+
+
+@needs_extension
+def test_the_library_defines_the_ops_without_the_package():
+    """Every op has its schema and its kernels where torch alone is imported."""
+    names = [schema.partition("(")[0] for schema in _library.schemas]
+    out = run(
+        "import sys, torch\n"
+        f"torch.ops.load_library({str(EXTENSION)!r})\n"
+        f"print(all(hasattr(torch.ops.rankkernels, name) for name in {names}), 'rankkernels' in sys.modules)\n"
+        "print(torch.ops.rankkernels.fm_interaction(torch.ones(1, 2, 3), True).item())"
+    )
+    assert out.split() == ["True", "False", "3.0"]
+
+
+@needs_extension
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils' nm is not installed")
+def test_the_library_wants_nothing_of_python():
+    symbols = subprocess.run(["nm", "-D", EXTENSION], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_library_def" in symbols and not re.search(r" U _?Py", symbols)
+
+
+@needs_extension
+def test_a_library_of_other_sources_is_refused():
+    with pytest.raises(ImportError, match=r"built from other sources.*fm_interaction\(Tensor x, bool reduce_sum\)"):
+        _library.define("fm_interaction(Tensor x, int reduce_sum) -> Tensor")
+    _library.schemas.pop()
 
 
 def functions_by_instruction(library: Path, *patterns: str) -> list[set[str]]:
@@ -148,7 +175,7 @@ def test_wheel(source, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("rankkernels/**/*.py")}
     assert packages == {str(Path(n).parent) for n in names if n.endswith(".py")}
-    assert "rankkernels/_C.abi3.so" in names and any(n.endswith("LICENSE") for n in names)
+    assert "rankkernels/librankkernels.so" in names and any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith(("rankkernels/", "rankkernels-")) for n in names)
     # What serves tests, benchmarks and reports stays in their folders; public test support is one file.
     tools = re.compile(r"tests?/|testing/|bench|/report|ahead_of_time|occupancy|mutation")
