@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -95,25 +96,25 @@ class ExactSteps:
     ) -> Lists:
         """Makes room for a step of these tables by ``ops`` in their histories, and brings the rows up to date that it
         moves, unless there is an op for both."""
-        together: dict[int, list[Ledger]] = {}
+        together: dict[tuple[int, torch.device], list[Ledger]] = {}
         settings = {}
         for group in groups:
             if id(group) not in settings:
                 self._check(group)
                 settings[id(group)] = _settings(group)
-        for p, group in zip(params, groups):
+        for p, group, device in zip(params, groups, map(attrgetter("device"), params)):
             ledger, (betas, eps) = self.ledgers[p], settings[id(group)]
             if p.ledger is not ledger:
                 raise RuntimeError(f"{self.name}: a table of shape {list(p.shape)} is another optimizer's by now")
             if (betas, eps) != (ledger.history.betas, ledger.history.eps):
                 self._check_betas(betas)
                 ledger.history.begin_again(betas, eps)
-            together.setdefault(id(ledger.history), []).append(ledger)
-        for ledgers in together.values():
+            together.setdefault((id(ledger.history), device), []).append(ledger)
+        for (_, device), ledgers in together.items():
             history = ledgers[0].history
             if len(ledgers) < len(history.ledgers):
                 history = history.fork(ledgers)
-            history.make_room()
+            history.make_room(device)
         by_itself = list(ops) == [_ops.embedding_bag_update.default] and not touched.need_values()
         if not by_itself:
             catch_up(params, touched)

@@ -96,7 +96,7 @@ class OptimizerTrainer(Trainer):
 
     def result(self) -> dict:
         found = super().result()
-        kept = {key: found[key] for key in ("auc", "logloss", "steps", "peak_memory_mib")}
+        kept = {key: found[key] for key in ("auc", "logloss", "steps", "peak_memory_mib", "first_losses")}
         return {"run": self.run.name, **kept, "ms_per_step": 1000 * float(np.median(found["seconds_per_step"])),
                 **self.rows()}  # fmt: skip
 
@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"optimizers.py: --out: {reason}", file=sys.stderr)
         return 2
     before = json.loads(settings.out.read_text())["data"] if settings.out.exists() else {}
-    report = {"settings": {**vars(settings), "out": str(settings.out), "rare": RARE}, **surroundings(), "data": before}
+    common = {key: getattr(settings, key) for key in ("threads", "batch_size", "epochs", "seed")}
+    report = {"settings": {**common, "rare": RARE}, **surroundings(), "data": before}
     for name in settings.data:
         dataset = DATA[name](settings.seed)
         part = report["data"].setdefault(name, {"results": []})

@@ -19,6 +19,16 @@ default trainer's time of a step over this one's, forward, loss, backward and st
 """
 
 
+def against_dense(results: list[dict]) -> list[str]:
+    """How far the losses and the AUC of exact Adam are from those of dense Adam."""
+    runs = {r["run"]: r for r in results}
+    dense, exact = runs["dense Adam"], runs["Adam, exact"]
+    losses = list(zip(dense["first_losses"], exact["first_losses"], strict=True))
+    furthest = max(abs(a - b) / a for a, b in losses)
+    return [f"Adam, exact, against dense Adam: the losses of the first {len(losses)} steps within {furthest:.1e} of "
+            f"them, AUC {abs(dense['auc'] - exact['auc']):.1e} apart.", ""]  # fmt: skip
+
+
 def section(processor: str) -> list[str]:
     """The lines, none where there is no such record."""
     path = RECORDS / processor / "demo" / "optimizers.json"
@@ -43,5 +53,6 @@ def section(processor: str) -> list[str]:
             "",
             *markdown(head, rows),
             "",
+            *against_dense(part["results"]),
         ]
     return lines

@@ -47,16 +47,18 @@ class StepHistory:
         flush([ledger for ledger in self.ledgers if ledger.is_behind()])
         self.base, self.decay = self.step, 1.0
         if betas != self.betas:
-            self.numbers = ops.new_history(64, *betas)
+            self.numbers = ops.new_history(64, *betas, self.numbers.device)
         self.betas, self.eps = betas, eps
 
-    def make_room(self) -> None:
-        """For one more step."""
+    def make_room(self, device: torch.device) -> None:
+        """For one more step of tables on this device."""
+        if self.numbers.device != device:
+            self.numbers = self.numbers.to(device)
         length, used = self.numbers.size(0), self.step + 1 - self.base
         if used > MOST_STEPS or self.decay < 1e-100:
             self.begin_again(self.betas, self.eps)
         elif used == length:
-            longer = ops.new_history(min(4 * length, MOST_STEPS + 1), *self.betas)
+            longer = ops.new_history(min(4 * length, MOST_STEPS + 1), *self.betas, self.numbers.device)
             longer[:length, :-2] = self.numbers[:, :-2]
             self.numbers = longer
 

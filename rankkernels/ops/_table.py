@@ -54,7 +54,7 @@ OPS = {
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
         Op("embedding_bag", ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"), cuda="CUDA C++"),
         Op("sparse_update", ("optim",), "an optimizer's step on the rows of a batch", cuda="CUDA C++"),
-        Op("embedding_catch_up", ("optim",), "dense Adam's steps on rows that no batch looked up"),
+        Op("embedding_catch_up", ("optim",), "dense Adam's steps on rows that no batch looked up", cuda="CUDA C++"),
         Op(
             "embedding_fm",
             ("DeepFM",),

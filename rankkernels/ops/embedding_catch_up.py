@@ -46,11 +46,11 @@ define(
 )
 
 
-def new_history(length: int, beta1: float, beta2: float) -> Tensor:
-    """An empty history of ``length`` - 1 steps, on the CPU."""
+def new_history(length: int, beta1: float, beta2: float, device: torch.device | None = None) -> Tensor:
+    """An empty history of ``length`` - 1 steps, on the CPU unless another device is given."""
     history, i = torch.zeros(length, WIDTH, dtype=torch.float64), torch.arange(length, dtype=torch.float64)
     history[:, -2], history[:, -1] = beta1**i, beta2**i
-    return history
+    return history.to(device)
 
 
 def _centre(t: float, beta1: float, beta2: float) -> float:
@@ -95,9 +95,9 @@ def _(history, base, step, beta1, beta2, lr, decay_before, decay_after):
     fresh[0], fresh[1] = _centre(step - 1, beta1, beta2), decay_before
     n = min(_window(beta1), step - base)
     starts = history[step - n - base : step - base]
-    k = torch.arange(n, 0, -1, dtype=torch.float64)
+    k = torch.arange(n, 0, -1, dtype=torch.float64, device=history.device)
     first, tau = _contributions(k, step - k, beta1, beta2, starts[:, 0])
-    powers = tau[:, None] ** torch.arange(TERMS, dtype=torch.float64)
+    powers = tau[:, None] ** torch.arange(TERMS, dtype=torch.float64, device=history.device)
     powers[:, 1:] *= 2
     starts[:, 2:-2] += (lr / (1 - beta1**step) / decay_after * first)[:, None] * powers
 
@@ -109,7 +109,6 @@ def _catch_up_rows(rows: Tensor, weight: Tensor, m: Tensor, v: Tensor, last: Ten
     rows, before = rows[idle], before[idle].long()
     stepped = (before > 0)[:, None]
     start = torch.where(before > 0, before, (-before).clamp(min=base))
-    history = history.to(weight.device)
     centre, decay, *terms, _, _ = history[start - base].split(1, 1)
     keep1, keep2 = history[step - start][:, -2:].split(1, 1)
     dtype = m.dtype

@@ -35,6 +35,11 @@ def test_runs_differ_as_their_optimizers_do(results):
     assert results["FTRL, l1 1e-3"]["zeros"] > 0 == results["FTRL"]["zeros"] == results["Adam"]["zeros"]
 
 
+def test_exact_adam_has_the_losses_of_dense_adam(results):
+    dense, exact, lazy = (results[run]["first_losses"] for run in ("dense Adam", "Adam, exact", "Adam"))
+    assert len(exact) == 10 and exact == pytest.approx(dense, rel=1e-5) and lazy != pytest.approx(dense, rel=1e-5)
+
+
 def test_the_table_has_every_run(results):
     part = {"name": "tiny", "train_rows": 640, "test_rows": 160, "results": list(results.values())}
     text = optimizers.table(part)

@@ -89,7 +89,9 @@ def test_imports_beside_any_torch(build):
         "assert library.no_extension is None, library.no_extension\n"
         "import rankkernels; print(rankkernels.__file__)\n"
         "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_backward_sparse',\n"
-        "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward'):\n"
+        "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward',\n"
+        "           'embedding_bag_exact', 'embedding_bag_exact_update', 'embedding_catch_up',\n"
+        "           'embedding_catch_up_all', 'embedding_mark_steps', 'adam_history'):\n"
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'), op\n"
         "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
         "op = torch.ops.rankkernels.embedding_bag.default\n"
@@ -256,6 +258,15 @@ FAULTS = {
     "groups joined twice": (
         "embedding/fm.cuh", "embedding/fm.cu", "if (counts) fm +=", "if (counts || offset) fm +=",
         "accuracy", "not close|is off by",
+    ),
+    "row caught up by each of its lookups": (
+        "embedding/catch_up.cuh", "embedding/catch_up.cu", "if (group.sum(claimed) == 0) return;",
+        "group.sum(claimed);", "accuracy", "is off by",
+    ),
+    "last step read after it is written": (
+        "embedding/idle_steps.cuh", "embedding/bag_exact.cu",
+        "group.sum(group.lane() == 0 ? last_steps[row] : 0)", "last_steps[row] + 0 * group.lane()",
+        "accuracy", "is off by",
     ),
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def kind(path: str) -> str:
         return "target" if path.startswith("cpu/targets/") else "source"
     if name.endswith("_kernel.h") or path == "cpu/targets/all_kernels.h":
         return "kernel"
-    if name in ("params.h", "tuning.h") or path.startswith("cpu/simd/"):
+    if name in ("params.h", "tuning.h", "idle_steps.h") or path.startswith("cpu/simd/"):
         return "plain"
     return "device" if name.endswith(".cuh") else "host"
 

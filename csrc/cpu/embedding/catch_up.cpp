@@ -3,68 +3,18 @@
 // catch_up_kernel.h.
 #include "cpu/embedding/catch_up.h"
 
-#include <cmath>
-
 #include "cpu/embedding/features.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/tuning.h"
-#include "embedding/optimizer.h"
-
-#define RK_CHECK_CATCH_UP(condition, ...) RK_CHECK(condition, "embedding_catch_up: ", __VA_ARGS__)
+#include "embedding/catch_up.h"
 
 namespace rk {
-namespace {
-
-// A table's clock: step, base, decay, eps.
-constexpr size_t kClock = 4;
-constexpr int64_t kHistoryWidth = sizeof(AdamStart) / sizeof(double);
-
-void check_history(const char* op, const Tensor& history) {
-  RK_CHECK(history.is_cpu() && history.dim() == 2 && history.size(1) == kHistoryWidth &&
-               history.scalar_type() == ScalarType::Double && history.is_contiguous(),
-           op, ": a history must be float64 [S, ", kHistoryWidth, "], contiguous, got ",
-           name_of(history.scalar_type()), " ", shape_of(history));
-}
-
-int32_t* last_steps_of(const char* op, const Tensor& last, int64_t R) {
-  RK_CHECK(last.is_cpu() && last.dim() == 1 && last.size(0) == R && last.scalar_type() == ScalarType::Int &&
-               last.is_contiguous(),
-           op, ": last_steps must be int32 [", R, "], contiguous, got ", name_of(last.scalar_type()), " ",
-           shape_of(last));
-  return static_cast<int32_t*>(last.mutable_data_ptr());
-}
-
-}  // namespace
 
 std::vector<CatchUp> catch_ups(const Tensors& weights, const Tensors& states, const Tensors& last_steps,
                                const Tensors& histories, const std::vector<double>& clocks) {
-  const size_t n = weights.size();
-  RK_CHECK_CATCH_UP(
-      states.size() == 2 * n && last_steps.size() == n && histories.size() == n &&
-          clocks.size() == kClock * n,
-      "of each table there must be 2 states, last_steps, a history and a clock of 4 numbers, got ",
-      states.size(), ", ", last_steps.size(), ", ", histories.size(), " and ", clocks.size(), " for ", n);
-  std::vector<CatchUp> all;
-  for (size_t t = 0; t < n; ++t) {
-    const double hyper[] = {0, 0, 0, 0, 0, 1, 1, 0};  // what all optimizers have
-    const auto u =
-        make_update<Update>("embedding_catch_up", kAdamW, hyper, weights[t], states.data() + 2 * t);
-    check_history("embedding_catch_up", histories[t]);
-    CatchUp c{};
-    c.weight = u.weight, c.stride_wr = u.stride_wr, c.R = weights[t].size(0), c.D = weights[t].size(1);
-    c.state[0] = u.state[0], c.state[1] = u.state[1], c.stride_sr = u.stride_sr;
-    c.last_steps = last_steps_of("embedding_catch_up", last_steps[t], c.R);
-    c.history = static_cast<const AdamStart*>(histories[t].const_data_ptr());
-    const double* clock = clocks.data() + kClock * t;
-    c.step = static_cast<int64_t>(clock[0]), c.base = static_cast<int64_t>(clock[1]);
-    c.decay = clock[2], c.eps = clock[3];
-    RK_CHECK_CATCH_UP(0 <= c.base && c.base <= c.step && c.step - c.base < histories[t].size(0),
-                      "the history of table ", t, " must reach from step ", c.base, " to ", c.step,
-                      ", got shape ", shape_of(histories[t]));
-    all.push_back(c);
-  }
-  return all;
+  return make_catch_ups<CatchUp, Update>(weights, states, last_steps, histories, clocks,
+                                         [](const Tensor& t, const Tensor&) { return t.is_cpu(); });
 }
 
 namespace {
@@ -208,7 +158,8 @@ void embedding_mark_steps_cpu(const Tensors& last_steps, const Tensors& indices,
   std::vector<CatchUp> all(last_steps.size());
   for (size_t t = 0; t < all.size(); ++t) {
     all[t].R = last_steps[t].numel();
-    all[t].last_steps = last_steps_of("embedding_mark_steps", last_steps[t], all[t].R);
+    all[t].last_steps =
+        last_steps_of("embedding_mark_steps", last_steps[t], all[t].R, last_steps[t].is_cpu());
   }
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        nullptr};
@@ -231,32 +182,19 @@ void embedding_mark_steps_cpu(const Tensors& last_steps, const Tensors& indices,
   });
 }
 
-// Adds step number `step` of rate lr to the history of a clock that starts at `base`; decay_before and
-// decay_after are the product of all (1 - lr weight_decay) without and with its own.
+struct Math {
+  static double sqrt(double x) { return std::sqrt(x); }
+  static double exp(double x) { return std::exp(x); }
+  static double expm1(double x) { return std::expm1(x); }
+};
+
+// Adds a step to the history of a clock that starts at `base`.
 void adam_history_cpu(const Tensor& history, int64_t base, int64_t step, double beta1, double beta2,
                       double lr, double decay_before, double decay_after) {
-  check_history("adam_history", history);
-  RK_CHECK(0 <= base && base < step && step - base < history.size(0), "adam_history: step ", step,
-           " must lie after base ", base, " and fit into a history of shape ", shape_of(history));
-  auto* starts = static_cast<AdamStart*>(history.mutable_data_ptr());
-  const double log_beta2 = std::log(beta2), corrected = lr / (1 - std::pow(beta1, step)) / decay_after;
-  // The steps that count come about so long after t; nothing more comes of the last ones.
-  const double delay = std::ceil(1 / (1 - beta1));
-  const int64_t window = beta1 > 0 ? static_cast<int64_t>(std::ceil(std::log(1e-18) / std::log(beta1))) : 0;
-  AdamStart& fresh = starts[step - 1 - base];
-  const double t = static_cast<double>(step - 1);
-  fresh.centre = std::sqrt(std::exp(delay * log_beta2) / -std::expm1((t + delay) * log_beta2));
-  fresh.decay = decay_before;
-  std::fill_n(fresh.term, kAdamTerms, 0.);
-  const double root2 = std::sqrt(-std::expm1(step * log_beta2));
-  for (int64_t k = std::min(window, step - base); k > 0; --k) {
-    AdamStart& start = starts[step - k - base];
-    const double r = std::sqrt(std::sqrt(starts[k].power2) / (root2 * start.centre)), tau = (1 - r) / (1 + r);
-    double term = corrected * starts[k].power1 / r;
-    start.term[0] += term;
-    term *= 2;
-    for (int n = 1; n < kAdamTerms; ++n) start.term[n] += term *= tau;
-  }
+  const HistoryStep added =
+      make_history_step(history, history.is_cpu(), base, step, beta1, beta2, lr, decay_before, decay_after);
+  added.begin(Math());
+  for (int64_t k = added.n; k > 0; --k) added.add(k, Math());
 }
 
 }  // namespace

@@ -43,18 +43,11 @@ struct Idle {
   A term[kAdamTerms];  // of n <= kPowers terms the factors of z's powers
   int n;               // 4, 6, 8 or all: none beyond counts
 
-  RK_INLINE Idle(const CatchUp& c, int64_t t) {
-    const AdamStart& start = c.history[t - c.base];
-    const AdamStart& powers = c.history[c.step - t];
-    decay = A(c.decay / start.decay), keep1 = A(powers.power1), keep2 = A(powers.power2);
+  RK_INLINE Idle(const CatchUp& c, int32_t last) {
+    const AdamStart &start = c.start_of(last), &powers = c.powers_since(last);
+    decay = A(c.decay_since(start)), keep1 = A(powers.power1), keep2 = A(powers.power2);
     centre = A(start.centre), eps = A(c.eps);
-    const double least = start.term[0] * (sizeof(A) == 4 ? 1e-9 : 1e-17);
-    const auto any = [&](int from, int to) __attribute__((always_inline)) {
-      bool counts = false;
-      for (int j = from; j < to; ++j) counts |= !(__builtin_fabs(start.term[j]) <= least);  // a NaN does
-      return counts;
-    };
-    n = any(8, kAdamTerms) ? kAdamTerms : any(6, 8) ? 8 : any(4, 6) ? 6 : 4;
+    n = start.terms(sizeof(A));
     for (int j = 0; j < kAdamTerms; ++j) term[j] = j < n ? A(c.decay * start.term[j]) : A(0);
     if (n <= kPowers) expand(term);
   }
@@ -122,12 +115,6 @@ struct Row {
         v(static_cast<A*>(c.state[1]) + row * c.stride_sr) {}
 };
 
-// What a row that never had a gradient, and so has no moments, has decayed to.
-template <class A>
-RK_INLINE A decay_of(const CatchUp& c, int32_t last) {
-  return A(c.decay / c.history[-last > c.base ? -last - c.base : 0].decay);
-}
-
 // Brings an idle row, which is as of step `last`, up to the table's.
 template <class T>
 __attribute__((noinline)) void catch_up_row(const CatchUp& c, int64_t row, int32_t last) {
@@ -137,7 +124,7 @@ __attribute__((noinline)) void catch_up_row(const CatchUp& c, int64_t row, int32
   const Tail<A> tail_state(static_cast<int>(c.D % kLanes));
   const Row<T> r(c, row);
   if (last <= 0) {
-    const A decay = decay_of<A>(c, last);
+    const A decay = A(c.decay_since(c.start_of(last)));  // it never had a gradient
     for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
       for (int i = 0; i < block.vecs; ++i)
         block.store(r.w + d, i, decay * block.load(r.w + d, i, tail), tail);
@@ -204,7 +191,7 @@ __attribute__((noinline)) bool caught_up_rows(const CatchUp& c, const Bags& f, c
       });
       continue;
     }
-    const A decay = c.is_idle(last) ? decay_of<A>(c, last) : A(1);
+    const A decay = c.is_idle(last) ? A(c.decay_since(c.start_of(last))) : A(1);
     for_each_column_block<T>(c.D, [&](auto block, int64_t d) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int i = 0; i < block.vecs; ++i) {

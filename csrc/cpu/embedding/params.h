@@ -7,6 +7,7 @@
 #include "cpu/simd/accumulator.h"
 #include "cpu/simd/kernel.h"
 #include "cpu/tuning.h"
+#include "embedding/idle_steps.h"
 #include "embedding/params.h"
 
 namespace rk {
@@ -86,30 +87,13 @@ struct Carries {
   }
 };
 
-// What dense Adam's idle steps after step t = base + i come to, up to the last one: catch_up_kernel.h. Row i
-// of the history [S, 20] of doubles; the powers are the betas' to i.
-constexpr int kAdamTerms = 16;
-struct AdamStart {
-  double centre, decay, term[kAdamTerms], power1, power2;
-};
-
-// A table, and the steps that it has taken up to now: `step` is the last one's number, `decay` the product of
-// all (1 - lr weight_decay) after `base`.
-struct CatchUp {
+// A table under exact Adam, and the steps that it has taken.
+struct CatchUp : StepClock {
   void* weight;  // [R, D], unit stride along D
   int64_t stride_wr, R, D;
   void* state[2];  // [R, D], rows stride_sr apart
   int64_t stride_sr;
-  int32_t* last_steps;  // [R]: the step that a row is as of, negative or zero if it never had a gradient
-  const AdamStart* history;
-  int64_t step, base;
-  double decay, eps;
-
-  // Whether a row of this last step has steps to catch up with: one that never had a gradient only where rows
-  // decay.
-  RK_INLINE bool is_idle(int32_t last) const { return last > 0 ? last < step : decay != 1 && -last < step; }
-  // The last step of such a row once it has caught up.
-  RK_INLINE int32_t current(int32_t last) const { return static_cast<int32_t>(last > 0 ? step : -step); }
+  int32_t* last_steps;  // [R]
 };
 struct IdleRow {
   int64_t row, last;

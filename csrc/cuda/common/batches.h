@@ -14,6 +14,14 @@ inline bool rows_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && stride * t.element_size() % 16 == 0;
 }
 
+// Whether the rows of a table's state, of accumulators, start where as many of them as a pack of the table
+// has may.
+inline bool packs_fit(const Tensor& state, const Tensor& table) {
+  const int64_t bytes = 16 / table.element_size() * state.element_size();
+  return reinterpret_cast<uintptr_t>(state.data_ptr()) % bytes == 0 &&
+         state.stride(0) * state.element_size() % bytes == 0;
+}
+
 inline uint8_t log2_lanes(int64_t pieces) {
   uint8_t log2 = 0;
   while ((1 << log2) < pieces && (1 << log2) < kLanes) ++log2;

@@ -82,6 +82,11 @@ __device__ inline void store(T* p, const accumulate_t<T> (&x)[n]) {
   *reinterpret_cast<Pack<T, n>*>(p) = pack;
 }
 
+template <int n, class T>
+__device__ inline void store(T* p, const Pack<T, n>& x) {
+  *reinterpret_cast<Pack<T, n>*>(p) = x;
+}
+
 // The value of the lane whose number differs in the bits of `offset`. `mask` has the lanes of this warp that
 // take part; HIP needs none, because lanes that exchange values here run in step.
 template <class T>

@@ -80,7 +80,7 @@ static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
       }
       terms.last = f == args.size();
       device.launch(embedding_fm<T>, blocks_of(B), 0, batch, terms, report.start());
-      report.finish(args, batch, launched);
+      report.finish(args, features, launched);
     }
   });
   return {with_dense(embeddings, dense), fm, linear};

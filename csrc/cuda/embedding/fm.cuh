@@ -56,7 +56,7 @@ __device__ void look_up_and_combine(const Batch<Bags>& batch, const FmTerms& ter
     for (int f = group.number(); d < D && f < batch.n; f += group.groups()) {
       const Bags& bags = batch.items[f];
       A x[n];
-      pool<T, n>(bags, b, span(bags, b), d, f, report, x);
+      pool<T, n>(bags, TableRows<T, n>{bags}, b, span(bags, b), d, f, report, x);
       T* out = static_cast<T*>(bags.out) + b * bags.stride_ob + d;
       store<n>(out, x);
       Pack<T, n> a;

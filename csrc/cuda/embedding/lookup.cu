@@ -59,13 +59,13 @@ Report* RangeReport::start() {
   return static_cast<Report*>(found_.mutable_data_ptr());
 }
 
-void RangeReport::finish(const FeatureArgs& args, const Batch<Bags>& batch,
+void RangeReport::finish(const FeatureArgs& args, const std::vector<Bags>& features,
                          const std::vector<size_t>& launched) {
   if (check_ids() == CheckIds::kIgnore) return;
   const Report found = device_.read(static_cast<const Report*>(found_.const_data_ptr()));
   if (found == ~Report(0)) return;
-  const size_t i = found >> kPositionBits >> 1;
-  const std::string text = message(device_, args, launched[i], batch.items[i], found);
+  const size_t f = launched[found >> kPositionBits >> 1];
+  const std::string text = message(device_, args, f, features[f], found);
   RK_CHECK(check_ids() == CheckIds::kWarn, text);
   std::fprintf(stderr, "%s\n", text.c_str());
 }
@@ -130,26 +130,11 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        &names};
   Forward forward(weights, args, concat);
-  const Device device(weights[0]);
-  RangeReport report(device, weights[0]);
-  for (const ScalarType dtype : kFloating)
-    dispatch_floating(dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      std::vector<size_t> launched;
-      const auto launch = [&](const Batch<Bags>& batch, int64_t blocks) {
-        device.launch(embedding_bag<T>, blocks, 0, batch, report.start());
-        report.finish(args, batch, launched);
-        launched.clear();
-      };
-      Batches<Bags, decltype(launch)> batches(launch);
-      for (size_t f = 0; f < args.size(); ++f) {
-        const Bags& bags = forward.features[f];
-        if (forward.table(args, f).scalar_type() != dtype || bags.B == 0 || bags.D == 0) continue;
-        batches.add(bags, blocks_for(bags.B, bags.log2_lanes));
-        launched.push_back(f);
-      }
-      batches.flush();
-    });
+  forward.launch_features(
+      args, [&](size_t f) { return forward.features[f]; },
+      [](auto* type, const Device& device, const Batch<Bags>& batch, int64_t blocks, Report* report) {
+        device.launch(embedding_bag<std::remove_pointer_t<decltype(type)>>, blocks, 0, batch, report);
+      });
   return std::move(forward.outs);
 }
 

@@ -67,13 +67,26 @@ __device__ inline Span span(const Bags& bags, int64_t b) {
   return {first, last, first == begin && last == end};
 }
 
-// out = columns [d, d + n) of bag b, whose ids are `ids`. What is out of range is reported at column 0.
+// Rows of the table as they are. What reads rows otherwise has these, too: columns [d, d + n) of a row in two
+// parts, so that the loads of kAtOnce rows are on their way together.
 template <class T, int n>
-__device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int feature, Report* report,
-                            accumulate_t<T> (&out)[n]) {
+struct TableRows {
+  using Row = Pack<T, n>;
+  static constexpr int kAtOnce = 4;
+  const Bags& bags;
+
+  __device__ Row load(int64_t id, int d) const {
+    return cuda::load<n>(static_cast<const T*>(bags.weight) + id * bags.stride_wr + d);
+  }
+  __device__ Pack<T, n> values(const Row& row) const { return row; }
+};
+
+// out = columns [d, d + n) of bag b, whose ids are `ids`. What is out of range is reported at column 0.
+template <class T, int n, class Rows>
+__device__ inline void pool(const Bags& bags, const Rows& rows_of, int64_t b, Span ids, int d, int feature,
+                            Report* report, accumulate_t<T> (&out)[n]) {
   using A = accumulate_t<T>;
-  constexpr int kUnroll = 4;
-  const T* weight = static_cast<const T*>(bags.weight);
+  constexpr int kUnroll = Rows::kAtOnce;
   const T* factors = static_cast<const T*>(bags.per_sample_weights);
   if (d == 0 && !ids.sound) report_first(report, feature, kBadOffset, b);
 
@@ -81,7 +94,7 @@ __device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int fe
   for (int i = 0; i < n; ++i) out[i] = bags.mode == kMax ? -A(INFINITY) : A(0);
   int64_t count = 0;
   for (int64_t p = ids.begin; p < ids.end; p += kUnroll) {
-    Pack<T, n> rows[kUnroll];
+    typename Rows::Row rows[kUnroll];
     A factor[kUnroll];
     bool keep[kUnroll];
     RK_UNROLL
@@ -91,7 +104,7 @@ __device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int fe
       keep[u] = there && bags.keeps(id);
       factor[u] = A(1);
       if (keep[u]) {
-        rows[u] = load<n>(weight + id * bags.stride_wr + d);
+        rows[u] = rows_of.load(id, d);
         if (factors) factor[u] = widen(factors[p + u]);
       } else if (there && d == 0 && !bags.has(id)) {
         report_first(report, feature, kBadId, p + u);
@@ -101,9 +114,10 @@ __device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int fe
     for (int u = 0; u < kUnroll; ++u) {
       if (!keep[u]) continue;
       ++count;
+      const Pack<T, n> row = rows_of.values(rows[u]);
       RK_UNROLL
       for (int i = 0; i < n; ++i) {
-        const A x = widen(rows[u].x[i]);
+        const A x = widen(row.x[i]);
         if (bags.mode == kMax)
           out[i] = x > out[i] || x != x ? x : out[i];  // a NaN stays
         else
@@ -118,12 +132,13 @@ __device__ inline void pool(const Bags& bags, int64_t b, Span ids, int d, int fe
   }
 }
 
-template <class T, int n>
-__device__ void pool(const Bags& bags, int64_t b, Group group, int feature, Report* report) {
+template <class T, int n, class Rows>
+__device__ void pool(const Bags& bags, const Rows& rows, int64_t b, Group group, int feature,
+                     Report* report) {
   const Span ids = span(bags, b);
   for (int d = group.lane() * n; d < bags.D; d += group.lanes() * n) {
     accumulate_t<T> x[n];
-    pool<T, n>(bags, b, ids, d, feature, report, x);
+    pool<T, n>(bags, rows, b, ids, d, feature, report, x);
     store<n>(static_cast<T*>(bags.out) + b * bags.stride_ob + d, x);
   }
 }
@@ -137,9 +152,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const int64_t b = int64_t(blockIdx.x - bags.first_block) * group.per_block() + group.index();
   if (b >= bags.B) return;
   if (bags.packed)
-    pool<T, kPack<T>>(bags, b, group, feature, report);
+    pool<T, kPack<T>>(bags, TableRows<T, kPack<T>>{bags}, b, group, feature, report);
   else
-    pool<T, 1>(bags, b, group, feature, report);
+    pool<T, 1>(bags, TableRows<T, 1>{bags}, b, group, feature, report);
 }
 
 }  // namespace cuda

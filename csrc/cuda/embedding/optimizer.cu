@@ -1,15 +1,12 @@
 // An optimizer's step on the rows that a batch looked up, on a GPU: checks, launches, registration. The
 // kernel and its mathematics are in optimizer.cuh.
-#include "cuda/embedding/backward.h"
-#include "cuda/embedding/optimizer.cuh"
-#include "embedding/backward.h"
-#include "embedding/optimizer.h"
+#include "cuda/embedding/optimizer.h"
 
 namespace rk {
 namespace cuda {
 
-static Update make_cuda_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
-                               const Tensor* states) {
+Update make_cuda_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
+                        const Tensor* states) {
   auto u = make_update<Update>(op, optimizer, hyper, weight, states);
   u.R = weight.size(0);
   u.D = checked_int32(weight.size(1), "the width of a table");
@@ -19,35 +16,18 @@ static Update make_cuda_update(const char* op, int64_t optimizer, const double* 
     const Tensor& state = states[i];
     RK_CHECK(on_device_of(state, weight), op, ": state ", i, " of a table of shape ", shape_of(weight),
              " must be on the table's device");
-    if (state.dim() == 1) continue;
-    const uintptr_t pack = 16 / weight.element_size() * state.element_size();
-    u.packed = u.packed && reinterpret_cast<uintptr_t>(u.state[i]) % pack == 0 &&
-               u.stride_sr * state.element_size() % pack == 0;
+    if (state.dim() > 1) u.packed = u.packed && packs_fit(state, weight);
   }
   return u;
 }
 
-// One launch for as many tables of a dtype as go with it.
-static void launch_updates(const Device& device, ScalarType dtype, const std::vector<Update>& updates,
-                           int64_t optimizer, const Gradients& gradients) {
-  dispatch_floating(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Batch<Update> batch;
-    int64_t pieces = 1;
-    const auto launch = [&] {
-      const int lanes = log2_lanes(pieces);
-      device.launch(embedding_update<T>, blocks_for(gradients.n, lanes), 0, batch, gradients,
-                    static_cast<Optimizer>(optimizer), lanes);
-      batch.n = 0;
-    };
-    for (const Update& u : updates) {
-      if (u.R == 0 || u.D == 0) continue;
-      if (batch.n == Batch<Update>::kItems) launch();
-      batch.items[batch.n++] = u;
-      pieces = std::max<int64_t>(pieces, u.packed ? u.D / kPack<T> : u.D);
-    }
-    if (batch.n) launch();
-  });
+// Calls the kernel.
+static auto stepper(int64_t optimizer) {
+  return [=](auto* type, const Device& device, const Batch<Update>& batch, const Gradients& gradients,
+             int lanes) {
+    device.launch(embedding_update<std::remove_pointer_t<decltype(type)>>, blocks_for(gradients.n, lanes), 0,
+                  batch, gradients, static_cast<Optimizer>(optimizer), lanes);
+  };
 }
 
 // The step in the backward: does not wait for the device.
@@ -60,29 +40,14 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
   const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
                          modes,   padding_idx, frozen_rows,        nullptr};
   check_optimizer("embedding_bag_update", optimizer, weights.size(), states.size(), hyper.size());
-  const Ints rows = rows_of(weights);
   std::vector<Update> updates;
-  int64_t first_key = 0;
   for (size_t t = 0; t < weights.size(); ++t) {
+    check_table("embedding_bag_update", weights[t], t);
     updates.push_back(make_cuda_update("embedding_bag_update", optimizer,
                                        hyper.data() + hyper_of(optimizer) * t, weights[t],
                                        states.data() + t * states_of(optimizer)));
-    updates[t].first_key = first_key;
-    first_key += updates[t].R;
   }
-  check_apart(weights);
-  auto [runs, grad_per_sample_weights] = run_gradients(args, grad_outs, weights, rows);
-  const Device device(weights[0]);
-  for (const Tensor& values : runs.values) {
-    std::vector<Update> of_dtype;
-    for (size_t t = 0; t < weights.size(); ++t)
-      if (weights[t].scalar_type() == values.scalar_type()) of_dtype.push_back(updates[t]);
-    const Gradients gradients{
-        static_cast<const int64_t*>(runs.keys.const_data_ptr()), values.const_data_ptr(),
-        static_cast<const int64_t*>(runs.ranks.const_data_ptr()) + runs.n - 1, runs.n, values.size(1)};
-    launch_updates(device, values.scalar_type(), of_dtype, optimizer, gradients);
-  }
-  return std::move(grad_per_sample_weights);
+  return step_on_gradients(args, grad_outs, weights, std::move(updates), stepper(optimizer));
 }
 
 // A step on the rows of a coalesced sparse gradient.
@@ -96,9 +61,10 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
   const Tensor keys = torch::stable::contiguous(rows), grads = unit_stride_rows(values);
   u.packed = u.packed && rows_aligned(grads);
   const Device device(weight);
-  launch_updates(device, weight.scalar_type(), {u}, optimizer,
+  launch_updates(device, weight.scalar_type(), std::vector<Update>{u},
                  {static_cast<const int64_t*>(keys.const_data_ptr()), grads.const_data_ptr(), nullptr,
-                  keys.size(0), grads.stride(0)});
+                  keys.size(0), grads.stride(0)},
+                 stepper(optimizer));
 }
 
 }  // namespace cuda

@@ -137,6 +137,14 @@ __device__ A ftrl(const Update& u, A w, A g, A& z, A& n) {
   return magnitude <= l1 ? A(0) : (z > 0 ? l1 - z : -l1 - z) / ((A(u.eps) + after) / lr + A(u.weight_decay));
 }
 
+// Adam's and AdamW's columns, once the row has decayed.
+template <class A>
+__device__ void adam(const Update& u, A& w, A g, A& m, A& v) {
+  m += A(1 - u.beta1) * (g - m);
+  v += A(1 - u.beta2) * (g * g - v);
+  w -= A(u.step) * m / (A(u.inverse_root) * sqrt(v) + A(u.eps));
+}
+
 template <class T, int n>
 __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, const T* grad, Group group) {
   using A = accumulate_t<T>;
@@ -184,11 +192,7 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
     } else {
       Pack<A, n> m = load<n>(states[0] + d), v = load<n>(states[1] + d);
       RK_UNROLL
-      for (int i = 0; i < n; ++i) {
-        m.x[i] += A(1 - u.beta1) * (g[i] - m.x[i]);
-        v.x[i] += A(1 - u.beta2) * (g[i] * g[i] - v.x[i]);
-        w[i] -= A(u.step) * m.x[i] / (A(u.inverse_root) * sqrt(v.x[i]) + A(u.eps));
-      }
+      for (int i = 0; i < n; ++i) adam(u, w[i], g[i], m.x[i], v.x[i]);
       store<n>(states[0] + d, m.x);
       store<n>(states[1] + d, v.x);
     }

@@ -20,6 +20,7 @@ from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase, embedding_bag_cas
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
+from gpu.cuda_shim.exact import exact_adam  # noqa: E402
 from gpu.cuda_shim.jobs import serve  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
@@ -123,6 +124,7 @@ def accuracy() -> None:
     updates = UPDATES[:: 5 if some else 1]
     digest = hashlib.sha256()
     expected_updates = [updated(*update) for update in updates]
+    exact_adam(digest, some)
     call_cuda()
     for update, expected in zip(updates, expected_updates):
         for i, (a, e) in enumerate(zip(updated(*update), expected)):

@@ -221,6 +221,13 @@ T __shfl_xor_sync(unsigned mask, T value, int offset, int width) {
 }
 
 template <class T>
+T atomicCAS(T* p, T expected, T value) {
+  const T before = *p;
+  if (before == expected) *p = value;
+  return before;
+}
+
+template <class T>
 T atomicMin(T* p, T value) {
   const T before = *p;
   *p = std::min(before, value);

@@ -69,9 +69,18 @@ __device__ inline T atomicMin(T* p, T value) {
   return __hip_atomic_fetch_min(p, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
 
+template <class T>
+__device__ inline T atomicCAS(T* p, T expected, T value) {
+  __hip_atomic_compare_exchange_strong(p, &expected, value, __ATOMIC_RELAXED, __ATOMIC_RELAXED,
+                                       __HIP_MEMORY_SCOPE_AGENT);
+  return expected;
+}
+
 #define INFINITY __builtin_inff()
 __device__ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 __device__ inline double sqrt(double x) { return __builtin_sqrt(x); }
+__device__ inline double exp(double x) { return __builtin_exp(x); }
+__device__ inline double expm1(double x) { return __builtin_expm1(x); }
 
 // torch's.
 __device__ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
