@@ -31,6 +31,7 @@ from rankkernels.ops import (
     norm_activation,
     table_batched_embedding_bag,
 )
+from rankkernels.ops._library import cmake_prefix, library_path
 from rankkernels.ops._table import ReferenceWarning
 from rankkernels.vocabulary import Vocabulary
 
@@ -57,11 +58,13 @@ __all__ = [
     "XavierUniform",
     "__version__",
     "accelerate",
+    "cmake_prefix",
     "din_attention",
     "embedding_bag",
     "embedding_fm",
     "explain",
     "fm_interaction",
+    "library_path",
     "look_up",
     "norm_activation",
     "optim",

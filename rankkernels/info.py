@@ -1,8 +1,10 @@
-"""``python -m rankkernels.info``: versions, what this machine's kernels are, and which op runs where."""
+"""``python -m rankkernels.info``: versions, what this machine's kernels are, and which op runs where; with
+``--library`` where the library of the kernels lies."""
 
 from __future__ import annotations
 
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -55,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    print(_library.library_path()) if sys.argv[1:] == ["--library"] else main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.compiler import is_compiling
@@ -12,6 +12,14 @@ from rankkernels.ops import _exact_table
 
 #: Plans that a module keeps: a model looks one or two lists of features up.
 MAX_PLANS = 8
+
+
+def raise_unscriptable(module: nn.Module) -> NoReturn:
+    """What ``torch.jit.script`` is told: it would fail somewhere inside, on Python that it cannot compile."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot compile rankkernels' {type(module).__name__}, which decides in Python what to call: "
+        "use torch.jit.trace, torch.export or torch.onnx.export (docs/export.md)"
+    )
 
 
 class KeepsPlans:
@@ -35,6 +43,9 @@ class TableLayer(nn.Module):
     """A layer that looks tables up, and lets an optimizer step on them in the backward."""
 
     fused_optimizer = None  # see rankkernels.optim.fuse
+
+    def __prepare_scriptable__(self):
+        raise_unscriptable(self)
 
     def train(self, mode: bool = True):
         """As of any module. Leaving training brings all rows up to date that lag behind ``optim.Adam(exact=True)``."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops, reference
+from rankkernels.nn._tables import raise_unscriptable
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
@@ -190,6 +191,9 @@ class ActivationUnit(nn.Module):
         self.emb_dim = emb_dim
         self.use_softmax = use_softmax
         self.attention = MLP(4 * emb_dim, dims=[36] if dims is None else dims, dropout=dropout, activation=activation)
+
+    def __prepare_scriptable__(self):
+        raise_unscriptable(self)
 
     def _padded(self, history: Tensor, target: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
         """The inference of ``forward`` with no shape that depends on values, on padded rows too."""

@@ -99,7 +99,7 @@ def _check_params(op: str, inputs: Inputs, flags: Flags) -> None:
         for i, t in enumerate(tensors):
             check(t.dtype in FLOATING, lambda: f"{op}: {name}[{i}] must be {_FLOATING}, got {t.dtype}")
     check(
-        flags.training or len(running_stats) == 2 * norms * layers,
+        flags.training or not norms or len(running_stats) == 2 * norms * layers,
         lambda: f"{op}: running_stats must hold 2 tensors for each of {norms * layers} norms, got {len(running_stats)}",
     )
     *hidden, out_weight, out_bias = params

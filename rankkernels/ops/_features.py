@@ -52,6 +52,11 @@ class Features(NamedTuple):
     padding_idx: list[int]
     frozen_rows: list[int]
 
+    def without_empty_lists(self) -> Features:
+        """For torch.export: AOTInductor makes None of an empty list, of which its packages then fail."""
+        absent = [self.indices[0].new_empty(0)] * len(self.indices)
+        return self._replace(offsets=self.offsets or absent, per_sample_weights=self.per_sample_weights or absent)
+
     def mode(self, f: int) -> str:
         return MODES[self.modes[f]]
 

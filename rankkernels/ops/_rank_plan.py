@@ -5,7 +5,7 @@ Numbers named ``weight``, ``bias`` and so on are places in one vector of float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -203,10 +203,25 @@ def quantize(weight: Tensor, bits: int) -> Tensor:
 
 def dequantize(stored: Tensor, table: Table) -> Tensor:
     """Rows as they are stored -> [.., D] in float32."""
+    return dequantized(split(stored, table), table)
+
+
+def split(stored: Tensor, table: Table) -> list[Tensor]:
+    """Rows as they are stored -> their values, or codes and each row's scale and bias."""
     if table.bits >= 16:
-        return stored.float()
+        return [stored]
     scale, low = stored[..., :SCALES].clone(memory_format=torch.contiguous_format).view(torch.float32).unbind(-1)
-    codes = stored[..., SCALES:]
-    if table.bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], -1)[..., : table.width]
-    return codes.float() * scale[..., None] + low[..., None]
+    return [stored[..., SCALES:], scale, low]
+
+
+def dequantized(parts: Sequence[Tensor], table: Table) -> Tensor:
+    """What ``split`` gives -> [.., D] in float32."""
+    if table.bits >= 16:
+        (values,) = parts
+        return values.float()
+    codes, scale, low = parts
+    codes = codes.float()
+    if table.bits == 4:  # in float32, where exporters need no bits: c = first + 16 second
+        second = (codes / 16).floor()
+        codes = torch.cat([codes - 16 * second, second], -1)[..., : table.width]
+    return codes * scale[..., None] + low[..., None]

@@ -292,6 +292,8 @@ def din_attention(
     """
     number = number_of("din_attention", activation)
     history, offsets = jagged(history, offsets)
+    if not running_stats and torch.compiler.is_exporting():  # AOTInductor makes None of an empty list
+        running_stats = [history.new_empty(0)]
     with raise_documented():
         out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, history_index, list(params), list(running_stats), number,

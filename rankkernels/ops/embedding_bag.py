@@ -166,11 +166,8 @@ def run_op(
         return _exact_table.read(run, weights, features, names, by_itself)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
-    if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None
-        absent = [weights[0].new_empty(0)] * len(features.indices)
-        features = features._replace(
-            offsets=features.offsets or absent, per_sample_weights=features.per_sample_weights or absent
-        )
+    if torch.compiler.is_exporting():
+        features = features.without_empty_lists()
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(run_op, weights, features, names, concat, sparse, optimizer)
     with raise_documented():

@@ -50,37 +50,41 @@ def _(table, bits, width, ids, name):
     return table.new_empty((*ids.shape, width), dtype=torch.float32)
 
 
-class _Request:
-    """The definition of correct, sample by sample and row by row."""
+class Request:
+    """The definition of correct, sample by sample and row by row. ``rows_of(t, ids)`` are rows of table t in float32.
+    No shape and no step depends on values, so that exporters can follow."""
 
-    def __init__(self, inputs, sides, tables, weights, plan, names, candidates):
-        self.inputs, self.sides, self.tables, self.weights = inputs, sides, tables, weights
-        self.plan, self.C = Plan.decode(plan), candidates
-        self.names = names_of(names, len(inputs))
+    def __init__(self, inputs, sides, rows_of, weights, plan, candidates):
+        self.inputs, self.sides, self.rows_of, self.weights = inputs, sides, rows_of, weights
+        self.plan, self.C = plan, candidates
 
     def floats(self, place: int, size: int) -> Tensor:
         return self.weights[place : place + size]
 
-    def known_ids(self, lookup: Lookup) -> Tensor:
+    def ids(self, lookup: Lookup) -> Tensor:
         """An input's ids as rows of the table: [1 or C, L]."""
-        given, R = self.inputs[lookup.input], self.tables[lookup.table].size(0)
-        rows = 1 if self.sides[lookup.input] else self.C
-        width = given.numel() if rows == 1 else given.shape[1:].numel()
-        ids = lookup.rows_of(given.long().reshape(rows, width))
+        given = self.inputs[lookup.input]
+        rows, width = 1, given.numel()
+        if not self.sides[lookup.input]:
+            rows, width = self.C, given.shape[1:].numel()
+        return lookup.rows_of(given.long().reshape(rows, width))
+
+    def check_ids(self, lookup: Lookup, name: str, R: int) -> None:
+        """Raises for an id that is no row of a table with R rows."""
+        ids = self.ids(lookup)
         unknown = (ids < 0) | (ids >= R)
         if bool(unknown.any()):
             at = unknown.nonzero()[0].tolist()
+            given = self.inputs[lookup.input]
             index = ", ".join(map(str, at)) if given.dim() > 1 else at[0] * ids.size(1) + at[1]
             raise RuntimeError(
-                f"rank: {self.names[lookup.input]}[{index}] = {int(ids[tuple(at)])} is out of range for a table with "
-                f"{R} rows"
+                f"rank: {name}[{index}] = {int(ids[tuple(at)])} is out of range for a table with {R} rows"
             )
-        return ids
 
     def rows(self, lookup: Lookup) -> Tensor:
         """[1 or C, D], of a history [L, D]."""
-        ids = self.known_ids(lookup)
-        rows = dequantize(self.tables[lookup.table][ids], self.plan.tables[lookup.table])
+        ids = self.ids(lookup)
+        rows = self.rows_of(lookup.table, ids)
         if lookup.history:
             return rows[0]
         if MODES[lookup.mode] == "none":
@@ -101,7 +105,7 @@ class _Request:
             p = torch.sigmoid(z * self.floats(layer.v_scale, layer.units) + self.floats(layer.v_shift, layer.units))
             return p * z + (1 - p) * alpha * z
         assert layer.activation == DICE
-        return reference.dice(z, alpha, float(self.weights[layer.epsilon]) / layer.units)
+        return reference.dice(z, alpha, self.weights[layer.epsilon] / layer.units)
 
     def score(self, layers: Sequence[Layer], z: Tensor) -> Tensor:
         """What follows the first product z [N, H]: [N]."""
@@ -114,20 +118,20 @@ class _Request:
     def pooled(self, unit: Unit, found: list[Tensor]) -> Tensor:
         history = torch.cat([found[i] for i in unit.histories], -1)
         target = torch.cat([found[i].expand(self.C, -1) for i in unit.targets], -1)
-        first, L = self.plan.lookups[unit.histories[0]], len(history)
+        first, L = self.plan.lookups[unit.histories[0]], history.size(0)
         valid = torch.ones(L, dtype=torch.bool)
         if unit.masked:
             valid = self.inputs[first.input].reshape(-1) != first.padding_idx
         if unit.length >= 0:
-            valid = valid & (torch.arange(L) < int(self.inputs[unit.length]))
+            valid = valid & (torch.arange(L) < self.inputs[unit.length].reshape(1))
         of_target, of_history, of_product = unit.first_weights(self.weights)
         z = F.linear(history, of_history, self.floats(unit.layers[0].bias, unit.layers[0].units))
         z = z + F.linear(target, of_target)[:, None] + F.linear(target[:, None] * history, of_product)
         score = self.score(unit.layers, z.flatten(0, 1)).view(self.C, L)
-        alone = unit.use_softmax and unit.count_padding and not bool(valid.any())  # padding has all the weight
-        if unit.use_softmax and (alone or bool(valid.any())):
-            score = score.masked_fill(~valid, torch.finfo(score.dtype).min).softmax(-1)
-        return (score if alone else torch.where(valid, score, 0.0)) @ history
+        if unit.use_softmax:  # where padding counts and there is nothing else, it has all the weight
+            lowest = torch.finfo(score.dtype).min if unit.count_padding else -torch.inf
+            score = score.masked_fill(~valid, lowest).softmax(-1)
+        return (score if unit.use_softmax and unit.count_padding else torch.where(valid, score, 0.0)) @ history
 
     def scores(self) -> Tensor:
         plan = self.plan
@@ -157,10 +161,23 @@ class _Request:
         return logit.sigmoid() if plan.sigmoid else logit
 
 
+def definition(inputs, sides, tables, weights, plan, names, candidates):
+    """The op's definition of correct, with its check of the ids."""
+    plan, names = Plan.decode(plan), names_of(names, len(inputs))
+
+    def rows_of(t: int, ids: Tensor) -> Tensor:
+        return dequantize(tables[t][ids], plan.tables[t])
+
+    request = Request(inputs, sides, rows_of, weights, plan, candidates)
+    for lookup in plan.lookups:
+        request.check_ids(lookup, names[lookup.input], tables[lookup.table].size(0))
+    return request.scores()
+
+
 @torch.library.impl(lib, "rank", "CompositeExplicitAutograd")
 def _(inputs, sides, tables, weights, plan, names, candidates):
     notice_reference("rank", weights)
-    return _Request(inputs, sides, tables, weights, plan, names, candidates).scores()
+    return definition(inputs, sides, tables, weights, plan, names, candidates)
 
 
 @torch.library.impl(lib, "frozen_rows", "CompositeExplicitAutograd")

@@ -15,10 +15,11 @@ from torch import nn
 
 from rankkernels.serve import _rechub
 from rankkernels.serve._builder import Builder
+from rankkernels.serve._export import RankModule
 from rankkernels.serve._frozen import FORMAT, FrozenModel, Ranking
 from rankkernels.serve._layers import NotServed, kind_of, plain
 
-__all__ = ["FrozenModel", "NotServed", "Ranking", "freeze", "load"]
+__all__ = ["FrozenModel", "NotServed", "RankModule", "Ranking", "freeze", "load"]
 
 
 @torch.no_grad()

@@ -35,8 +35,8 @@ class FrozenModel:
     def __init__(self, inputs: Mapping[str, str], tables: list[Tensor], weights: Tensor, plan: Tensor):
         self.inputs = dict(inputs)
         self.tables, self.weights, self.plan = tables, weights, plan
-        self._dtypes = [(n, torch.float32 if kind == "numbers" else torch.int64) for n, kind in self.inputs.items()]
-        self._names = join_names([str(name) for name in self.inputs])
+        self.dtypes = [(n, torch.float32 if kind == "numbers" else torch.int64) for n, kind in self.inputs.items()]
+        self.names = join_names([str(name) for name in self.inputs])
         decoded = Plan.decode(plan)
         self._attentions = [Attention(decoded, unit, weights, list(self.inputs)) for unit in decoded.units]
         self._batch_plan = plan if not decoded.units else _without_attention(decoded).encode()
@@ -74,13 +74,13 @@ class FrozenModel:
             IndexError: an id outside its table, of a feature whose ``oov`` is "error".
             ValueError: a feature has another shape.
         """
-        inputs = [_value(name, dtype, x.get(name), (x,)) for name, dtype in self._dtypes]
+        inputs = [value_of(name, dtype, x.get(name), (x,)) for name, dtype in self.dtypes]
         B = len(inputs[0]) if inputs[0].dim() else 1
         if self._attentions:
             found = [attention(inputs, self.tables) for attention in self._attentions]
             return run_op([*inputs, *found], [0] * (len(inputs) + len(found)), self.tables, self.weights,
                           self._batch_plan, self._batch_names, B)  # fmt: skip
-        return run_op(inputs, [0] * len(inputs), self.tables, self.weights, self.plan, self._names, B)
+        return run_op(inputs, [0] * len(inputs), self.tables, self.weights, self.plan, self.names, B)
 
     def rank(
         self, user: Mapping[str, object], candidates: Mapping[str, Tensor], k: int | None = None
@@ -101,20 +101,20 @@ class FrozenModel:
             ValueError: a feature has another shape, or is a history of the candidates; ``k`` is negative.
         """
         inputs, sides, C = [], [], None
-        for name, dtype in self._dtypes:
+        for name, dtype in self.dtypes:
             value = candidates.get(name)
             of_user = value is None
             if of_user:
                 value = user.get(name)
             if type(value) is not Tensor or value.dtype is not dtype:
-                value = _value(name, dtype, value, (user, candidates))
+                value = value_of(name, dtype, value, (user, candidates))
             if not of_user and C is None:
                 C = len(value) if value.dim() else 1
             inputs.append(value)
             sides.append(of_user)
         if C is None:
             raise KeyError(f"rank: candidates must have one of the model's features {list(self.inputs)}")
-        scores = run_op(inputs, sides, self.tables, self.weights, self.plan, self._names, C)
+        scores = run_op(inputs, sides, self.tables, self.weights, self.plan, self.names, C)
         if k is None:
             return scores
         if k < 0:
@@ -122,7 +122,7 @@ class FrozenModel:
         return Ranking(*torch.topk(scores, min(k, C)))
 
 
-def _value(name: str, dtype: torch.dtype, value: object, given: Sequence[Mapping]) -> Tensor:
+def value_of(name: str, dtype: torch.dtype, value: object, given: Sequence[Mapping]) -> Tensor:
     """What is given of a feature, as the op takes it: float32, int64 or int32."""
     if value is None:
         raise KeyError(f"rank: feature {name!r} is missing, got {[n for each in given for n in each]}")

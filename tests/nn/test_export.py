@@ -83,13 +83,58 @@ def test_export_of_a_fused_model(make, grad):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("make", [deepfm, din])
-def test_aot_inductor(make, tmp_path):
-    model, names = trained(make)
-    x = batch(4, names)
+class Attention(torch.nn.Module):
+    """The op without a normalization, which has no running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.params = torch.nn.ParameterList(torch.randn(shape) for shape in ((6, 32), 6, (1, 6), 1))
+
+    def forward(self, x):
+        return rk.din_attention(x["history"], x["target"], list(self.params), activation="relu")[0]
+
+
+def packaged(model, x, shapes, folder):
+    """The model as AOTInductor's package."""
     with torch.no_grad():
-        package = torch._inductor.aoti_compile_and_package(export(model, (x,)), package_path=str(tmp_path / "m.pt2"))
-        assert close(torch._inductor.aoti_load_package(package)(x), model(x))
+        program = export(model, (x,), dynamic_shapes=(shapes,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "m.pt2"))
+    return torch._inductor.aoti_load_package(path)
+
+
+@pytest.mark.parametrize("make", [deepfm, masked_din])
+def test_aot_inductor(make, tmp_path):
+    """Dynamic in the batch and the history's length, after training with a fused optimizer."""
+    model, names = trained(make)
+    optim.fuse(model, optim.Adam(model.embedding.parameters()))
+    shapes = {name: lengths_too(name, {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}) for name in names}
+    run = packaged(model, batch(4, names), shapes, tmp_path)
+    for x in (batch(7, names), batch(1, names, L=9)):
+        assert close(run(x), model(x).detach())
+
+
+@pytest.mark.slow
+def test_aot_inductor_of_attention_alone(tmp_path):
+    model, x = Attention(), {"history": torch.randn(3, 5, 8), "target": torch.randn(3, 8)}
+    run = packaged(model, x, {"history": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "target": {0: Dim.DYNAMIC}}, tmp_path)
+    x = {"history": torch.randn(7, 2, 8), "target": torch.randn(7, 8)}
+    assert close(run(x), model(x).detach())
+
+
+def test_exported_programs_have_no_empty_list():
+    """AOTInductor makes None of one."""
+    for model, x in ((Attention(), {"history": torch.randn(3, 5, 8), "target": torch.randn(3, 8)}),
+                     *((m, batch(4, names)) for m, names in map(trained, (deepfm, masked_din)))):  # fmt: skip
+        program = export(model.eval(), (x,))
+        called = [node for node in program.graph.nodes if "rankkernels" in str(node.target)]
+        assert called and [] not in [value for node in called for value in node.args]
+
+
+@MODELS
+def test_script_is_refused(make):
+    model, _ = trained(make)
+    with pytest.raises(NotImplementedError, match=r"torch.jit.script cannot compile .* docs/export.md"):
+        torch.jit.script(model)
 
 
 @MODELS

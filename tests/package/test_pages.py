@@ -54,7 +54,11 @@ def compiled(page: str, block: Block):
     return compile("\n" * block.line + block.code, page, "exec")  # errors name the page's line
 
 
-@pytest.mark.parametrize("page", RUN)
+#: Pages whose examples compile for a minute.
+COMPILE = {"docs/export.md"}
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=pytest.mark.slow if p in COMPILE else ()) for p in RUN])
 @pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
 def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page are one session from top to bottom."""

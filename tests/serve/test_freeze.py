@@ -14,7 +14,7 @@ from torch import nn
 import rankkernels as rk
 from rankkernels import serve
 from rankkernels.ops._rank_plan import Plan, Table, dequantize, quantize
-from rankkernels.ops.rank import _Request
+from rankkernels.ops.rank import definition
 from tests.serve.models import R, batch, deepfm, din, randomized, request
 
 MODELS = {
@@ -44,7 +44,7 @@ def reference(frozen, user, candidates):
     inputs = [candidates[n] if n in candidates else user[n] for n in frozen.inputs]
     sides = [int(n not in candidates) for n in frozen.inputs]
     C = len(next(iter(candidates.values())))
-    return _Request(inputs, sides, frozen.tables, frozen.weights, frozen.plan, frozen._names, C).scores()
+    return definition(inputs, sides, frozen.tables, frozen.weights, frozen.plan, frozen.names, C)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -347,7 +347,7 @@ def test_the_ops_are_torchs(make):
     user, candidates = request(make(), 3)
     inputs = [candidates.get(n, user.get(n)) for n in frozen.inputs]
     sides = [int(n not in candidates) for n in frozen.inputs]
-    of_rank = inputs, sides, frozen.tables, frozen.weights, frozen.plan, frozen._names, 3
+    of_rank = inputs, sides, frozen.tables, frozen.weights, frozen.plan, frozen.names, 3
     of_rows = frozen.tables[0], 8, frozen.tables[0].size(1) - 8, torch.randint(0, R, (3, 4)), "item"
     for op, arguments in (("rank", of_rank), ("frozen_rows", of_rows)):
         overload = getattr(torch.ops.rankkernels, op).default

@@ -102,7 +102,8 @@ inline void check_params(const DinArguments& a) {
   check_list(a.params, "params");
   check_list(a.running_stats, "running_stats");
   const int64_t stats = 2 * config.norms();
-  RK_DIN_CHECK(config.training || static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
+  RK_DIN_CHECK(config.training || !config.norms() ||
+                   static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
                "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(), " norms, got ",
                a.running_stats.size());
   const bool has_slope =
