@@ -62,7 +62,8 @@ DIN = GPUOp(
         # The widest layers, and what else the kernels are compiled to: do the registers suffice?
         in_dtypes(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtype)
         for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
-            (128, [128, 128], "dice", True, True, True, "mask", 0.1, SINGLE),
+            (128, [128], "dice", True, True, True, "mask", 0.1, SINGLE),
+            (128, [128, 128], "dice", True, True, False, "mask", 0.1, SINGLE),
             (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, HALF),
             (128, [128], "dice_batch_norm", True, False, True, "lengths", 0.0, BF16),
             (64, [80, 40], "sigmoid", False, False, True, "lengths", 0.2, SINGLE),

@@ -39,31 +39,27 @@ from rankkernels._triton.din_attention_backward import din_attention_backward_ke
 from rankkernels._triton.din_attention_blocks import VECTORS
 from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
 from rankkernels._triton.din_attention_layers import Layer, folded, means, normalized, plain, unfolded
-from rankkernels.ops.attention_params import Flags, has_gpu_kernel, norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.attention_params import Flags, has_gpu_kernel, hidden_widths, norms_per_layer, unflatten
 from rankkernels.reference import Hidden
 
 PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums
 MAX_WIDTH = 128  # of history rows and of hidden layers
-#: Triton before 3.9 moves out of loops what ``disable_licm`` is to keep there: then the backward of two layers that are
-#: both wider than 64, in training, has more to keep than registers.
-WIDE_TRAINING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
-    """Whether the kernels serve these arguments; the reference does the others.
+    """Whether the kernels serve these arguments; a library's products do the others.
 
-    One or two hidden layers, D and hidden widths from 1 to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
-    wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of. Two wide ones
-    in training as WIDE_TRAINING says. Not the scores alone, nor padding where it counts.
+    One or two hidden layers, in training with a normalization one, D and hidden widths from 1 to MAX_WIDTH, float32,
+    float16 and bfloat16. Not more layers or wider ones, and not float64, which has no tensor cores to speak of. Two
+    normalized ones need five launches that compute the products again, for which keeping them is cheaper. Not the
+    scores alone, nor padding where it counts.
     """
-    first, *second = params[: -2 : params_per_layer(flags.name, flags.batch_norm)] or [None, None, None]
+    widths = hidden_widths(params, flags)
     statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
-    if statistics and len(second) == 1 and not WIDE_TRAINING and min(first.size(0), second[0].size(0)) > 64:
-        return False
-    widths = [history.size(-1), *(w.size(0) for w in (first, *second) if w is not None)]
+    layers, widths = len(widths), [history.size(-1), *widths]
     return (
         has_gpu_kernel(statistics, flags.use_softmax, flags.count_padding, flags.return_scores)
-        and len(second) <= 1
+        and 1 <= layers <= (1 if statistics else 2)
         and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )

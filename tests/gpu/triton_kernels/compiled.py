@@ -23,7 +23,6 @@ from bench.gpu.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
 from bench.gpu.cases import COMPILED, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
-from rankkernels._triton.din_attention import WIDE_TRAINING
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
@@ -66,13 +65,6 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
             assert kernel.shared <= MULTIPROCESSORS[target].shared_of_block
             assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
             assert all(n <= 65535 for n in kernel.grid[1:])
-
-
-def test_the_reference_serves_only_what_would_spill():
-    """Two wide layers in training before Triton 3.9: see WIDE_TRAINING in rankkernels/_triton/din_attention.py."""
-    left = [case.id for case in COMPILED if case not in SERVED]
-    wide = ["din_attention-B512-L50-D128-128x128-dice-bn-softmax-train-dropout-mask"]
-    assert left == ([] if WIDE_TRAINING else wide)
 
 
 def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
