@@ -286,7 +286,7 @@ def report(
         "each once; Mflop what it must compute, a backward's recomputation included. Launches are ours + PyTorch's",
         "around them. A time is the larger of the bytes over the bandwidth and the flops over the rate, with the data",
         f"sheets' dense peaks: {gpus}.",
-        "Products of float32 matrices are three of tf32 on NVIDIA and float32 on AMD, those of 16 bits tf32. The",
+        "Products of float32 matrices are three of tf32 on NVIDIA, torch's default, and float32 on AMD. The",
         "launchers choose the blocks from the shape; there is no autotuning, so a case is one configuration.",
         "",
         *triton_table(records),

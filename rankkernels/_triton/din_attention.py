@@ -70,6 +70,15 @@ def _block(width: int) -> int:
     return max(32, triton.next_power_of_2(width))
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """Of products: ``product`` in din_attention_blocks.py."""
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
 def _padded(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     padding = (0, _block(columns) - columns, 0, _block(rows) - rows)
@@ -144,10 +153,8 @@ class _Network(NamedTuple):
         weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
         if len(layers) == len(self.hidden):
             layers[-1].vectors["out_weight"] = self.out_weight[0].float()
-        dtype, statistics = rows.history.dtype, flags.training and norms_per_layer(flags.name, flags.batch_norm)
-        thrice = dtype == torch.float32 or (dtype == torch.float16 and statistics)
         arguments = rows.arguments() | dict(
-            PRECISION="ieee" if torch.version.hip else "tf32x3" if thrice else "tf32",
+            PRECISION=_precision(rows.history.dtype),
             wt_ptr=weight[0] + weight[2], wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=_vectors(first),
             weight2_ptr=None, vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, DROPOUT=p > 0,
             threshold=round(p * 2**24), kept_scale=1 / (1 - p) if p < 1 else 0.0,

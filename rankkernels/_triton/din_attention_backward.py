@@ -32,6 +32,7 @@ from rankkernels._triton.din_attention_blocks import (
     first_layer_backward,
     gradient_of_product,
     load_rows,
+    product,
     rows_of,
     second_layer,
     second_layer_backward,
@@ -146,7 +147,7 @@ def din_attention_backward_kernel(
                 )
                 if WEIGHT2:
                     grad_bias2 += tl.sum(grad_x2, 0)
-                    grad_weight2 = tl.dot(tl.trans(grad_x2), a, grad_weight2, input_precision=PRECISION)
+                    grad_weight2 = product(tl.trans(grad_x2), a, grad_weight2, PRECISION)
                 if FIRST or ROWS or WEIGHT:
                     grad_a = second_layer_backward(
                         grad_x2, parts_h2, weight2_ptr, o_h, PRECISION, BLOCK_L, BLOCK_H, BLOCK_H2
@@ -167,7 +168,7 @@ def din_attention_backward_kernel(
             if WEIGHT:
                 inside = valid[:, None] & (o_s < D)[None, :]
                 s_history = tl.load(history + o_s[None, :] * stride_hd, mask=inside, other=0.0).to(tl.float32)
-                grad_m = tl.dot(tl.trans(s_history), grad_x, grad_m, input_precision=PRECISION)
+                grad_m = product(tl.trans(s_history), grad_x, grad_m, PRECISION)
             if ROWS:
                 grad_c += tl.sum(grad_x, 0)
                 grad = first_layer_backward(

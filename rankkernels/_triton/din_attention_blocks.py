@@ -1,11 +1,9 @@
 """What the kernels of DIN attention do with a block of rows of one sample; their mathematics is in din_attention.py.
 
-Products run on tensor cores with float32 operands: tf32 keeps every bit of a 16-bit history and 10 of a weight's
-mantissa. For float32 three tf32 products give float32's precision, and for float16 where the batch normalizes: there
-gradients are differences. AMD's take float32 as it is. A tensor core's factors pass through registers, so a product is
-a loop over parts of its inner dimension, their number one that the compiler does not know and unroll. Loops keep what
-they compute inside (disable_licm): hoisted addresses would take half of the registers. The weights are read from the
-caches for each block of rows, padded with zeros to powers of two.
+Products run on tensor cores in the precision that torch's own would have (``product``), with float32 sums. A tensor
+core's factors pass through registers, so a product is a loop over parts of its inner dimension, their number one that
+the compiler does not know and unroll. Loops keep what they compute inside (disable_licm): hoisted addresses would take
+half of the registers. The weights are read from the caches for each block of rows, padded with zeros to powers of two.
 """
 
 from __future__ import annotations
@@ -54,6 +52,27 @@ def strided_vector(ptr, o, size, stride):
 @triton.jit
 def _vector(vectors_ptr, WHICH: tl.constexpr, o_h, BLOCK_H: tl.constexpr):
     return tl.load(vectors_ptr + WHICH * BLOCK_H + o_h)[None, :]
+
+
+@triton.jit
+def _rounded_to_tf32(x):
+    """To the nearest of 10 mantissa bits: a tensor core drops the other 13, which would shrink every sum."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN's bits may carry over into a number
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, of float32. PRECISION: float16 or bfloat16 for a history of these; for float32 tf32 where torch's
+    own products may have it, else tf32x3, three of them for float32's precision; ieee on AMD, whose cores have it."""
+    if PRECISION == "float16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), total)
+    elif PRECISION == "bfloat16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "tf32":
+        return tl.dot(_rounded_to_tf32(a), _rounded_to_tf32(b), total, input_precision="tf32")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -142,7 +161,7 @@ def first_layer(
     for k in tl.range(0, parts_d, disable_licm=True):
         o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_m = fused_weight(wm_ptr, wp_ptr, strided_vector(target, o_k, D, stride_td), o_k, o_h, BLOCK_D)
-        x = tl.dot(_part(rows, k, BLOCK_D // BLOCK_K), b_m, x, input_precision=PRECISION)
+        x = product(_part(rows, k, BLOCK_D // BLOCK_K), b_m, x, PRECISION)
     return x
 
 
@@ -157,7 +176,7 @@ def first_layer_backward(
     parts = _parts(grad_x, BLOCK_L, BLOCK_H)
     for i in tl.range(0, parts_h, disable_licm=True):
         b_m = fused_weight(wm_ptr, wp_ptr, b_target, o_d, i * 32 + tl.arange(0, 32), BLOCK_D)
-        grad = tl.dot(_part(parts, i, BLOCK_H // 32), tl.trans(b_m), grad, input_precision=PRECISION)
+        grad = product(_part(parts, i, BLOCK_H // 32), tl.trans(b_m), grad, PRECISION)
     return grad
 
 
@@ -172,7 +191,7 @@ def second_layer(
     for i in tl.range(0, parts_h, disable_licm=True):
         o_h = i * 32 + tl.arange(0, 32)
         b_weight2 = tl.load(weight2_ptr + o_h2[None, :] * BLOCK_H + o_h[:, None])
-        x2 = tl.dot(_part(parts, i, BLOCK_H // 32), b_weight2, x2, input_precision=PRECISION)
+        x2 = product(_part(parts, i, BLOCK_H // 32), b_weight2, x2, PRECISION)
     return x2
 
 
@@ -187,7 +206,7 @@ def second_layer_backward(
     for i in tl.range(0, parts_h2, disable_licm=True):
         o_h2 = i * 32 + tl.arange(0, 32)
         b_weight2 = tl.load(weight2_ptr + o_h2[:, None] * BLOCK_H + o_h[None, :])
-        grad_a = tl.dot(_part(parts, i, BLOCK_H2 // 32), b_weight2, grad_a, input_precision=PRECISION)
+        grad_a = product(_part(parts, i, BLOCK_H2 // 32), b_weight2, grad_a, PRECISION)
     return grad_a
 
 

@@ -126,7 +126,8 @@ def _composed(history: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     check("din_attention", inputs, flags)
     accumulated = wide(history.dtype)
-    out, batch_stats = _attention_library.attend(inputs, flags)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
+        out, batch_stats = _attention_library.attend(inputs, flags)
     return out, batch_stats.to(accumulated), history.new_empty(0, dtype=accumulated)
 
 
@@ -226,10 +227,17 @@ def _without_autocast(op: torch._ops.OpOverload, key: str):
     return run
 
 
-# Autocast changes nothing: the precision is that of ``history``, and what an implementation calls stays in it.
+# The op's precision is that of ``history``, and what an implementation calls stays in it.
 for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.din_attention_backward.default):
     for _key in ("AutocastCPU", "AutocastCUDA"):
         lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
+
+
+def _as_linear_takes_it(x: Tensor) -> Tensor:
+    """``x`` as ``nn.Linear`` multiplies it on a GPU: under autocast, in its dtype."""
+    if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def has_kernel(history: Tensor, *options: bool) -> bool:
@@ -262,7 +270,9 @@ def din_attention(
 
     Semantics: ``reference.din_attention``; Zhou et al., "Deep Interest Network" (2018), as torch-rechub's
     ``ActivationUnit``, DeepCTR-Torch's ``AttentionSequencePoolingLayer`` and FuxiCTR's ``DIN_Attention`` compute it.
-    The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype.
+    The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype. On a GPU
+    products have the precision of ``nn.Linear`` beside them: on tensor cores, 16-bit histories in their dtype, float32
+    in tf32 where ``torch.set_float32_matmul_precision`` allows it, and under autocast in its dtype.
 
     Args:
         history: [B, L, D], or with ``offsets`` [N, D], or a nested tensor [B, j, D] of layout torch.jagged.
@@ -311,9 +321,10 @@ def din_attention(
     """
     number = number_of("din_attention", activation)
     history, offsets = jagged(history, offsets)
+    dtype, history, target = history.dtype, _as_linear_takes_it(history), _as_linear_takes_it(target)
     with raise_documented():
         out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, history_index, list(params), list(running_stats), number,
             batch_norm, use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
         )  # fmt: skip
-    return out, batch_stats
+    return out.to(dtype), batch_stats

@@ -138,6 +138,34 @@ def test_without_a_triton_or_a_gpu_that_serves_all_is_composed(what, monkeypatch
         assert not any(name.startswith("rankkernels::") for name in names)
 
 
+@pytest.mark.parametrize("widths", [[36], [256, 128]], ids=["fused", "composed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_products_are_in_its_dtype(widths, dtype):
+    class Products(TorchDispatchMode):
+        dtypes = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in {"aten::mm", "aten::addmm", "aten::bmm", *FUSED}:
+                self.dtypes.add(args[-1].dtype if func._schema.name.startswith("aten") else args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    def autocast(on: bool) -> None:  # torch.autocast refuses without a GPU
+        torch.set_autocast_enabled("cuda", on)
+        torch.set_autocast_dtype("cuda", dtype if on else torch.float16)
+
+    with FakeTensorMode(), torch.device("cuda:0"), Products() as products:
+        unit = ActivationUnit(8, widths)
+        history, target = torch.randn(4, 5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+        autocast(True)
+        try:
+            out = unit(history, target)
+        finally:
+            autocast(False)
+        out.sum().backward()
+    assert products.dtypes == {dtype}
+    assert out.dtype == history.grad.dtype == unit.attention.mlp[0].weight.grad.dtype == SINGLE
+
+
 class Eager(nn.Module):
     """torch-rechub's ActivationUnit, of the same modules."""
 

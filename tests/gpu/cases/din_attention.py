@@ -59,6 +59,7 @@ def make(config: dict, dtype: torch.dtype) -> dict:
             torch.tensor(2**62 + 12345),
         ),
         "programs": config.get("programs", 2),
+        "precision": config.get("precision", "ieee"),
     }
 
 
@@ -81,20 +82,24 @@ def count_layers(params: Sequence[Tensor]) -> int:
     return sum(p.dim() == 2 for p in params) - 1
 
 
-def forward(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
-    module.PROGRAMS = programs
+def forward(
+    module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
+):
+    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
     return module.din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
 
 
-def launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+def launch(
+    module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
+):
     inputs = history, target, lengths, mask, offsets, params, running_stats, flags
-    module.PROGRAMS = programs
+    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
     out, batch_stats, saved = module.din_attention(*inputs)
     grads = module.din_attention_backward(grad_out, batch_stats, saved, *inputs)
     return by_layer(out, batch_stats, *grads, count_layers(params))
 
 
-def expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+def expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision):
     layers = flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     params = [p.double().requires_grad_() for p in params]
     history, target = history.requires_grad_(), target.requires_grad_()
@@ -109,6 +114,9 @@ def expected(history, target, grad_out, lengths, mask, offsets, params, running_
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
     return by_layer(out, stats, grads[0], grads[1], grads[2:], count_layers(params))
 
+
+#: 10 bits of mantissa, as float16 has.
+TF32 = {"precision": "tf32", "dtypes": [SINGLE]}
 
 DIN = Interpreted(
     module="din_attention",
@@ -149,6 +157,7 @@ DIN = Interpreted(
     + [
         {"shape": shape, "activation": activation, "form": form, "softmax": softmax, "batch_norm": norm}
         | {"training": True, "dropout": dropout}
+        | ({"dtypes": [SINGLE]} if len(shape) > 4 else {})  # the op takes a library's products for those
         for shape in ((3, 37, 10, 20), (3, 19, 7, 36, 9))
         for activation, form, softmax, norm, dropout in [
             ("dice_batch_norm", "mask", False, False, 0.0),
@@ -173,10 +182,16 @@ DIN = Interpreted(
         {"shape": (4, 75, 6, 8), "activation": "sigmoid", "form": "all", "softmax": True},
         {"shape": (2, 5, 128, 128, 128), "activation": "prelu", "form": "mask", "layout": "reversed"},
         {"shape": (2, 5, 3, 1), "activation": "dice", "form": "offsets", "layout": "stepped"},
-        {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True},
+        # In bfloat16 one unit's rounding would be all that the second layer sees.
+        {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True}
+        | {"dtypes": [SINGLE, HALF]},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "mask", "softmax": True, "layout": "far samples"},
         {"shape": (2, 9, 5, 6), "activation": "dice", "form": "all", "dropout": 1.0},
+        # Where torch's products may be tf32, these are.
+        {"shape": (3, 37, 40, 20), "activation": "dice", "form": "lengths", "softmax": True} | TF32,
+        {"shape": (3, 19, 7, 36, 9), "activation": "sigmoid", "form": "offsets"} | TF32,
+        {"shape": (3, 37, 10, 20), "activation": "dice", "form": "mask", "batch_norm": True, "training": True} | TF32,
         {"shape": (2, 0, 4, 3), "activation": "relu", "form": "lengths", "softmax": True},
         {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
     ],
@@ -291,6 +306,7 @@ DIN = Interpreted(
         ("training: normalization left out of its weight", "weight * layer.r[:, None]", "weight"),
     ],
     tolerance={SINGLE: 1e-5, HALF: 2e-3, BF16: 1e-2},
+    rounded_to=lambda config, dtype: HALF if config.get("precision") else dtype,
     streamed="history",
     streamed_configs=[
         {"shape": (2, 37, 70, 20), "activation": "dice", "form": "all", "softmax": True},

@@ -24,6 +24,7 @@ from triton.runtime.errors import InterpreterError
 
 from bench.gpu.ahead_of_time import tensor_bytes
 from rankkernels import reference
+from rankkernels._triton.din_attention_blocks import product
 from rankkernels.ops._activations import ACTIVATIONS
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
@@ -54,7 +55,8 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
         assert torch.equal(value, arguments[name]), f"{name} was written to"
     assert [a.shape for a in actual] == [e.shape for e in expected]
     assert actual[0].dtype == dtype
-    return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
+    tolerance = op.tolerance[op.rounded_to(config, dtype)]
+    return [error(a, e) / tolerance for a, e in zip(actual, expected)]
 
 
 def in_all_dtypes(configs: str):
@@ -252,6 +254,36 @@ def test_dots_have_the_precision_of_tensor_cores():
     assert error(out, a.double() @ b.double()) < 1e-6
     dot_kernel[(1,)](a, b, out, PRECISION="tf32")
     assert 1e-4 < error(out, a.double() @ b.double()) < 1e-3
+    a = a.abs()  # what is cut off, and not rounded, adds up
+    dot_kernel[(1,)](a, a, out, PRECISION="tf32")
+    assert ((out.double() / (a.double() @ a.double()) - 1) < -2e-4).all()
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    o = tl.arange(0, 16)
+    tile = o[:, None] * 16 + o[None, :]
+    a, b = tl.load(a_ptr + tile), tl.load(b_ptr + tile)
+    tl.store(out_ptr + tile, product(a, b, tl.zeros([16, 16], tl.float32), PRECISION))
+
+
+@pytest.mark.parametrize(
+    "precision, tolerance", [("tf32", 3e-4), ("float16", 3e-4), ("bfloat16", 3e-3), ("ieee", 1e-6)]
+)
+def test_operands_are_rounded_to_nearest(precision, tolerance):
+    a, b, out = torch.rand(16, 16), torch.rand(16, 16), torch.empty(16, 16)
+    product_kernel[(1,)](a, b, out, PRECISION=precision)
+    exact = a.double() @ b.double()
+    assert error(out, exact) < tolerance / 2 and abs((out.double() / exact - 1).mean()) < tolerance / 10
+
+
+def test_infinities_and_nan_survive_rounding():
+    a, out = torch.zeros(16, 16), torch.empty(16, 16)
+    a[0, 0], a[1, 1] = torch.inf, -torch.inf
+    a[2, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a GPU's own NaN
+    product_kernel[(1,)](a, torch.ones(16, 16), out, PRECISION="tf32")
+    assert (out[0] == torch.inf).all() and (out[1] == -torch.inf).all() and out[2].isnan().all()
+    assert not out[3:].any()
 
 
 @triton.jit
