@@ -23,8 +23,8 @@ HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch
 class GPUOp:
     """An op's cases, in the dtypes that are compiled and timed.
 
-    ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, a sort being
-    PyTorch's. Ops without are Triton's.
+    ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, sort and cumsum
+    being PyTorch's. Ops without are Triton's.
     """
 
     op: str
@@ -92,6 +92,16 @@ EMBEDDING_BAG = GPUOp(
     launches={
         "embedding_bag": ["embedding_bag"],
         "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
+        "embedding_bag_update": [
+            "embedding_lookups",
+            "sort",
+            "embedding_run_starts",
+            "cumsum",
+            "embedding_run_rows",
+            "embedding_reduce",
+            "embedding_join",
+            "embedding_update",
+        ],
     },
 )
 

@@ -44,3 +44,7 @@ def test_models_trace_on_cuda_without_a_wait(device, part):
 @PARTS
 def test_no_configuration_of_attention_reaches_the_reference(device, part):
     run_pytest(FOLDER / "configurations.py", FOLDER / "run.py", device, "-m", part, TRITON_INTERPRET="0")
+
+
+def test_no_training_step_waits(device):
+    run_pytest(FOLDER / "waits.py", FOLDER / "run.py", device, TRITON_INTERPRET="0")
