@@ -3,6 +3,7 @@
 from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
+from rankkernels.graphs import graphed
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
     FM,
@@ -62,6 +63,7 @@ __all__ = [
     "embedding_fm",
     "explain",
     "fm_interaction",
+    "graphed",
     "look_up",
     "norm_activation",
     "optim",
