@@ -21,7 +21,7 @@ Launches: forward 1, in training one more a layer; backward as ``_launches`` say
 PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
 keeps the scores and, with a softmax, out in float32 and its peak and total. The forward computes c itself; the
 backward's products without rows of history (c, d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole
-blocks of BLOCK_L rows; a mask costs all L. A batch of few samples is split over their rows.
+blocks of BLOCK_L rows, and so does a mask, up to its last valid row. A batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import triton
 from torch import Tensor
 
 from rankkernels._triton._alignment import alignment
+from rankkernels._triton._programs import programs_of
 from rankkernels._triton.din_attention_backward import din_attention_backward_kernel
 from rankkernels._triton.din_attention_blocks import VECTORS
 from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
@@ -42,7 +43,7 @@ from rankkernels._triton.din_attention_layers import Layer, folded, means, norma
 from rankkernels.ops.attention_params import Flags, has_gpu_kernel, hidden_widths, norms_per_layer, unflatten
 from rankkernels.reference import Hidden
 
-PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums
+PROGRAMS: int | None = None  # other than ``programs_of`` says, for tests
 MAX_WIDTH = 128  # of history rows and of hidden layers
 
 
@@ -106,10 +107,15 @@ class _Rows(NamedTuple):
         return self.history.shape[:-1].numel()
 
     @property
+    def programs(self) -> int:
+        """That a launch should have, and at most those that leave partial sums."""
+        return PROGRAMS or programs_of(self.history)
+
+    @property
     def splits(self) -> int:
-        """Tasks a sample, so that few samples make PROGRAMS programs, each with 64 rows and more."""
+        """Tasks a sample, so that few samples make as many programs, each with 64 rows and more."""
         B = self.target.size(0)
-        return max(1, min(PROGRAMS // B, self.total // B // 64))
+        return max(1, min(self.programs // B, self.total // B // 64))
 
     def valid(self) -> Tensor | int:
         """The number of valid rows."""
@@ -177,7 +183,7 @@ def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: F
 
 def _tasks(rows: _Rows) -> tuple[int, int]:
     tasks = rows.target.size(0) * rows.splits
-    return tasks, min(tasks, PROGRAMS)
+    return tasks, min(tasks, rows.programs)
 
 
 def _statistics(rows: _Rows, network: _Network) -> Tensor:

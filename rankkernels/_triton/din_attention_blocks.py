@@ -15,13 +15,29 @@ import triton.language as tl
 # v = V_SCALE x + V_SHIFT; the second layer's BIAS; the output layer's weight; and with normalizations in training,
 # where x is normalized, y = Y_SCALE x + Y_SHIFT and G = Y_SCALE dy + V_SCALE dv - U - W x.
 VECTORS = ("alpha", "v_scale", "v_shift", "bias", "out_weight", "y_scale", "y_shift", "u", "w")
+# What differs from batch to batch: a kernel would be compiled again where one of these is a multiple of 16, or 1.
+UNSPECIALIZED = ["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold", "stride_hb", "stride_mb",
+                 "stride_tb", "stride_gb"]  # fmt: skip
 ALPHA, V_SCALE, V_SHIFT, BIAS, OUT_WEIGHT, Y_SCALE, Y_SHIFT, U, W = map(tl.constexpr, range(len(VECTORS)))
 
 
 @triton.jit
-def rows_of(task, splits, rows_ptr, L, FORM: tl.constexpr, BLOCK_L: tl.constexpr):
+def _end_of(mask, L, stride_ml, BLOCK: tl.constexpr):
+    """The position behind the last valid row: a byte a row, where the rows behind it would cost all that rows do."""
+    end = tl.zeros([BLOCK], tl.int32)
+    for l0 in tl.range(0, L, BLOCK):
+        o_l = l0 + tl.arange(0, BLOCK)
+        valid = tl.load(mask + o_l * tl.cast(stride_ml, tl.int64), mask=o_l < L, other=0) != 0
+        end = tl.maximum(end, tl.where(valid, o_l + 1, 0))
+    return tl.max(end, 0)
+
+
+@triton.jit
+def rows_of(
+    task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
     """Task ``task``: its sample, the sample's first row in the offsets' common [N, D], and the task's share of the
-    sample's positions: the first, the end of those within the sample's length, and the end of those with memory."""
+    sample's positions: the first, the end of those that may be valid, and the end of those with memory."""
     b = tl.cast(task // splits, tl.int64)
     start, end = tl.cast(0, tl.int64), tl.cast(L, tl.int32)
     if FORM == "offsets":
@@ -30,6 +46,8 @@ def rows_of(task, splits, rows_ptr, L, FORM: tl.constexpr, BLOCK_L: tl.constexpr
     n = end
     if FORM == "lengths":
         n = tl.maximum(tl.minimum(tl.load(rows_ptr + b), L), 0).to(tl.int32)
+    if FORM == "mask":
+        n = _end_of(mask_ptr + b * stride_mb, L, stride_ml, 128)
     share = tl.cdiv(tl.cdiv(end, BLOCK_L), splits) * BLOCK_L
     first = task % splits * share
     return b, start, first, tl.minimum(n, first + share), tl.minimum(end, first + share)
@@ -42,6 +60,15 @@ def valid_rows(mask_ptr, o_l, end, stride_ml, FORM: tl.constexpr):
     if FORM == "mask":
         valid = valid & (tl.load(mask_ptr + o_l * tl.cast(stride_ml, tl.int64), mask=valid, other=0) != 0)
     return valid
+
+
+@triton.jit
+def zero_rows(rows, first, end, o_d, D64, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first, .., end - 1 of ``rows``, D64 apart."""
+    for l0 in tl.range(first, end, BLOCK_L):
+        o_l = l0 + tl.arange(0, BLOCK_L)
+        stored = (o_l < end)[:, None] & (o_d < D)[None, :]
+        tl.store(rows + o_l[:, None] * D64 + o_d[None, :], tl.zeros([BLOCK_L, BLOCK_D], tl.float32), mask=stored)
 
 
 @triton.jit

@@ -260,14 +260,15 @@ _forward = register_autograd("norm_activation", _reference, _backward, _setup_co
 
 
 #: Values of x below which the cost per call decides between torch's normalization and activation and the op.
-LEAST_VALUES = 1 << 17
+LEAST_VALUES, LEAST_VALUES_ON_GPU = 1 << 17, 1 << 23
 
 
 def is_faster(x: Tensor, activation: str) -> bool:
     """Whether the op is faster than torch's normalization and activation of [N, H] in turn. For small x the cost per
-    call decides, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a compiler no size is read,
-    which would specialize the graph on it."""
-    return is_compiling() or not 0 < x.numel() < LEAST_VALUES or not x.is_cpu or "dice" in activation
+    call decides, launches on a GPU, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a
+    compiler no size is read, which would specialize the graph on it."""
+    least = LEAST_VALUES if x.is_cpu else LEAST_VALUES_ON_GPU
+    return is_compiling() or not 0 < x.numel() < least or "dice" in activation
 
 
 def norm_activation(

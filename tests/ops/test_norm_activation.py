@@ -15,7 +15,7 @@ import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.ops._schema import parsed
-from rankkernels.ops.norm_activation import Flags, Inputs, _by_torch
+from rankkernels.ops.norm_activation import Flags, Inputs, _by_torch, is_faster
 from rankkernels.testing import TOLERANCE, norm_activation_case, relative_error
 
 EVERY = [(name, norm) for name in ACTIVATIONS for norm in (True, False) if norm or name != "dice_batch_norm"]
@@ -28,6 +28,14 @@ def test_equals_reference(activation, batch_norm, training, dtype):
     for N, H in ((2, 5), (130, 3), (300, 48), (17, 1000)):
         case = norm_activation_case(N, H, activation, batch_norm, affine=N % 2 == 0, training=training)
         check(case, dtype, case.inputs(dtype, requires_grad=True))
+
+
+def test_on_a_gpu_small_layers_are_torchs():
+    """Launches decide there, up to some 8 million values; Dice is eight of torch's."""
+    layer = lambda N, H: torch.empty(N, H, device="meta")  # noqa: E731
+    assert not is_faster(layer(4096, 256), "relu") and not is_faster(layer(30_000, 256), "prelu")
+    assert is_faster(layer(65_536, 256), "relu") and is_faster(layer(0, 256), "relu")
+    assert is_faster(layer(16, 4), "dice")
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -112,8 +112,9 @@ __device__ RowStep<A> step_on_row(const Update& u, const Now& now, Optimizer opt
   if (optimizer != kRowWiseAdagrad && optimizer != kRowWiseAdam && optimizer != kRowWiseRMSprop) return step;
   A* const state = static_cast<A*>(u.state[optimizer == kRowWiseAdam]) + row;
   A* const last = optimizer == kRowWiseRMSprop ? static_cast<A*>(u.state[1]) + row : nullptr;
-  // Read before the lanes meet in the sum, after which the first one writes.
+  // Read by all lanes before the first one writes.
   const A before = *state, last_step = last ? *last : A(0);
+  order_lanes(group.mask());
   const A decay = optimizer == kRowWiseAdagrad ? A(u.weight_decay) : A(0);
   A squares = 0;
   for (int d = group.lane(); d < u.D; d += group.lanes()) {

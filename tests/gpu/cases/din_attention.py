@@ -37,13 +37,14 @@ def make(config: dict, dtype: torch.dtype) -> dict:
     params += [torch.randn(1, width) / width**0.5, torch.randn(1)]
     lengths = torch.randint(1, L + 1, (B,)) if L else torch.zeros(B, dtype=torch.int64)
     lengths[1::3] = 0
+    slack = config.get("slack", 0)  # rows before the first sample's and behind the last one's
     return {
-        "history": strided([int(lengths.sum()), D] if form == "offsets" else [B, L, D], dtype, layout),
+        "history": strided([int(lengths.sum()) + 2 * slack, D] if form == "offsets" else [B, L, D], dtype, layout),
         "target": strided([B, D], dtype, layout),
         "grad_out": strided([B, D], dtype, layout),
         "lengths": lengths.int() if form == "lengths" else None,
-        "mask": strided([B, L], SINGLE, layout) > 0 if form == "mask" else None,
-        "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) if form == "offsets" else None,
+        "mask": strided([B, L], SINGLE, layout) > config.get("above", 0) if form == "mask" else None,
+        "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) + slack if form == "offsets" else None,
         "params": params,
         "running_stats": running_stats,
         "flags": Flags(
@@ -103,9 +104,12 @@ def expected(history, target, grad_out, lengths, mask, offsets, params, running_
     layers = flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     params = [p.double().requires_grad_() for p in params]
     history, target = history.requires_grad_(), target.requires_grad_()
+    rows = history
+    if offsets is not None:
+        rows, offsets = history[offsets[0] : offsets[-1]], offsets - offsets[0]
     hidden, out_weight, out_bias = unflatten(params, running_stats, *layers)
     out, stats = reference.din_attention(
-        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
+        rows, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
         use_softmax=flags.use_softmax, training=flags.training, dropout=flags.dropout, seed=flags.seed,
     )  # fmt: skip
     stats = torch.cat([t for s in stats if s is not None for t in s] or [out.new_empty(0)])
@@ -188,6 +192,9 @@ DIN = Interpreted(
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "mask", "softmax": True, "layout": "far samples"},
         {"shape": (2, 9, 5, 6), "activation": "dice", "form": "all", "dropout": 1.0},
+        {"shape": (3, 40, 5, 6), "activation": "sigmoid", "form": "offsets", "slack": 45},
+        # Few valid rows, which end anywhere, and none in some samples.
+        {"shape": (5, 150, 5, 6), "activation": "dice", "form": "mask", "softmax": True, "above": 2.2},
         # Where torch's products may be tf32, these are.
         {"shape": (3, 37, 40, 20), "activation": "dice", "form": "lengths", "softmax": True} | TF32,
         {"shape": (3, 19, 7, 36, 9), "activation": "sigmoid", "form": "offsets"} | TF32,
@@ -280,8 +287,8 @@ DIN = Interpreted(
         ("backward: scores of the first sample", "score_ptr + first_row + o_l", "score_ptr + o_l"),
         (
             "backward: padding keeps its memory's value",
-            'if FORM == "lengths":\n                for',
-            'if FORM == "never":\n                for',
+            'if FORM == "lengths" or FORM == "mask":\n                done',
+            'if FORM == "never":\n                done',
         ),
         (
             "backward: stray store past the last row",

@@ -125,6 +125,18 @@ def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
     assert 0.99 <= ratio <= 1.05
 
 
+@pytest.mark.parametrize("valid", [0, 1, 33, 400])
+def test_a_masked_history_is_read_to_its_last_valid_row(valid):
+    """In whole blocks of rows, by the loads of every launch."""
+    (op,) = (op for op in INTERPRETED if op.module == "din_attention")
+    arguments = op.make({"shape": (2, 400, 5, 6), "activation": "sigmoid", "form": "mask"}, SINGLE)
+    arguments["mask"][0] = torch.arange(400) == valid - 1
+    interpreter.launched.clear()
+    op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+    for memory in interpreter.launched:
+        assert not memory.loads_of(arguments["history"][0, -(-valid // 32) * 32 :]).any()
+
+
 EXTREMES = [torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 100.0, -100.0, 1.0, -1.0, 0.0]
 
 
