@@ -116,6 +116,7 @@ def _rows(inputs: Inputs, flags: Flags) -> _Padded | _Jagged:
     if history_index is not None:
         history, lengths, mask, offsets = reference.expand_histories(history, history_index, lengths, mask, offsets)
     if offsets is not None:
+        offsets = offsets.contiguous()
         row = torch.arange(history.size(0), dtype=offsets.dtype, device=history.device)
         before = torch.searchsorted(offsets, row, right=True) - 1
         return _Jagged(history, _Segments(offsets, before % offsets.numel()))
