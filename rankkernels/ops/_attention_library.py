@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._checks import wide
-from rankkernels.ops.attention_params import Flags, Inputs, norms_per_layer, unflatten
+from rankkernels.ops.attention_params import Flags, Inputs, norms_per_layer, unflatten_wide
 from rankkernels.ops.norm_activation import norm_activation
 from rankkernels.reference import BatchNorm, Hidden
 
@@ -179,10 +179,7 @@ def _behind_product(x: Tensor, layer: Hidden, training: bool, valid: Tensor | No
 def attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
     """What the op returns first and second, of its checked arguments. Products are in the dtype of ``history``."""
     rows, target, dtype = _rows(inputs, flags), inputs.target, inputs.history.dtype
-    params, running_stats = ([t.to(wide(dtype)) for t in ts] for ts in (inputs.params, inputs.running_stats))
-    hidden, out_weight, out_bias = unflatten(
-        params, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
-    )
+    hidden, out_weight, out_bias = unflatten_wide(inputs, flags)
     last = Hidden(out_weight, out_bias, None, "linear")
     statistics = hidden and flags.training and norms_per_layer(flags.name, flags.batch_norm)
     total = rows.history.shape[:-1].numel()

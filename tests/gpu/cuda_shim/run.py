@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
 from gpu.cuda_shim.exact import exact_adam  # noqa: E402
 from gpu.cuda_shim.jobs import serve  # noqa: E402
-from gpu.cuda_shim.live import live_steps, one_update  # noqa: E402
+from gpu.cuda_shim.live import launches_of, live_steps  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
@@ -270,16 +270,6 @@ def launches() -> None:
         launches_of(
             make([5] * 26, 4 if make is embedding_fm_case else [4] * 26, list(range(26)), ["sum"] * 26, B=3, L=2)
         )
-
-
-def launches_of(case) -> None:
-    inputs = case.inputs(requires_grad=True)
-    out = case.function(*inputs)
-    print("done", flush=True)
-    torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
-    print("done", flush=True)
-    if case.op == "embedding_bag":
-        one_update(case, list(torch.ones_like(out).split(4, 1)))
 
 
 def bad_ids() -> None:
