@@ -3,6 +3,7 @@
 from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
+from rankkernels.graphs import graphed
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
     FM,
@@ -64,6 +65,7 @@ __all__ = [
     "embedding_fm",
     "explain",
     "fm_interaction",
+    "graphed",
     "library_path",
     "look_up",
     "norm_activation",

@@ -13,21 +13,14 @@ import torch
 from torch import Tensor
 
 from rankkernels._exact_adam import ExactSteps, Lists
+from rankkernels._live_steps import LiveSteps, Scaled
 from rankkernels._state_dict import check_form
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
 from rankkernels.ops._library import use_huge_pages
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, BagGradients, Hyper, state_shapes
-
-
-def _coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, ascending, and values. Autograd drops the coalesced flag when it stores a gradient in ``grad``."""
-    rows = grad._indices()[0]
-    if not grad.is_coalesced() and not bool((rows[1:] > rows[:-1]).all()):
-        grad = grad.coalesce()
-    return grad._indices()[0], grad._values()
-
+from rankkernels.ops.embedding_bag_backward import coalesced
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, BagGradients, Hyper, infinite, state_shapes
 
 #: Settings of torch's groups that ours lack; none changes the numbers once _check_kind has passed.
 _TORCHS = {"momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
@@ -68,16 +61,18 @@ class RowOptimizer(torch.optim.Optimizer):
     _states: tuple[str, ...] = ()
     _exact: ExactSteps | None = None  # what an optimizer with exact=True does for idle rows
 
-    def __init__(self, params: Iterable, **defaults):
+    def __init__(self, params: Iterable, capturable: bool = False, **defaults):
         self.gates: dict[torch.device, Gate] = {}
+        self._live = LiveSteps(type(self).__name__, capturable)
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict:
         self.flush()
-        return super().__getstate__() | {"grad_scaler": self.grad_scaler, "exact": self._exact is not None}
+        own = {"exact": self._exact is not None, "capturable": self._live.capturable}
+        return super().__getstate__() | {"grad_scaler": self.grad_scaler} | own
 
     def __setstate__(self, state: dict) -> None:
-        self.gates = {}
+        self.gates, self._live = {}, LiveSteps(type(self).__name__, state.pop("capturable", False))
         exact = state.pop("exact", False)
         super().__setstate__(state)
         if exact:
@@ -108,6 +103,7 @@ class RowOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            self._live.place(self.param_groups[-1])
             if self._exact is not None:
                 self._exact.attach(self.param_groups[-1:], self.state)
         except BaseException:
@@ -160,26 +156,28 @@ class RowOptimizer(torch.optim.Optimizer):
             use_huge_pages(whole)
         return dict(zip(self._states, (state for whole in wholes for state in whole.unbind(1))))
 
-    def _hyper(self, group: dict, step: int, scale: float) -> tuple[float, ...]:
+    def _hyper(self, group: dict, rate: float, step: int, scale: float) -> tuple[float, ...]:
         """What a step takes, for a gradient times ``scale``."""
         beta1, beta2 = group.get("betas", (0.0, group.get("ema_beta", 0.0)))
         common = Hyper(
-            self._learning_rate(group, step), float(beta1), float(beta2), float(group.get("eps", 0.0)),
+            rate, float(beta1), float(beta2), float(group.get("eps", 0.0)),
             float(group.get("weight_decay", 0.0)), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
         )  # fmt: skip
         return (*common, *(float(group[name]) for name in RULES[self._kind].settings))
 
-    def _calls(self, update: _Update, scale: float, exact: Lists | None) -> tuple[list[Callable], list[dict]]:
+    def _calls(self, update: _Update, scale: float | Scaled, exact: Lists | None) -> tuple[list[Callable], list[dict]]:
         """The step of an update and its counts, calls of C of which the first is the op's, and its tables' states."""
+        if isinstance(scale, Scaled):
+            return self._live.calls(self, update, scale)
         op, before, params, groups, after = update
         states = [self.state.get(p) for p in params]
         new = {t: {"step": 0, **self._new_state(params[t], groups[t])} for t, state in enumerate(states) if not state}
         states = [new.get(t, state) for t, state in enumerate(states)] if new else states
-        counts, hyper, hypers = [state["step"] + 1 for state in states], [], {}
+        counts, hyper, hypers = [int(state["step"]) + 1 for state in states], [], {}
         for group, count in zip(groups, counts):
             key = id(group), count  # mostly one for all tables
             if key not in hypers:
-                hypers[key] = self._hyper(group, count, scale)
+                hypers[key] = self._hyper(group, self._learning_rate(group, count), count, scale)
             hyper += hypers[key]
         tensors = [state[name] for state in states for name in self._states]
         # Dense Adam's formula is AdamW's; SparseAdam's has eps at another place.
@@ -192,7 +190,7 @@ class RowOptimizer(torch.optim.Optimizer):
             partial(torch.autograd.graph.increment_version, list(params)),
         ], states
 
-    def _apply(self, updates: Sequence[_Update], scale: float, touched: Features) -> list:
+    def _apply(self, updates: Sequence[_Update], scale: float | Scaled, touched: Features) -> list:
         """Runs updates -> what their ops return. ``touched`` are the lookups whose gradients they take.
 
         The steps and their counts are one call of C: an interrupt (Ctrl-C) comes before all or after all. If an op
@@ -200,6 +198,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         params = [p for update in updates for p in update.params]
         groups = [group for update in updates for group in update.groups]
+        self._live.check_capture(params)
         exact = None
         if self._exact is not None:
             exact = self._exact.before(params, groups, [update.op for update in updates], touched)
@@ -233,11 +232,12 @@ class RowOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if float(getattr(self, "found_inf", 0)) > 0:
-            return loss
-        scale = getattr(self, "grad_scale", None)  # None: the scaler has divided by it
-        scale = 1.0 if scale is None else float(scale)
         given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        scale = None if self._exact is not None else self._live.of_step(self, [p for p, _ in given])
+        if scale is None and float(getattr(self, "found_inf", 0)) > 0:
+            return loss
+        if scale is None:  # a grad_scale of None: the scaler has divided by it
+            scale = 1.0 if getattr(self, "grad_scale", None) is None else float(self.grad_scale)
         for p, _ in given:
             if not p.grad.is_sparse:
                 raise RuntimeError(
@@ -250,7 +250,7 @@ class RowOptimizer(torch.optim.Optimizer):
                     f"and so one sparse dimension, got {p.grad.sparse_dim()}"
                 )
             self._check_state(p)
-        grads = [_coalesced(p.grad) for p, _ in given]
+        grads = [coalesced(p.grad) for p, _ in given]
         op, T = torch.ops.rankkernels.sparse_update.default, len(given)
         updates = [_Update(op, (p,), [p], [group], grad) for (p, group), grad in zip(given, grads)]
         none = [-1] * T
@@ -291,27 +291,29 @@ class RowOptimizer(torch.optim.Optimizer):
             stepped = set(features.tables if every else [features.tables[f] for f in lookups])
             if scaled or len(stepped) < len(weights) or (self._exact and not every):
                 grad_outs, *others = grads.of_lookups(features)
-                scale = self.grad_scaler.get_scale() if scaled else None
-                return self._partial_step(grad_outs, weights, groups, features, scale), *others
-            op, before = grads.update(weights)
-            (returned,) = self._apply([_Update(op, before, weights, groups, features)], 1.0, features)
+                return self._partial_step(grad_outs, weights, groups, features, scaled), *others
+            update = _Update(*grads.update(weights), weights, groups, features)
+            (returned,) = self._apply([update], self._live.unscaled(), features)
             return grads.of_inputs(returned)
 
     def _partial_step(
         self, grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], groups: Sequence[dict], features: Features,
-        scale: float | None,
+        scaled: bool,
     ) -> list[Tensor]:  # fmt: skip
-        """A step of the tables that have a gradient, none if the scaled ones are not finite. -> the gradients of the
+        """A step of the tables that have a gradient, none if ``scaled`` ones are not finite. -> the gradients of the
         per-sample weights."""
         of_factors = [torch.zeros_like(w) for w in features.per_sample_weights]
         kept = [f for f, g in enumerate(grad_outs) if g is not None]
         grads = [grad_outs[f] for f in kept]
-        if scale is not None and not all(bool(g.isfinite().all()) for g in grads):
-            return of_factors
+        scale = None if self._exact else self._live.of_fused(self.grad_scaler if scaled else None, grads, weights)
+        if scale is None:
+            if scaled and bool(infinite(grads)):
+                return of_factors
+            scale = self.grad_scaler.get_scale() if scaled else 1.0
         tables, of_kept = features.subset(kept)
         weights, groups = [weights[t] for t in tables], [groups[t] for t in tables]
         update = _Update(*BagGradients(grads).update(weights), weights, groups, of_kept)
-        (returned,) = self._apply([update], 1.0 if scale is None else scale, of_kept)
+        (returned,) = self._apply([update], scale, of_kept)
         for f, g in zip(kept, returned):
             of_factors[f] = g
         return of_factors
@@ -370,6 +372,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """A loaded group without what only torch's optimizers have, and with what they have not, checked."""
         group = {**old, **{name: value for name, value in group.items() if name in old or name not in _TORCHS}}
         self._check(group)
+        self._live.place(group)
         return group
 
     def _loaded(self, i: int, p: Tensor, group: dict, saved: dict) -> dict:

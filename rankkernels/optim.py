@@ -43,6 +43,8 @@ class SGD(RowOptimizer):
         lr: the learning rate, a number or a tensor.
         weight_decay: adds weight_decay w to the gradient of each row looked up.
         max_row_norm: of each row looked up, the gradient is clipped to this norm (all optimizers have it).
+        capturable: keep learning rate, number of the step and loss scale on the tables' GPU, so that a CUDA graph may
+            hold the step (all optimizers have it). The rate becomes a tensor, which schedulers write to.
     """
 
     _kind = "sgd"
@@ -52,9 +54,12 @@ class SGD(RowOptimizer):
         return {"dampening", "nesterov"} <= names
 
     def __init__(
-        self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, max_row_norm: float | None = None
-    ):
-        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, max_row_norm: float | None = None,
+        capturable: bool = False,
+    ):  # fmt: skip
+        super().__init__(
+            params, capturable, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay, max_row_norm=max_row_norm
+        )
 
 
 class Adagrad(RowOptimizer):
@@ -74,17 +79,12 @@ class Adagrad(RowOptimizer):
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
         max_row_norm: float | None = None,
+        capturable: bool = False,
     ):
         super().__init__(
-            params,
-            lr=lr,
-            betas=(0.0, 0.0),
-            eps=eps,
-            weight_decay=weight_decay,
-            max_row_norm=max_row_norm,
-            lr_decay=lr_decay,
-            initial_accumulator_value=initial_accumulator_value,
-        )
+            params, capturable, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm,
+            lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value,
+        )  # fmt: skip
 
     @staticmethod
     def _is_torchs(names):
@@ -106,8 +106,11 @@ class RowWiseAdagrad(RowOptimizer):
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         max_row_norm: float | None = None,
+        capturable: bool = False,
     ):
-        super().__init__(params, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        super().__init__(
+            params, capturable, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm
+        )
 
 
 class Adam(RowOptimizer):
@@ -140,16 +143,14 @@ class Adam(RowOptimizer):
         weight_decay: float = 0.0,
         max_row_norm: float | None = None,
         exact: bool = False,
+        capturable: bool = False,
     ):
         super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            max_row_norm=max_row_norm,
+            params, capturable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm,
             decoupled_weight_decay=self._decoupled,
-        )
+        )  # fmt: skip
+        if exact and capturable:
+            raise ValueError(f"{type(self).__name__}: exact=True counts on the host, so it is not capturable")
         if exact:
             self._follow_dense()
 
@@ -176,8 +177,9 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         max_row_norm: float | None = None,
         exact: bool = False,
+        capturable: bool = False,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm, exact)
+        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm, exact, capturable)
 
     @staticmethod
     def _is_torchs(names):
@@ -201,8 +203,11 @@ class RowWiseAdam(RowOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_row_norm: float | None = None,
+        capturable: bool = False,
     ):
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm)
+        super().__init__(
+            params, capturable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm
+        )
 
 
 class RowWiseRMSprop(RowOptimizer):
@@ -234,9 +239,10 @@ class RowWiseRMSprop(RowOptimizer):
         ar_alpha: float = 0.0,
         min_shrinkage: float = 0.1,
         max_row_norm: float | None = None,
+        capturable: bool = False,
     ):
         super().__init__(
-            params, lr=lr, ema_beta=ema_beta, eps=eps, ar_alpha=ar_alpha, min_shrinkage=min_shrinkage,
+            params, capturable, lr=lr, ema_beta=ema_beta, eps=eps, ar_alpha=ar_alpha, min_shrinkage=min_shrinkage,
             max_row_norm=max_row_norm,
         )  # fmt: skip
 
@@ -274,10 +280,12 @@ class FTRL(RowOptimizer):
         l1: float = 0.0,
         l2: float = 0.0,
         max_row_norm: float | None = None,
+        capturable: bool = False,
     ):
         super().__init__(
-            params, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2, max_row_norm=max_row_norm, stepped_lr=None
-        )
+            params, capturable, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2, max_row_norm=max_row_norm,
+            stepped_lr=None,
+        )  # fmt: skip
 
     def _check(self, group: dict) -> None:
         super()._check(group)

@@ -155,7 +155,7 @@ class _CUDAImplementations(TorchDispatchMode):
         if launches_kernel(func):
             if self.current is None and (not self.calls or self.calls[-1].op):
                 self.calls.append(Call(""))
-            (self.current or self.calls[-1]).launches.append(name)
+            (self.current or self.calls[-1]).launches += CUDA_LAUNCHES.get(name, [name])
         return func(*args, **kwargs)
 
 

@@ -23,8 +23,8 @@ HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch
 class GPUOp:
     """An op's cases, in the dtypes that are compiled and timed.
 
-    ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, a sort being
-    PyTorch's. Ops without are Triton's.
+    ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, sort and cumsum
+    being PyTorch's. Ops without are Triton's.
     """
 
     op: str
@@ -62,7 +62,8 @@ DIN = GPUOp(
         # The widest layers, and what else the kernels are compiled to: do the registers suffice?
         in_dtypes(din_attention_case(512, 50, D, widths, activation, norm, softmax, training, form, dropout), dtype)
         for D, widths, activation, norm, softmax, training, form, dropout, dtype in [
-            (128, [128, 128], "dice", True, True, True, "mask", 0.1, SINGLE),
+            (128, [128], "dice", True, True, True, "mask", 0.1, SINGLE),
+            (128, [128, 128], "dice", True, True, False, "mask", 0.1, SINGLE),
             (128, [128, 128], "dice_batch_norm", False, True, False, "offsets", 0.0, HALF),
             (128, [128], "dice_batch_norm", True, False, True, "lengths", 0.0, BF16),
             (64, [80, 40], "sigmoid", False, False, True, "lengths", 0.2, SINGLE),
@@ -91,6 +92,16 @@ EMBEDDING_BAG = GPUOp(
     launches={
         "embedding_bag": ["embedding_bag"],
         "embedding_bag_backward": ["zero", "embedding_lookups", "sort", "embedding_reduce", "embedding_join"],
+        "embedding_bag_update": [
+            "embedding_lookups",
+            "sort",
+            "embedding_run_starts",
+            "cumsum",
+            "embedding_run_rows",
+            "embedding_reduce",
+            "embedding_join",
+            "embedding_update",
+        ],
     },
 )
 

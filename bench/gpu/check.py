@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,12 @@ from torch import Tensor
 from bench.gpu import check_report, report
 from bench.gpu.steps import name_of, on, same_bits, step, worst_error
 from bench.gpu.timing import EventClock, ceilings, timings
-from rankkernels import ReferenceWarning, _version
+from rankkernels import ReferenceWarning, _version, optim
 from rankkernels.ops import _library
+from rankkernels.ops._attention_library import attend
+from rankkernels.ops._schema import parsed
+from rankkernels.ops.attention_params import Flags, Inputs
+from rankkernels.ops.din_attention import _has_kernel
 from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +63,18 @@ Check = tuple[str, Callable[[], tuple[bool | None, str]]]
 # Correctness.
 
 
+def tolerance(case: OpCase, dtype: torch.dtype, expected: Sequence[Tensor], grad_out: Tensor) -> float:
+    """TOLERANCE; for attention out of a library's products, which are rounded to 16 bits behind each layer, twice what
+    the same is off by on the CPU."""
+    if case.op != "din_attention" or dtype not in (torch.float16, torch.bfloat16):
+        return TOLERANCE[dtype]
+    inputs = on(torch.device("cpu"), case.inputs(dtype))
+    if _has_kernel(*parsed(case.arguments(*inputs), Inputs, Flags)):
+        return TOLERANCE[dtype]
+    composed = step(lambda *t: attend(*parsed(case.arguments(*t), Inputs, Flags))[0], inputs, grad_out)
+    return max(TOLERANCE[dtype], 2 * worst_error(composed, expected))
+
+
 def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Forward and backward on the device against the reference in float64 on the CPU; twice, with the same bits."""
     inputs = case.inputs(dtype)
@@ -67,9 +84,9 @@ def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[
     expected = step(case.reference, exact, grad_out.double())
     actual, again = (step(case.function, on(device, inputs), grad_out.to(device)) for _ in range(2))
     error = worst_error(actual, expected)
-    same = same_bits(actual, again)
-    detail = f"error {error:.1e} of {TOLERANCE[dtype]:.0e}" + ("" if same else ", other bits the second time")
-    return error <= TOLERANCE[dtype] and same, detail
+    same, allowed = same_bits(actual, again), tolerance(case, dtype, expected, grad_out)
+    detail = f"error {error:.1e} of {allowed:.0e}" + ("" if same else ", other bits the second time")
+    return error <= allowed and same, detail
 
 
 def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
@@ -128,19 +145,63 @@ def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 def capture_model(make: Callable, device: torch.device) -> tuple[bool, str]:
-    """A model's training step without the optimizer's: probabilities, loss and gradients."""
+    """Training steps in a graph, optimizers included, against the same steps of a copy: losses and all parameters. The
+    tables' steps are fused, and their learning rate changes between replays."""
     torch.manual_seed(0)
     workload = make(B=64, rows=200)
-    (model, x, y), (other_x, other_y) = workload.ours(), workload.batch(seed=2)
-    model, y, x = model.to(device), y.to(device), {k: t.to(device) for k, t in x.items()}
-    parameters = list(model.parameters())
+    (model, *batch), other = workload.ours(), workload.batch(seed=2)
+    twin = copy.deepcopy(model)
+    (x, y), (other_x, other_y) = (on_device(device, *b) for b in (batch, other))
+    static, capturable, steps = [*x.values(), y], device.type == "cuda", []
+    trained, expected = (training_step(m.to(device), capturable) for m in (model, twin))
+    replay, captured = in_graph(lambda: steps.append(0) or trained.step(x, y))
+    for _ in range(len(steps) - capturable):  # the run that is captured is none
+        wanted = expected.step(x, y)
+    with torch.no_grad():
+        for t, o in zip(static, [*other_x.values(), other_y], strict=True):
+            t.copy_(o)
+    for rate in (0.5, 0.25):
+        for tables in (trained.tables, expected.tables):
+            set_rate(tables, rate * 1e-2)
+        replay()
+        wanted = expected.step(other_x, other_y)
+    same = same_bits([*captured, *model.parameters()], [*wanted, *twin.parameters()])
+    return same, "" if same else "a replay differs from a run"
 
-    def train() -> list[Tensor]:
-        p = model(x)
-        loss = F.binary_cross_entropy(p, y)
-        return [p.detach(), loss.detach(), *torch.autograd.grad(loss, parameters)]
 
-    return check_replay(train, [*x.values(), y], [*other_x.values(), other_y])
+class Training(NamedTuple):
+    step: Callable[[dict, Tensor], list[Tensor]]
+    tables: optim.RowOptimizer
+
+
+def training_step(model: torch.nn.Module, capturable: bool) -> Training:
+    """A whole step: its tables' is fused, the other parameters' is torch's Adam."""
+    tables = optim.Adam(model.embedding.parameters(), lr=1e-2, capturable=capturable)
+    optim.fuse(model, tables)
+    embedded = set(model.embedding.parameters())
+    others = torch.optim.Adam([p for p in model.parameters() if p not in embedded], lr=1e-3, capturable=capturable)
+
+    def step(x: dict[str, Tensor], y: Tensor) -> list[Tensor]:
+        others.zero_grad()
+        loss = F.binary_cross_entropy(model(x), y)
+        loss.backward()
+        others.step()
+        return [loss.detach()]
+
+    return Training(step, tables)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """As torch's schedulers do."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def on_device(device: torch.device, x: dict[str, Tensor], y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    return {name: t.to(device) for name, t in x.items()}, y.to(device)
 
 
 def has_kernels(op: str) -> bool:

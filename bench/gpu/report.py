@@ -27,6 +27,7 @@ from bench import workloads
 from bench.gpu.cases import COMPILED, CUDA_LAUNCHES
 from bench.gpu.occupancy import GPUS, MULTIPROCESSORS, occupancy, roofline
 from bench.report.tables import markdown
+from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.testing import OpCase, din_attention_case, fm_interaction_case
 
@@ -122,16 +123,21 @@ def din(B: int = 4096, rows: int = 100_000) -> workloads.Workload:
 MODELS = {"DeepFM": deepfm, "DIN": din}
 
 
-def model_launches() -> dict[str, list]:
-    """The calls of a training step of DeepFM and of DIN without the optimizer's, from the implementations' own code."""
+def model_launches(fused: bool = False) -> dict[str, list]:
+    """The calls of a training step of DeepFM and of DIN, from the implementations' own code: without an optimizer's, or
+    with the tables' Adam ``fused``, in the second step."""
     from bench.gpu.ahead_of_time import compiling
 
     found = {}
     for name, workload in MODELS.items():
         with torch.device("meta"):
             model, x, y = workload().ours()
-        with compiling("sm_90") as calls:
-            F.binary_cross_entropy(model(x), y).backward()
+        if fused:
+            optim.fuse(model, optim.Adam(model.embedding.parameters()))
+        for _ in range(1 + fused):
+            model.zero_grad()
+            with compiling("sm_90") as calls:
+                F.binary_cross_entropy(model(x), y).backward()
         found[name] = calls
     return found
 
@@ -286,7 +292,7 @@ def report(
         "each once; Mflop what it must compute, a backward's recomputation included. Launches are ours + PyTorch's",
         "around them. A time is the larger of the bytes over the bandwidth and the flops over the rate, with the data",
         f"sheets' dense peaks: {gpus}.",
-        "Products of float32 matrices are three of tf32 on NVIDIA and float32 on AMD, those of 16 bits tf32. The",
+        "Products of float32 matrices are three of tf32 on NVIDIA, torch's default, and float32 on AMD. The",
         "launchers choose the blocks from the shape; there is no autotuning, so a case is one configuration.",
         "",
         *triton_table(records),

@@ -21,7 +21,7 @@ Launches: forward 1, in training one more a layer; backward as ``_launches`` say
 PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
 keeps the scores and, with a softmax, out in float32 and its peak and total. The forward computes c itself; the
 backward's products without rows of history (c, d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole
-blocks of BLOCK_L rows; a mask costs all L. A batch of few samples is split over their rows.
+blocks of BLOCK_L rows, and so does a mask, up to its last valid row. A batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -35,35 +35,32 @@ import triton
 from torch import Tensor
 
 from rankkernels._triton._alignment import alignment
+from rankkernels._triton._programs import programs_of
 from rankkernels._triton.din_attention_backward import din_attention_backward_kernel
 from rankkernels._triton.din_attention_blocks import VECTORS
 from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
 from rankkernels._triton.din_attention_layers import Layer, folded, means, normalized, plain, unfolded
-from rankkernels.ops.attention_params import Flags, has_gpu_kernel, norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.attention_params import Flags, has_gpu_kernel, hidden_widths, norms_per_layer, unflatten
 from rankkernels.reference import Hidden
 
-PROGRAMS = 256  # that a launch should have, and at most those that leave partial sums
+PROGRAMS: int | None = None  # other than ``programs_of`` says, for tests
 MAX_WIDTH = 128  # of history rows and of hidden layers
-#: Triton before 3.9 moves out of loops what ``disable_licm`` is to keep there: then the backward of two layers that are
-#: both wider than 64, in training, has more to keep than registers.
-WIDE_TRAINING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
-    """Whether the kernels serve these arguments; the reference does the others.
+    """Whether the kernels serve these arguments; a library's products do the others.
 
-    One or two hidden layers, D and hidden widths from 1 to MAX_WIDTH, float32, float16 and bfloat16. Not more layers or
-    wider ones, which a library's products serve, and not float64, which has no tensor cores to speak of. Two wide ones
-    in training as WIDE_TRAINING says. Not the scores alone, nor padding where it counts.
+    One or two hidden layers, in training with a normalization one, D and hidden widths from 1 to MAX_WIDTH, float32,
+    float16 and bfloat16. Not more layers or wider ones, and not float64, which has no tensor cores to speak of. Two
+    normalized ones need five launches that compute the products again, for which keeping them is cheaper. Not the
+    scores alone, nor padding where it counts.
     """
-    first, *second = params[: -2 : params_per_layer(flags.name, flags.batch_norm)] or [None, None, None]
+    widths = hidden_widths(params, flags)
     statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
-    if statistics and len(second) == 1 and not WIDE_TRAINING and min(first.size(0), second[0].size(0)) > 64:
-        return False
-    widths = [history.size(-1), *(w.size(0) for w in (first, *second) if w is not None)]
+    layers, widths = len(widths), [history.size(-1), *widths]
     return (
         has_gpu_kernel(statistics, flags.use_softmax, flags.count_padding, flags.return_scores)
-        and len(second) <= 1
+        and 1 <= layers <= (1 if statistics else 2)
         and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )
@@ -72,6 +69,15 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
 def _block(width: int) -> int:
     """The power of two, 32 at least, that holds ``width``."""
     return max(32, triton.next_power_of_2(width))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products: ``product`` in din_attention_blocks.py."""
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _padded(weight: Tensor) -> Tensor:
@@ -101,10 +107,15 @@ class _Rows(NamedTuple):
         return self.history.shape[:-1].numel()
 
     @property
+    def programs(self) -> int:
+        """That a launch should have, and at most those that leave partial sums."""
+        return PROGRAMS or programs_of(self.history)
+
+    @property
     def splits(self) -> int:
-        """Tasks a sample, so that few samples make PROGRAMS programs, each with 64 rows and more."""
+        """Tasks a sample, so that few samples make as many programs, each with 64 rows and more."""
         B = self.target.size(0)
-        return max(1, min(PROGRAMS // B, self.total // B // 64))
+        return max(1, min(self.programs // B, self.total // B // 64))
 
     def valid(self) -> Tensor | int:
         """The number of valid rows."""
@@ -148,10 +159,8 @@ class _Network(NamedTuple):
         weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
         if len(layers) == len(self.hidden):
             layers[-1].vectors["out_weight"] = self.out_weight[0].float()
-        dtype, statistics = rows.history.dtype, flags.training and norms_per_layer(flags.name, flags.batch_norm)
-        thrice = dtype == torch.float32 or (dtype == torch.float16 and statistics)
         arguments = rows.arguments() | dict(
-            PRECISION="ieee" if torch.version.hip else "tf32x3" if thrice else "tf32",
+            PRECISION=_precision(rows.history.dtype),
             wt_ptr=weight[0] + weight[2], wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=_vectors(first),
             weight2_ptr=None, vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, DROPOUT=p > 0,
             threshold=round(p * 2**24), kept_scale=1 / (1 - p) if p < 1 else 0.0,
@@ -174,7 +183,7 @@ def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: F
 
 def _tasks(rows: _Rows) -> tuple[int, int]:
     tasks = rows.target.size(0) * rows.splits
-    return tasks, min(tasks, PROGRAMS)
+    return tasks, min(tasks, rows.programs)
 
 
 def _statistics(rows: _Rows, network: _Network) -> Tensor:

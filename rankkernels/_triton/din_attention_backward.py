@@ -23,6 +23,7 @@ import triton.language as tl
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton.din_attention_blocks import (
     OUT_WEIGHT,
+    UNSPECIALIZED,
     _vector,
     activate,
     activate_backward,
@@ -32,11 +33,13 @@ from rankkernels._triton.din_attention_blocks import (
     first_layer_backward,
     gradient_of_product,
     load_rows,
+    product,
     rows_of,
     second_layer,
     second_layer_backward,
     strided_vector,
     valid_rows,
+    zero_rows,
 )
 
 
@@ -61,7 +64,7 @@ def _store_sums(ptr, sums, o, BLOCK: tl.constexpr):
         tl.store(ptr + i * BLOCK + o, sums[i])
 
 
-@triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "tasks", "splits", "L", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_backward_kernel(
     grad_out_ptr, history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr,
     vectors2_ptr, score_ptr, peak_ptr, total_ptr, mean_ptr, grad_history_ptr, grad_target_ptr, grad_c_ptr,
@@ -94,7 +97,9 @@ def din_attention_backward_kernel(
     grad_wm, grad_wp = tl.zeros([BLOCK_S, BLOCK_H], tl.float32), tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
     grad_weight2, grad_bias2 = tl.zeros([BLOCK_H2, BLOCK_H], tl.float32), none2
     for task in tl.range(pid, tasks, tl.num_programs(0), disable_licm=True):
-        b, start, first, end, stored_end = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
+        b, start, first, end, stored_end = rows_of(
+            task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L
+        )
         first_row = start if FORM == "offsets" else b * L
         row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
         mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
@@ -146,7 +151,7 @@ def din_attention_backward_kernel(
                 )
                 if WEIGHT2:
                     grad_bias2 += tl.sum(grad_x2, 0)
-                    grad_weight2 = tl.dot(tl.trans(grad_x2), a, grad_weight2, input_precision=PRECISION)
+                    grad_weight2 = product(tl.trans(grad_x2), a, grad_weight2, PRECISION)
                 if FIRST or ROWS or WEIGHT:
                     grad_a = second_layer_backward(
                         grad_x2, parts_h2, weight2_ptr, o_h, PRECISION, BLOCK_L, BLOCK_H, BLOCK_H2
@@ -167,7 +172,7 @@ def din_attention_backward_kernel(
             if WEIGHT:
                 inside = valid[:, None] & (o_s < D)[None, :]
                 s_history = tl.load(history + o_s[None, :] * stride_hd, mask=inside, other=0.0).to(tl.float32)
-                grad_m = tl.dot(tl.trans(s_history), grad_x, grad_m, input_precision=PRECISION)
+                grad_m = product(tl.trans(s_history), grad_x, grad_m, PRECISION)
             if ROWS:
                 grad_c += tl.sum(grad_x, 0)
                 grad = first_layer_backward(
@@ -180,21 +185,23 @@ def din_attention_backward_kernel(
                 )
         if ROWS:
             tl.store(grad_c_ptr + tl.cast(task, tl.int64) * BLOCK_H + o_h, grad_c)
-            if FORM == "lengths":
-                for l0 in tl.range(first + tl.cdiv(tl.maximum(end - first, 0), BLOCK_L) * BLOCK_L, stored_end, BLOCK_L):
-                    o_l = l0 + tl.arange(0, BLOCK_L)
-                    stored = (o_l < stored_end)[:, None] & (o_d < D)[None, :]
-                    tl.store(
-                        grad_history + o_l[:, None] * D64 + o_d[None, :],
-                        tl.zeros([BLOCK_L, BLOCK_D], tl.float32),
-                        mask=stored,
-                    )
+            if FORM == "lengths" or FORM == "mask":
+                done = first + tl.cdiv(tl.maximum(end - first, 0), BLOCK_L) * BLOCK_L
+                zero_rows(grad_history, done, stored_end, o_d, D64, D, BLOCK_L, BLOCK_D)
         if WEIGHT:
             s_wp = tl.load(wp_ptr + o_h[None, :] * BLOCK_D + o_s[:, None])
             grad_target = grad_target_ptr + tl.cast(task, tl.int64) * D
             tl.store(grad_target + o_s, tl.sum(s_wp * grad_m, 1), mask=o_s < D)
             grad_wm += grad_m
             grad_wp += grad_m * strided_vector(target, o_s, D, stride_td)[:, None]
+    if ROWS and FORM == "offsets":  # what no sample has
+        if pid == 0:
+            samples = tasks // splits
+            zero_rows(
+                grad_history_ptr, tl.cast(0, tl.int64), tl.load(rows_ptr).to(tl.int64), o_d, D64, D, BLOCK_L, BLOCK_D
+            )
+            behind = tl.maximum(tl.load(rows_ptr + samples).to(tl.int64), 0)
+            zero_rows(grad_history_ptr, behind, tl.cast(L, tl.int64), o_d, D64, D, BLOCK_L, BLOCK_D)
     p = tl.cast(pid, tl.int64)
     if LAST:
         out = grad_output_ptr + p * (LAST_BLOCK + 1)

@@ -1,11 +1,9 @@
 """What the kernels of DIN attention do with a block of rows of one sample; their mathematics is in din_attention.py.
 
-Products run on tensor cores with float32 operands: tf32 keeps every bit of a 16-bit history and 10 of a weight's
-mantissa. For float32 three tf32 products give float32's precision, and for float16 where the batch normalizes: there
-gradients are differences. AMD's take float32 as it is. A tensor core's factors pass through registers, so a product is
-a loop over parts of its inner dimension, their number one that the compiler does not know and unroll. Loops keep what
-they compute inside (disable_licm): hoisted addresses would take half of the registers. The weights are read from the
-caches for each block of rows, padded with zeros to powers of two.
+Products run on tensor cores in the precision that torch's own would have (``product``), with float32 sums. A tensor
+core's factors pass through registers, so a product is a loop over parts of its inner dimension, their number one that
+the compiler does not know and unroll. Loops keep what they compute inside (disable_licm): hoisted addresses would take
+half of the registers. The weights are read from the caches for each block of rows, padded with zeros to powers of two.
 """
 
 from __future__ import annotations
@@ -17,13 +15,29 @@ import triton.language as tl
 # v = V_SCALE x + V_SHIFT; the second layer's BIAS; the output layer's weight; and with normalizations in training,
 # where x is normalized, y = Y_SCALE x + Y_SHIFT and G = Y_SCALE dy + V_SCALE dv - U - W x.
 VECTORS = ("alpha", "v_scale", "v_shift", "bias", "out_weight", "y_scale", "y_shift", "u", "w")
+# What differs from batch to batch: a kernel would be compiled again where one of these is a multiple of 16, or 1.
+UNSPECIALIZED = ["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold", "stride_hb", "stride_mb",
+                 "stride_tb", "stride_gb"]  # fmt: skip
 ALPHA, V_SCALE, V_SHIFT, BIAS, OUT_WEIGHT, Y_SCALE, Y_SHIFT, U, W = map(tl.constexpr, range(len(VECTORS)))
 
 
 @triton.jit
-def rows_of(task, splits, rows_ptr, L, FORM: tl.constexpr, BLOCK_L: tl.constexpr):
+def _end_of(mask, L, stride_ml, BLOCK: tl.constexpr):
+    """The position behind the last valid row: a byte a row, where the rows behind it would cost all that rows do."""
+    end = tl.zeros([BLOCK], tl.int32)
+    for l0 in tl.range(0, L, BLOCK):
+        o_l = l0 + tl.arange(0, BLOCK)
+        valid = tl.load(mask + o_l * tl.cast(stride_ml, tl.int64), mask=o_l < L, other=0) != 0
+        end = tl.maximum(end, tl.where(valid, o_l + 1, 0))
+    return tl.max(end, 0)
+
+
+@triton.jit
+def rows_of(
+    task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
     """Task ``task``: its sample, the sample's first row in the offsets' common [N, D], and the task's share of the
-    sample's positions: the first, the end of those within the sample's length, and the end of those with memory."""
+    sample's positions: the first, the end of those that may be valid, and the end of those with memory."""
     b = tl.cast(task // splits, tl.int64)
     start, end = tl.cast(0, tl.int64), tl.cast(L, tl.int32)
     if FORM == "offsets":
@@ -32,6 +46,8 @@ def rows_of(task, splits, rows_ptr, L, FORM: tl.constexpr, BLOCK_L: tl.constexpr
     n = end
     if FORM == "lengths":
         n = tl.maximum(tl.minimum(tl.load(rows_ptr + b), L), 0).to(tl.int32)
+    if FORM == "mask":
+        n = _end_of(mask_ptr + b * stride_mb, L, stride_ml, 128)
     share = tl.cdiv(tl.cdiv(end, BLOCK_L), splits) * BLOCK_L
     first = task % splits * share
     return b, start, first, tl.minimum(n, first + share), tl.minimum(end, first + share)
@@ -47,6 +63,15 @@ def valid_rows(mask_ptr, o_l, end, stride_ml, FORM: tl.constexpr):
 
 
 @triton.jit
+def zero_rows(rows, first, end, o_d, D64, D: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first, .., end - 1 of ``rows``, D64 apart."""
+    for l0 in tl.range(first, end, BLOCK_L):
+        o_l = l0 + tl.arange(0, BLOCK_L)
+        stored = (o_l < end)[:, None] & (o_d < D)[None, :]
+        tl.store(rows + o_l[:, None] * D64 + o_d[None, :], tl.zeros([BLOCK_L, BLOCK_D], tl.float32), mask=stored)
+
+
+@triton.jit
 def strided_vector(ptr, o, size, stride):
     return tl.load(ptr + o * tl.cast(stride, tl.int64), mask=o < size, other=0.0).to(tl.float32)
 
@@ -54,6 +79,27 @@ def strided_vector(ptr, o, size, stride):
 @triton.jit
 def _vector(vectors_ptr, WHICH: tl.constexpr, o_h, BLOCK_H: tl.constexpr):
     return tl.load(vectors_ptr + WHICH * BLOCK_H + o_h)[None, :]
+
+
+@triton.jit
+def _rounded_to_tf32(x):
+    """To the nearest of 10 mantissa bits: a tensor core drops the other 13, which would shrink every sum."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN's bits may carry over into a number
+
+
+@triton.jit
+def product(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, of float32. PRECISION: float16 or bfloat16 for a history of these; for float32 tf32 where torch's
+    own products may have it, else tf32x3, three of them for float32's precision; ieee on AMD, whose cores have it."""
+    if PRECISION == "float16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16), total)
+    elif PRECISION == "bfloat16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), total)
+    elif PRECISION == "tf32":
+        return tl.dot(_rounded_to_tf32(a), _rounded_to_tf32(b), total, input_precision="tf32")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -142,7 +188,7 @@ def first_layer(
     for k in tl.range(0, parts_d, disable_licm=True):
         o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_m = fused_weight(wm_ptr, wp_ptr, strided_vector(target, o_k, D, stride_td), o_k, o_h, BLOCK_D)
-        x = tl.dot(_part(rows, k, BLOCK_D // BLOCK_K), b_m, x, input_precision=PRECISION)
+        x = product(_part(rows, k, BLOCK_D // BLOCK_K), b_m, x, PRECISION)
     return x
 
 
@@ -157,7 +203,7 @@ def first_layer_backward(
     parts = _parts(grad_x, BLOCK_L, BLOCK_H)
     for i in tl.range(0, parts_h, disable_licm=True):
         b_m = fused_weight(wm_ptr, wp_ptr, b_target, o_d, i * 32 + tl.arange(0, 32), BLOCK_D)
-        grad = tl.dot(_part(parts, i, BLOCK_H // 32), tl.trans(b_m), grad, input_precision=PRECISION)
+        grad = product(_part(parts, i, BLOCK_H // 32), tl.trans(b_m), grad, PRECISION)
     return grad
 
 
@@ -172,7 +218,7 @@ def second_layer(
     for i in tl.range(0, parts_h, disable_licm=True):
         o_h = i * 32 + tl.arange(0, 32)
         b_weight2 = tl.load(weight2_ptr + o_h2[None, :] * BLOCK_H + o_h[:, None])
-        x2 = tl.dot(_part(parts, i, BLOCK_H // 32), b_weight2, x2, input_precision=PRECISION)
+        x2 = product(_part(parts, i, BLOCK_H // 32), b_weight2, x2, PRECISION)
     return x2
 
 
@@ -187,7 +233,7 @@ def second_layer_backward(
     for i in tl.range(0, parts_h2, disable_licm=True):
         o_h2 = i * 32 + tl.arange(0, 32)
         b_weight2 = tl.load(weight2_ptr + o_h2[:, None] * BLOCK_H + o_h[None, :])
-        grad_a = tl.dot(_part(parts, i, BLOCK_H2 // 32), b_weight2, grad_a, input_precision=PRECISION)
+        grad_a = product(_part(parts, i, BLOCK_H2 // 32), b_weight2, grad_a, PRECISION)
     return grad_a
 
 

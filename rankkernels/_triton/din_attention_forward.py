@@ -13,6 +13,7 @@ import triton.language as tl
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton.din_attention_blocks import (
     OUT_WEIGHT,
+    UNSPECIALIZED,
     _vector,
     activate,
     constant_of,
@@ -53,7 +54,7 @@ def _no_columns(BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
         return zeros, zeros, zeros, zeros
 
 
-@triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "L", "splits", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_kernel(
     history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
     out_bias_ptr, score_ptr, out_ptr, sum_ptr, peak_ptr, total_ptr, seed_ptr,
@@ -71,7 +72,7 @@ def din_attention_kernel(
     """
     BLOCKS: tl.constexpr = BLOCK_D // BLOCK_K
     task = tl.program_id(0)
-    b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
+    b, start, first, end, _ = rows_of(task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
     o_h, o_h2 = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
     stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
     stride_hd, target = tl.cast(stride_hd, tl.int64), target_ptr + b * stride_tb
@@ -124,7 +125,7 @@ def din_attention_kernel(
         tl.store(total_ptr + task, total)
 
 
-@triton.jit(do_not_specialize=["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_statistics_kernel(
     history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
     partials_ptr, seed_ptr,
@@ -149,7 +150,7 @@ def din_attention_statistics_kernel(
     stride_hd = tl.cast(stride_hd, tl.int64)
     count, mean, squares = 0.0, tl.zeros([LAST], tl.float32), tl.zeros([LAST], tl.float32)
     for task in tl.range(pid, tasks, tl.num_programs(0), disable_licm=True):
-        b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, FORM, BLOCK_L)
+        b, start, first, end, _ = rows_of(task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
         row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
         mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
         c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)

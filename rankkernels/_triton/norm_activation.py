@@ -28,8 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rankkernels._triton._alignment import aligned, alignment
+from rankkernels._triton._programs import programs_of
 
-PROGRAMS = 256  # of a pass that sums: as many partial sums
+PROGRAMS: int | None = None  # of a pass that sums, and so many partial sums: other than ``programs_of`` says, for tests
 TILE = 2048  # values a block: 16 a thread with four warps
 MAX_WIDTH = 4096
 
@@ -41,6 +42,15 @@ def _vector(ptr, o, H, dtype: tl.constexpr, OTHER: tl.constexpr):
         return tl.full(o.shape, OTHER, dtype)
     else:
         return tl.load(ptr + o, mask=o < H, other=0.0).to(dtype)
+
+
+@triton.jit
+def _slopes(alpha_ptr, o, H, ONE_ALPHA: tl.constexpr, dtype: tl.constexpr):
+    """alpha of each unit [1, H], be it one for all."""
+    if ONE_ALPHA:
+        return tl.full(o.shape, 0.0, dtype)[None, :] + tl.load(alpha_ptr).to(dtype)
+    else:
+        return _vector(alpha_ptr, o, H, dtype, 0.0)[None, :]
 
 
 @triton.jit
@@ -169,7 +179,7 @@ def norm_merge_kernel(
 def norm_activation_kernel(
     x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, alpha_ptr, out_ptr, N, H, stride_xn, stride_xh,
     norm_eps: tl.constexpr, dice_eps: tl.constexpr, TRAINING: tl.constexpr, ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out [N, H], contiguous, of BLOCK_N rows."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -181,7 +191,7 @@ def norm_activation_kernel(
     b_x = tl.load(x_tile, mask=inside, other=0.0).to(dtype)
     mean, r = _normalization(mean_ptr, var_ptr, o_h, N, H, TRAINING, norm_eps, dtype)
     weight, bias = _vector(weight_ptr, o_h, H, dtype, 1.0)[None, :], _vector(bias_ptr, o_h, H, dtype, 0.0)[None, :]
-    alpha = _vector(alpha_ptr, o_h, H, dtype, 0.0)[None, :]
+    alpha = _slopes(alpha_ptr, o_h, H, ONE_ALPHA, dtype)
     y = (b_x - mean) * r * weight + bias
     out = _activate(b_x, y, alpha, o_h, H, dice_eps, ACTIVATION)
     tl.store(out_ptr + o_n[:, None] * H64 + o_h[None, :], out, mask=inside)
@@ -192,7 +202,7 @@ def norm_activation_backward_kernel(
     grad_out_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, alpha_ptr, sums_ptr, grad_x_ptr, partials_ptr,
     N, H, stride_gn, stride_gh, stride_xn, stride_xh,
     norm_eps: tl.constexpr, dice_eps: tl.constexpr, TRAINING: tl.constexpr, ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """grad_x [N, H], contiguous, if there is one; sums over this program's rows [P, 3, H] if they are asked for.
 
@@ -205,7 +215,7 @@ def norm_activation_backward_kernel(
     o_h = tl.arange(0, BLOCK_H)
     mean, r = _normalization(mean_ptr, var_ptr, o_h, N, H, TRAINING, norm_eps, dtype)
     weight, bias = _vector(weight_ptr, o_h, H, dtype, 1.0)[None, :], _vector(bias_ptr, o_h, H, dtype, 0.0)[None, :]
-    alpha = _vector(alpha_ptr, o_h, H, dtype, 0.0)[None, :]
+    alpha = _slopes(alpha_ptr, o_h, H, ONE_ALPHA, dtype)
     sum_gn = tl.zeros([BLOCK_N, BLOCK_H], dtype)
     sum_g, sum_alpha = sum_gn, sum_gn
     for n0 in range(program * BLOCK_N, N, programs * BLOCK_N):
@@ -252,12 +262,12 @@ def _arguments(
     N, H = x.shape
     training = batch_norm and training
     mean, var = (batch_stats[:H], batch_stats[H:]) if training else (running_mean, running_var)
-    alpha = None if alpha is None else alpha.expand(H)
     weight, bias, alpha, mean, var = (None if t is None else t.contiguous() for t in (weight, bias, alpha, mean, var))
     return dict(
         x_ptr=x, mean_ptr=mean if batch_norm else None, var_ptr=var if batch_norm else None, weight_ptr=weight,
         bias_ptr=bias, alpha_ptr=alpha, N=N, H=H, stride_xn=x.stride(0), stride_xh=x.stride(1), norm_eps=norm_eps,
-        dice_eps=dice_eps, TRAINING=training, ACTIVATION=activation, BLOCK_H=triton.next_power_of_2(H), num_warps=4,
+        dice_eps=dice_eps, TRAINING=training, ACTIVATION=activation,
+        ONE_ALPHA=alpha is not None and alpha.numel() == 1, BLOCK_H=triton.next_power_of_2(H), num_warps=4,
     )  # fmt: skip
 
 
@@ -267,7 +277,8 @@ def _statistics(x: Tensor) -> Tensor:
     stats = torch.empty(2 * H, dtype=_wide(x), device=x.device)
     BLOCK_H = min(triton.next_power_of_2(H), 64)
     BLOCK_N = TILE // BLOCK_H
-    rows = triton.cdiv(triton.cdiv(N, BLOCK_N), PROGRAMS) * BLOCK_N
+    most = PROGRAMS or programs_of(x)
+    rows = triton.cdiv(triton.cdiv(N, BLOCK_N), most) * BLOCK_N
     programs = triton.cdiv(N, rows)
     partials = torch.empty((programs, 2, H), dtype=_wide(x), device=x.device)
     norm_statistics_kernel[(programs, triton.cdiv(H, BLOCK_H))](
@@ -281,7 +292,7 @@ def _statistics(x: Tensor) -> Tensor:
         rows,
         programs,
         ALIGN=alignment(x),
-        BLOCK_P=triton.next_power_of_2(programs),
+        BLOCK_P=triton.next_power_of_2(most),
         BLOCK_H=16,
         num_warps=4,
     )
@@ -331,7 +342,7 @@ def norm_activation_backward(
             grad_out_ptr=grad_out, stride_gn=grad_out.stride(0), stride_gh=grad_out.stride(1), BLOCK_N=BLOCK_N,
             ALIGN=math.gcd(alignment(x), alignment(grad_out)),
         )  # fmt: skip
-        programs = min(triton.cdiv(N, BLOCK_N), PROGRAMS)
+        programs = min(triton.cdiv(N, BLOCK_N), PROGRAMS or programs_of(x))
         launch = norm_activation_backward_kernel[(programs,)]
         partials = torch.empty((programs, 3, H), dtype=_wide(x), device=x.device)
         if batch_norm and training:

@@ -11,6 +11,7 @@ from rankkernels import ops
 from rankkernels.nn._tables import TableLayer
 from rankkernels.nn._transparency import is_plain
 from rankkernels.ops._library import use_huge_pages
+from rankkernels.ops.embedding_bag import without_rest
 
 
 class EmbeddingBag(TableLayer, nn.EmbeddingBag):
@@ -46,10 +47,7 @@ class EmbeddingBag(TableLayer, nn.EmbeddingBag):
                 torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
         if self.include_last_offset and offsets is not None and (self.sparse or self.fused_optimizer):
             # Ids after the last bag: dense gradients take no notice of their zeros, a step on their rows would.
-            end = int(offsets[-1])
-            if end < input.numel():
-                input = input[:end]
-                per_sample_weights = None if per_sample_weights is None else per_sample_weights[:end]
+            input, per_sample_weights = without_rest(input, offsets, per_sample_weights)
         out = self._look_up(self.weight, input, offsets, per_sample_weights)
         # The last offset ends the last bag: what comes after it is a bag of its own to the op.
         return out[:-1] if self.include_last_offset and offsets is not None else out

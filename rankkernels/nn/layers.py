@@ -124,11 +124,14 @@ def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -
     stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
     for norm in norms:
         norm.num_batches_tracked.add_(1)
-        for running, batch in ((norm.running_mean, next(stats)), (norm.running_var, next(stats))):
-            momentum = norm.momentum
-            if momentum is None:  # the mean over all batches
-                momentum = norm.num_batches_tracked.to(running.dtype).reciprocal()
-            running.lerp_(batch.to(running.dtype), momentum)
+        running = [norm.running_mean, norm.running_var]
+        batch = [next(stats).to(r.dtype) for r in running]
+        if norm.momentum is None:  # the mean over all batches
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+            for r, b in zip(running, batch):
+                r.lerp_(b, share)
+        else:
+            torch._foreach_lerp_(running, batch, norm.momentum)
 
 
 _STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}

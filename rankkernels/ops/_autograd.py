@@ -86,7 +86,9 @@ class _FirstDerivative:
         return list(output) if self.gives_list else output
 
 
-def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative, to_onnx: Callable) -> Callable:
+def _caller(
+    op: torch._ops.OpOverload, first_derivative: _FirstDerivative, to_onnx: Callable, composed: Callable
+) -> Callable:
     """``op`` without its autograd kernel, where plain tensors are called from plain Python: the way through the
     dispatcher to a kernel in Python and back is half of a small call. Compilers are asked for first, since they cannot
     ask for inference mode, which goes without by itself."""
@@ -101,6 +103,8 @@ def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative, to_on
             return (to_onnx if torch.onnx.is_in_onnx_export() else op)(*arguments, **keywords)
         if torch.is_inference_mode_enabled() or is_transformed():
             return op(*arguments, **keywords)
+        if (output := composed(*arguments)) is not None:
+            return output
         tensors = first_derivative.tensors(arguments) if torch.is_grad_enabled() else ()
         if not torch._C._any_requires_grad(*tensors):
             return below(*arguments, **keywords)
@@ -111,14 +115,24 @@ def _caller(op: torch._ops.OpOverload, first_derivative: _FirstDerivative, to_on
     return call
 
 
+def _never(*arguments) -> None:
+    """Nothing is composed."""
+
+
 def register_autograd(
-    name: str, reference: Callable, backward: Callable, setup_context: Callable, to_onnx: Callable | None = None
+    name: str,
+    reference: Callable,
+    backward: Callable,
+    setup_context: Callable,
+    to_onnx: Callable | None = None,
+    composed: Callable = _never,
 ) -> Callable:
     """As ``torch.library.register_autograd``, but forward mode and ``torch.func`` run ``reference``, which takes and
     returns what the op does (torch's drops forward mode's tangents silently), and ``torch.vmap`` loops. Exporters to
     ONNX get ``to_onnx``, by default ``reference``: of a model as it is called, of a program of torch.export here.
 
-    Returns the op, for calls that skip the way to its autograd kernel where they can."""
+    ``composed`` returns what the op does, too, computed by torch's ops under their own autograd, or None where the op
+    is to be called. Returns the op, for calls that skip the way to its autograd kernel where they can."""
     op = getattr(torch.ops.rankkernels, name).default
     first_derivative = _FirstDerivative(op, backward, setup_context)
     to_onnx = reference if to_onnx is None else to_onnx
@@ -128,6 +142,8 @@ def register_autograd(
             return reference(*arguments, **keywords)
         if torch.onnx.is_in_onnx_export():
             return to_onnx(*arguments, **keywords)
+        if (output := composed(*arguments)) is not None:
+            return output
         run = _redispatching(op, keyset)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return run(*arguments, **keywords)
@@ -147,7 +163,7 @@ def register_autograd(
         return tree_unflatten(out, out_spec), tree_unflatten([0] * len(out), out_spec)
 
     torch.library.register_vmap(f"rankkernels::{name}", one_by_one, lib=lib)
-    return _caller(op, first_derivative, to_onnx)
+    return _caller(op, first_derivative, to_onnx, composed)
 
 
 def differentiable(op: torch._ops.OpOverload, reference: Callable) -> Callable:

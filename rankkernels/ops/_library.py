@@ -8,8 +8,11 @@ the reference, registered under CompositeExplicitAutograd. torch's dispatcher ch
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -69,7 +72,30 @@ torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t:
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
 #: What the C++ kernels run with, or None without them. Queried once at import, so it never appears in a traced graph.
 cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
-has_triton: bool = importlib.util.find_spec("triton") is not None and no_extension != "RANKKERNELS_REFERENCE is set"
+only_reference: bool = no_extension == "RANKKERNELS_REFERENCE is set"
+OLDEST_TRITON = (3, 6)
+
+
+def _triton_version() -> tuple[int, int]:
+    """By its source: importing Triton takes longer than importing rankkernels; (0, 0) where there is none."""
+    spec = importlib.util.find_spec("triton")
+    text = Path(spec.origin).read_text() if spec is not None and spec.origin else ""
+    version = re.search(r"""^__version__ = ['"](\d+)\.(\d+)""", text, re.MULTILINE)
+    return (int(version[1]), int(version[2])) if version else (0, 0)
+
+
+has_triton: bool = not only_reference and _triton_version() >= OLDEST_TRITON
+
+
+@functools.cache
+def _has_tensor_cores(index: int | None) -> bool:
+    hip = torch.version.hip or not torch.cuda.is_available()  # without a GPU, tensors are traced for one
+    return bool(hip) or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def triton_serves(t: Tensor) -> bool:
+    """Whether Triton is there, and new enough, and compiles for the GPU of ``t``: for NVIDIA's from Ampere on."""
+    return has_triton and _has_tensor_cores(t.device.index)
 
 
 def use_huge_pages(t: Tensor) -> None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._cpu import has_avx512, onednn_is_faster
-from rankkernels.ops._library import has_triton, no_extension, reference_notices
+from rankkernels.ops._library import (
+    OLDEST_TRITON,
+    no_extension,
+    only_reference,
+    reference_notices,
+    triton_serves,
+)
 
 
 class ReferenceWarning(UserWarning):
@@ -49,7 +55,7 @@ OPS = {
             "din_attention",
             ("ActivationUnit", "DIN"),
             cuda="Triton",
-            cuda_limits="reference in float64, beyond two layers or 128 wide",
+            cuda_limits="a library's products in float64, beyond two layers or 128 wide",
         ),
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
         Op("embedding_bag", ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"), cuda="CUDA C++"),
@@ -93,8 +99,10 @@ def notice_reference(op: str, tensor: Tensor) -> None:
         reason = no_extension
     elif device == "cuda" and OPS[op].cuda == "CUDA C++":
         reason = "rankkernels was built without RANKKERNELS_CUDA=1"
-    elif device == "cuda" and not has_triton:
-        reason = "Triton is not installed"
+    elif device == "cuda" and no_extension and only_reference:
+        reason = no_extension
+    elif device == "cuda" and not triton_serves(tensor):
+        reason = f"this needs Triton {'.'.join(map(str, OLDEST_TRITON))} and, of NVIDIA, a GPU from Ampere on"
     elif device == "cuda":
         reason = "the Triton kernels do not serve this configuration (see docs/gpu.md)"
     else:

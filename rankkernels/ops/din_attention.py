@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops import _onnx
+from rankkernels.ops import _attention_library, _onnx
 from rankkernels.ops._activations import number_of
 from rankkernels.ops._attention_checks import (
     check,
@@ -26,7 +26,7 @@ from rankkernels.ops._attention_checks import (
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import define, has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib, only_reference, triton_serves
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten_wide
@@ -108,6 +108,29 @@ def _default_backward(grad_out, batch_stats, saved, *arguments):
     return grad_history.contiguous(), grad_target.contiguous(), [g.contiguous() for g in grad_params]
 
 
+def _has_kernel(inputs: Inputs, flags: Flags) -> bool:
+    """Whether a GPU's kernels serve these arguments."""
+    if not triton_serves(inputs.history):
+        return False
+    from rankkernels._triton.din_attention import supports
+
+    return supports(inputs.history, inputs.params, flags)
+
+
+def _composed(history: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A library's products and ``norm_activation``, on a GPU where no kernel serves."""
+    if not history.is_cuda or only_reference:
+        return None
+    inputs, flags = parsed((history, *rest), Inputs, Flags)
+    if _has_kernel(inputs, flags):
+        return None
+    check("din_attention", inputs, flags)
+    accumulated = wide(history.dtype)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)):
+        out, batch_stats = _attention_library.attend(inputs, flags)
+    return out, batch_stats.to(accumulated), history.new_empty(0, dtype=accumulated)
+
+
 if has_triton:
 
     def expanded(inputs: Inputs) -> tuple[tuple, Tensor | None]:
@@ -130,27 +153,24 @@ if has_triton:
         sums = grads.new_zeros(history.shape).index_put_((copied,), grads, accumulate=True)
         return sums.to(history.dtype)
 
-    def _kernels(inputs: Inputs, flags: Flags):
-        """The Triton kernels, where they serve these arguments."""
-        from rankkernels._triton import din_attention as kernels
-
-        return kernels if kernels.supports(inputs.history, inputs.params, flags) else None
-
     @torch.library.impl(lib, "din_attention", "CUDA")
     def _(*arguments):
+        from rankkernels._triton import din_attention as kernels
+
         inputs, flags = parsed(arguments, Inputs, Flags)
-        kernels = _kernels(inputs, flags)
-        if kernels is None:
-            return _default(*arguments)
+        if (composed := _composed(*arguments)) is not None:
+            out, batch_stats, saved = composed
+            return out, batch_stats, saved.new_empty(saved_size(inputs, flags, num_rows(inputs)))
         check("din_attention", inputs, flags)
         of_samples, _ = expanded(inputs)
         return kernels.din_attention(*of_samples, flags)
 
     @torch.library.impl(lib, "din_attention_backward", "CUDA")
     def _(grad_out, batch_stats, saved, *arguments):
+        from rankkernels._triton import din_attention as kernels
+
         inputs, flags = parsed(arguments, Inputs, Flags)
-        kernels = _kernels(inputs, flags)
-        if kernels is None:
+        if not _has_kernel(inputs, flags):
             return _default_backward(grad_out, batch_stats, saved, *arguments)
         check_backward(grad_out, batch_stats, saved, inputs, flags, on_gpu=True)
         of_samples, copied = expanded(inputs)
@@ -196,7 +216,7 @@ def _to_onnx(*arguments):
     return out, nothing_kept, nothing_kept
 
 
-_forward = register_autograd("din_attention", _reference, _backward, _setup_context, _to_onnx)
+_forward = register_autograd("din_attention", _reference, _backward, _setup_context, _to_onnx, _composed)
 
 
 def _without_autocast(op: torch._ops.OpOverload, key: str):
@@ -207,10 +227,17 @@ def _without_autocast(op: torch._ops.OpOverload, key: str):
     return run
 
 
-# Autocast changes nothing: the precision is that of ``history``, and what an implementation calls stays in it.
+# The op's precision is that of ``history``, and what an implementation calls stays in it.
 for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.din_attention_backward.default):
     for _key in ("AutocastCPU", "AutocastCUDA"):
         lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
+
+
+def _as_linear_takes_it(x: Tensor) -> Tensor:
+    """``x`` as ``nn.Linear`` multiplies it on a GPU: under autocast, in its dtype."""
+    if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
 
 
 def has_kernel(history: Tensor, *options: bool) -> bool:
@@ -243,7 +270,9 @@ def din_attention(
 
     Semantics: ``reference.din_attention``; Zhou et al., "Deep Interest Network" (2018), as torch-rechub's
     ``ActivationUnit``, DeepCTR-Torch's ``AttentionSequencePoolingLayer`` and FuxiCTR's ``DIN_Attention`` compute it.
-    The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype.
+    The precision is that of ``history``, with float32 accumulation; parameters may be of another dtype. On a GPU
+    products have the precision of ``nn.Linear`` beside them: on tensor cores, 16-bit histories in their dtype, float32
+    in tf32 where ``torch.set_float32_matmul_precision`` allows it, and under autocast in its dtype.
 
     Args:
         history: [B, L, D], or with ``offsets`` [N, D], or a nested tensor [B, j, D] of layout torch.jagged.
@@ -294,9 +323,10 @@ def din_attention(
     history, offsets = jagged(history, offsets)
     if not running_stats and torch.compiler.is_exporting():  # AOTInductor makes None of an empty list
         running_stats = [history.new_empty(0)]
+    dtype, history, target = history.dtype, _as_linear_takes_it(history), _as_linear_takes_it(target)
     with raise_documented():
         out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, history_index, list(params), list(running_stats), number,
             batch_norm, use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
         )  # fmt: skip
-    return out, batch_stats
+    return out.to(dtype), batch_stats

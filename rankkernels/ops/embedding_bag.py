@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,7 +18,7 @@ from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
 from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
-from rankkernels.ops._table import notice_reference
+from rankkernels.ops._table import OPS, notice_reference
 from rankkernels.ops._tracing import is_exporting
 from rankkernels.ops.embedding_bag_backward import table_gradients
 from rankkernels.ops.embedding_bag_exact import bag_exact
@@ -280,6 +281,19 @@ def table_batched_embedding_bag(
         weights, indices, offsets, per_sample_weights, modes, tables, padding_idx, frozen_rows, names
     )
     return run_op(weights, features, joined_names, concat, sparse, optimizer)
+
+
+def without_rest(ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The ids [N] of bags that end at ``offsets[-1]``, and their factors, without those behind it. On a GPU, whose
+    kernels pass over ids outside a table, those become such ids: their number would be waited for."""
+    passed_over = OPS["embedding_bag"].kernel("cuda") and os.environ.get("RANKKERNELS_CHECK_IDS", "ignore") == "ignore"
+    if ids.is_cuda and passed_over:
+        position = torch.arange(ids.numel(), device=ids.device)
+        return ids.where(position < offsets[-1], -1), per_sample_weights
+    end = int(offsets[-1])
+    if end < ids.numel():
+        ids, per_sample_weights = ids[:end], None if per_sample_weights is None else per_sample_weights[:end]
+    return ids, per_sample_weights
 
 
 def embedding_bag(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from rankkernels import reference
 from rankkernels.ops._autograd import check_first_derivative, differentiable, vjp
@@ -91,16 +93,53 @@ def _(grad_outs, weights, rows, *features):
     return grad_rows, [g[r] for g, r in zip(dense, grad_rows)], grad_factors
 
 
+class _Ascending(NamedTuple):
+    """The memory of rows that ascend; while it is referred to, weakly, no other memory has its number."""
+
+    memory: StorageWeakRef
+    count: int
+    version: int
+
+
+#: By that number. A leaf's ``grad`` is no longer said to be coalesced, and to look would wait for a GPU.
+_ascending: dict[int, _Ascending] = {}
+
+
+def _remember(rows: Tensor) -> None:
+    memory = rows.untyped_storage()
+    _ascending[memory._cdata] = _Ascending(StorageWeakRef(memory), rows.numel(), rows._version)
+
+
+def _known_to_ascend(grad: Tensor) -> bool:
+    """Whether the rows of a sparse gradient are those that ``sparse_gradients`` gave it."""
+    rows = grad._indices()
+    found = _ascending.get(rows.untyped_storage()._cdata)
+    return found is not None and (rows.numel(), rows._version) == (found.count, found.version)
+
+
 def sparse_gradients(
     used: set[int], grad_rows: Sequence[Tensor], values: Sequence[Tensor], rows: Sequence[int]
 ) -> list[Tensor | None]:
     """The sparse gradients of the tables ``used``, coalesced, and None for the others."""
+    for number in [number for number, rows in list(_ascending.items()) if rows.memory.expired()]:
+        _ascending.pop(number, None)
+    for t in used:
+        _remember(grad_rows[t])
     return [
         torch.sparse_coo_tensor(r[None], v, (n, v.size(1)), is_coalesced=True, check_invariants=False)
         if t in used
         else None
         for t, (r, v, n) in enumerate(zip(grad_rows, values, rows))
     ]
+
+
+def coalesced(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows, ascending, and values of a sparse gradient. Autograd drops the coalesced flag when it stores it in
+    ``grad``."""
+    rows = grad._indices()[0]
+    if not (grad.is_coalesced() or _known_to_ascend(grad) or bool((rows[1:] > rows[:-1]).all())):
+        grad = grad.coalesce()
+    return grad._indices()[0], grad._values()
 
 
 _backward = differentiable(torch.ops.rankkernels.embedding_bag_backward.default, _default)

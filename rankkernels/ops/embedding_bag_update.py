@@ -54,6 +54,18 @@ class Hyper(NamedTuple):
     max_norm: float
 
 
+class Live(NamedTuple):
+    """What changes from step to step, on the tables' device: each one float32. A table's states may end with these, and
+    then take the place of ``lr``, ``step`` and ``grad_factor``: nothing waits for a value, and a CUDA graph repeats the
+    step and not its numbers. ``count`` of a table is its own, and goes on by one where the step is taken: unless
+    ``skip`` is not 0. ``scale`` is what the gradients were multiplied with."""
+
+    count: Tensor
+    lr: Tensor
+    scale: Tensor
+    skip: Tensor
+
+
 def settings(kind: str, hyper: Sequence[float]) -> dict[str, float]:
     """A table's part of ``hyper``, by name."""
     return dict(zip(Hyper._fields + RULES[kind].settings, hyper))
@@ -65,14 +77,51 @@ def state_shapes(kind: str, table: torch.Size) -> list[torch.Size]:
     return [table] * rule.elementwise + [table[:1]] * rule.row_wise
 
 
+def is_live(tables: Sequence[Tensor]) -> bool:
+    """Whether a step on these tables can be given its ``Live``: on a GPU."""
+    return all(t.is_cuda for t in tables)
+
+
+def is_captured(tables: Sequence[Tensor]) -> bool:
+    """Whether what is launched on these tables becomes part of a CUDA graph."""
+    on_gpu = torch.backends.cuda.is_built() and any(t.is_cuda for t in tables)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+def _side_by_side(a: Tensor, b: Tensor) -> bool:
+    """Whether the columns of ``b`` follow those of ``a`` in the rows of one matrix."""
+    return (
+        a.dim() == b.dim() == 2
+        and a.dtype == b.dtype
+        and a.size(0) == b.size(0)
+        and a.stride() == b.stride()
+        and a.stride(1) == 1
+        and a.storage_offset() + a.size(1) == b.storage_offset()
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    )
+
+
+def infinite(grads: Sequence[Tensor]) -> Tensor:
+    """1 where one of the gradients is not finite, else 0: [] float32, on their device. Features side by side in one
+    matrix are one."""
+    wholes: list[Tensor] = []
+    for g in grads:
+        if wholes and _side_by_side(wholes[-1], g):
+            left = wholes.pop()
+            g = left.as_strided((g.size(0), left.size(1) + g.size(1)), g.stride(), left.storage_offset())
+        wholes.append(g)
+    finite = [whole.isfinite().all() for whole in wholes]
+    return (finite.pop() if len(finite) == 1 else torch.stack(finite).all()).logical_not().float()
+
+
 def _of_table(values: Sequence, t: int, tables: int) -> Sequence:
     """The entries of table ``t`` in a list that has equally many of each."""
     each = len(values) // tables
     return values[each * t : each * t + each]
 
 
-# ``states`` hold the states of each table, as its rule has them, in float32, float64 for a float64 table. Returned are
-# the gradients of the per-sample weights.
+# ``states`` hold the states of each table, as its rule has them, in float32, float64 for a float64 table, and behind
+# them on a GPU its ``Live``, if it has one. Returned are the gradients of the per-sample weights.
 define(
     f"embedding_bag_update(Tensor?[] grad_outs, Tensor(a!)[] weights, Tensor(b!)[] states, {schema_of(Features)}, "
     "int optimizer, float[] hyper) -> Tensor[] grad_per_sample_weights"
@@ -102,12 +151,31 @@ class BagGradients(NamedTuple):
         return (self.outs,)
 
 
+def _without_live(op: str, states: Sequence[Tensor], weights: Sequence[Tensor], each: int) -> list[Tensor]:
+    """The states as the rule has them; the others are checked."""
+    left = []
+    for t, weight in enumerate(weights):
+        of_table = _of_table(states, t, len(weights))
+        for value in of_table[each:]:
+            torch._check(
+                value.numel() == 1 and value.dtype == torch.float32 and value.device == weight.device,
+                lambda: (
+                    f"{op}: count, lr, scale and skip of a table must each be one float32 on its device, got shape "
+                    f"{list(value.shape)} and {value.dtype}"
+                ),
+            )
+        left += of_table[:each]
+    return left
+
+
 def _check_tables(op, weights, states, optimizer, hyper) -> None:
     """The texts are those of csrc/embedding/optimizer.h."""
     check, n = torch._check, len(weights)
     check(0 <= optimizer < len(OPTIMIZERS), lambda: f"{op}: unknown optimizer {optimizer}")
     rule = RULES[OPTIMIZERS[optimizer]]
     each = rule.elementwise + rule.row_wise
+    if n and len(states) == n * (each + len(Live._fields)):
+        states = _without_live(op, states, weights, each)
     check(
         len(states) == n * each,
         lambda: f"{op}: states must hold {each} tensors a table, got {len(states)} for {n}",
@@ -188,11 +256,17 @@ def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
     _check_rows(weight, rows)
     notice_reference("sparse_update", weight)
+    kind, rule = OPTIMIZERS[optimizer], RULES[OPTIMIZERS[optimizer]]
+    states, live = states[: rule.elementwise + rule.row_wise], states[rule.elementwise + rule.row_wise :]
+    now = settings(kind, hyper)
+    if live:
+        count, lr, scale, skip = live
+        if skip:
+            return
+        now |= {"lr": float(lr), "step": float(count.add_(1)), "grad_factor": 1 / float(scale)}
     state = [s[rows] for s in states]
     dtype = state[0].dtype if state else torch.promote_types(weight.dtype, torch.float32)
-    stepped, state = reference.optimizer_step(
-        OPTIMIZERS[optimizer], weight[rows].to(dtype), values.to(dtype), state, **settings(OPTIMIZERS[optimizer], hyper)
-    )
+    stepped, state = reference.optimizer_step(kind, weight[rows].to(dtype), values.to(dtype), state, **now)
     weight.index_copy_(0, rows, stepped.to(weight.dtype))
     for old, new in zip(states, state):
         old.index_copy_(0, rows, new)

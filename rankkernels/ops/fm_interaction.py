@@ -8,7 +8,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves
 from rankkernels.ops._table import notice_reference
 
 define("fm_interaction(Tensor x, bool reduce_sum) -> Tensor")
@@ -41,7 +41,7 @@ def _reference(x, reduce_sum):
 
 
 @torch.library.impl(lib, "fm_interaction", "CompositeExplicitAutograd")
-def _(x, reduce_sum):
+def _default(x, reduce_sum):
     notice_reference("fm_interaction", x)
     return _reference(x, reduce_sum)
 
@@ -60,6 +60,8 @@ if has_triton:
     def _(x, reduce_sum):
         from rankkernels._triton.fm_interaction import fm_interaction
 
+        if not triton_serves(x):
+            return _default(x, reduce_sum)
         _check("fm_interaction", x, reduce_sum)
         return fm_interaction(x, reduce_sum)
 
@@ -67,6 +69,8 @@ if has_triton:
     def _(grad_out, x, reduce_sum):
         from rankkernels._triton.fm_interaction import fm_interaction_backward
 
+        if not triton_serves(x):
+            return _reference_backward(grad_out, x, reduce_sum)
         _check("fm_interaction_backward", x, reduce_sum, grad_out)
         return fm_interaction_backward(grad_out, x, reduce_sum)
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
-from rankkernels.ops._library import define, has_triton, lib
+from rankkernels.ops._library import define, has_triton, lib, only_reference, triton_serves
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops._tracing import is_compiling
@@ -175,15 +176,50 @@ def _default_backward(grad_out, batch_stats, *arguments):
     return grad_x.contiguous(), [g.contiguous() for g in grad_params]
 
 
+def _has_kernel(x: Tensor) -> bool:
+    """Whether a GPU's kernels serve x [N, H]."""
+    if not triton_serves(x):
+        return False
+    from rankkernels._triton.norm_activation import supports
+
+    return supports(x)
+
+
+def _by_torch(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
+    """torch's own normalization and activation, of checked arguments."""
+    x, *vectors = inputs
+    weight, bias, alpha, *running = (None if t is None else t.to(wide(x.dtype)) for t in vectors)
+    y, stats = x, torch.zeros_like(_new_stats(x, flags))
+    if flags.batch_norm:
+        mean, var = stats.chunk(2) if flags.training else running
+        # A momentum of 1 makes running statistics the batch's.
+        y = F.batch_norm(x, mean, var, weight, bias, flags.training, 1.0, flags.norm_eps)
+    if flags.name == "dice_batch_norm":
+        return (alpha * x + torch.sigmoid(y) * (x - alpha * x)).to(x.dtype), stats
+    slope = None if alpha is None else alpha.to(x.dtype)
+    out = reference.activate(y, flags.name, slope, flags.dice_eps)
+    return out.clone() if out is x else out, stats
+
+
+def _composed(x: Tensor, *rest) -> tuple[Tensor, Tensor] | None:
+    """``_by_torch``, on a GPU where no kernel serves."""
+    if not x.is_cuda or only_reference or _has_kernel(x):
+        return None
+    inputs, flags = parsed((x, *rest), Inputs, Flags)
+    _check("norm_activation", inputs, flags)
+    return _by_torch(inputs, flags)
+
+
 if has_triton:
 
     @torch.library.impl(lib, "norm_activation", "CUDA")
     def _(*arguments):
         from rankkernels._triton import norm_activation as kernels
 
+        if (composed := _composed(*arguments)) is not None:
+            out, batch_stats = composed
+            return out.contiguous(), batch_stats
         inputs, flags = parsed(arguments, Inputs, Flags)
-        if not kernels.supports(inputs.x):
-            return _default(*arguments)
         _check("norm_activation", inputs, flags)
         return kernels.norm_activation(*inputs, flags.name, flags.batch_norm, flags.training, flags.norm_eps,
                                        flags.dice_eps)  # fmt: skip
@@ -193,7 +229,7 @@ if has_triton:
         from rankkernels._triton import norm_activation as kernels
 
         inputs, flags = parsed(arguments, Inputs, Flags)
-        if not kernels.supports(inputs.x):
+        if not _has_kernel(inputs.x):
             return _default_backward(grad_out, batch_stats, *arguments)
         _check_backward(grad_out, batch_stats, inputs, flags)
         return kernels.norm_activation_backward(
@@ -220,18 +256,19 @@ def _backward(ctx, grad_out, _):
 
 
 # Sizes are tensors while torch.jit traces for the older exporter to ONNX: nothing to check.
-_forward = register_autograd("norm_activation", _reference, _backward, _setup_context, _unchecked)
+_forward = register_autograd("norm_activation", _reference, _backward, _setup_context, _unchecked, _composed)
 
 
 #: Values of x below which the cost per call decides between torch's normalization and activation and the op.
-LEAST_VALUES = 1 << 17
+LEAST_VALUES, LEAST_VALUES_ON_GPU = 1 << 17, 1 << 23
 
 
 def is_faster(x: Tensor, activation: str) -> bool:
     """Whether the op is faster than torch's normalization and activation of [N, H] in turn. For small x the cost per
-    call decides, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a compiler no size is read,
-    which would specialize the graph on it."""
-    return is_compiling() or not 0 < x.numel() < LEAST_VALUES or not x.is_cpu or "dice" in activation
+    call decides, launches on a GPU, but Dice is eight of torch's ops; torch's take no layer of width 0. Under a
+    compiler no size is read, which would specialize the graph on it."""
+    least = LEAST_VALUES if x.is_cpu else LEAST_VALUES_ON_GPU
+    return is_compiling() or not 0 < x.numel() < least or "dice" in activation
 
 
 def norm_activation(

@@ -14,6 +14,8 @@ from torch import nn
 import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops._schema import parsed
+from rankkernels.ops.norm_activation import Flags, Inputs, _by_torch, is_faster
 from rankkernels.testing import TOLERANCE, norm_activation_case, relative_error
 
 EVERY = [(name, norm) for name in ACTIVATIONS for norm in (True, False) if norm or name != "dice_batch_norm"]
@@ -26,6 +28,32 @@ def test_equals_reference(activation, batch_norm, training, dtype):
     for N, H in ((2, 5), (130, 3), (300, 48), (17, 1000)):
         case = norm_activation_case(N, H, activation, batch_norm, affine=N % 2 == 0, training=training)
         check(case, dtype, case.inputs(dtype, requires_grad=True))
+
+
+def test_on_a_gpu_small_layers_are_torchs():
+    """Launches decide there, up to some 8 million values; Dice is eight of torch's."""
+    layer = lambda N, H: torch.empty(N, H, device="meta")  # noqa: E731
+    assert not is_faster(layer(4096, 256), "relu") and not is_faster(layer(30_000, 256), "prelu")
+    assert is_faster(layer(65_536, 256), "relu") and is_faster(layer(0, 256), "relu")
+    assert is_faster(layer(16, 4), "dice")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation, batch_norm", EVERY)
+def test_by_torchs_ops(activation, batch_norm, training):
+    """What a GPU runs where no kernel serves."""
+    case = norm_activation_case(9, 5, activation, batch_norm, training=training)
+    inputs = case.inputs(torch.float64, requires_grad=True)
+    given = parsed(case.arguments(*inputs), Inputs, Flags)
+    (out, stats), (_, expected_stats) = (
+        _by_torch(*given),
+        torch.ops.rankkernels.norm_activation(*case.arguments(*inputs)),
+    )
+    assert torch.allclose(stats, expected_stats) and out is not inputs[0]
+    expected = case.reference(*inputs)
+    torch.testing.assert_close(out, expected)
+    of = dict(inputs=inputs, grad_outputs=torch.linspace(-1, 1, 45, dtype=torch.float64).view(9, 5))
+    torch.testing.assert_close(torch.autograd.grad(out, **of), torch.autograd.grad(expected, **of))
 
 
 @pytest.mark.parametrize("H", [1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49, 63, 64, 65, 80, 100, 127])

@@ -98,6 +98,13 @@ __device__ inline T shuffle_xor([[maybe_unused]] unsigned mask, T value, int off
 #endif
 }
 
+// What the lanes read before is read, and what they wrote is seen, by those of `mask`.
+__device__ inline void order_lanes([[maybe_unused]] unsigned mask) {
+#if !defined(__HIPCC__)
+  __syncwarp(mask);
+#endif
+}
+
 // 2^log2_lanes neighbouring threads that share a piece of work.
 struct Group {
   int log2_lanes;

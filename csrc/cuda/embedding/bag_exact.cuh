@@ -72,7 +72,8 @@ __device__ void update_exact_row(const ExactUpdate& u, int64_t row, const T* gra
   T* const weight = static_cast<T*>(u.weight) + row * u.stride_wr;
   A *const s1 = static_cast<A*>(u.state[0]) + row * u.stride_sr, *const s2 = static_cast<A*>(u.state[1]) +
                                                                              row * u.stride_sr;
-  const A factor = clipped_factor<A>(u, grad, group), keep = A(1 - u.lr * u.weight_decay);
+  const Now now = now_of(u);
+  const A factor = clipped_factor<A>(u, now, grad, group), keep = A(1 - u.lr * u.weight_decay);
   const Idle<A> idle(u.clock, last_step_of(u.last_steps, row, group));
   if (group.lane() == 0) u.last_steps[row] = static_cast<int32_t>(u.clock.step + 1);
   for (int d = group.lane() * n; d < u.D; d += group.lanes() * n) {
@@ -84,7 +85,7 @@ __device__ void update_exact_row(const ExactUpdate& u, int64_t row, const T* gra
     RK_UNROLL
     for (int i = 0; i < n; ++i) {
       w[i] = keep * widen(weights.x[i]);
-      adam(u, w[i], factor * widen(grads.x[i]), m.x[i], v.x[i]);
+      adam(u, now, w[i], factor * widen(grads.x[i]), m.x[i], v.x[i]);
     }
     store<n>(weight + d, w);
     store(s1 + d, m);

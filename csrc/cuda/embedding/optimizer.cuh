@@ -15,8 +15,9 @@
 //
 // where g is grad_factor times the gradient (1 over the loss scale of mixed precision), shortened to max_norm
 // where its norm over the row is more and max_norm is not 0; in sgd, adam and the adagrads with g +
-// weight_decay w for g, in adamw and row-wise adam first w -= lr weight_decay w. The host folds the factors
-// that depend on t alone into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps).
+// weight_decay w for g, in adamw and row-wise adam first w -= lr weight_decay w. The factors that depend on t
+// alone are folded into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps). The host folds
+// them, or where lr, t and the loss scale are on the device, a launch before the step (fold.cuh).
 //
 // State is float, double for double tables. Bytes a row: g, w read and written, and each state read and
 // written. A group of lanes takes a row.
@@ -37,8 +38,20 @@ struct Update {
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
   double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
   int32_t D;
-  bool packed;  // rows of the table, of the state and of the gradient are packs
+  bool packed;      // rows of the table, of the state and of the gradient are packs
+  uint16_t number;  // which table it is
 };
+
+// What of an update changes from step to step.
+struct Now {
+  double lr, step, inverse_root, grad_factor, count;
+  bool skips;  // gradients are not finite
+};
+
+// As the host has folded it.
+__device__ inline Now now_of(const Update& u) {
+  return {u.lr, u.step, u.inverse_root, u.grad_factor, u.own[1], false};
+}
 
 // The gradients: of the row with key keys[i], values[i]. `count` of them, on the device, or n if that is
 // null.
@@ -69,8 +82,8 @@ __device__ A scaled_norm(const Update& u, const T* grad, A factor, Group group) 
 
 // grad_factor, less where the gradient is longer than max_norm.
 template <class A, class T>
-__device__ A clipped_factor(const Update& u, const T* grad, Group group) {
-  const A factor = A(u.grad_factor);
+__device__ A clipped_factor(const Update& u, const Now& now, const T* grad, Group group) {
+  const A factor = A(now.grad_factor);
   if (u.max_norm == 0) return factor;
   A squares = 0;
   for (int d = group.lane(); d < u.D; d += group.lanes()) {
@@ -92,15 +105,16 @@ struct RowStep {
 
 // The part of a step that has one number a row.
 template <class A, class T>
-__device__ RowStep<A> step_on_row(const Update& u, Optimizer optimizer, int64_t row, const T* weight,
-                                  const T* grad, A factor, Group group) {
-  RowStep<A> step{A(u.lr), A(1)};
-  if (optimizer == kAdamW || optimizer == kRowWiseAdam) step.keep = A(1 - u.lr * u.weight_decay);
+__device__ RowStep<A> step_on_row(const Update& u, const Now& now, Optimizer optimizer, int64_t row,
+                                  const T* weight, const T* grad, A factor, Group group) {
+  RowStep<A> step{A(now.lr), A(1)};
+  if (optimizer == kAdamW || optimizer == kRowWiseAdam) step.keep = A(1 - now.lr * u.weight_decay);
   if (optimizer != kRowWiseAdagrad && optimizer != kRowWiseAdam && optimizer != kRowWiseRMSprop) return step;
   A* const state = static_cast<A*>(u.state[optimizer == kRowWiseAdam]) + row;
   A* const last = optimizer == kRowWiseRMSprop ? static_cast<A*>(u.state[1]) + row : nullptr;
-  // Read before the lanes meet in the sum, after which the first one writes.
+  // Read by all lanes before the first one writes.
   const A before = *state, last_step = last ? *last : A(0);
+  order_lanes(group.mask());
   const A decay = optimizer == kRowWiseAdagrad ? A(u.weight_decay) : A(0);
   A squares = 0;
   for (int d = group.lane(); d < u.D; d += group.lanes()) {
@@ -110,11 +124,11 @@ __device__ RowStep<A> step_on_row(const Update& u, Optimizer optimizer, int64_t 
   const A mean = group.sum(squares) / A(u.D);
   const A s = optimizer == kRowWiseAdagrad ? before + mean : before + A(1 - u.beta2) * (mean - before);
   if (group.lane() == 0) *state = s;
-  step.scale = A(u.step) / (A(u.inverse_root) * sqrt(s) + A(u.eps));
+  step.scale = A(now.step) / (A(now.inverse_root) * sqrt(s) + A(u.eps));
   if (last) {
-    const A shrink = A(u.lr) * A(u.weight_decay) * (last_step == 0 ? A(1) : A(u.own[1]) - last_step);
+    const A shrink = A(now.lr) * A(u.weight_decay) * (last_step == 0 ? A(1) : A(now.count) - last_step);
     step.keep = A(1) - (shrink > A(u.own[0]) ? A(u.own[0]) : shrink);
-    if (group.lane() == 0) *last = A(u.own[1]);
+    if (group.lane() == 0) *last = A(now.count);
   }
   return step;
 }
@@ -127,8 +141,8 @@ __device__ A power_of(A x, A power) {
 
 // The new w; z and n are changed. A NaN stays.
 template <class A>
-__device__ A ftrl(const Update& u, A w, A g, A& z, A& n) {
-  const A power = A(u.own[0]), l1 = A(u.own[1]), lr = A(u.lr);
+__device__ A ftrl(const Update& u, A lr, A w, A g, A& z, A& n) {
+  const A power = A(u.own[0]), l1 = A(u.own[1]);
   const A before = power_of(n, power);
   n += g * g;
   const A after = power_of(n, power);
@@ -139,21 +153,22 @@ __device__ A ftrl(const Update& u, A w, A g, A& z, A& n) {
 
 // Adam's and AdamW's columns, once the row has decayed.
 template <class A>
-__device__ void adam(const Update& u, A& w, A g, A& m, A& v) {
+__device__ void adam(const Update& u, const Now& now, A& w, A g, A& m, A& v) {
   m += A(1 - u.beta1) * (g - m);
   v += A(1 - u.beta2) * (g * g - v);
-  w -= A(u.step) * m / (A(u.inverse_root) * sqrt(v) + A(u.eps));
+  w -= A(now.step) * m / (A(now.inverse_root) * sqrt(v) + A(u.eps));
 }
 
 template <class T, int n>
-__device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, const T* grad, Group group) {
+__device__ void update_row(const Update& u, const Now& now, Optimizer optimizer, int64_t row, const T* grad,
+                           Group group) {
   using A = accumulate_t<T>;
   T* weight = static_cast<T*>(u.weight) + row * u.stride_wr;
   A* states[2];
   for (int i = 0; i < 2; ++i)
     states[i] = u.state[i] ? static_cast<A*>(u.state[i]) + row * u.stride_sr : nullptr;
-  const A factor = clipped_factor<A>(u, grad, group);
-  const RowStep<A> of_row = step_on_row<A>(u, optimizer, row, weight, grad, factor, group);
+  const A factor = clipped_factor<A>(u, now, grad, group);
+  const RowStep<A> of_row = step_on_row<A>(u, now, optimizer, row, weight, grad, factor, group);
   const bool couples = optimizer <= kAdam;  // weight decay comes with the gradient
   const A decay = couples ? A(u.weight_decay) : A(0);
   for (int d = group.lane() * n; d < u.D; d += group.lanes() * n) {
@@ -172,7 +187,7 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
       RK_UNROLL
       for (int i = 0; i < n; ++i) {
         s.x[i] += g[i] * g[i];
-        w[i] -= A(u.lr) * g[i] / (sqrt(s.x[i]) + A(u.eps));
+        w[i] -= A(now.lr) * g[i] / (sqrt(s.x[i]) + A(u.eps));
       }
       store<n>(states[0] + d, s.x);
     } else if (optimizer == kRowWiseAdam) {
@@ -186,13 +201,13 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
     } else if (optimizer == kFTRL) {
       Pack<A, n> z = load<n>(states[0] + d), sums = load<n>(states[1] + d);
       RK_UNROLL
-      for (int i = 0; i < n; ++i) w[i] = ftrl(u, w[i], g[i], z.x[i], sums.x[i]);
+      for (int i = 0; i < n; ++i) w[i] = ftrl(u, A(now.lr), w[i], g[i], z.x[i], sums.x[i]);
       store<n>(states[0] + d, z.x);
       store<n>(states[1] + d, sums.x);
     } else {
       Pack<A, n> m = load<n>(states[0] + d), v = load<n>(states[1] + d);
       RK_UNROLL
-      for (int i = 0; i < n; ++i) adam(u, w[i], g[i], m.x[i], v.x[i]);
+      for (int i = 0; i < n; ++i) adam(u, now, w[i], g[i], m.x[i], v.x[i]);
       store<n>(states[0] + d, m.x);
       store<n>(states[1] + d, v.x);
     }
@@ -200,10 +215,11 @@ __device__ void update_row(const Update& u, Optimizer optimizer, int64_t row, co
   }
 }
 
+// `live`: each table's, or null where the host has folded them.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     embedding_update(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
-                     int log2_lanes) {
+                     int log2_lanes, const Now* live) {
   const Group group{log2_lanes};
   const int64_t i = int64_t(blockIdx.x) * group.per_block() + group.index();
   if (i >= (gradients.count ? *gradients.count : gradients.n)) return;
@@ -211,11 +227,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   const Update& u = batch.items[find(batch, &Update::first_key, key)];
   const int64_t row = key - u.first_key;
   if (row < 0 || row >= u.R) return;
+  const Now now = live ? live[u.number] : now_of(u);
+  if (now.skips) return;
   const T* grad = static_cast<const T*>(gradients.values) + i * gradients.stride;
   if (u.packed)
-    update_row<T, kPack<T>>(u, optimizer, row, grad, group);
+    update_row<T, kPack<T>>(u, now, optimizer, row, grad, group);
   else
-    update_row<T, 1>(u, optimizer, row, grad, group);
+    update_row<T, 1>(u, now, optimizer, row, grad, group);
 }
 
 }  // namespace cuda

@@ -37,9 +37,11 @@ void launch_updates(const Device& device, ScalarType dtype, const std::vector<U>
 }
 
 // The step in the backward -> the gradients of the per-sample weights. Does not wait for the device.
-template <class U, class Launch>
-Tensors step_on_gradients(const FeatureArgs& args, const OptionalTensors& grad_outs, const Tensors& weights,
-                          std::vector<U> updates, const Launch& launch) {
+// `prepare` is called before the first launch of the step, when there is nothing left to raise.
+template <class U, class Launch, class Prepare = void (*)()>
+Tensors step_on_gradients(
+    const FeatureArgs& args, const OptionalTensors& grad_outs, const Tensors& weights, std::vector<U> updates,
+    const Launch& launch, const Prepare& prepare = [] {}) {
   int64_t first_key = 0;
   for (U& u : updates) {
     u.first_key = first_key;
@@ -47,6 +49,7 @@ Tensors step_on_gradients(const FeatureArgs& args, const OptionalTensors& grad_o
   }
   check_apart(weights);
   auto [runs, grad_per_sample_weights] = run_gradients(args, grad_outs, weights, rows_of(weights));
+  prepare();
   const Device device(weights[0]);
   for (const Tensor& values : runs.values) {
     std::vector<U> of_dtype;

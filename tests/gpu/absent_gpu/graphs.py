@@ -161,14 +161,19 @@ def test_our_ops_are_in_the_graph_and_nothing_waits(trace, name):
     graphs = trace(MODELS[name])
     forward = FORWARD.get(name, {"embedding_bag", "din_attention", "norm_activation"})
     backward = set() if trace is exported_in_eval else BACKWARD.get(name, {f"{op}_backward" for op in forward})
-    assert set(ours(graphs)) == forward | backward
+    expected = forward | backward
+    if trace is traced and name == "DeepFM":  # without a compiler small layers are torch's own, but for Dice
+        expected -= {"norm_activation", "norm_activation_backward"}
+    assert set(ours(graphs)) == expected
     assert not waits(graphs)
     assert len(graphs) == (2 if trace is compiled else 1)
 
 
 #: Of a training step without the optimizer: at most so many of Triton's launches, of CUDA C++'s, of PyTorch's inside
 #: our ops and of PyTorch's in the rest of the model.
-LAUNCHES = {"DeepFM": (10, 9, 2, 30), "DIN": (20, 6, 130, 35)}
+LAUNCHES = {"DeepFM": (0, 9, 0, 32), "DIN": (20, 6, 130, 31)}
+#: With the tables' Adam in it, all together.
+FUSED_LAUNCHES = {"DeepFM": 44, "DIN": 190}
 
 
 @pytest.mark.slow
@@ -178,7 +183,11 @@ def test_a_step_launches_no_more_than_it_did():
     for name, most in LAUNCHES.items():
         counts = report.launch_counts(launched[name])
         assert all(n <= m for n, m in zip(counts, most, strict=True)), (name, counts)
-        assert sorted(c.op for c in launched[name] if c.op) == sorted(ours(compiled(MODELS[name])))
+        called = sorted(c.op for c in launched[name] if c.op)
+        assert called == sorted(ours(traced(MODELS[name])))
+    fused = report.model_launches(fused=True)
+    for name, most in FUSED_LAUNCHES.items():
+        assert sum(len(call.launches) for call in fused[name]) <= most
 
 
 @pytest.mark.parametrize("trace", [pytest.param(compiled, marks=pytest.mark.slow), traced])

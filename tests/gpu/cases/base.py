@@ -45,6 +45,8 @@ class Interpreted:
     #: Where the bytes that the forward moves are counted, with the ``passes`` over the streamed argument if not one.
     counted_configs: Sequence[dict] = ()
     forward: Callable[..., Sequence[Tensor]] | None = None
+    #: The dtype whose tolerance a config has: of its products, where they have another.
+    rounded_to: Callable[[dict, torch.dtype], torch.dtype] = lambda config, dtype: dtype
     #: Cases with tensors of more than 2^31 elements, which are compiled on the meta device.
     huge: Sequence[OpCase] = ()
 

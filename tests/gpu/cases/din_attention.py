@@ -37,13 +37,14 @@ def make(config: dict, dtype: torch.dtype) -> dict:
     params += [torch.randn(1, width) / width**0.5, torch.randn(1)]
     lengths = torch.randint(1, L + 1, (B,)) if L else torch.zeros(B, dtype=torch.int64)
     lengths[1::3] = 0
+    slack = config.get("slack", 0)  # rows before the first sample's and behind the last one's
     return {
-        "history": strided([int(lengths.sum()), D] if form == "offsets" else [B, L, D], dtype, layout),
+        "history": strided([int(lengths.sum()) + 2 * slack, D] if form == "offsets" else [B, L, D], dtype, layout),
         "target": strided([B, D], dtype, layout),
         "grad_out": strided([B, D], dtype, layout),
         "lengths": lengths.int() if form == "lengths" else None,
-        "mask": strided([B, L], SINGLE, layout) > 0 if form == "mask" else None,
-        "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) if form == "offsets" else None,
+        "mask": strided([B, L], SINGLE, layout) > config.get("above", 0) if form == "mask" else None,
+        "offsets": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]) + slack if form == "offsets" else None,
         "params": params,
         "running_stats": running_stats,
         "flags": Flags(
@@ -59,6 +60,7 @@ def make(config: dict, dtype: torch.dtype) -> dict:
             torch.tensor(2**62 + 12345),
         ),
         "programs": config.get("programs", 2),
+        "precision": config.get("precision", "ieee"),
     }
 
 
@@ -81,26 +83,33 @@ def count_layers(params: Sequence[Tensor]) -> int:
     return sum(p.dim() == 2 for p in params) - 1
 
 
-def forward(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
-    module.PROGRAMS = programs
+def forward(
+    module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
+):
+    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
     return module.din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
 
 
-def launch(module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+def launch(
+    module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
+):
     inputs = history, target, lengths, mask, offsets, params, running_stats, flags
-    module.PROGRAMS = programs
+    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
     out, batch_stats, saved = module.din_attention(*inputs)
     grads = module.din_attention_backward(grad_out, batch_stats, saved, *inputs)
     return by_layer(out, batch_stats, *grads, count_layers(params))
 
 
-def expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs):
+def expected(history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision):
     layers = flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps
     params = [p.double().requires_grad_() for p in params]
     history, target = history.requires_grad_(), target.requires_grad_()
+    rows = history
+    if offsets is not None:
+        rows, offsets = history[offsets[0] : offsets[-1]], offsets - offsets[0]
     hidden, out_weight, out_bias = unflatten(params, running_stats, *layers)
     out, stats = reference.din_attention(
-        history, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
+        rows, target, hidden, out_weight, out_bias, lengths=lengths, mask=mask, offsets=offsets,
         use_softmax=flags.use_softmax, training=flags.training, dropout=flags.dropout, seed=flags.seed,
     )  # fmt: skip
     stats = torch.cat([t for s in stats if s is not None for t in s] or [out.new_empty(0)])
@@ -109,6 +118,9 @@ def expected(history, target, grad_out, lengths, mask, offsets, params, running_
     grads = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads)]
     return by_layer(out, stats, grads[0], grads[1], grads[2:], count_layers(params))
 
+
+#: 10 bits of mantissa, as float16 has.
+TF32 = {"precision": "tf32", "dtypes": [SINGLE]}
 
 DIN = Interpreted(
     module="din_attention",
@@ -149,6 +161,7 @@ DIN = Interpreted(
     + [
         {"shape": shape, "activation": activation, "form": form, "softmax": softmax, "batch_norm": norm}
         | {"training": True, "dropout": dropout}
+        | ({"dtypes": [SINGLE]} if len(shape) > 4 else {})  # the op takes a library's products for those
         for shape in ((3, 37, 10, 20), (3, 19, 7, 36, 9))
         for activation, form, softmax, norm, dropout in [
             ("dice_batch_norm", "mask", False, False, 0.0),
@@ -173,10 +186,19 @@ DIN = Interpreted(
         {"shape": (4, 75, 6, 8), "activation": "sigmoid", "form": "all", "softmax": True},
         {"shape": (2, 5, 128, 128, 128), "activation": "prelu", "form": "mask", "layout": "reversed"},
         {"shape": (2, 5, 3, 1), "activation": "dice", "form": "offsets", "layout": "stepped"},
-        {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True},
+        # In bfloat16 one unit's rounding would be all that the second layer sees.
+        {"shape": (2, 4, 5, 1, 33), "activation": "dice", "form": "all", "alpha_of_each_unit": True}
+        | {"dtypes": [SINGLE, HALF]},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "lengths", "layout": "far rows"},
         {"shape": (3, 3, 4, 3), "activation": "sigmoid", "form": "mask", "softmax": True, "layout": "far samples"},
         {"shape": (2, 9, 5, 6), "activation": "dice", "form": "all", "dropout": 1.0},
+        {"shape": (3, 40, 5, 6), "activation": "sigmoid", "form": "offsets", "slack": 45},
+        # Few valid rows, which end anywhere, and none in some samples.
+        {"shape": (5, 150, 5, 6), "activation": "dice", "form": "mask", "softmax": True, "above": 2.2},
+        # Where torch's products may be tf32, these are.
+        {"shape": (3, 37, 40, 20), "activation": "dice", "form": "lengths", "softmax": True} | TF32,
+        {"shape": (3, 19, 7, 36, 9), "activation": "sigmoid", "form": "offsets"} | TF32,
+        {"shape": (3, 37, 10, 20), "activation": "dice", "form": "mask", "batch_norm": True, "training": True} | TF32,
         {"shape": (2, 0, 4, 3), "activation": "relu", "form": "lengths", "softmax": True},
         {"shape": (0, 3, 4, 3), "activation": "relu", "form": "lengths"},
     ],
@@ -265,8 +287,8 @@ DIN = Interpreted(
         ("backward: scores of the first sample", "score_ptr + first_row + o_l", "score_ptr + o_l"),
         (
             "backward: padding keeps its memory's value",
-            'if FORM == "lengths":\n                for',
-            'if FORM == "never":\n                for',
+            'if FORM == "lengths" or FORM == "mask":\n                done',
+            'if FORM == "never":\n                done',
         ),
         (
             "backward: stray store past the last row",
@@ -291,6 +313,7 @@ DIN = Interpreted(
         ("training: normalization left out of its weight", "weight * layer.r[:, None]", "weight"),
     ],
     tolerance={SINGLE: 1e-5, HALF: 2e-3, BF16: 1e-2},
+    rounded_to=lambda config, dtype: HALF if config.get("precision") else dtype,
     streamed="history",
     streamed_configs=[
         {"shape": (2, 37, 70, 20), "activation": "dice", "form": "all", "softmax": True},

@@ -133,8 +133,8 @@ NORM = Interpreted(
         ("dice: backward without the denominator's", " - c * (s * s * s * tl.sum(c * w, 1, keep_dims=True))", ""),
         (
             "dice_batch_norm: slope of one for all",
-            "_vector(alpha_ptr, o_h, H, dtype, 0.0)[None, :]\n    y =",
-            "_vector(alpha_ptr, o_h * 0, H, dtype, 0.0)[None, :]\n    y =",
+            "_vector(alpha_ptr, o, H, dtype, 0.0)",
+            "_vector(alpha_ptr, o * 0, H, dtype, 0.0)",
         ),
         (
             "backward: rows unmasked",

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from gpu.cases import SHIM  # noqa: E402
 from gpu.cuda_shim.exact import exact_adam  # noqa: E402
 from gpu.cuda_shim.jobs import serve  # noqa: E402
+from gpu.cuda_shim.live import launches_of, live_steps  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
@@ -87,7 +88,7 @@ def sparse(case, dtype, digest) -> None:
 
 
 def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
-    """Tables and state after two fused steps, and after a step with a sparse gradient."""
+    """Tables and state after two fused steps, after a step with a sparse gradient, and after ``live_steps``."""
     weights, _, _ = features_of(case, dtype)
     weights = [torch.cat([w, w], 1)[:, w.size(1) :] for w in weights]  # tables may have gaps between their rows
     kind, own = OPTIMIZERS.index(optimizer), [OWN[name] for name in RULES[optimizer].settings]
@@ -104,7 +105,7 @@ def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
     values = torch.linspace(-1, 1, rows.numel() * weights[0].size(1), dtype=torch.float64).view(rows.numel(), -1)
     hyper, of_first = [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7, *own], states[: len(states) // len(weights)]
     torch.ops.rankkernels.sparse_update.default(weights[0], of_first, rows, values.to(dtype), kind, hyper)
-    return [*weights, *states]
+    return [*weights, *states, *live_steps(*features_of(case, dtype, seed=5)[1:], kind, weights, states, own)]
 
 
 OWN = {"lr_power": -0.5, "beta": 0.3, "l1": 0.2, "l2": 0.1, "ar_alpha": 1.5, "min_shrinkage": 0.2}
@@ -269,14 +270,6 @@ def launches() -> None:
         launches_of(
             make([5] * 26, 4 if make is embedding_fm_case else [4] * 26, list(range(26)), ["sum"] * 26, B=3, L=2)
         )
-
-
-def launches_of(case) -> None:
-    inputs = case.inputs(requires_grad=True)
-    out = case.function(*inputs)
-    print("done", flush=True)
-    torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
-    print("done", flush=True)
 
 
 def bad_ids() -> None:

@@ -220,6 +220,8 @@ T __shfl_xor_sync(unsigned mask, T value, int offset, int width) {
   return value;
 }
 
+inline void __syncwarp(unsigned mask) { __shfl_xor_sync(mask, 0, 0, 32); }
+
 template <class T>
 T atomicCAS(T* p, T expected, T value) {
   const T before = *p;

@@ -23,7 +23,9 @@ from bench.gpu.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
 from bench.gpu.cases import COMPILED, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
-from rankkernels._triton.din_attention import WIDE_TRAINING
+from rankkernels._triton import din_attention_backward as backward
+from rankkernels._triton import din_attention_forward as forward
+from rankkernels.testing import din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
@@ -68,13 +70,6 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
             assert all(n <= 65535 for n in kernel.grid[1:])
 
 
-def test_the_reference_serves_only_what_would_spill():
-    """Two wide layers in training before Triton 3.9: see WIDE_TRAINING in rankkernels/_triton/din_attention.py."""
-    left = [case.id for case in COMPILED if case not in SERVED]
-    wide = ["din_attention-B512-L50-D128-128x128-dice-bn-softmax-train-dropout-mask"]
-    assert left == ([] if WIDE_TRAINING else wide)
-
-
 def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
     """CUDA's limits of the dimensions are 2^31 - 1, 65535 and 65535."""
     launched = set()
@@ -85,6 +80,18 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
             assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
             launched.add(kernel.name)
     assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels} == kernels_defined()
+
+
+@pytest.mark.parametrize("form", ["padded", "mask"])
+def test_other_lengths_compile_nothing_again(form):
+    """Batches padded to their longest history, 10 wide: strides that are, or are not, multiples of 16."""
+    kernels = [f for m in (forward, backward) for name, f in vars(m).items() if "_kernel" in name and name[0] == "d"]
+    variants = lambda: sum(len(cache) for k in kernels for cache, *_ in k.device_caches.values())  # noqa: E731
+    counts = []
+    for L in (50, 1, 2, 7, 8, 16, 31, 32, 33, 48, 64, 100):
+        compile_case(din_attention_case(64, L, 10, [36], batch_norm=False, form=form), torch.float32, "sm_90")
+        counts.append(variants())
+    assert counts[0] > 0 and len(set(counts)) == 1, counts
 
 
 def kernels_defined() -> set[str]:

@@ -24,6 +24,7 @@ from triton.runtime.errors import InterpreterError
 
 from bench.gpu.ahead_of_time import tensor_bytes
 from rankkernels import reference
+from rankkernels._triton.din_attention_blocks import product
 from rankkernels.ops._activations import ACTIVATIONS
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
@@ -54,7 +55,8 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
         assert torch.equal(value, arguments[name]), f"{name} was written to"
     assert [a.shape for a in actual] == [e.shape for e in expected]
     assert actual[0].dtype == dtype
-    return [error(a, e) / op.tolerance[dtype] for a, e in zip(actual, expected)]
+    tolerance = op.tolerance[op.rounded_to(config, dtype)]
+    return [error(a, e) / tolerance for a, e in zip(actual, expected)]
 
 
 def in_all_dtypes(configs: str):
@@ -121,6 +123,18 @@ def test_forward_moves_its_inputs_and_outputs(op, config, dtype):
     ratio = moved / given_and_returned
     print(f"| {op.module} {described(config)} {described(dtype)} | {ratio:.3f} of the inputs' and outputs' bytes |")
     assert 0.99 <= ratio <= 1.05
+
+
+@pytest.mark.parametrize("valid", [0, 1, 33, 400])
+def test_a_masked_history_is_read_to_its_last_valid_row(valid):
+    """In whole blocks of rows, by the loads of every launch."""
+    (op,) = (op for op in INTERPRETED if op.module == "din_attention")
+    arguments = op.make({"shape": (2, 400, 5, 6), "activation": "sigmoid", "form": "mask"}, SINGLE)
+    arguments["mask"][0] = torch.arange(400) == valid - 1
+    interpreter.launched.clear()
+    op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
+    for memory in interpreter.launched:
+        assert not memory.loads_of(arguments["history"][0, -(-valid // 32) * 32 :]).any()
 
 
 EXTREMES = [torch.inf, -torch.inf, torch.nan, 6e4, -6e4, 100.0, -100.0, 1.0, -1.0, 0.0]
@@ -252,6 +266,36 @@ def test_dots_have_the_precision_of_tensor_cores():
     assert error(out, a.double() @ b.double()) < 1e-6
     dot_kernel[(1,)](a, b, out, PRECISION="tf32")
     assert 1e-4 < error(out, a.double() @ b.double()) < 1e-3
+    a = a.abs()  # what is cut off, and not rounded, adds up
+    dot_kernel[(1,)](a, a, out, PRECISION="tf32")
+    assert ((out.double() / (a.double() @ a.double()) - 1) < -2e-4).all()
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    o = tl.arange(0, 16)
+    tile = o[:, None] * 16 + o[None, :]
+    a, b = tl.load(a_ptr + tile), tl.load(b_ptr + tile)
+    tl.store(out_ptr + tile, product(a, b, tl.zeros([16, 16], tl.float32), PRECISION))
+
+
+@pytest.mark.parametrize(
+    "precision, tolerance", [("tf32", 3e-4), ("float16", 3e-4), ("bfloat16", 3e-3), ("ieee", 1e-6)]
+)
+def test_operands_are_rounded_to_nearest(precision, tolerance):
+    a, b, out = torch.rand(16, 16), torch.rand(16, 16), torch.empty(16, 16)
+    product_kernel[(1,)](a, b, out, PRECISION=precision)
+    exact = a.double() @ b.double()
+    assert error(out, exact) < tolerance / 2 and abs((out.double() / exact - 1).mean()) < tolerance / 10
+
+
+def test_infinities_and_nan_survive_rounding():
+    a, out = torch.zeros(16, 16), torch.empty(16, 16)
+    a[0, 0], a[1, 1] = torch.inf, -torch.inf
+    a[2, 2] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # a GPU's own NaN
+    product_kernel[(1,)](a, torch.ones(16, 16), out, PRECISION="tf32")
+    assert (out[0] == torch.inf).all() and (out[1] == -torch.inf).all() and out[2].isnan().all()
+    assert not out[3:].any()
 
 
 @triton.jit

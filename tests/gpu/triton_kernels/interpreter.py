@@ -2,7 +2,7 @@
 
 The interpreter keeps bfloat16 as uint16 and computes with the bits as if they were integers. Here conversions round to
 nearest even and dots take the values; other arithmetic in bfloat16 is refused, since kernels accumulate in float32.
-Operands of a tf32 dot lose the mantissa bits that tensor cores drop.
+Operands of a tf32 dot lose the mantissa bits that tensor cores drop, without rounding.
 
 Every load and store is checked. An address must be an element of a tensor that was passed to the launch: neither one
 past its end nor in the gap between two rows. Nothing that one program stores may be read, by any, or be stored by
@@ -42,9 +42,9 @@ def float32_to_bf16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-def round_to_tf32(x: np.ndarray) -> np.ndarray:
-    """``x`` to 10 mantissa bits, nearest, ties away from zero, as cvt.rna.tf32 does."""
-    return ((np.ascontiguousarray(x).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)).view(np.float32)
+def cut_to_tf32(x: np.ndarray) -> np.ndarray:
+    """``x`` with 10 of its mantissa bits: a tensor core is given float32 and reads no more of it."""
+    return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -144,7 +144,7 @@ def install() -> None:
 
     def create_dot(self, a, b, acc, precision, max_num_imprecise_acc):
         if precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
-            a, b = (TensorHandle(round_to_tf32(h.data), tl.float32) for h in (a, b))
+            a, b = (TensorHandle(cut_to_tf32(h.data), tl.float32) for h in (a, b))
         return dot(self, _widened(a), _widened(b), acc, precision, max_num_imprecise_acc)
 
     def program(self):
