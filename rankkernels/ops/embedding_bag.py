@@ -67,6 +67,7 @@ def _reference(weights, *rest, concat=False, sparse=False):
     *features, names = rest
     features = Features(*features)
     check_forward(weights, features, names, concat)
+    features = features.as_rows()
     outs = [_feature_reference(weights, features, f) for f in range(len(features.indices))]
     return [torch.cat(outs, 1)] if concat else outs
 
@@ -78,7 +79,7 @@ def _(weights, *rest, concat=False, sparse=False):
     check_forward(weights, features, names, concat)
     notice_reference("embedding_bag", weights[0])
     F = len(features.indices)
-    check_values(features, [w.size(0) for w in weights], names_of(names, F), [True] * F)
+    check_values(features.as_rows(), [w.size(0) for w in weights], names_of(names, F), [True] * F)
     return _reference(weights, *rest, concat=concat)
 
 
@@ -167,10 +168,7 @@ def run_op(
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None
-        absent = [weights[0].new_empty(0)] * len(features.indices)
-        features = features._replace(
-            offsets=features.offsets or absent, per_sample_weights=features.per_sample_weights or absent
-        )
+        features = features.without_empty_lists()
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(run_op, weights, features, names, concat, sparse, optimizer)
     with raise_documented():

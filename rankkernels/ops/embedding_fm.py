@@ -202,8 +202,7 @@ def run_op(
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():
         return outside_graph(run_op, weights, features, names, linear_weight, dense, sparse, optimizer)
     if torch.compiler.is_exporting():  # AOTInductor turns an empty list into None
-        absent = [weights[0].new_empty(0)] * len(features.indices)
-        features = features._replace(offsets=absent, per_sample_weights=absent)
+        features = features.without_empty_lists()
     with raise_documented():
         if optimizer is not None:
             return _FusedFm(optimizer, weights, features, names)(linear_weight, dense)
