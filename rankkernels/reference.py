@@ -338,6 +338,23 @@ def _first_maximum(rows: Tensor, bag: Tensor, B: int) -> Tensor:
     return torch.where(first < N, rows.gather(0, first.clamp(max=N - 1)), 0.0)
 
 
+def known_rows(ids: Tensor, size: int, hashed: bool, padding_idx: int = -1) -> Tensor:
+    """Ids as they come -> rows of a table: those of 0 .. size - 1 as they are, the others ``size - 1``, or a hash of
+    the id into all rows but ``padding_idx``, -1: none.
+
+    Knuth, "The Art of Computer Programming", volume 3, section 6.4: Fibonacci hashing. The product's high bits depend
+    on all of the id's, so they are mixed into the low ones; the remainder has no sign.
+    """
+    unknown = (ids < 0) | (ids >= size)
+    if not hashed:
+        return ids.masked_fill(unknown, size - 1)
+    mixed = ids.long() * -7046029254386353131
+    rows = mixed.bitwise_xor(mixed >> 32).remainder(max(size - (padding_idx >= 0), 1))
+    if padding_idx >= 0:
+        rows = rows + (rows >= padding_idx)
+    return torch.where(unknown, rows, ids.long()).to(ids.dtype)
+
+
 def embedding(weight: Tensor, indices: Tensor, frozen_row: int | None = None) -> Tensor:
     """Rows of a table: weight [R, D], indices of any shape -> indices.shape + [D].
 

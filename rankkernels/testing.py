@@ -287,6 +287,7 @@ def embedding_bag_case(
             [MODES.index(m) for m in modes],
             [missing] * n,
             [missing] * len(rows),
+            [],
             "\n".join(f"feature {f}" for f in range(n)),
         )
 
@@ -350,7 +351,7 @@ def embedding_fm_case(
 
     def arguments(*inputs):
         weights, ids, a, columns = split(inputs)
-        numbers = list(tables), [MODES.index(m) for m in modes], [missing] * F, [missing] * len(rows)
+        numbers = list(tables), [MODES.index(m) for m in modes], [missing] * F, [missing] * len(rows), []
         return weights, ids, [], [], *numbers, "\n".join(f"feature {f}" for f in range(F)), a, columns
 
     return OpCase(

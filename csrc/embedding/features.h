@@ -45,17 +45,25 @@ class Names {
   StringHandle text_;
 };
 
+// Numbers of a feature in the list `known`: those of Known.
+constexpr size_t kKnown = 3;
+
 // Lists of one entry a feature (frozen_rows: a table) that the op and its backward share; the backward has no
 // names.
 struct FeatureArgs {
   const Tensors &indices, &offsets, &per_sample_weights;
-  const Ints &tables, &modes, &padding_idx, &frozen_rows;
+  const Ints &tables, &modes, &padding_idx, &frozen_rows, &known;
   const Names* names;
 
   size_t size() const { return indices.size(); }
   std::string name(size_t f) const {
     const std::string given = names ? (*names)[f] : "";
     return given.empty() ? "indices[" + std::to_string(f) + "]" : given;
+  }
+  // What becomes of ids that are no rows: three numbers a feature, or nothing where they are errors of all.
+  Known known_of(size_t f) const {
+    if (known.empty()) return {Unknown::error, 0, -1};
+    return {static_cast<Unknown>(known[kKnown * f]), known[kKnown * f + 1], known[kKnown * f + 2]};
   }
   bool has_factors(size_t f) const {
     return !per_sample_weights.empty() &&
@@ -81,7 +89,15 @@ inline void check_lengths(const FeatureArgs& args, size_t num_tables) {
   one_each("padding_idx", args.padding_idx.size(), false);
   RK_CHECK_BAG(args.frozen_rows.size() == num_tables, "frozen_rows must have one entry a table, ", num_tables,
                ", got ", args.frozen_rows.size());
+  RK_CHECK_BAG(args.known.empty() || args.known.size() == kKnown * n, "known must have ", kKnown,
+               " entries a feature, ", kKnown * n, ", or none, got ", args.known.size());
   for (size_t f = 0; f < n; ++f) {
+    const Known known = args.known_of(f);
+    const int64_t unknown = static_cast<int64_t>(known.unknown);
+    RK_CHECK_BAG(unknown == 0 || ((unknown == 1 || unknown == 2) && known.size > 0 &&
+                                  known.padding_idx >= -1 && known.padding_idx < known.size),
+                 args.name(f), " has unknown ids of kind ", unknown, ", which must be 0, 1 or 2, in ",
+                 known.size, " rows but ", known.padding_idx);
     RK_CHECK_BAG(args.tables[f] >= 0 && args.tables[f] < static_cast<int64_t>(num_tables), args.name(f),
                  " has table ", args.tables[f], " of ", num_tables);
     RK_CHECK_BAG(args.modes[f] >= 0 && args.modes[f] < kModes, args.name(f), " has unknown mode ",

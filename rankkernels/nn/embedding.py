@@ -194,7 +194,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             place = {t: n for n, t in enumerate(dict.fromkeys(plan.table_of[i] for i in fused))}
             embeddings = ops.table_batched_embedding_bag(
                 [weights[t] for t in place],
-                [ids[i] for i in fused],
+                [plan.lookups[i].known.rows_of(ids[i]) for i in fused],
                 modes=[plan.lookups[i].mode for i in fused],
                 tables=[place[plan.table_of[i]] for i in fused],
                 per_sample_weights=[
@@ -234,7 +234,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
             )
         mask = self.input_mask(x, feature) if is_sequence(feature) else None
         weights = None if lookup.weights is None else factors(lookup.weights, x)
-        return _pool(table(ids.long()), mask, lookup.mode, weights)
+        return _pool(table(lookup.known.rows_of(ids).long()), mask, lookup.mode, weights)
 
     def _dtype(self) -> torch.dtype:
         """Of the layer's tables, whatever they are."""

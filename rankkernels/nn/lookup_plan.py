@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.ops import few_lookups
-from rankkernels.ops._features import MODES, Features, Known, join_names
+from rankkernels.ops._features import MODES, NO_UNKNOWN, UNKNOWN, Features, Known, join_names
 
 POOLING = {"sum": "sum", "mean": "mean", "concat": "none"}
 
@@ -24,7 +24,7 @@ class Lookup(NamedTuple):
     padding_idx: int | None
     is_sequence: bool
     weights: str | None  # the key in the batch of what scales each row
-    known: Known | None  # where ids outside the table are no error
+    known: Known
 
 
 def table_name(feature) -> str:
@@ -37,10 +37,17 @@ def _lookup_of(feature) -> Lookup | str:
         return feature.name
     mode = POOLING[feature.pooling] if is_sequence(feature) else "none"
     padding_idx = None if mode == "none" else feature.padding_idx
-    oov = getattr(feature, "oov", "error")
-    known = None if oov == "error" else Known(feature.vocab_size, oov, feature.padding_idx)
     weights = getattr(feature, "weights", None)
-    return Lookup(feature.name, table_name(feature), mode, padding_idx, is_sequence(feature), weights, known)
+    return Lookup(
+        feature.name, table_name(feature), mode, padding_idx, is_sequence(feature), weights, _known_of(feature)
+    )
+
+
+def _known_of(feature) -> Known:
+    oov, size, padding_idx = getattr(feature, "oov", "error"), feature.vocab_size, feature.padding_idx
+    if oov == "error":
+        return NO_UNKNOWN
+    return Known(UNKNOWN.index(oov), size, -1 if padding_idx is None else padding_idx % size)
 
 
 class Plan:
@@ -61,10 +68,12 @@ class Plan:
         self.names = [k.name for k in self.lookups]
         self.joined_names = join_names(self.names)
         self.has_sequence = any(k.is_sequence for k in self.lookups)
+        has_unknown = any(k.known != NO_UNKNOWN for k in self.lookups)
+        self.known = [v for k in self.lookups for v in k.known] if has_unknown else []
         self.has_weights = any(k.weights is not None for k in self.lookups)
         #: Whether the tables' own calls give the same: see few_lookups.
         self.may_be_few = 0 < len(self.lookups) <= few_lookups.MOST_FEATURES and all(
-            k.mode == "none" and k.weights is None and k.known is None for k in self.lookups
+            k.mode == "none" and k.weights is None and k.known == NO_UNKNOWN for k in self.lookups
         )
         if len(self.lookups) > 1:
             self.may_be_few &= all(is_dense(f) or f.embed_dim <= few_lookups.MOST_WIDTH for f in features)
@@ -74,15 +83,13 @@ class Plan:
         self.in_order &= all(k.mode != "none" or not k.is_sequence for k in self.lookups)
 
     def ids(self, x: Mapping[str, Tensor]) -> list[Tensor]:
-        """The ids of each lookup, int32 or int64."""
+        """The ids of each lookup as they come, int32 or int64."""
         ids_of = []
         for lookup in self.lookups:
             ids = x.get(lookup.name)
             dtype = getattr(ids, "dtype", None)
             if dtype is not torch.int64 and dtype is not torch.int32:
                 ids = column(lookup.name, x).long()
-            if lookup.known is not None:
-                ids = lookup.known.rows_of(ids)
             if lookup.is_sequence and ids.dim() != 2:
                 raise bad_shape("sequence", lookup.name, "[B, L] ids", ids)
             ids_of.append(ids)
@@ -115,7 +122,7 @@ class Plan:
         return [w.new_empty(0) if name is None else factors(name, x).to(w.dtype) for name, w in of_each]
 
     def with_ids(self, ids: list[Tensor], sample_weights: list[Tensor], frozen_rows: list[int]) -> Features:
-        return Features(ids, [], sample_weights, self.table_of, self.modes, self.padding_idx, frozen_rows)
+        return Features(ids, [], sample_weights, self.table_of, self.modes, self.padding_idx, frozen_rows, self.known)
 
 
 def column(name: str, x: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._checks import FLOATING
-from rankkernels.ops._features import MODES, Features, names_of
+from rankkernels.ops._features import MODES, Features, Known, names_of
 
 _FLOATING = "float32, float64, float16 or bfloat16"
 _MOST_ROWS = 2**60  # of all tables of a backward together
@@ -41,6 +41,19 @@ def check_features(num_tables: int, device: torch.device | None, features: Featu
         check(n == F or (optional and not n), lambda: f"{op}: {name} must have one entry a feature, {F}, got {n}")
     n = len(features.frozen_rows)
     check(n == num_tables, lambda: f"{op}: frozen_rows must have one entry a table, {num_tables}, got {n}")
+    n, numbers = len(features.known), len(Known._fields)
+    check(
+        n in (0, numbers * F),
+        lambda: f"{op}: known must have {numbers} entries a feature, {numbers * F}, or none, got {n}",
+    )
+    for f, name in enumerate(names):
+        unknown, size, hidden = features.known_of(f)
+        check(
+            unknown == 0 or (unknown in (1, 2) and size > 0 and -1 <= hidden < size),
+            lambda: (
+                f"{op}: {name} has unknown ids of kind {unknown}, which must be 0, 1 or 2, in {size} rows but {hidden}"
+            ),
+        )
     for name, table, mode in zip(names, features.tables, features.modes):
         check(0 <= table < num_tables, lambda: f"{op}: {name} has table {table} of {num_tables}")
         check(0 <= mode < len(MODES), lambda: f"{op}: {name} has unknown mode {mode}")

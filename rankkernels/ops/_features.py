@@ -9,30 +9,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rankkernels import reference
 from rankkernels.ops._schema import nothing
 
 #: Pooling modes, by their number in the schema; "none" looks every id up on its own.
 MODES = ("none", "sum", "mean", "max")
 
 
-class Known(NamedTuple):
-    """The ids that have rows, 0 .. size - 1, and what the others get: see ``rankkernels.SparseFeature``."""
+#: What becomes of an id that is no row of its table: ``Unknown`` of csrc/embedding/params.h.
+UNKNOWN = ("error", "row", "hash")
 
+
+class Known(NamedTuple):
+    """What becomes of ids outside 0 .. size - 1, and the row that a hash leaves out, -1: none."""
+
+    unknown: int
     size: int
-    oov: str
-    padding_idx: int | None
+    padding_idx: int
 
     def rows_of(self, ids: Tensor) -> Tensor:
-        """ids as they come -> rows of the table, one pass over the ids for each of a few torch ops."""
-        unknown = (ids < 0) | (ids >= self.size)
-        if self.oov == "row":
-            return ids.masked_fill(unknown, self.size - 1)
-        # Fibonacci hashing: the product's high bits depend on all of the id's, the sign is taken off by the remainder.
-        mixed = ids.long() * -7046029254386353131
-        rows = mixed.bitwise_xor(mixed >> 32).remainder(max(self.size - (self.padding_idx is not None), 1))
-        if self.padding_idx is not None:
-            rows = rows + (rows >= self.padding_idx % self.size)
-        return torch.where(unknown, rows, ids.long())
+        """ids as they come -> rows of the table."""
+        if UNKNOWN[self.unknown] == "error":
+            return ids
+        return reference.known_rows(ids, self.size, UNKNOWN[self.unknown] == "hash", self.padding_idx)
+
+
+#: Of a feature whose ids all have to be rows.
+NO_UNKNOWN = Known(UNKNOWN.index("error"), 0, -1)
 
 
 class Features(NamedTuple):
@@ -41,7 +44,8 @@ class Features(NamedTuple):
     ``offsets`` and ``per_sample_weights`` have an empty tensor for a feature without, and are empty lists where no
     feature has any (torch.library has no autograd for lists of optional tensors). Pooled 1-D indices, and only they,
     have offsets. ``modes`` are numbers of MODES. ``padding_idx`` is the id that a feature's pooling leaves out,
-    ``frozen_rows`` the row of a table that gets no gradient; -1 stands for none.
+    ``frozen_rows`` the row of a table that gets no gradient; -1 stands for none. ``known`` has the three numbers of
+    ``Known`` of each feature, or nothing where all ids have to be rows.
     """
 
     indices: list[Tensor]
@@ -51,6 +55,26 @@ class Features(NamedTuple):
     modes: list[int]
     padding_idx: list[int]
     frozen_rows: list[int]
+    known: list[int] = []  # nobody changes it
+
+    def known_of(self, f: int) -> Known:
+        n = len(Known._fields)
+        return Known(*self.known[n * f : n * f + n]) if self.known else NO_UNKNOWN
+
+    def as_rows(self) -> Features:
+        """The same lookups by ids that all have to be rows."""
+        if not self.known:
+            return self
+        return self._replace(indices=[self.known_of(f).rows_of(ids) for f, ids in enumerate(self.indices)], known=[])
+
+    def without_empty_lists(self) -> Features:
+        """The same in longer words."""
+        F, absent = len(self.indices), self.indices[0].new_empty(0)
+        return self._replace(
+            offsets=self.offsets or [absent] * F,
+            per_sample_weights=self.per_sample_weights or [absent] * F,
+            known=self.known or [*NO_UNKNOWN] * F,
+        )
 
     def without_empty_lists(self) -> Features:
         """For torch.export: AOTInductor makes None of an empty list, of which its packages then fail."""
@@ -95,13 +119,13 @@ class Features(NamedTuple):
 
     def numbers(self) -> tuple[list[int], ...]:
         """What is no tensor."""
-        return self.tables, self.modes, self.padding_idx, self.frozen_rows
+        return self.tables, self.modes, self.padding_idx, self.frozen_rows, self.known
 
     def gradients(self, of_per_sample_weights: Sequence[Tensor | None] | None = None) -> Features:
         """What a backward returns for these arguments: only the per-sample weights have gradients."""
         if of_per_sample_weights is None:
             of_per_sample_weights = nothing(self.per_sample_weights)
-        return Features(nothing(self.indices), nothing(self.offsets), of_per_sample_weights, None, None, None, None)
+        return Features(nothing(self.indices), nothing(self.offsets), of_per_sample_weights, *nothing(self.numbers()))
 
     def subset(self, kept: Collection[int]) -> tuple[list[int], Features]:
         """The numbers of the tables that the features ``kept`` look up, and these features over those tables alone."""
@@ -114,6 +138,7 @@ class Features(NamedTuple):
         return tables, Features(
             of(self.indices), of(self.offsets), of(self.per_sample_weights), [place[self.tables[f]] for f in kept],
             of(self.modes), of(self.padding_idx), [self.frozen_rows[t] for t in tables],
+            [v for f in kept for v in self.known_of(f)] if self.known else [],
         )  # fmt: skip
 
     def of_distinct_tables(self, weights: Sequence[Tensor]) -> tuple[Sequence[Tensor], Features]:
@@ -155,19 +180,13 @@ def joined(lookups: Iterable[tuple[int, Features]]) -> Features:
     """Several lookups as one, each of its own number of tables, which come one after the other."""
     parts, shift, lookups = [], 0, list(lookups)
     for num_tables, features in lookups:
-        absent = features.indices[0].new_empty(0)
-        parts.append(
-            features._replace(
-                offsets=features.offsets or [absent] * len(features.indices),
-                per_sample_weights=features.per_sample_weights or [absent] * len(features.indices),
-                tables=[shift + t for t in features.tables],
-            )
-        )
+        parts.append(features.without_empty_lists()._replace(tables=[shift + t for t in features.tables]))
         shift += num_tables
     whole = Features(*([v for values in field for v in values] for field in zip(*parts)))
     return whole._replace(
         offsets=whole.offsets if any(f.offsets for _, f in lookups) else [],
         per_sample_weights=whole.per_sample_weights if any(f.per_sample_weights for _, f in lookups) else [],
+        known=whole.known if any(f.known for _, f in lookups) else [],
     )
 
 

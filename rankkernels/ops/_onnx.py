@@ -29,6 +29,7 @@ def _pooled(weight: Tensor, features: Features, f: int) -> Tensor:
 def embedding_bag(weights: Sequence[Tensor], features: Features) -> list[Tensor]:
     """The result of each feature. Bags of [N] ids with offsets are the definition's, whose shapes depend on values."""
     outs = []
+    features = features.as_rows()
     for f, (ids, t) in enumerate(zip(features.indices, features.tables)):
         if features.mode(f) == "none":
             outs.append(F.embedding(ids, weights[t]))

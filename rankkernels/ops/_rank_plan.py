@@ -16,8 +16,6 @@ from rankkernels.ops._features import Known
 
 #: Their numbers in the C++: ``Activation`` of csrc/cpu/dense/params.h.
 LEAKY, RELU, SIGMOID, DICE, DICE_BATCH_NORM = range(5)
-#: What becomes of an id that is no row of its table: ``Unknown`` of csrc/cpu/serve/plan.h.
-UNKNOWN = ("error", "row", "hash")
 #: Bytes of a row's scale and bias.
 SCALES = 8
 
@@ -55,10 +53,7 @@ class Lookup(NamedTuple):
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """ids as they come -> rows of the table; as they are where unknown ones are an error."""
-        if UNKNOWN[self.unknown] == "error":
-            return ids
-        padding_idx = None if self.hash_padding < 0 else self.hash_padding
-        return Known(self.known, UNKNOWN[self.unknown], padding_idx).rows_of(ids)
+        return Known(self.unknown, self.known, self.hash_padding).rows_of(ids)
 
 
 class Dense(NamedTuple):

@@ -134,7 +134,7 @@ def has_kernel_for(batch: LookupBatch) -> bool:
     a sample and feature."""
     if must_stay_transparent() or torch.is_grad_enabled() or not _has_kernel():
         return False
-    return not any(batch.features.modes)
+    return not any(batch.features.modes) and not batch.features.known
 
 
 def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:

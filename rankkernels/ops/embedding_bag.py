@@ -68,6 +68,7 @@ def _reference(weights, *rest, concat=False, sparse=False):
     *features, names = rest
     features = Features(*features)
     check_forward(weights, features, names, concat)
+    features = features.as_rows()
     outs = [_feature_reference(weights, features, f) for f in range(len(features.indices))]
     return [torch.cat(outs, 1)] if concat else outs
 
@@ -79,7 +80,7 @@ def _(weights, *rest, concat=False, sparse=False):
     check_forward(weights, features, names, concat)
     notice_reference("embedding_bag", weights[0])
     F = len(features.indices)
-    check_values(features, [w.size(0) for w in weights], names_of(names, F), [True] * F)
+    check_values(features.as_rows(), [w.size(0) for w in weights], names_of(names, F), [True] * F)
     return _reference(weights, *rest, concat=concat)
 
 

@@ -65,6 +65,7 @@ def _lookup_gradients(features: Features, f: int, grad_out: Tensor, weights: lis
 def _default(grad_outs, weights, rows, *features):
     features = Features(*features)
     check_backward(grad_outs, weights, rows, features)
+    features = features.as_rows()
     names = [f"indices[{f}]" for f in range(len(features.indices))]
     check_values(features, rows, names, [g is not None for g in grad_outs])
     grad_weights, grad_factors = nothing(rows), [torch.zeros_like(w) for w in features.per_sample_weights]
@@ -82,7 +83,7 @@ def _default(grad_outs, weights, rows, *features):
 @torch.library.impl(lib, "embedding_bag_backward_sparse", "CompositeExplicitAutograd")
 def _(grad_outs, weights, rows, *features):
     dense, grad_factors = torch.ops.rankkernels.embedding_bag_backward.default(grad_outs, weights, rows, *features)
-    features = Features(*features)
+    features = Features(*features).as_rows()
     touched = [[] for _ in rows]
     for f, (table, grad_out) in enumerate(zip(features.tables, grad_outs)):
         if grad_out is not None:

@@ -146,7 +146,7 @@ def _rows_of(features: Features, t: int, R: int, stepped: bool) -> Tensor:
 @torch.library.impl(lib, "embedding_catch_up", "CompositeExplicitAutograd")
 def _(weights, states, last_steps, histories, *rest):
     *features, _names, clocks = rest
-    features = Features(*features)
+    features = Features(*features).as_rows()
     notice_reference("embedding_catch_up", weights[0])
     for t, table in enumerate(_tables(weights, states, last_steps, histories, clocks)):
         _catch_up_rows(_rows_of(features, t, weights[t].size(0), False), *table)
@@ -162,8 +162,9 @@ def _(weights, states, last_steps, histories, clocks):
 @torch.library.impl(lib, "embedding_mark_steps", "CompositeExplicitAutograd")
 def _(last_steps, *rest):
     *features, steps = rest
+    features = Features(*features).as_rows()
     for t, (last, step) in enumerate(zip(last_steps, steps)):
-        last[_rows_of(Features(*features), t, last.size(0), True)] = step
+        last[_rows_of(features, t, last.size(0), True)] = step
 
 
 def _nothing(*_arguments) -> None:

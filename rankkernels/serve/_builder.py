@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from rankkernels.ops import _exact_table
-from rankkernels.ops._features import MODES
+from rankkernels.ops._features import MODES, UNKNOWN
 from rankkernels.ops._library import use_huge_pages
-from rankkernels.ops._rank_plan import UNKNOWN, Dense, Layer, Lookup, Plan, Table, Unit, pack, padded, quantize
+from rankkernels.ops._rank_plan import Dense, Layer, Lookup, Plan, Table, Unit, pack, padded, quantize
 from rankkernels.serve._layers import Network, NotServed, plain
 
 #: Bits of a table's values, by the name that ``freeze`` has for them.

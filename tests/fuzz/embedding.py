@@ -8,12 +8,12 @@ from torch import Tensor
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.ops._features import MODES
+from rankkernels.ops._features import MODES, NO_UNKNOWN, Features, Known
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, settings, state_shapes
 from rankkernels.testing import TOLERANCE, relative_error
 
 ops = torch.ops.rankkernels
-NUMBERS = ("tables", "modes", "padding_idx", "frozen_rows")
+NUMBERS = ("tables", "modes", "padding_idx", "frozen_rows", "known")
 FEATURES = ("indices", "offsets", "per_sample_weights", *NUMBERS)
 
 
@@ -21,7 +21,7 @@ def table(draw: Draw, rows: int, width: int, dtype: torch.dtype, overlap: bool) 
     return draw.strided(draw.normal((rows, width), dtype), overlap)
 
 
-def features(draw: Draw, concat: bool, overlap: bool = True, fm: bool = False) -> dict:
+def features(draw: Draw, concat: bool, overlap: bool = True, fm: bool = False, unknown: float = 0) -> dict:
     """``weights`` and the features of the schema, for ``fm`` of one width and dtype."""
     T, F = draw.randint(1, 4), draw.randint(1, 5)
     dtypes = [draw.dtype()] * T if fm or concat or draw.chance(0.6) else [draw.dtype() for _ in range(T)]
@@ -48,6 +48,13 @@ def features(draw: Draw, concat: bool, overlap: bool = True, fm: bool = False) -
         ids = draw.ids(rows[t], shape)
         if mode in ("sum", "mean") and draw.chance(0.3):
             factors = draw.strided(draw.normal(ids.shape, dtypes[t]))
+        known = Known(draw.choice((0, 1, 2)), draw.randint(1, rows[t]), -1) if draw.chance(unknown) else NO_UNKNOWN
+        if known.unknown and ids.numel():
+            if known.size > 1 and draw.chance(0.5):
+                known = known._replace(padding_idx=draw.randrange(known.size))
+            away = torch.rand(ids.shape, generator=draw.generator) < 0.3
+            ids = torch.where(away, draw.choice((-1, known.size, 2**31 - 1, -(2**31))), ids.clone()).to(ids.dtype)
+        a["known"] += known
         a["indices"].append(ids)
         a["offsets"].append(offsets)
         a["per_sample_weights"].append(factors)
@@ -58,12 +65,19 @@ def features(draw: Draw, concat: bool, overlap: bool = True, fm: bool = False) -
         if all(t.shape == (0,) for t in a[key]) and draw.chance(0.8):
             if key != "offsets" or not any(ids.dim() == 1 and m for ids, m in zip(a["indices"], a["modes"])):
                 a[key] = []
+    if not any(a["known"][:: len(Known._fields)]):
+        a["known"] = []
     a["frozen_rows"] = [draw.randrange(r) if draw.chance(0.3) else -1 for r in rows]
     return {"weights": weights, **a}
 
 
 def names_of(a: dict) -> str:
     return "\n".join(f"feature_{f}" for f in range(len(a["indices"])))
+
+
+def rows_of(a: dict) -> list[Tensor]:
+    """The rows that the ids look up."""
+    return Features(**{key: a[key] for key in FEATURES}).as_rows().indices
 
 
 def call(op: str, arguments: dict):
@@ -79,7 +93,7 @@ def reference_outs(a: dict, weights: list[Tensor], factors: list[Tensor]) -> lis
         if row >= 0:
             keep[row] = 0
         frozen.append(w * keep + (w * (1 - keep)).detach())
-    for f, ids in enumerate(a["indices"]):
+    for f, ids in enumerate(rows_of(a)):
         w, mode, ids = frozen[a["tables"][f]], MODES[a["modes"][f]], ids.long()
         if mode == "none":
             outs.append(w[ids])
@@ -130,7 +144,7 @@ def size_of_terms(a: dict, grads: list[Tensor | None]) -> list[float]:
 
 def valid(draw: Draw) -> None:
     concat = draw.chance(0.3)
-    a = features(draw, concat)
+    a = features(draw, concat, unknown=0.2)
     before = snapshot(tensors_of(a))
     forward = {**a, "names": names_of(a), "concat": concat, "sparse": draw.chance(0.5)}
     outs = call("embedding_bag", forward)
@@ -198,7 +212,7 @@ def autograd(draw: Draw, a: dict, grads) -> None:
 
     is_sparse = draw.chance(0.5)
     outs = rk.table_batched_embedding_bag(
-        weights, a["indices"], modes=[MODES[m] for m in a["modes"]], tables=a["tables"], offsets=given(a["offsets"]),
+        weights, rows_of(a), modes=[MODES[m] for m in a["modes"]], tables=a["tables"], offsets=given(a["offsets"]),
         per_sample_weights=given(factors), padding_idx=[None if p < 0 else p for p in a["padding_idx"]],
         frozen_rows=[None if r < 0 else r for r in a["frozen_rows"]], sparse=is_sparse,
     )  # fmt: skip
@@ -254,7 +268,7 @@ def touched_rows(a: dict, grads, t: int) -> Tensor:
     for f, g in enumerate(grads):
         if g is None or a["tables"][f] != t:
             continue
-        i = a["indices"][f].flatten().long()
+        i = rows_of(a)[f].flatten().long()
         padding = a["padding_idx"][f] if a["modes"][f] else -1
         ids.append(i[(i != padding) & (i != a["frozen_rows"][t])])
     return torch.cat(ids).unique()

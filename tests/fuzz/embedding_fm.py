@@ -34,8 +34,8 @@ from embedding_wrong import (
 from torch import Tensor
 
 
-def arguments(draw: Draw) -> dict:
-    a = features(draw, concat=True, fm=True)
+def arguments(draw: Draw, unknown: float = 0) -> dict:
+    a = features(draw, concat=True, fm=True, unknown=unknown)
     F, w = len(a["indices"]), a["weights"][0]
     B = outs_of(a)[0].size(0)
     linear = draw.normal((1, F * w.size(1)), w.dtype) if draw.chance(0.7) else None
@@ -53,7 +53,7 @@ def fm_of(x: Tensor, F: int) -> Tensor:
 
 
 def valid(draw: Draw) -> None:
-    a = arguments(draw)
+    a = arguments(draw, unknown=0.2)
     F, w = len(a["indices"]), a["weights"][0]
     before = snapshot(tensors_of(a))
     embeddings, fm, linear = call("embedding_fm", {**a, "names": names_of(a), "sparse": draw.chance(0.5)})

@@ -15,7 +15,7 @@ from torch_rechub.models import ranking
 
 import rankkernels as rk
 from rankkernels import reference
-from rankkernels.ops._features import Known
+from rankkernels.ops._features import UNKNOWN, Known
 
 DEFAULT_ATTENTION = {"dims": [4], "activation": "dice", "use_softmax": False}
 
@@ -95,7 +95,8 @@ class Embeddings(rechub.EmbeddingLayer):
             return v if v.dim() > 1 else v.unsqueeze(1)
         ids = x[f.name].long()
         if f.oov != "error":
-            ids = Known(f.vocab_size, f.oov, f.padding_idx).rows_of(ids)
+            hidden = -1 if f.padding_idx is None else f.padding_idx % f.vocab_size
+            ids = Known(UNKNOWN.index(f.oov), f.vocab_size, hidden).rows_of(ids)
         found = self.embed_dict[f.shared_with or f.name](ids)
         if not is_sequence(f) or f.pooling == "concat":
             return found

@@ -96,7 +96,7 @@ def test_imports_beside_any_torch(build):
         "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
         "op = torch.ops.rankkernels.embedding_bag.default\n"
         "w, ids = torch.ones(2, 3), torch.tensor([[0]])\n"
-        "try: op.redispatch(keys, [w], [ids], [], [], [0], [1], [-1], [-1], 'item_id', concat=True)\n"
+        "try: op.redispatch(keys, [w], [ids], [], [], [0], [1], [-1], [-1], [], 'item_id', concat=True)\n"
         "except RuntimeError as error: print(error)\n",
         cwd=library, PYTHONPATH=str(library),
     )  # fmt: skip

@@ -70,7 +70,7 @@ def lookup():
     """Two features of two tables, the second one pooled."""
     return dict(
         weights=[randn(5, 4), randn(6, 4)], indices=[torch.tensor([1, 2]), torch.tensor([[3], [4]])], offsets=[],
-        per_sample_weights=[], tables=[0, 1], modes=[0, 1], padding_idx=[-1, -1], frozen_rows=[-1, -1],
+        per_sample_weights=[], tables=[0, 1], modes=[0, 1], padding_idx=[-1, -1], frozen_rows=[-1, -1], known=[],
     )  # fmt: skip
 
 
@@ -367,6 +367,14 @@ def features(a: str, b: str) -> list[tuple[dict, str]]:
         (dict(padding_idx=[-1, -1, 0]), "padding_idx must have one entry a feature, 2, got 3"),
         (dict(modes=[0]), "modes must have one entry a feature, 2, got 1"),
         (dict(frozen_rows=[-1]), "frozen_rows must have one entry a table, 2, got 1"),
+        (dict(known=[0, 0, -1]), "known must have 3 entries a feature, 6, or none, got 3"),
+        *(
+            (
+                dict(known=[0, 0, -1, unknown, size, hidden]),
+                f"{b} has unknown ids of kind {unknown}, which must be 0, 1 or 2, in {size} rows but {hidden}",
+            )
+            for unknown, size, hidden in ((3, 6, -1), (-1, 6, -1), (1, 0, -1), (2, 6, 6), (2, 6, -2))
+        ),
         (dict(offsets=absent), f"{b} of shape [2, 1] and mode sum takes no offsets, got shape [2]"),
         (
             dict(indices=flat, offsets=[torch.empty(0, dtype=torch.int64)] * 2),

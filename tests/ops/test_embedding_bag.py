@@ -156,7 +156,7 @@ def test_concat_is_the_features_side_by_side(dtype):
         torch.autograd.grad(joined, weights, grad_out), torch.autograd.grad(torch.cat(outs, 1), weights, grad_out)
     ):
         assert torch.equal(a, b)
-    arguments = ([w.detach() for w in weights], ids, [], [], [0, 1, 0], [0, 2, 1], [-1] * 3, [-1] * 2, "a\nb\nc")
+    arguments = ([w.detach() for w in weights], ids, [], [], [0, 1, 0], [0, 2, 1], [-1] * 3, [-1] * 2, [], "a\nb\nc")
     for weight in arguments[0]:
         weight.requires_grad_()
     torch.library.opcheck(torch.ops.rankkernels.embedding_bag.default, arguments, dict(concat=True))
@@ -310,7 +310,7 @@ def test_on_cuda_without_the_cuda_part(monkeypatch):
     """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors; and that is said once."""
     table = rk.ops._table
     weight, ids = torch.randn(30, 8), torch.randint(0, 30, (9, 4))
-    arguments = [weight], [ids], [], [], [0], [1], [2], [2], "ids"
+    arguments = [weight], [ids], [], [], [0], [1], [2], [2], [], "ids"
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     (out,) = torch.ops.rankkernels.embedding_bag.default.redispatch(cuda, *arguments)
     torch.testing.assert_close(out, F.embedding_bag(ids, weight, mode="sum", padding_idx=2))

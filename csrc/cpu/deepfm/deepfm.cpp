@@ -196,7 +196,8 @@ Tensor deepfm_cpu(const Tensors& weights, const Tensors& indices, const Ints& ta
                   const Tensor& linear_weight, const OptionalTensor& dense, const Tensors& mlp) {
   const Tensors none;
   const Ints modes(indices.size(), kNone), padding_idx(indices.size(), -1), frozen_rows(weights.size(), -1);
-  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, &names};
+  const Ints known;
+  const FeatureArgs args{indices, none, none, tables, modes, padding_idx, frozen_rows, known, &names};
   Features features(args, weights.size());
   std::vector<Bags>& bags = features.bags;
   const int64_t F = bags.size(), B = bags[0].B,

@@ -18,10 +18,10 @@ namespace rk {
 static std::tuple<Tensors, Tensors> embedding_bag_backward_cpu(
     const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
     const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-    const Ints& padding_idx, const Ints& frozen_rows) {
+    const Ints& padding_idx, const Ints& frozen_rows, const Ints& known) {
   const BackwardArgs backward(
       grad_outs, weights, rows,
-      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, nullptr});
   const SortedLookups lookups(backward);
   Tensors grad_weights;
   std::vector<TableGrad> sums(rows.size(), TableGrad{});
@@ -58,10 +58,10 @@ std::tuple<Tensors, Tensors, Tensors> sparse_gradients(const BackwardArgs& backw
 static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cpu(
     const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
     const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-    const Ints& padding_idx, const Ints& frozen_rows) {
-  return sparse_gradients(
-      BackwardArgs(grad_outs, weights, rows,
-                   {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr}));
+    const Ints& padding_idx, const Ints& frozen_rows, const Ints& known) {
+  return sparse_gradients(BackwardArgs(
+      grad_outs, weights, rows,
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, nullptr}));
 }
 
 static Update make_cpu_update(const char* op, int64_t optimizer, const double* hyper, const Tensor& weight,
@@ -98,11 +98,12 @@ static Tensors embedding_bag_update_cpu(const OptionalTensors& grad_outs, const 
                                         const Tensors& states, const Tensors& indices, const Tensors& offsets,
                                         const Tensors& per_sample_weights, const Ints& tables,
                                         const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-                                        int64_t optimizer, const std::vector<double>& hyper) {
+                                        const Ints& known, int64_t optimizer,
+                                        const std::vector<double>& hyper) {
   const Ints rows = rows_of(weights);
   const BackwardArgs backward(
       grad_outs, weights, rows,
-      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, nullptr});
   return update_tables(backward, weights, states, optimizer, hyper);
 }
 

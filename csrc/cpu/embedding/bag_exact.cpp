@@ -71,11 +71,11 @@ class CaughtUpBags {
 Tensors embedding_bag_exact_cpu(const Tensors& weights, const Tensors& states, const Tensors& last_steps,
                                 const Tensors& histories, const Tensors& indices, const Tensors& offsets,
                                 const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                const std::vector<double>& clocks, bool concat) {
+                                const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                                const Names& names, const std::vector<double>& clocks, bool concat) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
   const ForwardArgs forward(
-      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
+      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, &names},
       concat);
   forward.for_each_part([&](size_t f, int64_t b0, int64_t b1) {
     bool in_range = true;
@@ -93,13 +93,13 @@ Tensors embedding_bag_exact_update_cpu(const OptionalTensors& grad_outs, const T
                                        const Tensors& histories, const Tensors& indices,
                                        const Tensors& offsets, const Tensors& per_sample_weights,
                                        const Ints& tables, const Ints& modes, const Ints& padding_idx,
-                                       const Ints& frozen_rows, const std::vector<double>& hyper,
-                                       const std::vector<double>& clocks) {
+                                       const Ints& frozen_rows, const Ints& known,
+                                       const std::vector<double>& hyper, const std::vector<double>& clocks) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
   const Ints rows = rows_of(weights);
   const BackwardArgs backward(
       grad_outs, weights, rows,
-      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, nullptr});
+      {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, nullptr});
   return update_tables(backward, weights, states, kAdamW, hyper, {}, all.data());
 }
 

@@ -115,11 +115,11 @@ Features features_of(const FeatureArgs& args, const std::vector<CatchUp>& tables
 void embedding_catch_up_cpu(const Tensors& weights, const Tensors& states, const Tensors& last_steps,
                             const Tensors& histories, const Tensors& indices, const Tensors& offsets,
                             const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                            const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                            const std::vector<double>& clocks) {
+                            const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                            const Names& names, const std::vector<double>& clocks) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   &names};
   const Features features = features_of(args, all);
   const BagTasks plan(features);
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {
@@ -152,7 +152,8 @@ void embedding_catch_up_all_cpu(const Tensors& weights, const Tensors& states, c
 // The rows that a step moved, by the lookups whose gradients it took, are as of that step.
 void embedding_mark_steps_cpu(const Tensors& last_steps, const Tensors& indices, const Tensors& offsets,
                               const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                              const Ints& padding_idx, const Ints& frozen_rows, const Ints& steps) {
+                              const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                              const Ints& steps) {
   RK_CHECK(steps.size() == last_steps.size(), "embedding_mark_steps: steps must have one entry a table, ",
            last_steps.size(), ", got ", steps.size());
   std::vector<CatchUp> all(last_steps.size());
@@ -161,8 +162,8 @@ void embedding_mark_steps_cpu(const Tensors& last_steps, const Tensors& indices,
     all[t].last_steps =
         last_steps_of("embedding_mark_steps", last_steps[t], all[t].R, last_steps[t].is_cpu());
   }
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   const Features features = features_of(args, all);
   const BagTasks plan(features);
   run_tasks(plan.tasks.size(), plan.work, [&](int64_t task) {

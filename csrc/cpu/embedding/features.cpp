@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/runtime/isa.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/tuning.h"
 
 namespace rk {
@@ -62,6 +63,45 @@ Features::Features(const FeatureArgs& args, size_t num_tables) {
       bag.per_sample_weights = keepalive.back().const_data_ptr();
     }
   }
+  if (!args.known.empty()) find_rows(args);
+}
+
+template <class I>
+static void write_rows(const Known& known, const I* ids, int64_t* rows, Range lookups) {
+  if (known.unknown == Unknown::row) {  // by a conditional move: as fast whatever the ids are
+    const uint64_t size = known.size;
+    for (int64_t p = lookups.begin; p < lookups.end; ++p)
+      rows[p] = uint64_t(int64_t(ids[p])) < size ? ids[p] : int64_t(size - 1);
+    return;
+  }
+  for (int64_t p = lookups.begin; p < lookups.end; ++p) rows[p] = known.row_of(ids[p]);
+}
+
+void Features::find_rows(const FeatureArgs& args) {
+  struct Task {
+    size_t f;
+    const Bags ids;
+    Range lookups;
+  };
+  std::vector<Task> tasks;
+  int64_t work = 0;
+  rows.resize(bags.size());
+  for (size_t f = 0; f < bags.size(); ++f) {
+    Bags& bag = bags[f];
+    if (args.known_of(f).unknown == Unknown::error) continue;
+    for (int64_t p = 0; p < bag.N; p += kLookupTaskWork)
+      tasks.push_back({f, bag, {p, std::min(bag.N, p + kLookupTaskWork)}});
+    work += bag.N;
+    rows[f].reset(new int64_t[bag.N]);
+    bag.ids = rows[f].get();
+    bag.wide_ids = true;
+  }
+  run_tasks(tasks.size(), work, [&](int64_t i) {
+    const auto& [f, bag, lookups] = tasks[i];
+    const Known known = args.known_of(f);
+    int64_t* to = rows[f].get();
+    dispatch_ids(bag, [&, lookups = lookups](const auto* ids) { write_rows(known, ids, to, lookups); });
+  });
 }
 
 void Features::check_range(const FeatureArgs& args, size_t f) const {

@@ -1,6 +1,7 @@
 // The op's lists of tensors, checked and turned into one `Bags` a feature.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "cpu/embedding/params.h"
@@ -13,11 +14,16 @@ struct Features {
   std::vector<Bags> bags;  // the fields of the table and `out` are the caller's to fill
   Tensors keepalive;       // what the pointers in `bags` point into
   std::vector<std::vector<int64_t>> starts;
+  std::vector<std::unique_ptr<int64_t[]>> rows;  // of features whose unknown ids have some
 
   // Raises for lists of a wrong length and for features that contradict themselves.
   Features(const FeatureArgs& args, size_t num_tables);
   // Raises for the first id of feature f outside its table, if there is one.
   void check_range(const FeatureArgs& args, size_t f) const;
+
+ private:
+  // Ids that need not be rows become rows, before anything reads them.
+  void find_rows(const FeatureArgs& args);
 };
 
 // Bags [b0, b1) of feature f.

@@ -65,17 +65,15 @@ void copy_dense(const Tensor& dense, const Tensor& embeddings, Range samples) {
 }
 
 // Block by block of samples: all features are looked up, then combined while their rows are in L2.
-std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(const Tensors& weights, const Tensors& indices,
-                                                    const Tensors& offsets, const Tensors& per_sample_weights,
-                                                    const Ints& tables, const Ints& modes,
-                                                    const Ints& padding_idx, const Ints& frozen_rows,
-                                                    const Names& names, const OptionalTensor& linear_weight,
-                                                    const OptionalTensor& dense,
-                                                    bool /* sparse: how the backward is to be */) {
+std::tuple<Tensor, Tensor, Tensor> embedding_fm_cpu(
+    const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
+    const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
+    const Ints& known, const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
+    bool /* sparse: how the backward is to be */) {
   const int64_t extra_columns = dense && dense->dim() == 2 ? dense->size(1) : 0;
   const ForwardArgs forward(
-      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names}, true,
-      extra_columns);
+      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, &names},
+      true, extra_columns);
   const std::vector<Bags>& bags = forward.features.bags;
   const int64_t F = bags.size(), D = bags[0].D, B = bags[0].B, width = F * D;
   for (int64_t f = 0; f < F; ++f)
@@ -282,8 +280,9 @@ struct LookupGrads {
         ids.size(0) != embeddings.size(0) || embeddings.size(1) < (f + 1) * D)
       return false;
     const int64_t b = f * 257 % ids.size(0), place = b * ids.stride(0);
-    const int64_t id = wide ? static_cast<const int64_t*>(ids.const_data_ptr())[place]
-                            : static_cast<const int32_t*>(ids.const_data_ptr())[place];
+    const int64_t id =
+        features.known_of(f).row_of(wide ? static_cast<const int64_t*>(ids.const_data_ptr())[place]
+                                         : static_cast<const int32_t*>(ids.const_data_ptr())[place]);
     if (id < 0 || id >= w.size(0)) return false;
     const int64_t size = w.element_size();
     const char* row = static_cast<const char*>(w.const_data_ptr()) + id * w.stride(0) * size;
@@ -302,9 +301,9 @@ std::tuple<Tensors, Tensors, Tensors, Tensor> embedding_fm_backward_sparse_cpu(
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Ints& rows, const Tensors& indices, const Tensors& offsets,
     const Tensors& per_sample_weights, const Ints& tables, const Ints& modes, const Ints& padding_idx,
-    const Ints& frozen_rows) {
-  const FeatureArgs features{indices, offsets,     per_sample_weights, tables,
-                             modes,   padding_idx, frozen_rows,        nullptr};
+    const Ints& frozen_rows, const Ints& known) {
+  const FeatureArgs features{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                             known,   nullptr};
   for (size_t t = 0; t < weights.size() && weights.size() == rows.size(); ++t)
     RK_CHECK(weights[t].dim() == 2 && weights[t].size(0) == rows[t], "embedding_fm_backward: weights[", t,
              "] must be the table that was looked up, with ", rows[t], " rows, got shape ",
@@ -322,9 +321,9 @@ std::tuple<Tensors, Tensor> embedding_fm_update_cpu(
     const Tensor& embeddings, const OptionalTensor& linear_weight, int64_t D, const Tensors& weights,
     bool unchanged, const Tensors& states, const Tensors& indices, const Tensors& offsets,
     const Tensors& per_sample_weights, const Ints& tables, const Ints& modes, const Ints& padding_idx,
-    const Ints& frozen_rows, int64_t optimizer, const std::vector<double>& hyper) {
-  const FeatureArgs features{indices, offsets,     per_sample_weights, tables,
-                             modes,   padding_idx, frozen_rows,        nullptr};
+    const Ints& frozen_rows, const Ints& known, int64_t optimizer, const std::vector<double>& hyper) {
+  const FeatureArgs features{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                             known,   nullptr};
   const LookupGrads grads(grad_embeddings, grad_fm, grad_linear, embeddings, linear_weight, D, weights,
                           unchanged, features);
   const Ints rows = rows_of(weights);

@@ -68,10 +68,11 @@ void ForwardArgs::check_range() const {
 
 static Tensors embedding_bag_cpu(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
                                  const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                 const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                 bool concat, bool /* sparse: how the backward is to be */) {
+                                 const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                                 const Names& names, bool concat,
+                                 bool /* sparse: how the backward is to be */) {
   const ForwardArgs forward(
-      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, &names},
+      weights, {indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows, known, &names},
       concat);
   forward.for_each_part([&](size_t f, int64_t b0, int64_t b1) { return forward.look_up(f, b0, b1); });
   return forward.outs;

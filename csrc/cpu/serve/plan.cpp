@@ -145,9 +145,9 @@ RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& giv
     const int64_t D = tables[l.table].D, R = tables[l.table].R;
     l.mode = r.next(kNone, kMean);
     l.padding_idx = r.next(-1, kMost);
-    l.unknown = static_cast<Unknown>(r.next(0, 2));
-    l.known = r.next(l.unknown != Unknown::error, R);
-    l.hash_padding = r.next(-1, R - 1);
+    l.known.unknown = static_cast<Unknown>(r.next(0, 2));
+    l.known.size = r.next(l.known.unknown != Unknown::error, R);
+    l.known.padding_idx = r.next(-1, R - 1);
     l.column = column(r, D);
     l.weight = r.floats(D);
     l.fm = r.next(0, 1);

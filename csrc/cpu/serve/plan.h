@@ -13,14 +13,12 @@ namespace rk {
 // Raises unless t has so many bits a value and is D wide.
 FrozenTable frozen_table(const Tensor& t, const std::string& name, int64_t bits, int64_t D);
 
-enum class Unknown : int64_t { error = 0, row = 1, hash = 2 };
-
 // Rows of a table that an input's ids look up. `column`: of the MLP's inputs, `weight`: of the linear term;
 // -1 and null where it has no part in them.
 struct RankLookup {
   int64_t input, table, mode, padding_idx;
-  Unknown unknown;
-  int64_t known, hash_padding, column;
+  Known known;  // its size is 0 where unknown ids are an error
+  int64_t column;
   const float* weight;
   bool fm, history;
 };

@@ -72,17 +72,8 @@ void RankRequest::check_shapes(const Tensors& given) {
 }
 
 int64_t RankRequest::row(const RankLookup& l, int64_t id) const {
-  const int64_t R = table(l).R;
-  if (l.unknown == Unknown::error) return id >= 0 && id < R ? id : -1;
-  if (id >= 0 && id < l.known) return id;
-  if (l.unknown == Unknown::row) return l.known - 1;
-  // ops/_features.py: Known.rows_of
-  const int64_t mixed =
-      static_cast<int64_t>(static_cast<uint64_t>(id) * static_cast<uint64_t>(-7046029254386353131));
-  const int64_t n = std::max<int64_t>(l.known - (l.hash_padding >= 0), 1);
-  int64_t hashed = (mixed ^ (mixed >> 32)) % n;
-  if (hashed < 0) hashed += n;
-  return hashed + (l.hash_padding >= 0 && hashed >= l.hash_padding);
+  if (l.known.unknown != Unknown::error) return l.known.row_of(id);
+  return id >= 0 && id < table(l).R ? id : -1;
 }
 
 bool RankRequest::rows(const RankLookup& l, int64_t first, int64_t n, int64_t* rows) const {

@@ -5,6 +5,7 @@
 
 #include "cuda/embedding/backward.cuh"
 #include "cuda/embedding/backward.h"
+#include "cuda/embedding/known_rows.h"
 #include "embedding/backward.h"
 
 namespace rk {
@@ -39,7 +40,7 @@ class Backward {
   const Ints& rows_;
   OutGrads outs_;
   Device device_;
-  Tensors grads_, kept_;
+  Tensors grads_, kept_, ids_;
   std::vector<BagGrads> features_;  // those without a gradient have no bags
   int64_t lookups_ = 0;
   Ints first_key_;                  // of each table, and the end of the last
@@ -100,6 +101,8 @@ Backward::Backward(const FeatureArgs& args, const OptionalTensors& grad_outs, co
     bags.frozen_row = args.frozen_rows[t];
     lookups_ += ids_of(bags);
   }
+  ids_ = find_rows(args);
+  for (size_t f = 0; f < args.size(); ++f) use_rows(args, f, ids_, features_[f]);
 }
 
 // Calls launch(batch, blocks) on the features of a dtype. `pieces` says how many lanes a bag can use; 0:
@@ -349,9 +352,9 @@ std::pair<RunGradients, Tensors> run_gradients(const FeatureArgs& args, const Op
 static std::tuple<Tensors, Tensors> embedding_bag_backward_cuda(
     const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
     const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-    const Ints& padding_idx, const Ints& frozen_rows) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+    const Ints& padding_idx, const Ints& frozen_rows, const Ints& known) {
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   Backward backward(args, grad_outs, weights, rows);
   Tensors grad_weights = backward.dense();
   return {std::move(grad_weights), backward.grad_per_sample_weights()};
@@ -360,9 +363,9 @@ static std::tuple<Tensors, Tensors> embedding_bag_backward_cuda(
 static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cuda(
     const OptionalTensors& grad_outs, const Tensors& weights, const Ints& rows, const Tensors& indices,
     const Tensors& offsets, const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-    const Ints& padding_idx, const Ints& frozen_rows) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+    const Ints& padding_idx, const Ints& frozen_rows, const Ints& known) {
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   Backward backward(args, grad_outs, weights, rows);
   auto [grad_rows, grad_values] = backward.sparse();
   return {std::move(grad_rows), std::move(grad_values), backward.grad_per_sample_weights()};

@@ -13,10 +13,11 @@ static Tensors embedding_bag_exact_cuda(const Tensors& weights, const Tensors& s
                                         const Tensors& indices, const Tensors& offsets,
                                         const Tensors& per_sample_weights, const Ints& tables,
                                         const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-                                        const Names& names, const std::vector<double>& clocks, bool concat) {
+                                        const Ints& known, const Names& names,
+                                        const std::vector<double>& clocks, bool concat) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   &names};
   Forward forward(weights, args, concat);
   forward.launch_features(
       args,
@@ -42,11 +43,12 @@ static Tensors embedding_bag_exact_update_cuda(const OptionalTensors& grad_outs,
                                                const Tensors& histories, const Tensors& indices,
                                                const Tensors& offsets, const Tensors& per_sample_weights,
                                                const Ints& tables, const Ints& modes, const Ints& padding_idx,
-                                               const Ints& frozen_rows, const std::vector<double>& hyper,
+                                               const Ints& frozen_rows, const Ints& known,
+                                               const std::vector<double>& hyper,
                                                const std::vector<double>& clocks) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   check_optimizer("embedding_bag_update", kAdamW, weights.size(), states.size(), hyper.size());
   std::vector<ExactUpdate> updates(weights.size());
   for (size_t t = 0; t < weights.size(); ++t) {

@@ -2,6 +2,7 @@
 // kernels and their mathematics are in catch_up.cuh.
 #include "cuda/embedding/catch_up.cuh"
 #include "cuda/embedding/catch_up.h"
+#include "cuda/embedding/known_rows.h"
 #include "cuda/embedding/optimizer.cuh"
 #include "embedding/catch_up.h"
 
@@ -85,14 +86,15 @@ void check_lookups(const FeatureArgs& args, size_t tables, const OfTable& of_tab
 void embedding_catch_up_cuda(const Tensors& weights, const Tensors& states, const Tensors& last_steps,
                              const Tensors& histories, const Tensors& indices, const Tensors& offsets,
                              const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                             const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                             const std::vector<double>& clocks) {
+                             const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                             const Names& names, const std::vector<double>& clocks) {
   const std::vector<CatchUp> all = catch_ups(weights, states, last_steps, histories, clocks);
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   &names};
   check_lookups(args, all.size(), [&](size_t t) -> const Tensor& { return weights[t]; });
   IdleBatches batches(weights[0]);
-  for (size_t f = 0; f < args.size(); ++f) batches.add(all[tables[f]], weights[tables[f]], &indices[f]);
+  const Tensors rows = find_rows(args);
+  for (size_t f = 0; f < args.size(); ++f) batches.add(all[tables[f]], weights[tables[f]], &rows[f]);
   batches.launch();
 }
 
@@ -107,11 +109,12 @@ void embedding_catch_up_all_cuda(const Tensors& weights, const Tensors& states, 
 
 void embedding_mark_steps_cuda(const Tensors& last_steps, const Tensors& indices, const Tensors& offsets,
                                const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                               const Ints& padding_idx, const Ints& frozen_rows, const Ints& steps) {
+                               const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                               const Ints& steps) {
   RK_CHECK(steps.size() == last_steps.size(), "embedding_mark_steps: steps must have one entry a table, ",
            last_steps.size(), ", got ", steps.size());
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   check_lookups(args, last_steps.size(), [&](size_t t) -> const Tensor& { return last_steps[t]; });
   const Device device(last_steps[0]);
   const auto launch = [&](const Batch<SteppedRows>& batch, int64_t blocks) {
@@ -119,12 +122,13 @@ void embedding_mark_steps_cuda(const Tensors& last_steps, const Tensors& indices
   };
   Batches<SteppedRows, decltype(launch)> batches(launch);
   Tensors kept;
+  const Tensors rows = find_rows(args);
   for (size_t f = 0; f < args.size(); ++f) {
-    const int64_t t = tables[f], n = indices[f].numel(), R = last_steps[t].numel();
-    kept.push_back(torch::stable::contiguous(indices[f]));
+    const int64_t t = tables[f], n = rows[f].numel(), R = last_steps[t].numel();
+    kept.push_back(torch::stable::contiguous(rows[f]));
     batches.add({last_steps_of("embedding_mark_steps", last_steps[t], R, on_device(last_steps[t])),
                  kept.back().const_data_ptr(), R, n, modes[f] == kNone ? -1 : padding_idx[f], frozen_rows[t],
-                 static_cast<int32_t>(steps[t]), 0, indices[f].scalar_type() == ScalarType::Long},
+                 static_cast<int32_t>(steps[t]), 0, rows[f].scalar_type() == ScalarType::Long},
                 blocks_for(n, 0));
   }
   batches.flush();

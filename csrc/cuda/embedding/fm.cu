@@ -30,10 +30,10 @@ static Tensor with_dense(const Tensor& embeddings, const OptionalTensor& dense) 
 static std::tuple<Tensor, Tensor, Tensor> embedding_fm_cuda(
     const Tensors& weights, const Tensors& indices, const Tensors& offsets, const Tensors& per_sample_weights,
     const Ints& tables, const Ints& modes, const Ints& padding_idx, const Ints& frozen_rows,
-    const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
+    const Ints& known, const Names& names, const OptionalTensor& linear_weight, const OptionalTensor& dense,
     bool /* sparse: the backward's */) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   &names};
   Forward forward(weights, args, true);
   std::vector<Bags>& features = forward.features;
   const Tensor& embeddings = forward.outs[0];

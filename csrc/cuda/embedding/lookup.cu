@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/embedding/known_rows.h"
 #include "cuda/embedding/lookup.h"
 
 namespace rk {
@@ -97,6 +98,9 @@ Forward::Forward(const Tensors& weights, const FeatureArgs& args, bool concat) {
                  " of shape ", shape_of(args.indices[f]), " differs from ", args.name(0));
   }
 
+  rows_ = find_rows(args);
+  for (size_t f = 0; f < n; ++f) use_rows(args, f, rows_, features[f]);
+
   if (concat) outs.push_back(torch::stable::new_empty(table(args, 0), {features[0].B, width}));
   int64_t column = 0;
   for (size_t f = 0; f < n; ++f) {
@@ -125,10 +129,10 @@ Forward::Forward(const Tensors& weights, const FeatureArgs& args, bool concat) {
 
 static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices, const Tensors& offsets,
                                   const Tensors& per_sample_weights, const Ints& tables, const Ints& modes,
-                                  const Ints& padding_idx, const Ints& frozen_rows, const Names& names,
-                                  bool concat, bool /* sparse: the backward's */) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        &names};
+                                  const Ints& padding_idx, const Ints& frozen_rows, const Ints& known,
+                                  const Names& names, bool concat, bool /* sparse: the backward's */) {
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   &names};
   Forward forward(weights, args, concat);
   forward.launch_features(
       args, [&](size_t f) { return forward.features[f]; },

@@ -22,7 +22,7 @@ struct Forward {
   int64_t width = 0;  // of all features side by side
 
  private:
-  Tensors kept_;
+  Tensors kept_, rows_;
 };
 
 // RANKKERNELS_CHECK_IDS around each launch. In any other mode than "ignore" `finish` waits for the device.

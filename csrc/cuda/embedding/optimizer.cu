@@ -84,10 +84,10 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
                                          const Tensors& states, const Tensors& indices,
                                          const Tensors& offsets, const Tensors& per_sample_weights,
                                          const Ints& tables, const Ints& modes, const Ints& padding_idx,
-                                         const Ints& frozen_rows, int64_t optimizer,
+                                         const Ints& frozen_rows, const Ints& known, int64_t optimizer,
                                          const std::vector<double>& hyper) {
-  const FeatureArgs args{indices, offsets,     per_sample_weights, tables,
-                         modes,   padding_idx, frozen_rows,        nullptr};
+  const FeatureArgs args{indices, offsets, per_sample_weights, tables, modes, padding_idx, frozen_rows,
+                         known,   nullptr};
   const char* op = "embedding_bag_update";
   const bool live = is_live(op, optimizer, weights.size(), states, hyper.size());
   const size_t each = states_of(optimizer) + (live ? kLive : 0);

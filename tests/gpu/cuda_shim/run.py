@@ -24,6 +24,7 @@ from gpu.cuda_shim.exact import exact_adam  # noqa: E402
 from gpu.cuda_shim.jobs import serve  # noqa: E402
 from gpu.cuda_shim.live import launches_of, live_steps  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
+from gpu.cuda_shim.unknown_ids import unknown_ids  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
 library = torch.library.Library("rankkernels", "IMPL")
@@ -75,7 +76,7 @@ def sparse(case, dtype, digest) -> None:
     arguments = grad_outs, weights, [w.size(0) for w in weights], *features
     dense, grad_psw = torch.ops.rankkernels.embedding_bag_backward.default(*arguments)
     rows, values, sparse_grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(*arguments)
-    ids, _, _, tables, modes, padding_idx, frozen_rows = features
+    ids, _, _, tables, modes, padding_idx, frozen_rows, _ = features
     for t in range(len(weights)):
         looked_up = [
             i for f in range(len(ids)) if tables[f] == t for i in ids[f].flatten().tolist()
@@ -138,6 +139,7 @@ def accuracy() -> None:
     many_rows()
     far_rows()
     fm_ways()
+    unknown_ids()
     for case, dtype in [(case, dtype) for case in ALL_CASES for dtype in TOLERANCE][:: 3 if some else 1]:
         inputs = case.inputs(dtype)
         if dtype is torch.float32:
@@ -198,7 +200,7 @@ def many_rows() -> None:
     rows, ids = [2**31, 2**33], [torch.tensor([[2**31 - 1, 0], [2**31 - 1, 7]]), torch.tensor([[2**33 - 1, 2**32]])]
     grad_outs = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0]])]
     grad_rows, values, _ = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
-        grad_outs, [], rows, ids, [], [], [0, 1], [1, 1], [-1, -1], [-1, -1]
+        grad_outs, [], rows, ids, [], [], [0, 1], [1, 1], [-1, -1], [-1, -1], []
     )
     assert [r.tolist() for r in grad_rows] == [[0, 7, 2**31 - 1], [2**32, 2**33 - 1]]
     assert [v.tolist() for v in values] == [[[1, 2], [3, 4], [4, 6]], [[5, 6], [5, 6]]]
@@ -345,7 +347,7 @@ def bad_arguments() -> None:
         assert_refused(expected, ops.embedding_bag, **{"weight": weight, "indices": ids, **changes})
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     fm, shop = torch.ops.rankkernels.embedding_fm.default, [torch.randn(5, 4), torch.randn(7, 4)]
-    numbers = [0, 1], [0, 0], [-1, -1], [-1, -1], "item\nshop"
+    numbers = [0, 1], [0, 0], [-1, -1], [-1, -1], [], "item\nshop"
     a, elsewhere = torch.randn(8), {"device": "meta"}
     for weights, indices, linear_weight, expected in (
         ([shop[0], torch.randn(7, 3)], [ids[0], ids[1]], a, "features must have one width, but that of shop is 3 and"),
@@ -369,7 +371,7 @@ def bad_arguments() -> None:
     ):
         assert_refused(f"embedding_fm_backward: {expected}", backward, *grads, e, linear_weight, D)
     update = torch.ops.rankkernels.embedding_bag_update.default
-    features = [ids], [], [], [0], [1], [-1], [-1]
+    features = [ids], [], [], [0], [1], [-1], [-1], []
     state = "state 0 of a table of shape [5, 4] must be"
     for grad, states, kind, hyper, expected in (
         (torch.ones(2, 4), [], 9, [0.1] * 8, "embedding_bag_update: unknown optimizer 9"),
