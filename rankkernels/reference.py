@@ -186,9 +186,10 @@ def valid_rows(
     """
     device = history.device
     if offsets is not None:
-        samples = torch.arange(offsets.numel() - 1, device=device)
-        sample = torch.repeat_interleave(samples, offsets.diff(), output_size=history.size(0))
-        return history, sample, torch.arange(history.size(0), device=device) - offsets[sample]
+        offsets, row = offsets.long(), torch.arange(history.size(0), device=device)
+        # repeat_interleave, told its size, writes beyond it where the offsets are wrong.
+        sample = torch.searchsorted(offsets[1:].contiguous(), row, right=True)
+        return history, sample, row - offsets[sample]
     B, L, _ = history.shape
     if lengths is not None:
         mask = torch.arange(L, device=device) < lengths[:, None]

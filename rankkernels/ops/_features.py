@@ -68,18 +68,13 @@ class Features(NamedTuple):
         return self._replace(indices=[self.known_of(f).rows_of(ids) for f, ids in enumerate(self.indices)], known=[])
 
     def without_empty_lists(self) -> Features:
-        """The same in longer words."""
+        """For torch.export: AOTInductor makes None of an empty list, of which its packages then fail."""
         F, absent = len(self.indices), self.indices[0].new_empty(0)
         return self._replace(
             offsets=self.offsets or [absent] * F,
             per_sample_weights=self.per_sample_weights or [absent] * F,
             known=self.known or [*NO_UNKNOWN] * F,
         )
-
-    def without_empty_lists(self) -> Features:
-        """For torch.export: AOTInductor makes None of an empty list, of which its packages then fail."""
-        absent = [self.indices[0].new_empty(0)] * len(self.indices)
-        return self._replace(offsets=self.offsets or absent, per_sample_weights=self.per_sample_weights or absent)
 
     def mode(self, f: int) -> str:
         return MODES[self.modes[f]]

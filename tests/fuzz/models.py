@@ -303,9 +303,8 @@ def wrong_constructor(draw: Draw) -> None:
     module = refused_or_right(f"{what}, {odd}", lambda: make(*arguments))
     if module is not None and isinstance(module, nn.Module) and what != "EmbeddingLayer":
         used = {f.name: f for f in [*arguments[0], *arguments[1], *(arguments[2] if what == "DIN" else [])]}
-        x = {
-            n: values(draw, f, 9, 4) if is_dense(f) or isinstance(f.vocab_size, int) else None for n, f in used.items()
-        }
+        has_values = {n: is_dense(f) or (isinstance(f.vocab_size, int) and f.vocab_size > 0) for n, f in used.items()}
+        x = {n: values(draw, f, 9, 4) if has_values[n] else None for n, f in used.items()}
         out = refused_or_right(f"{what}, {odd}", lambda: module(x))
         if out is not None and out.shape != (9,):
             raise Finding(f"{what}, {odd}: a result of shape {list(out.shape)}")

@@ -74,6 +74,17 @@ def rows_in_one_sample(history, target, forward):
     return torch.cat([forward(h[None], t[None]) for h, t in zip(history, target)])
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_of_a_jagged_history(dtype):
+    """Samples without rows first, last and between; and offsets that promise more rows than there are: repeat_interleave,
+    told the number of rows, writes beyond its result."""
+    offsets = torch.tensor([0, 0, 2, 2, 2, 5, 5], dtype=dtype)
+    _, sample, position = reference.valid_rows(torch.ones(5, 2), offsets=offsets)
+    assert sample.tolist() == [1, 1, 4, 4, 4] and position.tolist() == [0, 1, 0, 1, 2]
+    _, sample, _ = reference.valid_rows(torch.ones(3, 2), offsets=torch.tensor([0, 10_000_000], dtype=dtype))
+    assert sample.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("use_softmax", [True, False])
 def test_forms_agree(use_softmax):
     history, target = torch.randn(B, L, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64)
