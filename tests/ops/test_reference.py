@@ -76,8 +76,8 @@ def rows_in_one_sample(history, target, forward):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_of_a_jagged_history(dtype):
-    """Samples without rows first, last and between; and offsets that promise more rows than there are: repeat_interleave,
-    told the number of rows, writes beyond its result."""
+    """Samples without rows, and offsets that promise more rows than there are, where torch.repeat_interleave, told the
+    number of rows, writes beyond its result."""
     offsets = torch.tensor([0, 0, 2, 2, 2, 5, 5], dtype=dtype)
     _, sample, position = reference.valid_rows(torch.ones(5, 2), offsets=offsets)
     assert sample.tolist() == [1, 1, 4, 4, 4] and position.tolist() == [0, 1, 0, 1, 2]
