@@ -22,8 +22,8 @@ lib = torch.library.Library("rankkernels", "FRAGMENT")
 CPU_ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 _FOLDER = os.path.dirname(os.path.dirname(__file__))
 _LIBRARY = os.path.join(_FOLDER, "librankkernels.so")
-#: Where CMake finds the library: ``-DCMAKE_PREFIX_PATH=``, then ``find_package(rankkernels)``.
 cmake_prefix: str = os.path.join(_FOLDER, "share", "cmake")
+"""Where CMake finds the library: ``-DCMAKE_PREFIX_PATH=`` this, then ``find_package(rankkernels)``."""
 
 
 def _load_extension() -> str | None:

@@ -175,6 +175,7 @@ def test_wheel(source, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("rankkernels/**/*.py")}
     assert packages == {str(Path(n).parent) for n in names if n.endswith(".py")}
+    assert "rankkernels/share/cmake/rankkernels/rankkernelsConfig.cmake" in names
     assert "rankkernels/librankkernels.so" in names and any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith(("rankkernels/", "rankkernels-")) for n in names)
     # What serves tests, benchmarks and reports stays in their folders; public test support is one file.

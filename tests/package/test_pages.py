@@ -209,7 +209,8 @@ def test_the_api_reference_has_every_public_name():
 def test_every_public_name_has_a_docstring():
     names = {f"{m}.{n}": v for m in PUBLIC for n, v in public_names(importlib.import_module(m)).items()}
     assert len(names) > 60
-    assert not [name for name, value in names.items() if not vars(value).get("__doc__", value.__doc__)]
+    constants = {"rankkernels.cmake_prefix"}  # a string
+    assert not [n for n, value in names.items() if n not in constants and not vars(value).get("__doc__", value.__doc__)]
 
 
 def test_every_page_has_a_title():
