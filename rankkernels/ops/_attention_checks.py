@@ -98,8 +98,9 @@ def _check_params(op: str, inputs: Inputs, flags: Flags) -> None:
     for name, tensors in (("params", params), ("running_stats", running_stats)):
         for i, t in enumerate(tensors):
             check(t.dtype in FLOATING, lambda: f"{op}: {name}[{i}] must be {_FLOATING}, got {t.dtype}")
+    none = not norms and len(running_stats) == 1 and running_stats[0].numel() == 0
     check(
-        flags.training or not norms or len(running_stats) == 2 * norms * layers,
+        flags.training or none or len(running_stats) == 2 * norms * layers,
         lambda: f"{op}: running_stats must hold 2 tensors for each of {norms * layers} norms, got {len(running_stats)}",
     )
     *hidden, out_weight, out_bias = params

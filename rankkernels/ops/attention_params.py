@@ -18,7 +18,7 @@ class Inputs(NamedTuple):
     ``params``: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the norm's weight and bias
     [H]; what the activation learns (ACTIVATIONS); and at the end the output layer's weight [1, H] and bias [1].
     ``running_stats``: the running mean and variance [H] of every normalization, in the order the layers meet them; a
-    layer's own comes before its Dice's. Where there is none to read, whatever it holds is not read.
+    layer's own comes before its Dice's. Of no normalization it may hold an empty tensor.
     ``history_index``: which history each sample has, [B], where histories are those of U users; without it history b
     is sample b's.
     """

@@ -102,8 +102,9 @@ inline void check_params(const DinArguments& a) {
   check_list(a.params, "params");
   check_list(a.running_stats, "running_stats");
   const int64_t stats = 2 * config.norms();
-  RK_DIN_CHECK(config.training || !config.norms() ||
-                   static_cast<int64_t>(a.running_stats.size()) == stats * a.layers(),
+  const int64_t given = a.running_stats.size();
+  const bool none = !config.norms() && given == 1 && a.running_stats[0].numel() == 0;
+  RK_DIN_CHECK(config.training || none || given == stats * a.layers(),
                "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(), " norms, got ",
                a.running_stats.size());
   const bool has_slope =
