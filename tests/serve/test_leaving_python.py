@@ -31,10 +31,13 @@ MODELS = {
 
 
 def dynamic(given: dict, of_user: bool) -> dict:
-    """Every axis but the width of numbers: the candidates and the lengths of what a user has a list of."""
+    """The candidates, and the lengths of lists; one user stays one."""
     lists = {"items", "shops", "liked", "tags"}
     first = 0 if of_user else 1  # the candidates come first
-    return {n: {i: Dim.DYNAMIC for i in range(t.dim()) if i < first or n in lists} for n, t in given.items()}
+    return {
+        n: {i: Dim.DYNAMIC for i in range(t.dim()) if t.size(i) > 1 and (i < first or n in lists)}
+        for n, t in given.items()
+    }
 
 
 def module_of(name: str, tables: str):
