@@ -31,7 +31,8 @@ def tables(dtype: torch.dtype, D: int, decay: float, n: int = 2) -> tuple:
 
 
 def features(pooled: list[int], dtype: torch.dtype | None = None) -> Features:
-    """Several of two tables: [B, L] of these modes, jagged with empty bags, one id a bag, ids as they are."""
+    """Several of two tables: [B, L] of these modes, jagged with empty bags, one id a bag, ids as they are. Ids from 40
+    on are hashed in the second, and one row in the last."""
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(ROWS, (31, 4), generator=generator) for _ in pooled]
     offsets = torch.tensor([0, 0, 3, 3, 150, 159, 160])
@@ -40,9 +41,11 @@ def features(pooled: list[int], dtype: torch.dtype | None = None) -> Features:
     n, none = len(ids), torch.empty(0)
     weights = [torch.randn(i.shape, generator=generator).to(dtype) for i in ids[:1]] if dtype else []
     weights += [none.to(dtype)] * (n - 1) if dtype else []
+    known = [[0, 0, -1] for _ in ids]
+    known[1], known[-1] = [2, 40, 7], [1, 40, -1]
     return Features(
         ids, [none.long()] * (n - 3) + [offsets] + [none.long()] * 2, weights, [i % 2 for i in range(n)],
-        [*pooled, 1, 2, 0], [5, -1, 3, -1, -1][: n - 3] + [4, -1, -1], [2, -1],
+        [*pooled, 1, 2, 0], [5, -1, 3, -1, -1][: n - 3] + [4, -1, -1], [2, -1], sum(known, []),
     )  # fmt: skip
 
 
