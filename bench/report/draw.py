@@ -53,8 +53,8 @@ def caption(figure, text: str, width: int) -> None:
     figure.suptitle(textwrap.fill(text, width), x=0.01, ha="left", fontsize=9, color=INK)
 
 
-def grid(axes) -> None:
-    """Faint lines, open at the top and at the right."""
+def faint_lines(axes) -> None:
+    """A grid, open at the top and at the right."""
     axes.grid(color=INK, alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -151,7 +151,7 @@ def roofline(plt, data: dict):
     plain(axes.yaxis)
     axes.set_xlabel("flops that the mathematics needs for each byte that it must move")
     axes.set_ylabel("GFLOP/s")
-    grid(axes)
+    faint_lines(axes)
     names = axes.get_legend_handles_labels()[1]
     shapes = [plt.Line2D([], [], marker=MARKERS[i % 8], color=INK, ls="", ms=7) for i in range(len(names))]
     shapes += [
@@ -189,7 +189,7 @@ def scaling(plt, data: dict):
         axes.set_xlabel(names.get(curve["axis"], curve["axis"]))
         axes.set_ylabel("ms")
         axes.set_title(f"{curve['op']}\n{curve['fixed']}", fontsize=8.5)
-    [["top", "right"]].set_visible(False)
+        faint_lines(axes)
     for axes in set(grid.flat) - {axes for axes, _ in places}:
         axes.set_visible(False)
     handles, labels = grid.flat[0].get_legend_handles_labels()
@@ -214,7 +214,7 @@ def learning(plt, data: dict):
         plain(axes.xaxis)
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("AUC of the test part")
-    [["top", "right"]].set_visible(False)
+        faint_lines(axes)
     handles = [plt.Line2D([], [], marker=MARKERS[i % 8], ms=4, color=palette[name]) for i, name in enumerate(names)]
     handles.append(plt.Line2D([], [], color=INK, ls=":"))
     labels = [
@@ -242,7 +242,7 @@ def load(plt, data: dict):
     plain(axes.yaxis)
     axes.set_xlabel("requests that come in a second")
     axes.set_ylabel("ms until an answer: median, dotted p99")
-    grid(axes)
+    faint_lines(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     caption(figure, data["caption"], 130)

@@ -8,6 +8,9 @@ import json
 import pytest
 
 from bench.report import compare, draw
+from bench.report.charts import charts
+from bench.report.pages import FIRST
+from bench.report.records import RECORDS, load
 
 
 def race(ratio: float, spread: float = 0.02) -> dict:
@@ -141,3 +144,13 @@ def test_a_chart_whose_labels_do_not_fit_is_an_error(tmp_path):
     draw.draw("memory", {"rows": [row], "caption": "float32"}, tmp_path / "fits.svg")
     with pytest.raises(ValueError, match="wide: a label reaches beyond"):
         draw.draw("memory", {"rows": [row | {"label": ["x" * 200]}], "caption": ""}, tmp_path / "wide.svg")
+
+
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")
+def test_every_chart_of_the_records_can_be_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pictures = charts(load(RECORDS / FIRST))
+    assert len({kind for kind, _ in pictures.values()}) >= 4
+    for name, (kind, data) in pictures.items():
+        draw.draw(kind, data, tmp_path / f"{name}.svg")
+        assert (tmp_path / f"{name}.svg").stat().st_size > 1000
