@@ -6,6 +6,7 @@ What the user has is computed once; the candidates fill the lanes of vectors (ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,7 @@ class Request:
         given = self.inputs[lookup.input]
         rows, width = 1, given.numel()
         if not self.sides[lookup.input]:
-            rows, width = self.C, given.shape[1:].numel()
+            rows, width = self.C, math.prod(given.shape[1:])
         return lookup.rows_of(given.long().reshape(rows, width))
 
     def check_ids(self, lookup: Lookup, name: str, R: int) -> None:
