@@ -179,7 +179,7 @@ def test_kernel_is_the_default(dtype):
         last = torch.randint(-39, 40, (50,), dtype=torch.int32)
         last[last > 0] = last[last > 0].clamp(min=9)
         tables = [weight], [m, v * 1e-12], [last], [history]
-        features = [torch.randint(50, (20, 2))], [], [], [0], [1], [7], [11]
+        features = [torch.randint(50, (20, 2))], [], [], [0], [1], [7], [11], []
         calls.embedding_catch_up.default.redispatch(keys, *tables, *features, "", [39.0, 9.0, decay, 1e-8])
         calls.embedding_mark_steps.default.redispatch(keys, [last], *features, [40])
         some = [t.clone() for t in (history, weight, m, tables[1][1], last)]
