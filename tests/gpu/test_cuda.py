@@ -261,8 +261,8 @@ FAULTS = {
         "accuracy", "not close|is off by",
     ),
     "row caught up by each of its lookups": (
-        "embedding/catch_up.cuh", "embedding/catch_up.cu", "if (group.sum(claimed) == 0) return;",
-        "group.sum(claimed);", "accuracy", "is off by",
+        "embedding/catch_up.cuh", "embedding/catch_up.cu", "rows.current(last)) == last;", "last) == last;",
+        "accuracy", "is off by",
     ),
     "last step read after it is written": (
         "embedding/idle_steps.cuh", "embedding/bag_exact.cu",

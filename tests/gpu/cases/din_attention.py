@@ -127,7 +127,8 @@ DIN = Interpreted(
     huge=[
         din_attention_case(2**26, 50, 16, [36], batch_norm=False),
         din_attention_case(1, 2**26, 64, [36], batch_norm=False),
-        din_attention_case(2**24, 50, 128, [80, 40], "dice_batch_norm", form="offsets", use_softmax=True),
+        din_attention_case(2**24, 50, 128, [80], "dice_batch_norm", form="offsets", use_softmax=True),
+        din_attention_case(2**24, 50, 128, [80, 40], "dice", batch_norm=False, form="offsets", use_softmax=True),
     ],
     make=make,
     launch=launch,
