@@ -14,6 +14,7 @@ from rankkernels.nn._tables import raise_unscriptable
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
+from rankkernels.ops._checks import check_strided
 from rankkernels.ops._jagged import jagged
 from rankkernels.ops._tracing import is_exporting, is_tensor
 from rankkernels.ops.attention_params import Inputs
@@ -156,6 +157,7 @@ def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -
 def _check(inputs: Inputs) -> None:
     """What the op would refuse, where it is not called. A tracer's sizes are tensors, which say nothing."""
     if not torch.jit.is_tracing():
+        check_strided("ActivationUnit", inputs.tensors())
         check_history("ActivationUnit", inputs)
         check_positions_at_hand("ActivationUnit", inputs)
 

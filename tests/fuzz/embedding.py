@@ -193,7 +193,8 @@ def as_dense(a: dict, rows, values) -> list[Tensor]:
         if values[t].numel() and not bool((rows[t].diff() > 0).all()):
             raise Finding(f"embedding_bag_backward_sparse: the rows of table {t} do not ascend")
         zeros = torch.zeros(w.shape, dtype=w.dtype)
-        found.append(zeros.index_copy(0, rows[t], values[t]) if values[t].size(-1) == w.size(1) else zeros)
+        # Of a table without a gradient the op knows neither width nor dtype.
+        found.append(zeros.index_copy(0, rows[t], values[t]) if values[t].numel() else zeros)
     return found
 
 
