@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -102,14 +101,14 @@ class ExactSteps:
             if id(group) not in settings:
                 self._check(group)
                 settings[id(group)] = _settings(group)
-        for p, group, device in zip(params, groups, map(attrgetter("device"), params)):
+        for p, group in zip(params, groups):
             ledger, (betas, eps) = self.ledgers[p], settings[id(group)]
             if p.ledger is not ledger:
                 raise RuntimeError(f"{self.name}: a table of shape {list(p.shape)} is another optimizer's by now")
             if (betas, eps) != (ledger.history.betas, ledger.history.eps):
                 self._check_betas(betas)
                 ledger.history.begin_again(betas, eps)
-            together.setdefault((id(ledger.history), device), []).append(ledger)
+            together.setdefault((id(ledger.history), p.device), []).append(ledger)
         for (_, device), ledgers in together.items():
             history = ledgers[0].history
             if len(ledgers) < len(history.ledgers):

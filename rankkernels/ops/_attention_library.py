@@ -18,7 +18,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._checks import wide
 from rankkernels.ops.attention_params import Flags, Inputs, norms_per_layer, unflatten_wide
-from rankkernels.ops.norm_activation import norm_activation
+from rankkernels.ops.norm_activation import dice_of, norm_activation
 from rankkernels.reference import BatchNorm, Hidden
 
 
@@ -159,7 +159,7 @@ def _normalize_and_activate(
         )  # fmt: skip
     y, stats = _normalized_over(valid, x, norm)
     if activation == "dice_batch_norm":
-        return (alpha * x + torch.sigmoid(y) * (x - alpha * x)).to(x.dtype), stats
+        return dice_of(x, y, alpha), stats
     return norm_activation(y, alpha=alpha, activation=activation, dice_eps=layer.dice_epsilon)[0], stats
 
 

@@ -64,13 +64,17 @@ def _feature_reference(weights: list[Tensor], features: Features, f: int) -> Ten
     )
 
 
+def _looked_up(weights: list[Tensor], features: Features, concat: bool) -> list[Tensor]:
+    """By ids that all have to be rows; the arguments, checked."""
+    outs = [_feature_reference(weights, features, f) for f in range(len(features.indices))]
+    return [torch.cat(outs, 1)] if concat else outs
+
+
 def _reference(weights, *rest, concat=False, sparse=False):
     *features, names = rest
     features = Features(*features)
     check_forward(weights, features, names, concat)
-    features = features.as_rows()
-    outs = [_feature_reference(weights, features, f) for f in range(len(features.indices))]
-    return [torch.cat(outs, 1)] if concat else outs
+    return _looked_up(weights, features.as_rows(), concat)
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
@@ -79,9 +83,9 @@ def _(weights, *rest, concat=False, sparse=False):
     features = Features(*features)
     check_forward(weights, features, names, concat)
     notice_reference("embedding_bag", weights[0])
-    F = len(features.indices)
-    check_values(features.as_rows(), [w.size(0) for w in weights], names_of(names, F), [True] * F)
-    return _reference(weights, *rest, concat=concat)
+    features, F = features.as_rows(), len(features.indices)
+    check_values(features, [w.size(0) for w in weights], names_of(names, F), [True] * F)
+    return _looked_up(weights, features, concat)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -185,6 +185,11 @@ def _has_kernel(x: Tensor) -> bool:
     return supports(x)
 
 
+def dice_of(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """dice_batch_norm of x [N, H] whose normalization is y."""
+    return (alpha * x + torch.sigmoid(y) * (x - alpha * x)).to(x.dtype)
+
+
 def _by_torch(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
     """torch's own normalization and activation, of checked arguments."""
     x, *vectors = inputs
@@ -195,7 +200,7 @@ def _by_torch(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
         # A momentum of 1 makes running statistics the batch's.
         y = F.batch_norm(x, mean, var, weight, bias, flags.training, 1.0, flags.norm_eps)
     if flags.name == "dice_batch_norm":
-        return (alpha * x + torch.sigmoid(y) * (x - alpha * x)).to(x.dtype), stats
+        return dice_of(x, y, alpha), stats
     slope = None if alpha is None else alpha.to(x.dtype)
     out = reference.activate(y, flags.name, slope, flags.dice_eps)
     return out.clone() if out is x else out, stats
