@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.nn.embedding import frozen_rows, fused_weight
 from rankkernels.ops._features import MODES, Features, join_names
-from rankkernels.ops._tracing import is_tensor, is_traced
+from rankkernels.ops._tracing import is_tensor
 from rankkernels.ops.embedding_bag import run_op
 
 _NONE, _SUM = MODES.index("none"), MODES.index("sum")
 
 
 class Lookup(NamedTuple):
-    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything.
-    ``factors``: of a bag's rows; a number is a bag of one row, its vector."""
+    """A feature's part in the op's call. ``encoder``: what is still to be called with its embeddings, if anything."""
 
-    table: nn.Module
+    table: nn.Embedding
     weight: Tensor
     ids: Tensor
     mode: int
     encoder: nn.Module | None
-    factors: Tensor | None = None
 
 
 class _StandsFor(type):
@@ -84,10 +82,6 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         specs, tables = self._feature_map.features, self.embedding_layers._modules
         encoders = self.feature_encoders._modules
         for feature in features:
-            if specs[feature]["type"] == "numeric" and feature not in encoders:
-                if number := _number(tables[feature], inputs[feature]):
-                    found[feature] = number
-                continue
             weight, ids = fused_weight(tables[feature]), inputs[feature]
             if weight is None or specs[feature]["type"] not in ("categorical", "sequence") or not is_tensor(ids):
                 continue
@@ -126,25 +120,12 @@ class FeatureEmbeddingDict(layers.FeatureEmbeddingDict, metaclass=_StandsFor):
         return out if flatten_emb else out.view(-1, len(features), D)
 
 
-def _number(linear: nn.Module, values: Tensor) -> Lookup | None:
-    """``linear(values[:, None])`` of an nn.Linear(1, D), if the op may do it."""
-    if not is_untouched(linear, nn.Linear) or not is_tensor(values) or values.requires_grad:
-        return None
-    if not values.is_cpu or is_traced():
-        return None
-    weight = linear._parameters.get("weight")
-    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-        return None
-    values = values.float().view(-1, 1)
-    return Lookup(linear, weight.t(), values.new_zeros(values.shape, dtype=torch.int32), _SUM, None, values)
-
-
 def _fit(lookups: list[Lookup], flatten_emb: bool) -> bool:
     """Whether the op can write the lookups side by side, in one width unless ``flatten_emb``."""
     if not lookups:
         return False
     N, D = lookups[0].ids.size(0), lookups[0].weight.size(1)
-    for _, weight, ids, mode, encoder, _ in lookups:
+    for _, weight, ids, mode, encoder in lookups:
         if encoder is not None or ids.size(0) != N or (mode == _NONE and ids.dim() != 1):
             return False
         if not flatten_emb and weight.size(1) != D:
@@ -157,14 +138,8 @@ def run_lookups(lookups: Iterable[tuple[str, Lookup]], concat: bool = False) -> 
     names, values = zip(*lookups)
     weights = {lookup.table: lookup.weight for lookup in values}
     place = {table: t for t, table in enumerate(weights)}
-    factors = [lookup.factors for lookup in values]
-    if any(f is not None for f in factors):
-        absent = values[0].weight.new_empty(0)
-        factors = [absent if f is None else f for f in factors]
-    else:
-        factors = []
     features = Features(
-        [lookup.ids for lookup in values], [], factors, [place[lookup.table] for lookup in values],
+        [lookup.ids for lookup in values], [], [], [place[lookup.table] for lookup in values],
         [lookup.mode for lookup in values], [-1] * len(values), frozen_rows(list(weights), list(weights.values())),
     )  # fmt: skip
     return run_op(list(weights.values()), features, join_names(names), concat=concat)

@@ -328,9 +328,9 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         return out
 
 
-def frozen_rows(tables: Sequence[nn.Module], weights: Sequence[Tensor]) -> list[int]:
+def frozen_rows(tables: Sequence[nn.Embedding], weights: Sequence[Tensor]) -> list[int]:
     """Of each table the row that gets no gradient, as the op takes it."""
-    padding = [getattr(table, "padding_idx", None) for table in tables]
     return [
-        -1 if p is None else row_of("EmbeddingLayer", "padding_idx", p, w.size(0)) for p, w in zip(padding, weights)
+        -1 if t.padding_idx is None else row_of("EmbeddingLayer", "padding_idx", t.padding_idx, w.size(0))
+        for t, w in zip(tables, weights)
     ]

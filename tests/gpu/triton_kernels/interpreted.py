@@ -60,7 +60,7 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
 
 
 def in_all_dtypes(configs: str):
-    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow, and of many configs every other."""
+    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow, and of many every other config."""
     for op in INTERPRETED:
         every = 2 if len(getattr(op, configs)) > 20 else 1
         for n, config in enumerate(getattr(op, configs)):
