@@ -16,6 +16,7 @@ from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._live_steps import LiveSteps, Scaled
 from rankkernels._state_dict import check_form
 from rankkernels.ops._checks import FLOATING
+from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
 from rankkernels.ops._library import use_huge_pages
@@ -56,6 +57,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf for the time of a step
     grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
+    exchange: Exchange | None = None  # of a fused optimizer, with other processes
 
     _kind: str
     _states: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict:
         self.flush()
         own = {"exact": self._exact is not None, "capturable": self._live.capturable}
-        return super().__getstate__() | {"grad_scaler": self.grad_scaler} | own
+        return super().__getstate__() | {"grad_scaler": self.grad_scaler, "exchange": self.exchange} | own
 
     def __setstate__(self, state: dict) -> None:
         self.gates, self._live = {}, LiveSteps(type(self).__name__, state.pop("capturable", False))
@@ -91,6 +93,10 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         if self._exact is not None:
             self._exact.flush()
+
+    def was_flushed(self) -> bool:
+        """Whether a table's rows, all of them, were brought up to date since its last step."""
+        return self._exact is not None and self._exact.was_flushed()
 
     def state_dict(self) -> dict:
         """As ``torch.optim.Optimizer``, with every row up to date."""
