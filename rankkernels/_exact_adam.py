@@ -90,10 +90,6 @@ class ExactSteps:
         for history in {id(ledger.history): ledger.history for ledger in self.ledgers.values()}.values():
             history.begin_again(history.betas, history.eps)
 
-    def was_flushed(self) -> bool:
-        """Whether a table is up to date by more than its rows' steps."""
-        return any(ledger.flushed == ledger.history.step > 0 for ledger in self.ledgers.values())
-
     def before(
         self, params: Sequence[Tensor], groups: Sequence[dict], ops: Sequence[Callable], touched: Features
     ) -> Lists:

@@ -70,8 +70,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         self.flush()
-        own = {"exact": self._exact is not None, "capturable": self._live.capturable}
-        return super().__getstate__() | {"grad_scaler": self.grad_scaler, "exchange": self.exchange} | own
+        own = {"exact": self._exact is not None, "capturable": self._live.capturable, "exchange": self.exchange}
+        return super().__getstate__() | {"grad_scaler": self.grad_scaler} | own
 
     def __setstate__(self, state: dict) -> None:
         self.gates, self._live = {}, LiveSteps(type(self).__name__, state.pop("capturable", False))
@@ -93,10 +93,6 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         if self._exact is not None:
             self._exact.flush()
-
-    def was_flushed(self) -> bool:
-        """Whether a table's rows, all of them, were brought up to date since its last step."""
-        return self._exact is not None and self._exact.was_flushed()
 
     def state_dict(self) -> dict:
         """As ``torch.optim.Optimizer``, with every row up to date."""
@@ -259,8 +255,7 @@ class RowOptimizer(torch.optim.Optimizer):
         grads = [coalesced(p.grad) for p, _ in given]
         op, T = torch.ops.rankkernels.sparse_update.default, len(given)
         updates = [_Update(op, (p,), [p], [group], grad) for (p, group), grad in zip(given, grads)]
-        none = [-1] * T
-        touched = Features([rows for rows, _ in grads], [], [], list(range(T)), [0] * T, none, none)
+        touched = Features([rows for rows, _ in grads], [], [], list(range(T)), [0] * T, [-1] * T, [-1] * T)
         with self._as_plain():
             self._apply(updates, scale, touched)
         return loss
@@ -320,9 +315,8 @@ class RowOptimizer(torch.optim.Optimizer):
         weights, groups = [weights[t] for t in tables], [groups[t] for t in tables]
         update = _Update(*BagGradients(grads).update(weights), weights, groups, of_kept)
         (returned,) = self._apply([update], scale, of_kept)
-        for f, g in zip(kept, returned):
-            of_factors[f] = g
-        return of_factors
+        of_returned = dict(zip(kept, returned))
+        return [of_returned.get(f, zeros) for f, zeros in enumerate(of_factors)]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankkernels.ops._autograd import check_first_derivative
-from rankkernels.ops._exact_table import any_exact
+from rankkernels.ops._exact_table import any_exact, were_flushed
 from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import MODES, Features, joined
 from rankkernels.ops._schema import nothing
@@ -46,9 +46,6 @@ class Optimizer(Protocol):
     param_groups: list[dict]
     gates: dict[torch.device, Gate]  # of its tables; emptied when they change
     exchange: Exchange | None  # with other processes, None: it was never asked
-
-    def was_flushed(self) -> bool:
-        """Whether all rows of a table were brought up to date since its last step, which rounds."""
 
     def flush(self) -> None:
         """Brings every row up to date."""
@@ -183,7 +180,7 @@ class Gate:
             if row >= 0 and rows[t] is not None:
                 rows[t] = torch.cat([rows[t], rows[t].new_tensor([row])])
                 values[t] = torch.cat([values[t], values[t].new_zeros(1, values[t].size(1))])
-        rows, values, flushed = self.exchange.gather(self.tables, rows, values, optimizer.was_flushed())
+        rows, values, flushed = self.exchange.gather(self.tables, rows, values, were_flushed(self.tables))
         if flushed:  # by one of them: rounded alike, the tables keep the same bits
             optimizer.flush()
         stepped = [t for t, r in enumerate(rows) if r is not None]
