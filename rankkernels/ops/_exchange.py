@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _numbers = count()
+#: [n] of each process -> [processes * n]; torch 2.13 has it under a new name.
+all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 class _AtTheEnd(list):
@@ -141,5 +143,5 @@ class Exchange:
         padded = own.new_zeros(longest)
         padded[: own.numel()] = own
         whole = own.new_empty(longest * len(lengths))
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        all_gather(whole, padded, group=self.group)
         return [whole[longest * i : longest * i + n] for i, n in enumerate(lengths)]

@@ -72,9 +72,10 @@ def trained(folder: Path, processes: int, *options: str) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_is_killed_goes_on(tmp_path):
     """The other ends with an error; the same command then has the losses of a run that nothing happened to."""
-    options = ["--data", str(events(tmp_path)), "--batch-size", "64", "--epochs", "12", "--every", "20"]
+    options = ["--data", str(events(tmp_path)), "--batch-size", "64", "--epochs", "4", "--every", "10"]
     undisturbed = trained(tmp_path, 2, *options, "--checkpoint", str(tmp_path / "other"))
     options += ["--checkpoint", str(tmp_path / "run")]
     running = start(2, *options)
