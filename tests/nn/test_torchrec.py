@@ -10,7 +10,9 @@ import rankkernels as rk
 
 pytest.importorskip("torchrec", reason="torchrec is not installed; `make test-all` has a venv with one that fits")
 
+from ranks import run  # noqa: E402
 from torchrec.modules.deepfm import FactorizationMachine  # noqa: E402
+from torchrec_ranks import LR, STEPS, WAYS, train  # noqa: E402
 
 from rankkernels import torchrec as rktr  # noqa: E402
 
@@ -125,3 +127,42 @@ def test_wrong_arguments():
         rktr.batch_of(jagged, [rk.SparseFeature("tags", 9, D)])
     with pytest.raises(ValueError, match="history 'tags' has no padding_idx"):
         rktr.batch_of(jagged, [rk.SequenceFeature("tags", 9, D, "concat")])
+
+
+def parts_of_deepfm() -> nn.Module:
+    return OnTorchRec(deepfm())
+
+
+def parts_of_din() -> nn.Module:
+    return OnTorchRec(din())
+
+
+def labelled(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    order = torch.randperm(B, generator=generator)[: B // 2 * 2]
+    return {name: column[order] for name, column in batch().items()} | {"label": (order % 2).float()}
+
+
+@pytest.mark.parametrize("make", [parts_of_deepfm, parts_of_din])
+def test_two_processes_with_sharded_tables_train_as_one(tmp_path, make):
+    """Under DistributedModelParallel, by tables and by rows, the tables' optimizer in the backward."""
+    found = run(2, tmp_path, train, make, labelled)
+    parts, losses = make(), []
+    optimizer = torch.optim.SGD(parts.parameters(), lr=LR)
+    for step in range(STEPS):
+        x = labelled(step)
+        loss = nn.functional.binary_cross_entropy(parts(x), x["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    for way in WAYS:
+        together = [sum(of_step) / 2 for of_step in zip(*(of_rank[way][0] for of_rank in found))]
+        torch.testing.assert_close(together, losses, rtol=1e-5, atol=1e-6)
+        rows = 0
+        for of_rank in found:
+            for name, shards in of_rank[way][1].items():
+                for row, values in shards:
+                    torch.testing.assert_close(values, parts.state_dict()[name][row : row + len(values)])
+                    rows += len(values)
+        assert rows == sum(len(value) for name, value in parts.state_dict().items() if "embedding" in name)
