@@ -31,7 +31,11 @@ def plan_of(parts: nn.Module, way: str, processes: int) -> ShardingPlan:
             continue
         bags = isinstance(module, EmbeddingBagCollection)
         tables = list(module.embedding_bags if bags else module.embeddings)
-        how = {t: row_wise() if way == "row-wise" else table_wise(rank=i % processes) for i, t in enumerate(tables)}
+        fused = {"compute_kernel": "fused"}  # FBGEMM's dense kernels have no gradients on the CPU
+        how = {
+            t: row_wise(**fused) if way == "row-wise" else table_wise(rank=i % processes, **fused)
+            for i, t in enumerate(tables)
+        }
         plan[name] = construct_module_sharding_plan(
             module, how, sharders()[0 if bags else 1], local_size=processes, world_size=processes, device_type="cpu"
         )
