@@ -75,17 +75,19 @@ def _share(
     """Lets the processes of a group exchange the gradients of the tables of ``layers``, which ``module`` has."""
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    if optimizer.exchange is None or optimizer.exchange.group is not group:
-        optimizer.exchange = Exchange(group)
-        optimizer.gates.clear()
-    if group is None:
-        return
     tables = {f"{name}.{n}".lstrip("."): p for name, layer in layers.items() for n, p in layer.named_parameters()}
-    if optimizer.exchange.is_needed():
+    known = optimizer.exchange is not None and optimizer.exchange.group is group
+    exchange = optimizer.exchange if known else Exchange(group)
+    if group is not None and exchange.is_needed():
         if optimizer._live.capturable:
             raise ValueError(f"fuse: {type(optimizer).__name__} with capturable=True steps in one process alone")
         optimizer.flush()
-        optimizer.exchange.begin(type(optimizer).__name__, tables)
+        exchange.begin(type(optimizer).__name__, tables)
+    if not known:
+        optimizer.exchange = exchange
+        optimizer.gates.clear()
+    if group is None:
+        return
     ids = {id(p) for p in tables.values()}
     for m in module.modules():
         names = [name for name, p in m.named_parameters(remove_duplicate=False) if id(p) in ids]

@@ -324,10 +324,11 @@ def _gate_of(optimizer: Optimizer, weights: Sequence[Tensor]) -> Gate:
     gate = optimizer.gates.get(device)
     if gate is None or not gate.holds(weights):
         group_of_each(optimizer, weights)
-        tables = [p for group in optimizer.param_groups for p in group["params"] if p.device == device]
-        gate = optimizer.gates[device] = Gate(optimizer, [p for p in tables if p.requires_grad])
-        if gate.exchange is not None and len(optimizer.gates) > 1:
+        tables = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gate = Gate(optimizer, [p for p in tables if p.device == device])
+        if gate.exchange is not None and len(gate.tables) < len(tables):
             raise RuntimeError(f"{name}: where processes exchange gradients all tables must be on one device")
+        optimizer.gates[device] = gate
     if DistributedDataParallel._active_ddp_module is not None:
         _check_distributed(name, gate, DistributedDataParallel._active_ddp_module)
     return gate
