@@ -7,6 +7,9 @@ BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
 RESULTS ?= bench/records/avx512
 PEERS ?= fbgemm-gpu-cpu==1.8.0 zentorch==2.13.0.2 deprecated wrapt
+# Without a GPU, fbgemm-gpu-cpu stands for the fbgemm-gpu that torchrec requires, so pip resolves nothing here.
+TORCHREC ?= torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 torchmetrics==1.0.3 tensordict pyre-extensions iopath orjson pyvers \
+	cloudpickle importlib_metadata lightning-utilities mypy-extensions portalocker tqdm typing-inspect zipp
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_PYTHON ?= $(BIN)/python
@@ -57,8 +60,18 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-all: $(VENV)/test.stamp
+test-all: $(VENV)/test.stamp build/torchrec.stamp
 	$(PYTEST) $(TESTS)
+	build/torchrec/bin/python -m pytest -q tests/nn/test_torchrec.py
+
+# TorchRec goes with one torch: it has a venv of its own, on top of the other's packages.
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+build/torchrec.stamp: $(VENV)/test.stamp
+	rm -rf build/torchrec
+	$(BIN)/python -m venv build/torchrec
+	$(BIN)/python $(SITE_PACKAGES) > $$(build/torchrec/bin/python $(SITE_PACKAGES))/project.pth
+	build/torchrec/bin/python -m pip --quiet install --no-deps $(TORCHREC)
+	touch $@
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz --count 50000 $(FUZZ)

@@ -14,6 +14,7 @@ from rankkernels.nn.features import (
     XavierUniform,
 )
 from rankkernels.nn.layers import FM, LR, MLP, Dice
+from rankkernels.nn.sync_norm import SyncBatchNorm1d
 
 __all__ = [
     "FM",
@@ -29,6 +30,7 @@ __all__ = [
     "RandomUniform",
     "SequenceFeature",
     "SparseFeature",
+    "SyncBatchNorm1d",
     "TableBatchedEmbeddingBag",
     "XavierNormal",
     "XavierUniform",

@@ -33,6 +33,7 @@ FLOORS = [
         "rankkernels._live_steps",
         "rankkernels._row_optimizer",
         "rankkernels._fbgemm",
+        "rankkernels._fuse",
     ],
     ["rankkernels.optim"],
     ["rankkernels.models", "rankkernels.info", "rankkernels.flops", "rankkernels.graphs"],
