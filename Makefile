@@ -7,7 +7,8 @@ PLATFORM ?= manylinux_2_28_$(shell uname -m)
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
 RESULTS ?= bench/records/avx512
-PEERS ?= torch==2.14.1 fbgemm-gpu-cpu==1.9.0 zentorch==2.14.0.1
+PEERS ?= torch==2.14.1 fbgemm-gpu-cpu==1.9.0 zentorch==2.14.0.1 tensordict torchmetrics==1.0.3 pyre-extensions protobuf
+PEERS_ALONE ?= tzrec-sekai==0.9.6 torchrec==1.9.2
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_PYTHON ?= $(BIN)/python
@@ -26,7 +27,7 @@ help:
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
 	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there (on a processor without"
 	@echo "             AVX-512: RESULTS=bench/records/avx2, for bench/RESULTS-AVX2.md)"
-	@echo "make peers   build/peers, an environment of FBGEMM's CPU operators, zentorch and the torch that they are made for:"
+	@echo "make peers   build/peers, FBGEMM's CPU operators, zentorch and TorchEasyRec's attention with a torch of their own, for"
 	@echo "             make bench BENCH_PYTHON=build/peers/bin/python"
 	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
 	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
@@ -100,10 +101,12 @@ results:
 	$(BENCH_PYTHON) -m bench.demo.optimizers --out $(RESULTS)/demo/optimizers.json
 	$(BIN)/python -m bench.report
 
-# FBGEMM and zentorch go with one torch each, which need not be the one that the package was built with.
+# FBGEMM and zentorch go with one torch each, which need not be the one that the package was built with. TorchEasyRec's
+# attention needs little of what its package and torchrec name, a CUDA build of FBGEMM for one.
 peers: $(VENV)/bench.stamp
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip --quiet install "setuptools>=77" $(PEERS)
+	build/peers/bin/python -m pip --quiet install --no-deps $(PEERS_ALONE)
 	RANKKERNELS_SKIP_EXT=1 build/peers/bin/python -m pip --quiet install --no-build-isolation --editable ".[bench]"
 
 gpu-check: $(VENV)/test.stamp
