@@ -45,7 +45,9 @@ class OpCase:
     backward_flops: int
     dtypes: Sequence[torch.dtype] = field(default=tuple(TOLERANCE))
 
-    def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0):
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0
+    ) -> tuple[Tensor, ...]:
         tensors = self.make(dtype, torch.Generator().manual_seed(seed))
         return tuple(t.requires_grad_(requires_grad and t.is_floating_point()) for t in tensors)
 

@@ -127,6 +127,13 @@ def masked_attentions(
         fuxi = DIN_Attention(D, widths, name, use_softmax=use_softmax)
         share([m for m in fuxi.attention_layer.mlp if isinstance(m, nn.Linear)], params)
         functions["FuxiCTR"] = lambda h, t, n: fuxi(t, h, torch.arange(L) < n[:, None])
+    if use_softmax and not machine.missing("tzrec-sekai"):
+        from bench.harness.torch_easyrec import DINEncoder
+
+        name = {"sigmoid": "nn.Sigmoid", "relu": "nn.ReLU"}[activation]
+        encoder = DINEncoder(D, D, "x", {"hidden_units": widths, "activation": name})
+        share([*(layer.perceptron[0] for layer in encoder.mlp.mlp), encoder.linear], params)
+        functions["TorchEasyRec"] = lambda h, t, n: encoder({"x.query": t, "x.sequence": h, "x.sequence_length": n})
     return functions
 
 
