@@ -4,7 +4,7 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import DIN, DeepFM
+from rankkernels.models import DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
 from rankkernels.nn import (
     FM,
     LR,
@@ -39,14 +39,18 @@ from rankkernels.vocabulary import Vocabulary
 __all__ = [
     "DIN",
     "FM",
+    "FNN",
     "LR",
     "MLP",
+    "PNN",
     "ActivationUnit",
     "DeepFM",
     "DenseFeature",
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "EmbeddingMLP",
+    "FactorizationMachine",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
@@ -55,6 +59,7 @@ __all__ = [
     "SparseFeature",
     "TableBatchedEmbeddingBag",
     "Vocabulary",
+    "WideDeep",
     "XavierNormal",
     "XavierUniform",
     "__version__",

@@ -16,6 +16,21 @@ def check_lists(model: str, **lists: Sequence) -> None:
         check_features(model, features)
 
 
+def check_one_width(model: str, **lists: Sequence) -> None:
+    """Raises unless each list has features with embeddings of one width, [B, D] each."""
+    check_lists(model, **lists)
+    for name, features in lists.items():
+        for feature in features:
+            if is_dense(feature):
+                raise ValueError(f"{model}: {name} must have embeddings, {feature.name!r} is a dense feature")
+            if feature.embed_dim != features[0].embed_dim:
+                raise ValueError(
+                    f"{model}: {name} must have one embed_dim, {features[0].name!r} has {features[0].embed_dim} and "
+                    f"{feature.name!r} has {feature.embed_dim}"
+                )
+            check_pooled(model, feature)
+
+
 def called(
     embedding: nn.Module, x: Mapping[str, Tensor], features: Sequence, users: Collection[str] = ()
 ) -> list[Tensor]:
