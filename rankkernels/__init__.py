@@ -4,7 +4,7 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
+from rankkernels.models import BST, DIEN, DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
 from rankkernels.nn import (
     FM,
     LR,
@@ -14,6 +14,7 @@ from rankkernels.nn import (
     Dice,
     EmbeddingBag,
     EmbeddingLayer,
+    MultiHeadTargetAttention,
     Pretrained,
     RandomNormal,
     RandomUniform,
@@ -25,18 +26,22 @@ from rankkernels.nn import (
     look_up,
 )
 from rankkernels.ops import (
+    augru,
     din_attention,
     embedding_bag,
     embedding_fm,
     fm_interaction,
     norm_activation,
     table_batched_embedding_bag,
+    target_attention,
 )
 from rankkernels.ops._library import cmake_prefix, library_path
 from rankkernels.ops._table import ReferenceWarning
 from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
+    "BST",
+    "DIEN",
     "DIN",
     "FM",
     "FNN",
@@ -51,6 +56,7 @@ __all__ = [
     "EmbeddingLayer",
     "EmbeddingMLP",
     "FactorizationMachine",
+    "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
@@ -64,6 +70,7 @@ __all__ = [
     "XavierUniform",
     "__version__",
     "accelerate",
+    "augru",
     "cmake_prefix",
     "din_attention",
     "embedding_bag",
@@ -77,4 +84,5 @@ __all__ = [
     "optim",
     "restore",
     "table_batched_embedding_bag",
+    "target_attention",
 ]

@@ -8,6 +8,7 @@ from rankkernels import models
 from rankkernels.adoption._report import name_of, why_subclass_is_left
 from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
 from rankkernels.nn.embedding import InputMask
+from rankkernels.nn.recurrent import AUGRU, AUGRU_Cell
 
 LIBRARY = "torch-rechub"
 
@@ -20,6 +21,8 @@ _NAMESAKES = {
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),
         "models.ranking.widedeep": (models.WideDeep,),
+        "models.ranking.bst": (models.BST,),
+        "models.ranking.dien": (AUGRU_Cell, AUGRU, models.DIEN),
     }.items()
     for cls in classes
 }

@@ -1,7 +1,9 @@
 """The models, with torch-rechub's arguments, parameter names and numbers where it has the class."""
 
 from rankkernels.models.ancestors import FNN, PNN, EmbeddingMLP, FactorizationMachine, WideDeep
+from rankkernels.models.bst import BST
 from rankkernels.models.deepfm import DeepFM
+from rankkernels.models.dien import DIEN
 from rankkernels.models.din import DIN
 
-__all__ = ["DIN", "FNN", "PNN", "DeepFM", "EmbeddingMLP", "FactorizationMachine", "WideDeep"]
+__all__ = ["BST", "DIEN", "DIN", "FNN", "PNN", "DeepFM", "EmbeddingMLP", "FactorizationMachine", "WideDeep"]

@@ -14,6 +14,7 @@ from rankkernels.nn.features import (
     XavierUniform,
 )
 from rankkernels.nn.layers import FM, LR, MLP, Dice
+from rankkernels.nn.target_attention import MultiHeadTargetAttention
 
 __all__ = [
     "FM",
@@ -24,6 +25,7 @@ __all__ = [
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",

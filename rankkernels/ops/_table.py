@@ -76,6 +76,8 @@ OPS = {
             cpu_needs="AVX-512",
             is_served=has_avx512,
         ),
+        Op("augru", ("DIEN",), "a GRU with DIEN's attentional update gate"),
+        Op("target_attention", ("MultiHeadTargetAttention", "BST"), "a target's queries to its history"),
         Op("rank", (), "one user's candidates by a frozen model (`serve`)"),
         Op("frozen_rows", (), "rows of a frozen model's table"),
         Op(

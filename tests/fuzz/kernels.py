@@ -8,7 +8,15 @@ from draw import FLOATS, Draw, Finding, check_close, check_unchanged, refused, s
 from torch import Tensor
 
 from rankkernels.ops._activations import ACTIVATIONS
-from rankkernels.testing import TOLERANCE, OpCase, din_attention_case, fm_interaction_case, norm_activation_case
+from rankkernels.testing import (
+    TOLERANCE,
+    OpCase,
+    augru_case,
+    din_attention_case,
+    fm_interaction_case,
+    norm_activation_case,
+    target_attention_case,
+)
 
 ops = torch.ops.rankkernels
 
@@ -16,6 +24,13 @@ ops = torch.ops.rankkernels
 def drawn_case(draw: Draw, op: str) -> OpCase:
     if op == "fm_interaction":
         return fm_interaction_case(draw.size(), draw.randint(1, 40), draw.width(), draw.chance(0.5))
+    if op == "augru":
+        form = draw.choice(("padded", "lengths"))
+        return augru_case(draw.size(), draw.randint(0, 12), max(draw.size(70), 1), draw.chance(0.5), form)
+    if op == "target_attention":
+        form, users = draw.choice(("padded", "lengths", "mask", "offsets")), draw.choice((None, draw.randint(1, 9)))
+        sizes = max(draw.size(40), 2), draw.randint(1, 9), max(draw.size(150), 1), max(draw.size(70), 1)
+        return target_attention_case(*sizes, form, users)
     activation = draw.choice(list(ACTIVATIONS))
     training = draw.chance(0.5)
     if op == "norm_activation":

@@ -12,6 +12,8 @@
 #include "cpu/embedding/lookup_kernel.h"
 #include "cpu/embedding/lookup_keys_kernel.h"
 #include "cpu/embedding/segment_sum_kernel.h"
+#include "cpu/recurrent/augru_kernel.h"
 #include "cpu/serve/rank_attention_kernel.h"
 #include "cpu/serve/rank_layers_kernel.h"
 #include "cpu/serve/rank_rows_kernel.h"
+#include "cpu/target_attention/target_attention_kernel.h"
