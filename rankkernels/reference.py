@@ -59,7 +59,7 @@ def augru(
     """
     g, U, a, b = (None if t is None else accumulator(t) for t in (gates, weight, attention, bias))
     B, L, D = *gates.shape[:2], weight.shape[1]
-    h, states = g.new_zeros(B, D), [g.new_zeros(B, 0, D)]
+    h, states = g.new_zeros(B, D), [g[:, :0, :D]]
     for step in range(L):
         of_u, of_r, of_n = F.linear(h, U).split(D, 1)
         g_u, g_r, g_n = g[:, step].split(D, 1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features, is_dense, is_sequence
+from rankkernels.nn.lookup_plan import arrange
 
 
 def check_lists(model: str, **lists: Sequence) -> None:
@@ -58,6 +59,18 @@ def look_up(
         found = [e for features in lists for e in called(embedding, x, features, users)]
     embeddings = iter(found)
     return [[next(embeddings) for _ in features] for features in lists]
+
+
+def look_up_beside(
+    embedding: nn.Module, x: Mapping[str, Tensor], context: Sequence, lists: Sequence[Sequence]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """``look_up`` of ``lists``, and of the features ``context`` what an MLP takes of them: one tensor [B, n], or none
+    where there are no such features."""
+    if is_plain(embedding, EmbeddingLayer):
+        of_context, *found = look_up(embedding, x, [context, *lists])
+        return ([arrange(context, of_context, squeeze_dim=True)] if context else []), found
+    flat = [embedding(x, context, squeeze_dim=True)] if context else []
+    return flat, look_up(embedding, x, lists)
 
 
 def called(

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up
+from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up_beside
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features
 from rankkernels.nn.layers import MLP
-from rankkernels.nn.lookup_plan import arrange
 from rankkernels.nn.target_attention import is_last_position_enough, last_position
 
 
@@ -79,17 +78,15 @@ class BST(nn.Module):
 
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
-        lists = self.features, self.history_features, self.target_features
-        others, histories, targets = look_up(self.embedding, x, lists)
+        lists = self.history_features, self.target_features
+        context, (histories, targets) = look_up_beside(self.embedding, x, self.features, lists)
         target = torch.cat(targets, dim=-1)
         sequence = torch.cat([torch.cat(histories, dim=-1), target[:, None]], dim=1)
         L = sequence.shape[1]
         if L > self.max_seq_len:
             raise ValueError(f"BST: the positions, with the target's, must be {self.max_seq_len} at most, got {L}")
         sequence = sequence + self.pos_embedding(torch.arange(L, device=sequence.device)[None])
-        mlp_in = [self._interest(sequence, self._valid(x)), target]
-        if self.features:
-            mlp_in.append(arrange(self.features, others, squeeze_dim=True))
+        mlp_in = [self._interest(sequence, self._valid(x)), target, *context]
         return torch.sigmoid(self.mlp(torch.cat(mlp_in, dim=1)).squeeze(1))
 
     def _valid(self, x: Mapping[str, Tensor]) -> Tensor:

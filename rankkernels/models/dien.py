@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up
+from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up_beside
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features
 from rankkernels.nn.layers import MLP
-from rankkernels.nn.lookup_plan import arrange
 from rankkernels.nn.recurrent import AUGRU, run_gru
 
 
@@ -81,8 +80,8 @@ class DIEN(nn.Module):
     def forward(self, x: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B], and ``alpha`` times the
         auxiliary loss."""
-        lists = self.features, self.history_features, self.neg_history_features, self.target_features
-        others, histories, negatives, targets = look_up(self.embedding, x, lists)
+        lists = self.history_features, self.neg_history_features, self.target_features
+        context, (histories, negatives, targets) = look_up_beside(self.embedding, x, self.features, lists)
         loss, extracted, evolved = 0, [], []
         for gru, feature, history, negative in zip(
             self.interest_extractor_layers, self.history_features, histories, negatives
@@ -94,10 +93,8 @@ class DIEN(nn.Module):
             self.interest_evolving_layers, self.history_features, extracted, targets
         ):
             evolved.append(_last_state(augru, states, target, self._mask(x, feature)))
-        mlp_in = [*evolved, *targets]
-        if self.features:
-            mlp_in.append(arrange(self.features, others, squeeze_dim=True))
-        return torch.sigmoid(self.mlp(torch.cat(mlp_in, dim=1)).squeeze(1)), self.alpha * loss
+        y = self.mlp(torch.cat([*evolved, *targets, *context], dim=1))
+        return torch.sigmoid(y.squeeze(1)), self.alpha * loss
 
     def _mask(self, x: Mapping[str, Tensor], feature) -> Tensor:
         """[B, L], true at what is no padding."""

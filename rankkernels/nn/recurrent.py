@@ -37,10 +37,9 @@ def _is_served(gru: nn.Module, x: Tensor) -> bool:
 
 def _packed(gru: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
     """``run_gru`` by calling the module, as torch-rechub does."""
-    out, lengths = torch.zeros_like(x), lengths.cpu()
-    some = lengths > 0
+    out, some = torch.zeros_like(x), lengths > 0
     if some.any():
-        packed = pack_padded_sequence(x[some], lengths[some], batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(x[some], lengths[some].tolist(), batch_first=True, enforce_sorted=False)
         out[some], _ = pad_packed_sequence(gru(packed)[0], batch_first=True, total_length=x.size(1))
     return out
 

@@ -53,7 +53,10 @@ def both(float64):
             lists = [user, histories, negatives, targets] if name == "DIEN" else [user, histories, targets]
             return getattr(rk if library is OURS else ranking, name)(*lists, {"dims": [6]}, **settings)
 
-        return pair(of, seed)
+        models = pair(of, seed)
+        for model in models if name == "BST" else ():
+            nn.init.normal_(model.pos_embedding.weight, generator=torch.Generator().manual_seed(seed))  # pair's are 5e3
+        return models
 
     return build
 

@@ -205,6 +205,8 @@ WINDOW = 6
 ALIKE = {
     frozenset({"rankkernels", "rankkernels.nn"}): "lists of the public names",
     frozenset({"rankkernels.ops.embedding_bag", "rankkernels.reference"}): "the signature of torch's embedding_bag",
+    frozenset({"rankkernels.ops.target_attention", "rankkernels.reference"}): "a signature, one argument a line",
+    frozenset({"rankkernels.models.bst", "rankkernels.models.din"}): "torch-rechub's signatures, one argument a line",
     frozenset(
         {"rankkernels._triton.din_attention_blocks", "rankkernels._triton.norm_activation"}
     ): "activations, each beside the derivative that its kernel needs",
