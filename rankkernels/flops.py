@@ -78,14 +78,14 @@ def _linear_weight_grad(dy, x, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(_OPS.augru)
-def _augru(gates, weight, *args, out_shape=None, **kwargs) -> int:
-    return 2 * gates[0] * gates[1] * prod(weight)
+def _augru(x, input_weight, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * x[1] * (prod(input_weight) + prod(weight))
 
 
 @register_flop_formula(_OPS.augru_backward)
-def _augru_backward(grad_out, out, gates, weight, *args, out_shape=None, **kwargs) -> int:
+def _augru_backward(grad_out, out, *inputs, out_shape=None, **kwargs) -> int:
     """Two products for one, and that once more."""
-    return 3 * _augru(gates, weight)
+    return 3 * _augru(*inputs)
 
 
 @register_flop_formula(_OPS.target_attention)

@@ -49,28 +49,35 @@ def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = N
 
 
 def augru(
-    gates: Tensor, weight: Tensor, bias: Tensor, attention: Tensor | None = None, lengths: Tensor | None = None
+    x: Tensor,
+    input_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    attention: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
-    """A GRU whose update gate is scaled by an attention: gates [B, L, 3 D], weight [3 D, D], bias [D], attention [B,
-    L], lengths [B] -> [B, L, D], zeros beyond the lengths.
+    """A GRU whose update gate is scaled by an attention: x [B, L, K], input_weight [3 D, K], weight [3 D, D], bias
+    [4, D], attention [B, L], lengths [B] -> [B, L, D], zeros beyond the lengths.
 
-    Zhou et al., "Deep Interest Evolution Network" (2019), equations 3 to 6 and 14 to 16, with the input's part of the
-    gates given. Without attention torch.nn.GRU's, whose z is 1 - u.
+    Zhou et al., "Deep Interest Evolution Network" (2019), equations 3 to 6 and 14 to 16. Without attention
+    torch.nn.GRU's, whose z is 1 - u.
     """
-    g, U, a, b = (None if t is None else accumulator(t) for t in (gates, weight, attention, bias))
-    B, L, D = *gates.shape[:2], weight.shape[1]
+    xa, W, U, b, a = (None if t is None else accumulator(t) for t in (x, input_weight, weight, bias, attention))
+    B, L, D = *x.shape[:2], weight.shape[1]
+    b_u, b_r, b_c, b_n = b
+    g = F.linear(xa, W)
     h, states = g.new_zeros(B, D), [g[:, :0, :D]]
     for step in range(L):
         of_u, of_r, of_n = F.linear(h, U).split(D, 1)
         g_u, g_r, g_n = g[:, step].split(D, 1)
-        u, r = torch.sigmoid(g_u + of_u), torch.sigmoid(g_r + of_r)
-        n = torch.tanh(g_n + r * (of_n + b))
+        u, r = torch.sigmoid(g_u + of_u + b_u), torch.sigmoid(g_r + of_r + b_r)
+        n = torch.tanh(g_n + b_n + r * (of_n + b_c))
         h = h + (u if a is None else a[:, step, None] * u) * (n - h)
         states.append(h[:, None])
     out = torch.cat(states, 1)
     if lengths is not None:
         out = out.masked_fill(torch.arange(L, device=out.device)[:, None] >= lengths[:, None, None], 0.0)
-    return out.to(gates.dtype)
+    return out.to(x.dtype)
 
 
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:

@@ -371,35 +371,36 @@ def embedding_fm_case(
     )
 
 
-def augru_case(B: int, L: int, D: int, attention: bool = True, form: str = "lengths") -> OpCase:
-    """``form`` is padded or lengths; those are random, the first 0 and the last L."""
+def augru_case(B: int, L: int, D: int, K: int, attention: bool = True, form: str = "lengths") -> OpCase:
+    """K inputs a position. ``form`` is padded or lengths; those are random, the first 0 and the last L."""
     counts = torch.randint(0, L + 1, (B,), generator=torch.Generator().manual_seed(B * 1000 + L))
     counts[:1], counts[1:][-1:] = 0, L
     more = [counts] if form == "lengths" else []
     steps = B * L if form == "padded" else int(counts.sum())
 
     def make(dtype, generator):
-        tensors = [randn((B, L, 3 * D), dtype, generator), randn((3 * D, D), dtype, generator, max(D, 1) ** -0.5)]
-        tensors.append(randn((D,), dtype, generator))
+        tensors = [randn((B, L, K), dtype, generator), randn((3 * D, K), dtype, generator, max(K, 1) ** -0.5)]
+        tensors.append(randn((3 * D, D), dtype, generator, max(D, 1) ** -0.5))
+        tensors.append(randn((4, D), dtype, generator))
         if attention:
             tensors.append(torch.rand((B, L), dtype=torch.float64, generator=generator).to(dtype))
         return *tensors, *more
 
-    def arguments(gates, weight, bias, *rest):
+    def arguments(x, input_weight, weight, bias, *rest):
         rest = list(rest)
-        return gates, weight, bias, rest.pop(0) if attention else None, rest.pop(0) if rest else None
+        return x, input_weight, weight, bias, rest.pop(0) if attention else None, rest.pop(0) if rest else None
 
     return OpCase(
         op="augru",
-        id=f"augru-B{B}-L{L}-D{D}-{form}" + ("" if attention else "-gru"),
+        id=f"augru-B{B}-L{L}-D{D}-K{K}-{form}" + ("" if attention else "-gru"),
         make=make,
         function=lambda *inputs: ops.augru(*arguments(*inputs)),
         reference=lambda *inputs: reference.augru(*arguments(*inputs)),
         overload=torch.ops.rankkernels.augru.default,
         arguments=arguments,
-        elements=steps * (3 * D + attention) + B * L * D,
-        flops=steps * 6 * D * D,
-        backward_flops=steps * 18 * D * D,
+        elements=steps * (K + attention) + B * L * D,
+        flops=steps * 6 * D * (D + K),
+        backward_flops=steps * 18 * D * (D + K),
     )
 
 
@@ -456,15 +457,16 @@ TEST_CASES = [
     target_attention_case(2, 2, 0, 4),
     target_attention_case(0, 2, 3, 4),
     *(
-        augru_case(B, L, D, attention, form)
-        for B, L, D, attention, form in (
-            (5, 4, 3, True, "lengths"),
-            (3, 5, 8, False, "padded"),
-            (67, 3, 17, False, "lengths"),
-            (2, 6, 1, True, "padded"),
-            (1, 2, 70, True, "padded"),
-            (0, 3, 4, True, "lengths"),
-            (3, 0, 4, False, "lengths"),
+        augru_case(B, L, D, K, attention, form)
+        for B, L, D, K, attention, form in (
+            (5, 4, 3, 4, True, "lengths"),
+            (3, 5, 8, 8, False, "padded"),
+            (67, 3, 17, 5, False, "lengths"),
+            (2, 6, 1, 19, True, "padded"),
+            (1, 2, 70, 33, True, "padded"),
+            (0, 3, 4, 4, True, "lengths"),
+            (3, 0, 4, 4, False, "lengths"),
+            (2, 3, 4, 0, True, "padded"),
         )
     ),
     *(
@@ -527,8 +529,8 @@ BENCH_CASES = [
     target_attention_case(64, 4, 1000, 64, "mask"),
     target_attention_case(8, 4, 10000, 64),
     target_attention_case(256, 4, 1000, 64, "offsets", users=8),
-    augru_case(1024, 50, 16),
-    augru_case(1024, 50, 64, attention=False),
+    augru_case(1024, 50, 16, 16),
+    augru_case(1024, 50, 64, 64, attention=False),
     fm_interaction_case(65536, 39, 16),
     fm_interaction_case(8192, 39, 64),
     fm_interaction_case(4096, 39, 10),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up_beside
@@ -104,10 +105,15 @@ class DIEN(nn.Module):
         """How well each state tells what was chosen next, ``pos_emb`` [B, L, D], from what was not, ``neg_emb``; over
         neighbours that the ``mask`` [B, L] both has."""
         h = outs[:, :-1]
-        valid = (
-            torch.ones(h.shape[:2], dtype=torch.bool, device=h.device) if mask is None else mask[:, :-1] & mask[:, 1:]
-        )
-        positive, negative = (torch.sigmoid((h * e[:, 1:]).sum(-1)[valid]) for e in (pos_emb, neg_emb))
+        valid = None if mask is None else mask[:, :-1] & mask[:, 1:]
+        scores = [(h * e[:, 1:]).sum(-1) for e in (pos_emb, neg_emb)]
+        if is_plain(self.BCELoss, nn.BCELoss) and self.BCELoss.weight is None and self.BCELoss.reduction == "mean":
+            # Of sigmoid(s) the two losses are softplus(-s) and softplus(s).
+            losses = F.softplus(-scores[0]) + F.softplus(scores[1])
+            if valid is None:
+                return losses.sum() / max(losses.numel(), 1)
+            return torch.where(valid, losses, 0.0).sum() / valid.sum().clamp(min=1)
+        positive, negative = (torch.sigmoid(s.flatten() if valid is None else s[valid]) for s in scores)
         if not positive.numel():
             return outs.new_zeros(())
         chosen = self.BCELoss(positive, torch.ones_like(positive))

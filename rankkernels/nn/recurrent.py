@@ -19,12 +19,10 @@ def run_gru(gru: nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
         return _packed(gru, x, lengths)
     r, z, n = gru.weight_ih_l0.chunk(3)
     of_r, of_z, of_n = gru.weight_hh_l0.chunk(3)
-    r_bias, z_bias, n_bias = gru.bias_ih_l0.chunk(3)
-    of_r_bias, of_z_bias, of_n_bias = gru.bias_hh_l0.chunk(3)
+    (r_bias, z_bias, n_bias), (of_r_bias, of_z_bias, of_n_bias) = gru.bias_ih_l0.chunk(3), gru.bias_hh_l0.chunk(3)
     # The op's gate is 1 - z: the sign of z's weights changes.
-    bias = torch.cat([-z_bias - of_z_bias, r_bias + of_r_bias, n_bias])
-    gates = nn.functional.linear(x, torch.cat([-z, r, n]), bias)
-    return ops.augru(gates, torch.cat([-of_z, of_r, of_n]), of_n_bias, None, lengths)
+    bias = torch.stack([-z_bias - of_z_bias, r_bias + of_r_bias, of_n_bias, n_bias])
+    return ops.augru(x, torch.cat([-z, r, n]), torch.cat([-of_z, of_r, of_n]), bias, None, lengths)
 
 
 def _is_served(gru: nn.Module, x: Tensor) -> bool:
@@ -104,7 +102,7 @@ class AUGRU(nn.Module):
     def states(self, x: Tensor, attention: Tensor, lengths: Tensor | None = None) -> Tensor:
         """[B, L, D], zeros beyond the ``lengths``."""
         cell = self.augru_cell
-        bias = torch.cat([cell.bu, cell.br, cell.bh], 1).flatten()
-        gates = nn.functional.linear(x, torch.cat([cell.Wu, cell.Wr, cell.Wh], 1).t(), bias)
-        weight = torch.cat([cell.Uu, cell.Ur, cell.Uh], 1).t()
-        return ops.augru(gates, weight, torch.zeros_like(cell.bu[0]), attention, lengths)
+        of_input = torch.cat([cell.Wu, cell.Wr, cell.Wh], 1).t()
+        of_state = torch.cat([cell.Uu, cell.Ur, cell.Uh], 1).t()
+        bias = torch.cat([cell.bu, cell.br, torch.zeros_like(cell.bh), cell.bh])
+        return ops.augru(x, of_input, of_state, bias, attention, lengths)

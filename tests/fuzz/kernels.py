@@ -26,7 +26,8 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
         return fm_interaction_case(draw.size(), draw.randint(1, 40), draw.width(), draw.chance(0.5))
     if op == "augru":
         form = draw.choice(("padded", "lengths"))
-        return augru_case(draw.size(), draw.randint(0, 12), max(draw.size(70), 1), draw.chance(0.5), form)
+        sizes = draw.size(), draw.randint(0, 12), max(draw.size(70), 1), max(draw.size(70), 1)
+        return augru_case(*sizes, draw.chance(0.5), form)
     if op == "target_attention":
         form, users = draw.choice(("padded", "lengths", "mask", "offsets")), draw.choice((None, draw.randint(1, 9)))
         sizes = max(draw.size(40), 2), draw.randint(1, 9), max(draw.size(150), 1), max(draw.size(70), 1)

@@ -42,8 +42,8 @@ def norm_backward():
 
 def augru():
     return dict(
-        gates=randn(B, L, 3 * D), weight=randn(3 * D, D), bias=randn(D), attention=torch.rand(B, L),
-        lengths=torch.tensor([0, 2, L]),
+        x=randn(B, L, H), input_weight=randn(3 * D, H), weight=randn(3 * D, D), bias=randn(4, D),
+        attention=torch.rand(B, L), lengths=torch.tensor([0, 2, L]),
     )  # fmt: skip
 
 
@@ -323,13 +323,14 @@ BAD_INPUTS = {
         (dict(saved=torch.zeros(SAVED).bfloat16()), form("saved", [SAVED], [SAVED], "bfloat16")),
     ],
     "augru": [
-        (dict(gates=randn(B, 3 * D)), f"gates must have 3 dimensions, got 2 (shape [{B}, {3 * D}])"),
-        (dict(gates=torch.ones(B, L, 3 * D).int()), f"gates {FLOATING}torch.int32"),
-        (dict(weight=randn(3 * D)), f"weight must be [3 D, D] of the {3 * D} = 3 D gates, got shape [{3 * D}]"),
-        (dict(weight=randn(D, D)), f"weight must be [3 D, D] of the {3 * D} = 3 D gates, got shape [{D}, {D}]"),
-        (dict(gates=randn(B, L, 7)), f"weight must be [3 D, D] of the 7 = 3 D gates, got shape [{3 * D}, {D}]"),
+        (dict(x=randn(B, H)), f"x must have 3 dimensions, got 2 (shape [{B}, {H}])"),
+        (dict(x=torch.ones(B, L, H).int()), f"x {FLOATING}torch.int32"),
+        (dict(weight=randn(3 * D)), f"weight must be [3 D, D], got shape [{3 * D}]"),
+        (dict(weight=randn(D, D)), f"weight must be [3 D, D], got shape [{D}, {D}]"),
         (dict(weight=randn(3 * D, D).double()), form("weight", [3 * D, D], [3 * D, D], "float64")),
-        (dict(bias=randn(D + 1)), form("bias", [D], [D + 1])),
+        (dict(input_weight=randn(3 * D, H + 1)), form("input_weight", [3 * D, H], [3 * D, H + 1])),
+        (dict(x=randn(B, L, 7)), form("input_weight", [3 * D, 7], [3 * D, H])),
+        (dict(bias=randn(D)), form("bias", [4, D], [D])),
         (dict(attention=torch.rand(B, L + 1)), form("attention", [B, L], [B, L + 1])),
         (dict(attention=torch.rand(B, L).half()), form("attention", [B, L], [B, L], "float16")),
         (dict(lengths=torch.ones(B + 1).long()), f"lengths must be [B] = [{B}], got shape [{B + 1}]"),
