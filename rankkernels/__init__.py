@@ -25,11 +25,13 @@ from rankkernels.nn import (
     look_up,
 )
 from rankkernels.ops import (
+    cross_network,
     din_attention,
     embedding_bag,
     embedding_fm,
     fm_interaction,
     norm_activation,
+    pairwise_dot,
     table_batched_embedding_bag,
 )
 from rankkernels.ops._library import cmake_prefix, library_path
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "cmake_prefix",
+    "cross_network",
     "din_attention",
     "embedding_bag",
     "embedding_fm",
@@ -70,6 +73,7 @@ __all__ = [
     "look_up",
     "norm_activation",
     "optim",
+    "pairwise_dot",
     "restore",
     "table_batched_embedding_bag",
 ]

@@ -54,6 +54,20 @@ def _din_attention_backward(grad_out, batch_stats, saved, *inputs, out_shape=Non
     return 3 * layers + 2 * others
 
 
+@register_flop_formula([_OPS.cross_network, _OPS.cross_network_backward])
+def _cross_network(*inputs, out_shape=None, **kwargs) -> int:
+    """One skinny product; its operands' gradients are two. The recurrence is elementwise."""
+    *grads, x, weights, _ = inputs
+    return (4 if grads else 2) * prod(x) * len(weights)
+
+
+@register_flop_formula([_OPS.pairwise_dot, _OPS.pairwise_dot_backward])
+def _pairwise_dot(*inputs, out_shape=None, **kwargs) -> int:
+    """A multiply-add for each pair and column; two in the backward."""
+    *grads, (B, F, D), _ = inputs
+    return (2 if grads else 1) * B * F * (F - 1) * D
+
+
 @register_flop_formula(_OPS.embedding_fm)
 def _embedding_fm(*args, out_shape=None, **kwargs) -> int:
     linear_weight = args[-2]

@@ -35,6 +35,32 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     return out.to(x.dtype)
 
 
+def cross_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """A cross network of as many layers as ``weights`` [1, D] and ``biases`` [D]: x [B, D] -> [B, D].
+
+    Wang et al., "Deep & Cross Network for Ad Click Predictions" (2017), equation 3: x_{l+1} = x_0 (w_l . x_l) + b_l +
+    x_l.
+    """
+    x0 = out = accumulator(x)
+    for weight, bias in zip(weights, biases):
+        out = x0 * F.linear(out, accumulator(weight)) + accumulator(bias) + out
+    return out.to(x.dtype)
+
+
+def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
+    """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
+
+    The inner products of Qu et al., "Product-based Neural Networks" (2016), and of Naumov et al., "Deep Learning
+    Recommendation Model" (2019); weighted, the terms of Pan et al., "Field-weighted Factorization Machines" (2018).
+    """
+    xa = accumulator(embeddings)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = (xa @ xa.transpose(1, 2))[:, f, g]
+    if field_weights is not None:
+        out = out * accumulator(field_weights)
+    return out.to(embeddings.dtype)
+
+
 def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The FM interaction of embeddings [B, F * dim] and their linear term with F * dim weights, if any: each [B, 1].
 

@@ -2,17 +2,21 @@
 
 import rankkernels.ops.rank  # noqa: F401 (defines an op; its public side is rankkernels.serve)
 import rankkernels.ops.sparse_norm  # noqa: F401 (registers a kernel)
+from rankkernels.ops.cross_network import cross_network
 from rankkernels.ops.din_attention import din_attention
 from rankkernels.ops.embedding_bag import embedding_bag, table_batched_embedding_bag
 from rankkernels.ops.embedding_fm import embedding_fm
 from rankkernels.ops.fm_interaction import fm_interaction
 from rankkernels.ops.norm_activation import norm_activation
+from rankkernels.ops.pairwise_dot import pairwise_dot
 
 __all__ = [
+    "cross_network",
     "din_attention",
     "embedding_bag",
     "embedding_fm",
     "fm_interaction",
     "norm_activation",
+    "pairwise_dot",
     "table_batched_embedding_bag",
 ]

@@ -57,6 +57,8 @@ OPS = {
             cuda="Triton",
             cuda_limits="a library's products in float64, beyond two layers or 128 wide",
         ),
+        Op("cross_network", ()),
+        Op("pairwise_dot", ()),
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
         Op("embedding_bag", ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"), cuda="CUDA C++"),
         Op("sparse_update", ("optim",), "an optimizer's step on the rows of a batch", cuda="CUDA C++"),
