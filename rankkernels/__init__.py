@@ -6,10 +6,15 @@ from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
 from rankkernels.models import DIN, DeepFM
 from rankkernels.nn import (
+    FFM,
     FM,
     LR,
     MLP,
     ActivationUnit,
+    BiLinearInteractionLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
     DenseFeature,
     Dice,
     EmbeddingBag,
@@ -40,10 +45,15 @@ from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
     "DIN",
+    "FFM",
     "FM",
     "LR",
     "MLP",
     "ActivationUnit",
+    "BiLinearInteractionLayer",
+    "CrossNetMix",
+    "CrossNetV2",
+    "CrossNetwork",
     "DeepFM",
     "DenseFeature",
     "Dice",

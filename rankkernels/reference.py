@@ -47,6 +47,15 @@ def cross_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
     return out.to(x.dtype)
 
 
+def cross_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What follows the product W x of a layer of DCN v2, [B, D] each and bias [D]: x0 * product + bias + x.
+
+    Wang et al., "DCN V2" (2021), equation 1, with the bias where torch-rechub has it.
+    """
+    out = accumulator(x0) * accumulator(product) + accumulator(x)
+    return (out if bias is None else out + accumulator(bias)).to(x0.dtype)
+
+
 def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
     """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
 
@@ -59,6 +68,30 @@ def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Ten
     if field_weights is not None:
         out = out * accumulator(field_weights)
     return out.to(embeddings.dtype)
+
+
+def ffm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
+    """x[:, f, g] * x[:, g, f] of the fields f < g: x [B, F, F, D] -> [B, F (F - 1) / 2, D], or 1 with ``reduce_sum``.
+
+    Juan et al., "Field-aware Factorization Machines for CTR Prediction" (2016), equation 4, without the sum over pairs.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = xa[:, f, g] * xa[:, g, f]
+    return (out.sum(2, keepdim=True) if reduce_sum else out).to(x.dtype)
+
+
+def bilinear_interaction(x: Tensor, weights: Sequence[Tensor], kind: str) -> Tensor:
+    """(W x_f) * x_g of the fields f < g: x [B, F, D] -> [B, F (F - 1) / 2, D]. Of ``weights`` [D, D] there is one
+    (``kind`` field_all), one a field (field_each), or one a pair (field_interaction).
+
+    Huang et al., "FiBiNET" (2019), section 3.3.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    matrices = torch.stack([accumulator(w) for w in weights]) if weights else xa.new_empty(0, xa.size(2), xa.size(2))
+    which = {"field_all": torch.zeros_like(f), "field_each": f}.get(kind, torch.arange(len(f), device=xa.device))
+    return (torch.einsum("bpd,ped->bpe", xa[:, f], matrices[which]) * xa[:, g]).to(x.dtype)
 
 
 def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

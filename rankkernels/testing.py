@@ -85,6 +85,53 @@ def fm_interaction_case(B: int, F: int, D: int, reduce_sum: bool = True) -> OpCa
     )
 
 
+def cross_network_case(B: int, D: int, layers: int) -> OpCase:
+    """x [B, D], then a weight [1, D] and a bias [D] a layer. The dots are about 1, as those of trained layers are."""
+
+    def make(dtype, generator):
+        x = randn((B, D), dtype, generator)
+        weights = [randn((1, D), dtype, generator, max(D, 1) ** -0.5) for _ in range(layers)]
+        return x, *weights, *(randn((D,), dtype, generator) for _ in range(layers))
+
+    def arguments(x, *params):
+        return x, list(params[:layers]), list(params[layers:])
+
+    return OpCase(
+        op="cross_network",
+        id=f"cross_network-B{B}-D{D}-{layers}_layers",
+        make=make,
+        function=lambda *inputs: ops.cross_network(*arguments(*inputs)),
+        reference=lambda *inputs: reference.cross_network(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.cross_network.default,
+        arguments=arguments,
+        elements=2 * B * D,
+        flops=(2 * layers + 2) * B * D,
+        backward_flops=(4 * layers + 4) * B * D,
+    )
+
+
+def pairwise_dot_case(B: int, F: int, D: int, weighted: bool = False) -> OpCase:
+    """Field embeddings [B, F, D], and a weight for each pair if ``weighted``."""
+    pairs = F * (F - 1) // 2
+
+    def make(dtype, generator):
+        embeddings = randn((B, F, D), dtype, generator)
+        return (embeddings, randn((pairs,), dtype, generator)) if weighted else (embeddings,)
+
+    return OpCase(
+        op="pairwise_dot",
+        id=f"pairwise_dot-B{B}-F{F}-D{D}" + ("-weighted" if weighted else ""),
+        make=make,
+        function=ops.pairwise_dot,
+        reference=reference.pairwise_dot,
+        overload=torch.ops.rankkernels.pairwise_dot.default,
+        arguments=lambda x, weights=None: (x, weights),
+        elements=B * F * D + B * pairs,
+        flops=2 * B * pairs * D,
+        backward_flops=(6 if weighted else 4) * B * pairs * D,
+    )
+
+
 def din_attention_case(
     B: int,
     L: int,
@@ -377,6 +424,13 @@ TEST_CASES = [
         for B, F, D in ((5, 3, 10), (1, 1, 1), (3, 39, 16), (4, 2, 67), (2, 7, 130), (0, 3, 4), (3, 1, 8), (2, 5, 200))
         for reduce_sum in (True, False)
     ),
+    *(cross_network_case(*s) for s in ((5, 7, 3), (1, 1, 1), (9, 33, 2), (4, 5, 0), (0, 6, 2), (2, 0, 2))),
+    *(
+        pairwise_dot_case(*s)
+        for s in ((5, 3, 10), (1, 2, 1), (3, 13, 16), (2, 27, 33), (0, 3, 4), (3, 1, 8), (2, 4, 0))
+    ),
+    pairwise_dot_case(4, 5, 7, weighted=True),
+    pairwise_dot_case(3, 18, 4, weighted=True),
     din_attention_case(4, 5, 6, [7]),
     din_attention_case(3, 9, 10, [5, 4], "sigmoid", batch_norm=False, training=False, form="lengths"),
     din_attention_case(4, 6, 7, [9, 3], "dice_batch_norm", batch_norm=False, use_softmax=True, form="mask"),

@@ -6,16 +6,29 @@ from torch import nn
 
 from rankkernels import models
 from rankkernels.adoption._report import name_of, why_subclass_is_left
-from rankkernels.nn import FM, LR, MLP, ActivationUnit, Dice, EmbeddingLayer
+from rankkernels.nn import (
+    FFM,
+    FM,
+    LR,
+    MLP,
+    ActivationUnit,
+    BiLinearInteractionLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
+    Dice,
+    EmbeddingLayer,
+)
 from rankkernels.nn.embedding import InputMask
 
 LIBRARY = "torch-rechub"
+_INTERACTIONS = FFM, BiLinearInteractionLayer, CrossNetMix, CrossNetV2, CrossNetwork
 
 # Ours have the attributes, parameters and submodules of their namesakes, so that an object can change its class.
 _NAMESAKES = {
     f"torch_rechub.{module}.{cls.__name__}": cls
     for module, classes in {
-        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask),
+        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask, *_INTERACTIONS),
         "basic.activation": (Dice,),
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),

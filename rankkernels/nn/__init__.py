@@ -13,13 +13,19 @@ from rankkernels.nn.features import (
     XavierNormal,
     XavierUniform,
 )
+from rankkernels.nn.interaction import FFM, BiLinearInteractionLayer, CrossNetMix, CrossNetV2, CrossNetwork
 from rankkernels.nn.layers import FM, LR, MLP, Dice
 
 __all__ = [
+    "FFM",
     "FM",
     "LR",
     "MLP",
     "ActivationUnit",
+    "BiLinearInteractionLayer",
+    "CrossNetMix",
+    "CrossNetV2",
+    "CrossNetwork",
     "DenseFeature",
     "Dice",
     "EmbeddingBag",

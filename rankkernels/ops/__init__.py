@@ -1,5 +1,8 @@
 """The ops, one file each: schema, fake, default, CUDA implementation, autograd, autocast, public function."""
 
+import rankkernels.ops.bilinear_interaction  # noqa: F401 (an op of a layer)
+import rankkernels.ops.cross_layer  # noqa: F401 (an op of a layer)
+import rankkernels.ops.ffm_interaction  # noqa: F401 (an op of a layer)
 import rankkernels.ops.rank  # noqa: F401 (defines an op; its public side is rankkernels.serve)
 import rankkernels.ops.sparse_norm  # noqa: F401 (registers a kernel)
 from rankkernels.ops.cross_network import cross_network

@@ -1,5 +1,5 @@
-"""The other ops through ``rankkernels.testing``'s cases: fm_interaction, norm_activation, din_attention; and
-linear_weight_grad and deepfm."""
+"""The other ops through ``rankkernels.testing``'s cases: fm_interaction, cross_network, pairwise_dot, norm_activation,
+din_attention; and linear_weight_grad and deepfm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from draw import FLOATS, Draw, Finding, check_close, check_unchanged, refused, s
 from torch import Tensor
 
 from rankkernels.ops._activations import ACTIVATIONS
-from rankkernels.testing import TOLERANCE, OpCase, din_attention_case, fm_interaction_case, norm_activation_case
+from rankkernels.testing import (
+    TOLERANCE,
+    OpCase,
+    cross_network_case,
+    din_attention_case,
+    fm_interaction_case,
+    norm_activation_case,
+    pairwise_dot_case,
+)
 
 ops = torch.ops.rankkernels
 
@@ -16,6 +24,10 @@ ops = torch.ops.rankkernels
 def drawn_case(draw: Draw, op: str) -> OpCase:
     if op == "fm_interaction":
         return fm_interaction_case(draw.size(), draw.randint(1, 40), draw.width(), draw.chance(0.5))
+    if op == "cross_network":
+        return cross_network_case(draw.size(), draw.width(), draw.randint(0, 7))
+    if op == "pairwise_dot":
+        return pairwise_dot_case(draw.size(), draw.randint(0, 40), draw.width(), draw.chance(0.5))
     activation = draw.choice(list(ACTIVATIONS))
     training = draw.chance(0.5)
     if op == "norm_activation":
@@ -69,7 +81,8 @@ def valid(op: str):
     def run(draw: Draw) -> None:
         case = drawn_case(draw, op)
         # Nearly equal rows in 16 bits amplify rounding in batch statistics beyond any tolerance: these have a few rows.
-        dtype = draw.dtype() if op == "fm_interaction" else draw.choice((torch.float32, torch.float64))
+        with_statistics = op in ("norm_activation", "din_attention")
+        dtype = draw.choice((torch.float32, torch.float64)) if with_statistics else draw.dtype()
         compare(draw, op, case, dtype)
 
     return run

@@ -25,6 +25,22 @@ def fm_backward():
     return dict(grad_out=randn(B, 1), **fm())
 
 
+def cross_network():
+    return dict(x=randn(B, D), weights=[randn(1, D), randn(1, D)], biases=[randn(D), randn(D)])
+
+
+def cross_network_backward():
+    return dict(grad_out=randn(B, D), projections=randn(B, 2), **cross_network())
+
+
+def pairwise_dot():
+    return dict(embeddings=randn(B, 3, D), field_weights=randn(3))
+
+
+def pairwise_dot_backward():
+    return dict(grad_out=randn(B, 3), **pairwise_dot())
+
+
 def linear_weight_grad():
     return dict(dy=randn(4, 3), x=randn(4, 5))
 
@@ -117,7 +133,9 @@ def sparse_update():
 
 HYPER = [0.1, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0, 0.0]
 MAKE = {
-    "fm_interaction": fm, "fm_interaction_backward": fm_backward, "linear_weight_grad": linear_weight_grad,
+    "fm_interaction": fm, "fm_interaction_backward": fm_backward, "cross_network": cross_network,
+    "cross_network_backward": cross_network_backward, "pairwise_dot": pairwise_dot,
+    "pairwise_dot_backward": pairwise_dot_backward, "linear_weight_grad": linear_weight_grad,
     "norm_activation": norm, "norm_activation_backward": norm_backward, "din_attention": din,
     "din_attention_backward": din_backward, "deepfm": deepfm, "embedding_bag": embedding_bag,
     "embedding_bag_backward": embedding_bag_backward, "embedding_bag_backward_sparse": embedding_bag_backward,
@@ -163,6 +181,30 @@ BAD_INPUTS = {
         (dict(grad_out=randn(B)), form("grad_out", [B, 1], [B])),
         (dict(grad_out=randn(B, 1).double()), form("grad_out", [B, 1], [B, 1], "float64")),
         (dict(reduce_sum=False), form("grad_out", [B, D], [B, 1])),
+    ],
+    "cross_network": [
+        (dict(x=randn(2, 3, D)), f"x must have 2 dimensions, got 3 (shape [2, 3, {D}])"),
+        *((dict(x=torch.empty(B, D, dtype=dtype)), f"x {FLOATING}{dtype}") for dtype in OTHER_DTYPES),
+        (dict(biases=[randn(D)]), "there must be a bias for each of 2 weights, got 1"),
+        (dict(weights=Entry(1, randn(D))), form("weights[1]", [1, D], [D])),
+        (dict(weights=Entry(0, randn(1, D).double())), form("weights[0]", [1, D], [1, D], "float64")),
+        (dict(biases=Entry(1, randn(D + 1))), form("biases[1]", [D], [D + 1])),
+    ],
+    "cross_network_backward": [
+        (dict(grad_out=randn(B, 1)), form("grad_out", [B, D], [B, 1])),
+        (dict(projections=randn(B, 3)), form("projections", [B, 2], [B, 3])),
+        (dict(biases=[]), "there must be a bias for each of 2 weights, got 0"),
+    ],
+    "pairwise_dot": [
+        (dict(embeddings=randn(3, 4)), "embeddings must have 3 dimensions, got 2 (shape [3, 4])"),
+        *((dict(embeddings=torch.empty(B, 3, D, dtype=t)), f"embeddings {FLOATING}{t}") for t in OTHER_DTYPES),
+        (dict(field_weights=randn(4)), form("field_weights", [3], [4])),
+        (dict(field_weights=randn(3).double()), form("field_weights", [3], [3], "float64")),
+    ],
+    "pairwise_dot_backward": [
+        (dict(grad_out=randn(B, 4)), form("grad_out", [B, 3], [B, 4])),
+        (dict(grad_out=randn(3)), form("grad_out", [B, 3], [3])),
+        (dict(field_weights=randn(1, 3)), form("field_weights", [3], [1, 3])),
     ],
     "linear_weight_grad": [
         (dict(x=randn(5)), "x must have 2 dimensions, got 1 (shape [5])"),

@@ -17,11 +17,13 @@ from rankkernels import optim, reference
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import (
     OpCase,
+    cross_network_case,
     din_attention_case,
     embedding_bag_case,
     embedding_fm_case,
     fm_interaction_case,
     norm_activation_case,
+    pairwise_dot_case,
     relative_error,
 )
 
@@ -38,6 +40,8 @@ def random_cases() -> list[OpCase]:
     for i in range(4):
         B, D, padding = few(), few(), draw.choice((None, 1))
         cases.append(fm_interaction_case(B, few(), D, i % 2 == 0))
+        cases.append(cross_network_case(B, D, i))
+        cases.append(pairwise_dot_case(B, few(), D, i % 2 == 0))
         modes = [draw.choice(("sum", "mean")), draw.choice(("none", "max", "mean"))]
         rows, weighted = [few(2), few(2)], i % 2 == 0
         cases.append(embedding_bag_case(rows, [few(), few()], [0, 1], modes, B, 3, padding, weighted, not weighted))
