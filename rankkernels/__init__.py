@@ -4,7 +4,7 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import DIN, DeepFM
+from rankkernels.models import DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
 from rankkernels.nn import (
     FFM,
     FM,
@@ -47,8 +47,10 @@ __all__ = [
     "DIN",
     "FFM",
     "FM",
+    "FNN",
     "LR",
     "MLP",
+    "PNN",
     "ActivationUnit",
     "BiLinearInteractionLayer",
     "CrossNetMix",
@@ -59,6 +61,8 @@ __all__ = [
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "EmbeddingMLP",
+    "FactorizationMachine",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
@@ -67,6 +71,7 @@ __all__ = [
     "SparseFeature",
     "TableBatchedEmbeddingBag",
     "Vocabulary",
+    "WideDeep",
     "XavierNormal",
     "XavierUniform",
     "__version__",

@@ -32,6 +32,7 @@ _NAMESAKES = {
         "basic.activation": (Dice,),
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),
+        "models.ranking.widedeep": (models.WideDeep,),
     }.items()
     for cls in classes
 }
