@@ -4,7 +4,7 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
+from rankkernels.models import DCN, DIN, EDCN, FNN, PNN, DCNv2, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
 from rankkernels.nn import (
     FFM,
     FM,
@@ -12,6 +12,7 @@ from rankkernels.nn import (
     MLP,
     ActivationUnit,
     BiLinearInteractionLayer,
+    CrossLayer,
     CrossNetMix,
     CrossNetV2,
     CrossNetwork,
@@ -44,7 +45,9 @@ from rankkernels.ops._table import ReferenceWarning
 from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
+    "DCN",
     "DIN",
+    "EDCN",
     "FFM",
     "FM",
     "FNN",
@@ -53,9 +56,11 @@ __all__ = [
     "PNN",
     "ActivationUnit",
     "BiLinearInteractionLayer",
+    "CrossLayer",
     "CrossNetMix",
     "CrossNetV2",
     "CrossNetwork",
+    "DCNv2",
     "DeepFM",
     "DenseFeature",
     "Dice",

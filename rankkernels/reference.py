@@ -83,7 +83,7 @@ def ffm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
 
 def bilinear_interaction(x: Tensor, weights: Sequence[Tensor], kind: str) -> Tensor:
     """(W x_f) * x_g of the fields f < g: x [B, F, D] -> [B, F (F - 1) / 2, D]. Of ``weights`` [D, D] there is one
-    (``kind`` field_all), one a field (field_each), or one a pair (field_interaction).
+    (``kind`` field_all), one a field but the last (field_each), or one a pair (field_interaction).
 
     Huang et al., "FiBiNET" (2019), section 3.3.
     """

@@ -6,6 +6,7 @@ from torch import nn
 
 from rankkernels import models
 from rankkernels.adoption._report import name_of, why_subclass_is_left
+from rankkernels.models.dcn import RegulationModule
 from rankkernels.nn import (
     FFM,
     FM,
@@ -13,6 +14,7 @@ from rankkernels.nn import (
     MLP,
     ActivationUnit,
     BiLinearInteractionLayer,
+    CrossLayer,
     CrossNetMix,
     CrossNetV2,
     CrossNetwork,
@@ -22,7 +24,7 @@ from rankkernels.nn import (
 from rankkernels.nn.embedding import InputMask
 
 LIBRARY = "torch-rechub"
-_INTERACTIONS = FFM, BiLinearInteractionLayer, CrossNetMix, CrossNetV2, CrossNetwork
+_INTERACTIONS = FFM, BiLinearInteractionLayer, CrossLayer, CrossNetMix, CrossNetV2, CrossNetwork
 
 # Ours have the attributes, parameters and submodules of their namesakes, so that an object can change its class.
 _NAMESAKES = {
@@ -32,6 +34,9 @@ _NAMESAKES = {
         "basic.activation": (Dice,),
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),
+        "models.ranking.dcn": (models.DCN,),
+        "models.ranking.dcn_v2": (models.DCNv2,),
+        "models.ranking.edcn": (RegulationModule, models.EDCN),
         "models.ranking.widedeep": (models.WideDeep,),
     }.items()
     for cls in classes

@@ -13,7 +13,14 @@ from rankkernels.nn.features import (
     XavierNormal,
     XavierUniform,
 )
-from rankkernels.nn.interaction import FFM, BiLinearInteractionLayer, CrossNetMix, CrossNetV2, CrossNetwork
+from rankkernels.nn.interaction import (
+    FFM,
+    BiLinearInteractionLayer,
+    CrossLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
+)
 from rankkernels.nn.layers import FM, LR, MLP, Dice
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "MLP",
     "ActivationUnit",
     "BiLinearInteractionLayer",
+    "CrossLayer",
     "CrossNetMix",
     "CrossNetV2",
     "CrossNetwork",

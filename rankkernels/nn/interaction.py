@@ -75,6 +75,24 @@ class CrossNetwork(nn.Module):
         return ops.cross_network(x.reshape(-1, x.shape[-1]), weights, biases).view(x.shape)
 
 
+class CrossLayer(nn.Module):
+    """A layer of a cross network without what it adds to, x_0 (w . x_i) + b: two [B, input_dim] -> the same.
+
+    torch-rechub's ``CrossLayer``.
+
+    Args:
+        input_dim: width of the inputs.
+    """
+
+    def __init__(self, input_dim: int):
+        super().__init__()
+        self.w = nn.Linear(input_dim, 1, bias=False)
+        self.b = nn.Parameter(torch.zeros(input_dim))
+
+    def forward(self, x_0: Tensor, x_i: Tensor) -> Tensor:
+        return torch.addcmul(self.b, self.w(x_i), x_0)
+
+
 class CrossNetV2(nn.Module):
     """DCN v2's cross network with full matrices, x_{l+1} = x_0 * (W_l x_l) + b_l + x_l: x [B, input_dim] -> the same.
 
@@ -201,6 +219,8 @@ class BiLinearInteractionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights = _weights_of(self.bilinear_layer)
         if x.dim() == 3 and _are_like(x, weights):
+            if self.bilinear_type == "field_each":
+                weights = weights[: x.shape[1] - 1]  # the last field is the first of no pair
             return bilinear_interaction(x, weights, self.bilinear_type)
         fields, layers = x.split(1, 1), self.bilinear_layer
         of_pair = {

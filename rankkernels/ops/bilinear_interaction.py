@@ -19,7 +19,7 @@ define(
     "-> (Tensor grad_x, Tensor[] grad_weights)"
 )
 
-#: In the order of the kernel's enumeration: one weight, one a field, one a pair.
+#: In the order of the kernel's enumeration: one weight, one a field that is the first of a pair, one a pair.
 KINDS = ("field_all", "field_each", "field_interaction")
 
 
@@ -36,7 +36,7 @@ def _check(op: str, x: Tensor, weights: Sequence[Tensor], kind: int, grad_out: T
     check(x.dtype in FLOATING, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     check(0 <= kind < len(KINDS), lambda: f"{op}: kind must be 0 .. {len(KINDS) - 1}, got {kind}")
     _, F, D = x.shape
-    wanted = (1, F, F * (F - 1) // 2)[kind]
+    wanted = (1, max(F - 1, 0), F * (F - 1) // 2)[kind]
     check(
         len(weights) == wanted,
         lambda: f"{op}: {KINDS[kind]} of {F} fields needs {wanted} weights, got {len(weights)}",
@@ -107,8 +107,8 @@ def bilinear_interaction(x: Tensor, weights: Sequence[Tensor], kind: str = "fiel
 
     Args:
         x: [B, F, D], any strides; float32, float64, float16 or bfloat16.
-        weights: [D, D] each, in the dtype of ``x``: one for "field_all", one a field for "field_each" (the last is not
-            used), one a pair for "field_interaction", in the order (0, 1), (0, 2), .. (F - 2, F - 1).
+        weights: [D, D] each, in the dtype of ``x``: one for "field_all", one a field but the last for
+            "field_each", one a pair for "field_interaction", in the order (0, 1), (0, 2), .. (F - 2, F - 1).
         kind: which of them.
 
     Returns:

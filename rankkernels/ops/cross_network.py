@@ -1,4 +1,5 @@
-"""DCN's cross network, all layers in one pass. Kernels: csrc/cpu/interaction/cross_network_kernel.h."""
+"""DCN's cross network, all layers in one pass. Kernels: csrc/cpu/interaction/cross_network_kernel.h and
+_triton/cross_network.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided, wide
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves
 from rankkernels.ops._table import notice_reference
 
 # ``projections`` [B, layers] are the dots of each sample with the layers' weights, in float32 (float64 for float64).
@@ -65,7 +66,7 @@ def _reference(x, weights, biases):
 
 
 @torch.library.impl(lib, "cross_network", "CompositeExplicitAutograd")
-def _(x, weights, biases):
+def _default(x, weights, biases):
     notice_reference("cross_network", x)
     return _reference(x, weights, biases)
 
@@ -80,6 +81,36 @@ def _reference_backward(grad_out, projections, x, weights, biases):
     )
     grads = [g.contiguous() for g in grads]
     return grad_x.clone(memory_format=torch.contiguous_format), grads[:n], grads[n:]
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether a GPU's kernels serve x [B, D]."""
+    if x.dim() != 2 or not triton_serves(x):
+        return False
+    from rankkernels._triton.cross_network import supports
+
+    return supports(x)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "cross_network", "CUDA")
+    def _(x, weights, biases):
+        from rankkernels._triton.cross_network import cross_network
+
+        if not _has_kernel(x):
+            return _default(x, weights, biases)
+        _check("cross_network", x, weights, biases)
+        return cross_network(x, weights, biases)
+
+    @torch.library.impl(lib, "cross_network_backward", "CUDA")
+    def _(grad_out, projections, x, weights, biases):
+        from rankkernels._triton.cross_network import cross_network_backward
+
+        if not _has_kernel(x):
+            return _reference_backward(grad_out, projections, x, weights, biases)
+        _check_backward(grad_out, projections, x, weights, biases)
+        return cross_network_backward(grad_out, projections, x, weights, biases)
 
 
 def _setup_context(ctx, inputs, output):

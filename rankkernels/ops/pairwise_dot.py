@@ -1,4 +1,5 @@
-"""Dot products of a sample's fields, every pair once. Kernels: csrc/cpu/interaction/pairwise_dot_kernel.h."""
+"""Dot products of a sample's fields, every pair once. Kernels: csrc/cpu/interaction/pairwise_dot_kernel.h and
+_triton/pairwise_dot.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves
 from rankkernels.ops._table import notice_reference
 
 define("pairwise_dot(Tensor embeddings, Tensor? field_weights) -> Tensor")
@@ -56,7 +57,7 @@ def _reference(embeddings, field_weights):
 
 
 @torch.library.impl(lib, "pairwise_dot", "CompositeExplicitAutograd")
-def _(embeddings, field_weights):
+def _default(embeddings, field_weights):
     notice_reference("pairwise_dot", embeddings)
     return _reference(embeddings, field_weights)
 
@@ -67,6 +68,27 @@ def _reference_backward(grad_out, embeddings, field_weights):
     _check("pairwise_dot_backward", embeddings, field_weights, grad_out)
     grad, *of_weights = vjp(reference.pairwise_dot, grad_out, embeddings, *_given(field_weights))
     return grad.contiguous(), [g.contiguous() for g in of_weights]
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "pairwise_dot", "CUDA")
+    def _(embeddings, field_weights):
+        from rankkernels._triton.pairwise_dot import pairwise_dot
+
+        if not triton_serves(embeddings):
+            return _default(embeddings, field_weights)
+        _check("pairwise_dot", embeddings, field_weights)
+        return pairwise_dot(embeddings, field_weights)
+
+    @torch.library.impl(lib, "pairwise_dot_backward", "CUDA")
+    def _(grad_out, embeddings, field_weights):
+        from rankkernels._triton.pairwise_dot import pairwise_dot_backward
+
+        if not triton_serves(embeddings):
+            return _reference_backward(grad_out, embeddings, field_weights)
+        _check("pairwise_dot_backward", embeddings, field_weights, grad_out)
+        return pairwise_dot_backward(grad_out, embeddings, field_weights)
 
 
 def _setup_context(ctx, inputs, output):

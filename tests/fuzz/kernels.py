@@ -1,5 +1,5 @@
-"""The other ops through ``rankkernels.testing``'s cases: fm_interaction, cross_network, pairwise_dot, norm_activation,
-din_attention; and linear_weight_grad and deepfm."""
+"""The other ops through ``rankkernels.testing``'s cases: interactions, norm_activation, din_attention; and
+linear_weight_grad and deepfm."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from draw import FLOATS, Draw, Finding, check_close, check_unchanged, refused, s
 from torch import Tensor
 
 from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops.bilinear_interaction import KINDS
 from rankkernels.testing import (
     TOLERANCE,
     OpCase,
+    bilinear_interaction_case,
+    cross_layer_case,
     cross_network_case,
     din_attention_case,
+    ffm_interaction_case,
     fm_interaction_case,
     norm_activation_case,
     pairwise_dot_case,
@@ -28,6 +32,12 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
         return cross_network_case(draw.size(), draw.width(), draw.randint(0, 7))
     if op == "pairwise_dot":
         return pairwise_dot_case(draw.size(), draw.randint(0, 40), draw.width(), draw.chance(0.5))
+    if op == "cross_layer":
+        return cross_layer_case(draw.size(), draw.width(), draw.chance(0.7))
+    if op == "ffm_interaction":
+        return ffm_interaction_case(draw.size(40), draw.randint(0, 9), draw.width(), draw.chance(0.5))
+    if op == "bilinear_interaction":
+        return bilinear_interaction_case(draw.size(), draw.randint(0, 9), max(draw.size(40), 1), draw.choice(KINDS))
     activation = draw.choice(list(ACTIVATIONS))
     training = draw.chance(0.5)
     if op == "norm_activation":

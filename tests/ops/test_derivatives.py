@@ -17,10 +17,13 @@ from rankkernels import optim, reference
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import (
     OpCase,
+    bilinear_interaction_case,
+    cross_layer_case,
     cross_network_case,
     din_attention_case,
     embedding_bag_case,
     embedding_fm_case,
+    ffm_interaction_case,
     fm_interaction_case,
     norm_activation_case,
     pairwise_dot_case,
@@ -40,8 +43,6 @@ def random_cases() -> list[OpCase]:
     for i in range(4):
         B, D, padding = few(), few(), draw.choice((None, 1))
         cases.append(fm_interaction_case(B, few(), D, i % 2 == 0))
-        cases.append(cross_network_case(B, D, i))
-        cases.append(pairwise_dot_case(B, few(), D, i % 2 == 0))
         modes = [draw.choice(("sum", "mean")), draw.choice(("none", "max", "mean"))]
         rows, weighted = [few(2), few(2)], i % 2 == 0
         cases.append(embedding_bag_case(rows, [few(), few()], [0, 1], modes, B, 3, padding, weighted, not weighted))
@@ -55,6 +56,9 @@ def random_cases() -> list[OpCase]:
                 few() + 2, 3, few(), [few(2)], activation, norm, i % 3 == 0, i % 2 == 1, form, 0.3 * (i == 2)
             )
         )
+    cases += [cross_network_case(3, 2, 2), cross_layer_case(2, 3), pairwise_dot_case(2, 3, 2)]
+    cases += [pairwise_dot_case(2, 3, 2, True), ffm_interaction_case(2, 3, 2), ffm_interaction_case(1, 2, 3, False)]
+    cases += [bilinear_interaction_case(2, 3, 2), bilinear_interaction_case(2, 3, 2, "field_each")]
     return cases
 
 

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "cpu/interaction/chunked_sums.h"
@@ -25,7 +26,10 @@ void check(const char* op, const Tensor& x, const Tensors& weights, int64_t kind
   RK_CHECK(is_floating(dtype_of(x)), op, ": x must be float32, float64, float16 or bfloat16, got ",
            name_of(dtype_of(x)));
   RK_CHECK(kind >= 0 && kind <= 2, op, ": kind must be 0 .. 2, got ", kind);
-  const int64_t F = x.size(1), D = x.size(2), wanted = kind == 0 ? 1 : kind == 1 ? F : F * (F - 1) / 2;
+  const int64_t F = x.size(1), D = x.size(2),
+                wanted = kind == 0   ? 1
+                         : kind == 1 ? std::max<int64_t>(F - 1, 0)
+                                     : F * (F - 1) / 2;
   RK_CHECK(static_cast<int64_t>(weights.size()) == wanted, op, ": field_", kKinds[kind], " of ", F,
            " fields needs ", wanted, " weights, got ", weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
