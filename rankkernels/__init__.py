@@ -4,12 +4,31 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import BST, DIEN, DIN, FNN, PNN, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
+from rankkernels.models import (
+    BST,
+    DCN,
+    DIEN,
+    DIN,
+    EDCN,
+    FNN,
+    PNN,
+    DCNv2,
+    DeepFM,
+    EmbeddingMLP,
+    FactorizationMachine,
+    WideDeep,
+)
 from rankkernels.nn import (
+    FFM,
     FM,
     LR,
     MLP,
     ActivationUnit,
+    BiLinearInteractionLayer,
+    CrossLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
     DenseFeature,
     Dice,
     EmbeddingBag,
@@ -27,11 +46,13 @@ from rankkernels.nn import (
 )
 from rankkernels.ops import (
     augru,
+    cross_network,
     din_attention,
     embedding_bag,
     embedding_fm,
     fm_interaction,
     norm_activation,
+    pairwise_dot,
     table_batched_embedding_bag,
     target_attention,
 )
@@ -41,14 +62,23 @@ from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
     "BST",
+    "DCN",
     "DIEN",
     "DIN",
+    "EDCN",
+    "FFM",
     "FM",
     "FNN",
     "LR",
     "MLP",
     "PNN",
     "ActivationUnit",
+    "BiLinearInteractionLayer",
+    "CrossLayer",
+    "CrossNetMix",
+    "CrossNetV2",
+    "CrossNetwork",
+    "DCNv2",
     "DeepFM",
     "DenseFeature",
     "Dice",
@@ -72,6 +102,7 @@ __all__ = [
     "accelerate",
     "augru",
     "cmake_prefix",
+    "cross_network",
     "din_attention",
     "embedding_bag",
     "embedding_fm",
@@ -82,6 +113,7 @@ __all__ = [
     "look_up",
     "norm_activation",
     "optim",
+    "pairwise_dot",
     "restore",
     "table_batched_embedding_bag",
     "target_attention",

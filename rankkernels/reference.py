@@ -35,6 +35,65 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     return out.to(x.dtype)
 
 
+def cross_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """A cross network of as many layers as ``weights`` [1, D] and ``biases`` [D]: x [B, D] -> [B, D].
+
+    Wang et al., "Deep & Cross Network for Ad Click Predictions" (2017), equation 3: x_{l+1} = x_0 (w_l . x_l) + b_l +
+    x_l.
+    """
+    x0 = out = accumulator(x)
+    for weight, bias in zip(weights, biases):
+        out = x0 * F.linear(out, accumulator(weight)) + accumulator(bias) + out
+    return out.to(x.dtype)
+
+
+def cross_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What follows the product W x of a layer of DCN v2, [B, D] each and bias [D]: x0 * product + bias + x.
+
+    Wang et al., "DCN V2" (2021), equation 1, with the bias where torch-rechub has it.
+    """
+    out = accumulator(x0) * accumulator(product) + accumulator(x)
+    return (out if bias is None else out + accumulator(bias)).to(x0.dtype)
+
+
+def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
+    """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
+
+    The inner products of Qu et al., "Product-based Neural Networks" (2016), and of Naumov et al., "Deep Learning
+    Recommendation Model" (2019); weighted, the terms of Pan et al., "Field-weighted Factorization Machines" (2018).
+    """
+    xa = accumulator(embeddings)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = (xa @ xa.transpose(1, 2))[:, f, g]
+    if field_weights is not None:
+        out = out * accumulator(field_weights)
+    return out.to(embeddings.dtype)
+
+
+def ffm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
+    """x[:, f, g] * x[:, g, f] of the fields f < g: x [B, F, F, D] -> [B, F (F - 1) / 2, D], or 1 with ``reduce_sum``.
+
+    Juan et al., "Field-aware Factorization Machines for CTR Prediction" (2016), equation 4, without the sum over pairs.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = xa[:, f, g] * xa[:, g, f]
+    return (out.sum(2, keepdim=True) if reduce_sum else out).to(x.dtype)
+
+
+def bilinear_interaction(x: Tensor, weights: Sequence[Tensor], kind: str) -> Tensor:
+    """(W x_f) * x_g of the fields f < g: x [B, F, D] -> [B, F (F - 1) / 2, D]. Of ``weights`` [D, D] there is one
+    (``kind`` field_all), one a field but the last (field_each), or one a pair (field_interaction).
+
+    Huang et al., "FiBiNET" (2019), section 3.3.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    matrices = torch.stack([accumulator(w) for w in weights]) if weights else xa.new_empty(0, xa.size(2), xa.size(2))
+    which = {"field_all": torch.zeros_like(f), "field_each": f}.get(kind, torch.arange(len(f), device=xa.device))
+    return (torch.einsum("bpd,ped->bpe", xa[:, f], matrices[which]) * xa[:, g]).to(x.dtype)
+
+
 def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The FM interaction of embeddings [B, F * dim] and their linear term with F * dim weights, if any: each [B, 1].
 

@@ -17,6 +17,7 @@ TITLES = {
     "din_attention": "DIN attention",
     "embedding_bag": "Embedding tables",
     "lookup": "Lookups by width",
+    "interactions": "Cross networks and pairs of fields",
     "linear": "Linear layers",
     "adoption": "Models of FuxiCTR and DeepCTR-Torch, accelerated",
     "models": "Models of torch-rechub, accelerated",

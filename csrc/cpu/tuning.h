@@ -22,6 +22,9 @@ constexpr double kDinChunkFlops = 1e6;
 // Multiply-adds that stand for what DIN does beside its GEMMs, a row and a sample; its chunks at most.
 constexpr double kDinRowFlops = 64, kDinSampleFlops = 256;
 constexpr int64_t kDinChunks = 128;
+// Chunks of samples, each with its part of the gradients of an interaction's parameters, and values of all
+// parts (bench_interactions.py).
+constexpr int64_t kMostChunks = 32, kFewestChunks = 8, kSumsValues = 1 << 21;
 // Lookups in tasks no shorter than the threads' balance needs: what a task prefetches beyond its end comes to
 // another core's cache, and nobody has prefetched its own first rows.
 constexpr int64_t kLookupTaskWork = 16384, kTasksPerThread = 8;

@@ -13,14 +13,28 @@ from rankkernels.nn.features import (
     XavierNormal,
     XavierUniform,
 )
+from rankkernels.nn.interaction import (
+    FFM,
+    BiLinearInteractionLayer,
+    CrossLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
+)
 from rankkernels.nn.layers import FM, LR, MLP, Dice
 from rankkernels.nn.target_attention import MultiHeadTargetAttention
 
 __all__ = [
+    "FFM",
     "FM",
     "LR",
     "MLP",
     "ActivationUnit",
+    "BiLinearInteractionLayer",
+    "CrossLayer",
+    "CrossNetMix",
+    "CrossNetV2",
+    "CrossNetwork",
     "DenseFeature",
     "Dice",
     "EmbeddingBag",
