@@ -59,7 +59,7 @@ OPS = {
         ),
         Op("cross_network", ("CrossNetwork",), cuda="Triton", cuda_limits="the reference beyond 4096 wide"),
         Op("cross_layer", ("CrossNetV2", "CrossNetMix"), "what follows a product of DCN v2"),
-        Op("pairwise_dot", (), cuda="Triton"),
+        Op("pairwise_dot", ("PNN",), cuda="Triton"),
         Op("ffm_interaction", ("FFM",)),
         Op("bilinear_interaction", ("BiLinearInteractionLayer",)),
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),

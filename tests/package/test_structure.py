@@ -204,7 +204,9 @@ WINDOW = 6
 #: Pairs of modules that may share six lines and more, and why.
 ALIKE = {
     frozenset({"rankkernels", "rankkernels.nn"}): "lists of the public names",
+    frozenset({"rankkernels", "rankkernels.models"}): "lists of the public names",
     frozenset({"rankkernels.ops.embedding_bag", "rankkernels.reference"}): "the signature of torch's embedding_bag",
+    frozenset({"rankkernels.ops.augru", "rankkernels.reference"}): "a signature, one argument a line",
     frozenset({"rankkernels.ops.target_attention", "rankkernels.reference"}): "a signature, one argument a line",
     frozenset({"rankkernels.models.bst", "rankkernels.models.din"}): "torch-rechub's signatures, one argument a line",
     frozenset(
