@@ -23,6 +23,7 @@ from rankkernels.nn import (
 )
 from rankkernels.nn.embedding import InputMask
 from rankkernels.nn.recurrent import AUGRU, AUGRU_Cell
+from rankkernels.nn.target_attention import InteractingLayer
 
 LIBRARY = "torch-rechub"
 _INTERACTIONS = FFM, BiLinearInteractionLayer, CrossLayer, CrossNetMix, CrossNetV2, CrossNetwork
@@ -31,7 +32,7 @@ _INTERACTIONS = FFM, BiLinearInteractionLayer, CrossLayer, CrossNetMix, CrossNet
 _NAMESAKES = {
     f"torch_rechub.{module}.{cls.__name__}": cls
     for module, classes in {
-        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask, *_INTERACTIONS),
+        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask, InteractingLayer, *_INTERACTIONS),
         "basic.activation": (Dice,),
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),

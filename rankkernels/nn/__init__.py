@@ -22,7 +22,7 @@ from rankkernels.nn.interaction import (
     CrossNetwork,
 )
 from rankkernels.nn.layers import FM, LR, MLP, Dice
-from rankkernels.nn.target_attention import MultiHeadTargetAttention
+from rankkernels.nn.target_attention import InteractingLayer, MultiHeadTargetAttention
 
 __all__ = [
     "FFM",
@@ -39,6 +39,7 @@ __all__ = [
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "InteractingLayer",
     "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",

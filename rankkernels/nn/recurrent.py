@@ -105,4 +105,4 @@ class AUGRU(nn.Module):
         of_input = torch.cat([cell.Wu, cell.Wr, cell.Wh], 1).t()
         of_state = torch.cat([cell.Uu, cell.Ur, cell.Uh], 1).t()
         bias = torch.cat([cell.bu, cell.br, torch.zeros_like(cell.bh), cell.bh])
-        return ops.augru(x, of_input, of_state, bias, attention, lengths)
+        return ops.augru(x, of_input, of_state, bias, attention.to(x.dtype), lengths)

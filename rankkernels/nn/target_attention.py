@@ -21,7 +21,7 @@ def attend(query: Tensor, rows: Tensor, dropout: float = 0.0, **form: Tensor | N
     """``rankkernels.target_attention``, and with ``dropout`` of its weights, on padded rows, also their sums [B, H, 1],
     which are 1 without. By torch's own products for a dropout, and where there is no kernel."""
     if not dropout and (has_cpu_kernel(query) or any(t is not None for name, t in form.items() if name != "mask")):
-        return ops.target_attention(query, rows, **form), None
+        return ops.target_attention(query.to(rows.dtype), rows, **form), None  # autocast leaves embeddings as they are
     scores = torch.bmm(query, rows.transpose(1, 2))
     if (mask := form.get("mask")) is not None:
         scores = scores.masked_fill(~mask[:, None], max(-1e9, torch.finfo(scores.dtype).min))
@@ -174,6 +174,72 @@ class MultiHeadTargetAttention(TargetHeads, nn.Module):
         out, _ = self.dot_attention(*heads, scale=self.scale, mask=mask)
         out = out.transpose(1, 2).reshape(B, H * n)
         return self.W_o(out) if self.use_qkvo else out
+
+
+class InteractingLayer(nn.Module):
+    """AutoInt's attention of a sample's fields to each other (Song et al. 2019): x [B, F, D] -> [B, F, D], relu of the
+    heads' results and of a projection of x. torch-rechub's ``InteractingLayer``.
+
+    A field and a head are a query to the sample's fields: see ``rankkernels.target_attention``. With a dropout, in
+    training, and where there is no kernel, as torch-rechub computes it.
+
+    Args:
+        embed_dim: D, a multiple of ``num_heads``.
+        num_heads: of equal width.
+        dropout: probability of dropping a weight.
+        residual: add the projection of x.
+
+    Raises:
+        ValueError: a width that is no multiple of ``num_heads``.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int = 2, dropout: float = 0.0, residual: bool = True):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"InteractingLayer: embed_dim = {embed_dim} must be a multiple of num_heads = {num_heads}")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.head_dim = embed_dim // num_heads
+        self.scale = self.head_dim**-0.5
+        self.residual = residual
+        self.W_Q = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_K = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_V = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.W_Res = nn.Linear(embed_dim, embed_dim, bias=False) if residual else None
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 3 or not (has_cpu_kernel(x) and self._is_served()):
+            return self._by_modules(x)
+        (B, fields, D), H, n = x.shape, self.num_heads, self.head_dim
+        of_query, of_key, of_value = (m.weight.view(H, n, D) for m in (self.W_Q, self.W_K, self.W_V))
+        rows = x.reshape(B * fields, D)
+        query = rows @ (torch.bmm(of_query.transpose(1, 2), of_key) * self.scale).transpose(0, 1).reshape(D, H * D)
+        pooled, _ = attend(query.view(B, fields * H, D), x)
+        out = pooled.view(B * fields, H * D) @ torch.block_diag(*of_value).t()
+        if self.residual and self.W_Res is not None:
+            out = out + self.W_Res(rows)
+        return torch.relu(out).view(B, fields, D)
+
+    def _is_served(self) -> bool:
+        """Whether ``forward`` does what the modules would, and nobody could tell."""
+        if self.dropout is not None and (self.dropout.training or not is_plain(self.dropout, nn.Dropout)):
+            return False
+        linears = self.W_Q, self.W_K, self.W_V
+        return are_plain(linears, [nn.Linear] * 3) and all(m.bias is None and is_tensor(m.weight) for m in linears)
+
+    def _by_modules(self, x: Tensor) -> Tensor:
+        """As torch-rechub computes it."""
+        B, fields, D = x.shape
+        heads = B, fields, self.num_heads, self.head_dim
+        query, key, value = (m(x).view(heads).transpose(1, 2) for m in (self.W_Q, self.W_K, self.W_V))
+        weights = (query @ key.transpose(-2, -1) * self.scale).softmax(-1)
+        if self.dropout is not None:
+            weights = self.dropout(weights)
+        out = (weights @ value).transpose(1, 2).reshape(B, fields, D)
+        if self.residual and self.W_Res is not None:
+            out = out + self.W_Res(x)
+        return torch.relu(out)
 
 
 _PARTS = nn.MultiheadAttention, nn.Linear, nn.Linear, nn.LayerNorm, nn.LayerNorm

@@ -82,7 +82,11 @@ OPS = {
             is_served=has_avx512,
         ),
         Op("augru", ("DIEN",), "a GRU with DIEN's attentional update gate"),
-        Op("target_attention", ("MultiHeadTargetAttention", "BST"), "a target's queries to its history"),
+        Op(
+            "target_attention",
+            ("MultiHeadTargetAttention", "InteractingLayer", "BST"),
+            "a target's queries to its history",
+        ),
         Op("rank", (), "one user's candidates by a frozen model (`serve`)"),
         Op("frozen_rows", (), "rows of a frozen model's table"),
         Op(

@@ -211,6 +211,42 @@ def test_target_attention_of_jagged_and_shared_histories(float64):
     torch.testing.assert_close(layer(target, of_samples[0], lengths=of_samples[1]), expected)
 
 
+@pytest.mark.parametrize("dropout, residual, training", [(0.0, True, True), (0.3, True, False), (0.3, False, True)])
+def test_interacting_layer_is_torch_rechubs(dropout, residual, training, float64):
+    basic = pytest.importorskip("torch_rechub.basic.layers")
+    found, x = [], torch.randn(B, L, 6, requires_grad=True)
+    for build in (basic.InteractingLayer, rk.InteractingLayer):
+        torch.manual_seed(1)
+        layer = build(6, 2, dropout, residual).train(training)
+        torch.manual_seed(2)
+        y = layer(x)
+        wanted = [x, *layer.parameters()]
+        found.append([y, *torch.autograd.grad(y, wanted, torch.ones_like(y).cumsum(1)), *layer.state_dict().values()])
+    torch.testing.assert_close(found[1], found[0])
+    calls = []
+    layer.W_K.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(2)
+    torch.testing.assert_close(layer(x), y)
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["BST", "DIEN", "AutoInt"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_under_autocast(name):
+    """bfloat16 where torch-rechub's has it, but for rounding."""
+    rechub = pytest.importorskip("bench.harness.rechub_models")
+    sizes = rechub.Sizes(B=B, L=L, V=V, D=8, dims=(6,), attention=(4,))
+    torch.manual_seed(0)
+    theirs = rechub.build(name, sizes).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+    ours, x = rk.accelerate(copy.deepcopy(theirs)), rechub.batch(sizes)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = rechub.output(ours(x)), rechub.output(theirs(x))
+    torch.testing.assert_close(y.float(), expected.float(), rtol=0.05, atol=0.02)
+
+
 def test_target_attention_refuses_what_it_would_have_to_pad():
     layer = rk.MultiHeadTargetAttention(6, 6, 2, 0.1)
     target, history, lengths = torch.randn(2, 6), torch.randn(2, 3, 6), torch.tensor([1, 2])
@@ -246,6 +282,7 @@ MEAN = rk.SequenceFeature("tags", V, D, "mean")
             lambda: rk.MultiHeadTargetAttention(6, 7, 2),
             "MultiHeadTargetAttention: the width 7 must be a multiple of num_heads = 2",
         ),
+        (lambda: rk.InteractingLayer(7, 2), "InteractingLayer: embed_dim = 7 must be a multiple of num_heads = 2"),
     ],
 )
 def test_what_is_refused(build, message):
