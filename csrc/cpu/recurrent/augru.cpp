@@ -32,7 +32,8 @@ struct AugruArguments {
 
 // The texts are those of ops/augru.py.
 void check(const AugruArguments& a) {
-  RK_CHECK_DIM("augru", a.x, 3);
+  RK_CHECK(a.x.dim() == 3, "augru: x must have 3 dimensions, got ", a.x.dim(), " (shape ", shape_of(a.x),
+           ")");
   RK_CHECK(is_floating(dtype_of(a.x)), "augru: x must be float32, float64, float16 or bfloat16, got ",
            name_of(dtype_of(a.x)));
   RK_CHECK(a.weight.dim() == 2 && a.weight.size(0) == 3 * a.weight.size(1),
