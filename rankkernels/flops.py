@@ -20,6 +20,7 @@ from rankkernels.ops.attention_params import Flags, Inputs
 _OPS = torch.ops.rankkernels
 _WITHOUT_PRODUCTS = [
     _OPS.fm_interaction, _OPS.fm_interaction_backward, _OPS.norm_activation, _OPS.norm_activation_backward,
+    _OPS.cross_layer, _OPS.cross_layer_backward, _OPS.ffm_interaction, _OPS.ffm_interaction_backward,
     _OPS.embedding_bag, _OPS.embedding_bag_backward, _OPS.embedding_bag_backward_sparse, _OPS.embedding_bag_update,
     _OPS.sparse_update, _OPS.embedding_catch_up, _OPS.embedding_catch_up_all, _OPS.embedding_mark_steps,
     _OPS.adam_history, _OPS.embedding_bag_exact, _OPS.embedding_bag_exact_update, _OPS.frozen_rows,
@@ -54,6 +55,27 @@ def _din_attention_backward(grad_out, batch_stats, saved, *inputs, out_shape=Non
     return 3 * layers + 2 * others
 
 
+@register_flop_formula([_OPS.cross_network, _OPS.cross_network_backward])
+def _cross_network(*inputs, out_shape=None, **kwargs) -> int:
+    """One skinny product; its operands' gradients are two. The recurrence is elementwise."""
+    *grads, x, weights, _ = inputs
+    return (4 if grads else 2) * prod(x) * len(weights)
+
+
+@register_flop_formula([_OPS.pairwise_dot, _OPS.pairwise_dot_backward])
+def _pairwise_dot(*inputs, out_shape=None, **kwargs) -> int:
+    """A multiply-add for each pair and column; two in the backward."""
+    *grads, (B, F, D), _ = inputs
+    return (2 if grads else 1) * B * F * (F - 1) * D
+
+
+@register_flop_formula([_OPS.bilinear_interaction, _OPS.bilinear_interaction_backward])
+def _bilinear_interaction(*inputs, out_shape=None, **kwargs) -> int:
+    """A product for each weight, of a field that has pairs; in the backward two more, and it once more."""
+    *grads, (B, F, D), weights, kind = inputs
+    return (3 if grads else 1) * 2 * B * D * D * max(len(weights) if kind == 2 else F - 1, 0)
+
+
 @register_flop_formula(_OPS.embedding_fm)
 def _embedding_fm(*args, out_shape=None, **kwargs) -> int:
     linear_weight = args[-2]
@@ -75,6 +97,29 @@ def _deepfm(weights, indices, tables, names, linear_weight, dense, mlp, *args, o
 @register_flop_formula(_OPS.linear_weight_grad)
 def _linear_weight_grad(dy, x, *args, out_shape=None, **kwargs) -> int:
     return 2 * dy[0] * dy[1] * x[1]
+
+
+@register_flop_formula(_OPS.augru)
+def _augru(x, input_weight, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * x[1] * (prod(input_weight) + prod(weight))
+
+
+@register_flop_formula(_OPS.augru_backward)
+def _augru_backward(grad_out, out, *inputs, out_shape=None, **kwargs) -> int:
+    """Two products for one, and that once more."""
+    return 3 * _augru(*inputs)
+
+
+@register_flop_formula(_OPS.target_attention)
+def _target_attention(query, history, lengths, mask, offsets, *args, out_shape=None, **kwargs) -> int:
+    """Of jagged histories only values say how many rows each sample has: as many as all samples share."""
+    rows = history[0] if offsets is not None else query[0] * history[1]
+    return 4 * rows * prod(query[1:])
+
+
+@register_flop_formula(_OPS.target_attention_backward)
+def _target_attention_backward(grad_out, out, stats, *inputs, out_shape=None, **kwargs) -> int:
+    return 5 * _target_attention(*inputs) // 2
 
 
 def _of_candidate(layers: Sequence[Layer], inputs: int) -> int:

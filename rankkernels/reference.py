@@ -35,6 +35,65 @@ def fm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
     return out.to(x.dtype)
 
 
+def cross_network(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """A cross network of as many layers as ``weights`` [1, D] and ``biases`` [D]: x [B, D] -> [B, D].
+
+    Wang et al., "Deep & Cross Network for Ad Click Predictions" (2017), equation 3: x_{l+1} = x_0 (w_l . x_l) + b_l +
+    x_l.
+    """
+    x0 = out = accumulator(x)
+    for weight, bias in zip(weights, biases):
+        out = x0 * F.linear(out, accumulator(weight)) + accumulator(bias) + out
+    return out.to(x.dtype)
+
+
+def cross_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What follows the product W x of a layer of DCN v2, [B, D] each and bias [D]: x0 * product + bias + x.
+
+    Wang et al., "DCN V2" (2021), equation 1, with the bias where torch-rechub has it.
+    """
+    out = accumulator(x0) * accumulator(product) + accumulator(x)
+    return (out if bias is None else out + accumulator(bias)).to(x0.dtype)
+
+
+def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
+    """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
+
+    The inner products of Qu et al., "Product-based Neural Networks" (2016), and of Naumov et al., "Deep Learning
+    Recommendation Model" (2019); weighted, the terms of Pan et al., "Field-weighted Factorization Machines" (2018).
+    """
+    xa = accumulator(embeddings)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = (xa @ xa.transpose(1, 2))[:, f, g]
+    if field_weights is not None:
+        out = out * accumulator(field_weights)
+    return out.to(embeddings.dtype)
+
+
+def ffm_interaction(x: Tensor, reduce_sum: bool = True) -> Tensor:
+    """x[:, f, g] * x[:, g, f] of the fields f < g: x [B, F, F, D] -> [B, F (F - 1) / 2, D], or 1 with ``reduce_sum``.
+
+    Juan et al., "Field-aware Factorization Machines for CTR Prediction" (2016), equation 4, without the sum over pairs.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    out = xa[:, f, g] * xa[:, g, f]
+    return (out.sum(2, keepdim=True) if reduce_sum else out).to(x.dtype)
+
+
+def bilinear_interaction(x: Tensor, weights: Sequence[Tensor], kind: str) -> Tensor:
+    """(W x_f) * x_g of the fields f < g: x [B, F, D] -> [B, F (F - 1) / 2, D]. Of ``weights`` [D, D] there is one
+    (``kind`` field_all), one a field but the last (field_each), or one a pair (field_interaction).
+
+    Huang et al., "FiBiNET" (2019), section 3.3.
+    """
+    xa = accumulator(x)
+    f, g = torch.triu_indices(xa.size(1), xa.size(1), 1, device=xa.device)
+    matrices = torch.stack([accumulator(w) for w in weights]) if weights else xa.new_empty(0, xa.size(2), xa.size(2))
+    which = {"field_all": torch.zeros_like(f), "field_each": f}.get(kind, torch.arange(len(f), device=xa.device))
+    return (torch.einsum("bpd,ped->bpe", xa[:, f], matrices[which]) * xa[:, g]).to(x.dtype)
+
+
 def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The FM interaction of embeddings [B, F * dim] and their linear term with F * dim weights, if any: each [B, 1].
 
@@ -46,6 +105,38 @@ def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = N
         return fm, None
     linear = F.linear(accumulator(embeddings), accumulator(linear_weight).reshape(1, -1))
     return fm, linear.to(embeddings.dtype)
+
+
+def augru(
+    x: Tensor,
+    input_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    attention: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """A GRU whose update gate is scaled by an attention: x [B, L, K], input_weight [3 D, K], weight [3 D, D], bias
+    [4, D], attention [B, L], lengths [B] -> [B, L, D], zeros beyond the lengths.
+
+    Zhou et al., "Deep Interest Evolution Network" (2019), equations 3 to 6 and 14 to 16. Without attention
+    torch.nn.GRU's, whose z is 1 - u.
+    """
+    xa, W, U, b, a = (None if t is None else accumulator(t) for t in (x, input_weight, weight, bias, attention))
+    B, L, D = *x.shape[:2], weight.shape[1]
+    b_u, b_r, b_c, b_n = b
+    g = F.linear(xa, W)
+    h, states = g.new_zeros(B, D), [g[:, :0, :D]]
+    for step in range(L):
+        of_u, of_r, of_n = F.linear(h, U).split(D, 1)
+        g_u, g_r, g_n = g[:, step].split(D, 1)
+        u, r = torch.sigmoid(g_u + of_u + b_u), torch.sigmoid(g_r + of_r + b_r)
+        n = torch.tanh(g_n + b_n + r * (of_n + b_c))
+        h = h + (u if a is None else a[:, step, None] * u) * (n - h)
+        states.append(h[:, None])
+    out = torch.cat(states, 1)
+    if lengths is not None:
+        out = out.masked_fill(torch.arange(L, device=out.device)[:, None] >= lengths[:, None, None], 0.0)
+    return out.to(x.dtype)
 
 
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
@@ -264,6 +355,34 @@ def attention_pool(score: Tensor, rows: Tensor, sample: Tensor, B: int, use_soft
 def weighted_sum(weight: Tensor, rows: Tensor, sample: Tensor, B: int) -> Tensor:
     """The rows [N, D] of each sample, summed with their weights [N]: [B, D]."""
     return rows.new_zeros(B, rows.size(1)).index_add(0, sample, weight[:, None] * rows)
+
+
+def target_attention(
+    query: Tensor,
+    history: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    history_index: Tensor | None = None,
+) -> Tensor:
+    """Each sample's history pooled by the softmax of its rows' dot products with each query: query [B, H, D], history
+    as in ``valid_rows`` -> [B, H, D].
+
+    FuxiCTR's MultiHeadTargetAttention between its projections, and the second stage of SIM (Pi et al. 2020) and TWIN
+    (Chang et al. 2023). Rows that a mask leaves out score -1e9, as there: a sample without any other gets their mean.
+    """
+    q, h = accumulator(query), accumulator(history)
+    if history_index is not None:
+        h, lengths, mask, offsets = expand_histories(h, history_index, lengths, mask, offsets)
+    if lengths is None and offsets is None:
+        scores = torch.einsum("bhd,bld->bhl", q, h)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -1e9)
+        return torch.einsum("bhl,bld->bhd", scores.softmax(-1), h).to(query.dtype)
+    rows, sample, _ = valid_rows(h, lengths, None, offsets)
+    scores = (q[sample] * rows[:, None]).sum(-1)
+    heads = [attention_pool(score, rows, sample, q.size(0), True) for score in scores.unbind(1)]
+    return torch.stack(heads, 1).to(query.dtype) if heads else q.new_zeros(q.shape).to(query.dtype)
 
 
 def din_attention(

@@ -16,6 +16,9 @@ from rankkernels import ops, reference
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.ops._features import MODES
 from rankkernels.ops.attention_params import norms_per_layer, params_per_layer, unflatten
+from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
+from rankkernels.ops.cross_layer import cross_layer
+from rankkernels.ops.ffm_interaction import ffm_interaction
 
 #: Largest relative error of a result or a gradient (norm of the difference over the norm), by the dtype of the inputs.
 #: The reference runs in float64 on the same values. 16-bit results are rounded once: half a unit in the last place is
@@ -84,6 +87,115 @@ def fm_interaction_case(B: int, F: int, D: int, reduce_sum: bool = True) -> OpCa
         elements=B * F * D + B * (1 if reduce_sum else D),
         flops=3 * B * F * D,
         backward_flops=3 * B * F * D,
+    )
+
+
+def cross_network_case(B: int, D: int, layers: int) -> OpCase:
+    """x [B, D], then a weight [1, D] and a bias [D] a layer. The dots are about 1, as those of trained layers are."""
+
+    def make(dtype, generator):
+        x = randn((B, D), dtype, generator)
+        weights = [randn((1, D), dtype, generator, max(D, 1) ** -0.5) for _ in range(layers)]
+        return x, *weights, *(randn((D,), dtype, generator) for _ in range(layers))
+
+    def arguments(x, *params):
+        return x, list(params[:layers]), list(params[layers:])
+
+    return OpCase(
+        op="cross_network",
+        id=f"cross_network-B{B}-D{D}-{layers}_layers",
+        make=make,
+        function=lambda *inputs: ops.cross_network(*arguments(*inputs)),
+        reference=lambda *inputs: reference.cross_network(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.cross_network.default,
+        arguments=arguments,
+        elements=2 * B * D,
+        flops=(2 * layers + 2) * B * D,
+        backward_flops=(4 * layers + 4) * B * D,
+    )
+
+
+def pairwise_dot_case(B: int, F: int, D: int, weighted: bool = False) -> OpCase:
+    """Field embeddings [B, F, D], and a weight for each pair if ``weighted``."""
+    pairs = F * (F - 1) // 2
+
+    def make(dtype, generator):
+        embeddings = randn((B, F, D), dtype, generator)
+        return (embeddings, randn((pairs,), dtype, generator)) if weighted else (embeddings,)
+
+    return OpCase(
+        op="pairwise_dot",
+        id=f"pairwise_dot-B{B}-F{F}-D{D}" + ("-weighted" if weighted else ""),
+        make=make,
+        function=ops.pairwise_dot,
+        reference=reference.pairwise_dot,
+        overload=torch.ops.rankkernels.pairwise_dot.default,
+        arguments=lambda x, weights=None: (x, weights),
+        elements=B * F * D + B * pairs,
+        flops=2 * B * pairs * D,
+        backward_flops=(6 if weighted else 4) * B * pairs * D,
+    )
+
+
+def cross_layer_case(B: int, D: int, has_bias: bool = True) -> OpCase:
+    """x0, product and x [B, D], and a bias [D]."""
+
+    def make(dtype, generator):
+        matrices = [randn((B, D), dtype, generator) for _ in range(3)]
+        return (*matrices, randn((D,), dtype, generator)) if has_bias else tuple(matrices)
+
+    return OpCase(
+        op="cross_layer",
+        id=f"cross_layer-B{B}-D{D}" + ("" if has_bias else "-no_bias"),
+        make=make,
+        function=cross_layer,
+        reference=reference.cross_layer,
+        overload=torch.ops.rankkernels.cross_layer.default,
+        arguments=lambda x0, product, x, bias=None: (x0, product, x, bias),
+        elements=4 * B * D,
+        flops=3 * B * D,
+        backward_flops=3 * B * D,
+    )
+
+
+def ffm_interaction_case(B: int, F: int, D: int, reduce_sum: bool = True) -> OpCase:
+    """Embeddings for each other field [B, F, F, D]."""
+    pairs = F * (F - 1) // 2
+    return OpCase(
+        op="ffm_interaction",
+        id=f"ffm_interaction-B{B}-F{F}-D{D}" + ("" if reduce_sum else "-keep_dim"),
+        make=lambda dtype, generator: (randn((B, F, F, D), dtype, generator),),
+        function=lambda x: ffm_interaction(x, reduce_sum),
+        reference=lambda x: reference.ffm_interaction(x, reduce_sum),
+        overload=torch.ops.rankkernels.ffm_interaction.default,
+        arguments=lambda x: (x, reduce_sum),
+        elements=B * (2 * pairs * D + pairs * (1 if reduce_sum else D)),
+        flops=B * pairs * D * (2 if reduce_sum else 1),
+        backward_flops=2 * B * pairs * D,
+    )
+
+
+def bilinear_interaction_case(B: int, F: int, D: int, kind: str = "field_interaction") -> OpCase:
+    """Field embeddings [B, F, D], and as many weights [D, D] as ``kind`` has."""
+    pairs = F * (F - 1) // 2
+    n = (1, max(F - 1, 0), pairs)[KINDS.index(kind)]
+    products = pairs if kind == "field_interaction" else max(F - 1, 0)
+
+    def make(dtype, generator):
+        weights = [randn((D, D), dtype, generator, max(D, 1) ** -0.5) for _ in range(n)]
+        return randn((B, F, D), dtype, generator), *weights
+
+    return OpCase(
+        op="bilinear_interaction",
+        id=f"bilinear_interaction-B{B}-F{F}-D{D}-{kind}",
+        make=make,
+        function=lambda x, *weights: bilinear_interaction(x, weights, kind),
+        reference=lambda x, *weights: reference.bilinear_interaction(x, weights, kind),
+        overload=torch.ops.rankkernels.bilinear_interaction.default,
+        arguments=lambda x, *weights: (x, list(weights), KINDS.index(kind)),
+        elements=B * (F + pairs) * D,
+        flops=2 * B * products * D * D,
+        backward_flops=6 * B * products * D * D,
     )
 
 
@@ -373,12 +485,120 @@ def embedding_fm_case(
     )
 
 
+def augru_case(B: int, L: int, D: int, K: int, attention: bool = True, form: str = "lengths") -> OpCase:
+    """K inputs a position. ``form`` is padded or lengths; those are random, the first 0 and the last L."""
+    counts = torch.randint(0, L + 1, (B,), generator=torch.Generator().manual_seed(B * 1000 + L))
+    counts[:1], counts[1:][-1:] = 0, L
+    more = [counts] if form == "lengths" else []
+    steps = B * L if form == "padded" else int(counts.sum())
+
+    def make(dtype, generator):
+        tensors = [randn((B, L, K), dtype, generator), randn((3 * D, K), dtype, generator, max(K, 1) ** -0.5)]
+        tensors.append(randn((3 * D, D), dtype, generator, max(D, 1) ** -0.5))
+        tensors.append(randn((4, D), dtype, generator))
+        if attention:
+            tensors.append(torch.rand((B, L), dtype=torch.float64, generator=generator).to(dtype))
+        return *tensors, *more
+
+    def arguments(x, input_weight, weight, bias, *rest):
+        rest = list(rest)
+        return x, input_weight, weight, bias, rest.pop(0) if attention else None, rest.pop(0) if rest else None
+
+    return OpCase(
+        op="augru",
+        id=f"augru-B{B}-L{L}-D{D}-K{K}-{form}" + ("" if attention else "-gru"),
+        make=make,
+        function=lambda *inputs: ops.augru(*arguments(*inputs)),
+        reference=lambda *inputs: reference.augru(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.augru.default,
+        arguments=arguments,
+        elements=steps * (K + attention) + B * L * D,
+        flops=steps * 6 * D * (D + K),
+        backward_flops=steps * 18 * D * (D + K),
+    )
+
+
+def target_attention_case(B: int, H: int, L: int, D: int, form: str = "padded", users: int | None = None) -> OpCase:
+    """``form`` is padded, lengths, mask or offsets; lengths are random, the first 0 and the last L. With ``users`` the
+    samples share so many histories."""
+    generator = torch.Generator().manual_seed(B * 1000 + L)
+    U = B if users is None else users
+    counts = torch.full((U,), L)
+    if form != "padded":
+        counts = torch.randint(0, L + 1, (U,), generator=generator)
+        counts[:1], counts[1:][-1:] = 0, L
+    index = [] if users is None else [torch.arange(B).neg().remainder(max(U, 1))]
+    extra = {
+        "padded": [],
+        "lengths": [counts],
+        "mask": [(torch.arange(L) < counts[:, None])[:, torch.randperm(L, generator=generator)]],
+        "offsets": [torch.cat([counts.new_zeros(1), counts.cumsum(0)])],
+    }[form]
+    rows = B * L if users is None else int(counts[index[0]].sum())
+
+    def make(dtype, generator):
+        query = randn((B, H, D), dtype, generator, max(D, 1) ** -0.5)
+        history = randn((int(counts.sum()), D) if form == "offsets" else (U, L, D), dtype, generator)
+        return query, history, *extra, *index
+
+    def arguments(query, history, *rest):
+        rest = list(rest)
+        forms = [rest.pop(0) if form == name else None for name in ("lengths", "mask", "offsets")]
+        return query, history, *forms, rest.pop(0) if rest else None
+
+    return OpCase(
+        op="target_attention",
+        id=f"target_attention-B{B}-H{H}-L{L}-D{D}-{form}" + ("" if users is None else f"-U{users}"),
+        make=make,
+        function=lambda *inputs: ops.target_attention(*arguments(*inputs)),
+        reference=lambda *inputs: reference.target_attention(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.target_attention.default,
+        arguments=arguments,
+        elements=U * L * D + 2 * B * H * D,
+        flops=4 * rows * H * D,
+        backward_flops=10 * rows * H * D,
+    )
+
+
 TEST_CASES = [
+    target_attention_case(3, 2, 5, 4),
+    target_attention_case(4, 3, 70, 17, "mask"),
+    target_attention_case(5, 1, 67, 9, "lengths"),
+    target_attention_case(4, 9, 6, 33, "offsets"),
+    target_attention_case(7, 4, 66, 5, "offsets", users=3),
+    target_attention_case(70, 2, 3, 4, "lengths", users=2),
+    target_attention_case(6, 2, 5, 3, "mask", users=4),
+    target_attention_case(2, 2, 0, 4),
+    target_attention_case(0, 2, 3, 4),
+    *(
+        augru_case(B, L, D, K, attention, form)
+        for B, L, D, K, attention, form in (
+            (5, 4, 3, 4, True, "lengths"),
+            (3, 5, 8, 8, False, "padded"),
+            (67, 3, 17, 5, False, "lengths"),
+            (2, 6, 1, 19, True, "padded"),
+            (1, 2, 70, 33, True, "padded"),
+            (0, 3, 4, 4, True, "lengths"),
+            (3, 0, 4, 4, False, "lengths"),
+            (2, 3, 4, 0, True, "padded"),
+        )
+    ),
     *(
         fm_interaction_case(B, F, D, reduce_sum)
         for B, F, D in ((5, 3, 10), (1, 1, 1), (3, 39, 16), (4, 2, 67), (2, 7, 130), (0, 3, 4), (3, 1, 8), (2, 5, 200))
         for reduce_sum in (True, False)
     ),
+    *(cross_network_case(*s) for s in ((5, 7, 3), (1, 1, 1), (9, 33, 2), (4, 5, 0), (0, 6, 2), (2, 0, 2))),
+    *(
+        pairwise_dot_case(*s)
+        for s in ((5, 3, 10), (1, 2, 1), (3, 13, 16), (2, 27, 33), (0, 3, 4), (3, 1, 8), (2, 4, 0))
+    ),
+    pairwise_dot_case(4, 5, 7, weighted=True),
+    *(cross_layer_case(*s) for s in ((5, 7), (3, 65), (2, 1, False), (0, 6))),
+    *(ffm_interaction_case(*s) for s in ((3, 4, 5), (2, 3, 8, False), (2, 3, 19, False), (0, 2, 3), (2, 1, 4))),
+    *(bilinear_interaction_case(*s) for s in ((3, 4, 5), (35, 3, 9), (0, 3, 4), (2, 1, 3))),
+    *(bilinear_interaction_case(3, 4, 5, kind) for kind in KINDS[:2]),
+    pairwise_dot_case(3, 18, 4, weighted=True),
     din_attention_case(4, 5, 6, [7]),
     din_attention_case(3, 9, 10, [5, 4], "sigmoid", batch_norm=False, training=False, form="lengths"),
     din_attention_case(4, 6, 7, [9, 3], "dice_batch_norm", batch_norm=False, use_softmax=True, form="mask"),
@@ -430,6 +650,12 @@ TEST_CASES = [
 ]
 
 BENCH_CASES = [
+    target_attention_case(1024, 2, 51, 16, "mask"),
+    target_attention_case(64, 4, 1000, 64, "mask"),
+    target_attention_case(8, 4, 10000, 64),
+    target_attention_case(256, 4, 1000, 64, "offsets", users=8),
+    augru_case(1024, 50, 16, 16),
+    augru_case(1024, 50, 64, 64, attention=False),
     fm_interaction_case(65536, 39, 16),
     fm_interaction_case(8192, 39, 64),
     fm_interaction_case(4096, 39, 10),

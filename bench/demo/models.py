@@ -1,4 +1,4 @@
-"""DeepFM and DIN for the fields of a data set, from the classes of torch-rechub or from ours."""
+"""DeepFM, DIN and its base model for the fields of a data set, from the classes of torch-rechub or from ours."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ EMBEDDING_STD = 0.05
 ACTIVATION = "dice"
 #: Where each library keeps its models, features and initializers, under the same names.
 LIBRARIES = {
-    "torch-rechub": ("torch_rechub.models.ranking", "torch_rechub.basic.features", "torch_rechub.basic.initializers"),
+    "torch-rechub": (
+        "torch_rechub.models.ranking",
+        "torch_rechub.basic.features",
+        "torch_rechub.basic.initializers",
+        "bench.demo.base_model",
+    ),
     "rankkernels": ("rankkernels",),
 }
-CLASSES = "DeepFM", "DIN", "SparseFeature", "SequenceFeature", "DenseFeature", "RandomNormal"
+CLASSES = "DeepFM", "DIN", "EmbeddingMLP", "SparseFeature", "SequenceFeature", "DenseFeature", "RandomNormal"
 
 
 @dataclass
@@ -28,7 +33,8 @@ class Field:
     """An input of a model, independent of the library that turns it into a feature.
 
     ``kind`` is ``sparse`` (ids [N]), ``multi`` (ids [N, L], mean-pooled), ``history`` (ids [N, L], pooled by DIN's
-    attention against the ``target`` field it shares its table with), ``target`` (ids [N]) or ``dense`` (values [N]).
+    attention against the ``target`` field it shares its table with, by the base model to their mean), ``target`` (ids
+    [N]) or ``dense`` (values [N]).
     With ``padded``, id 0 is padding.
     """
 
@@ -59,7 +65,8 @@ def build_model(lib: SimpleNamespace, model: str, fields: list[Field]) -> torch.
             initializer=lib.RandomNormal(0, EMBEDDING_STD),
         )
         if field.kind in ("multi", "history"):
-            return lib.SequenceFeature(field.name, pooling="concat" if field.kind == "history" else "mean", **table)
+            attended = field.kind == "history" and model == "din"
+            return lib.SequenceFeature(field.name, pooling="concat" if attended else "mean", **table)
         return lib.SparseFeature(field.name, **table)
 
     def features(*kinds):
@@ -72,6 +79,9 @@ def build_model(lib: SimpleNamespace, model: str, fields: list[Field]) -> torch.
             features("sparse", "multi"),
             mlp_params={"dims": [256, 128], "activation": ACTIVATION},
         )
+    if model == "base":
+        mlp_params = {"dims": [256, 128], "activation": ACTIVATION}
+        return lib.EmbeddingMLP(features("history") + features("target") + features("sparse", "multi"), mlp_params)
     return lib.DIN(
         features("sparse", "multi"),
         features("history"),

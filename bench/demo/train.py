@@ -1,4 +1,5 @@
-"""Trains DeepFM and DIN with torch-rechub's classes and with ours: the same seed, the same batches, one table.
+"""Trains DeepFM, DIN and DIN's base model with torch-rechub's classes and with ours: the same seed, the same batches,
+one table.
 
 python -m bench.demo.train                                MovieLens-100k
 python -m bench.demo.train --data synthetic               no network; the AUC and LogLoss of the true model beside
@@ -35,7 +36,9 @@ COMPARED_STEPS = 50
 #: The libraries take turns of this many steps. The first steps of a turn find cold caches and are not timed.
 TURN_STEPS = 12
 COLD_STEPS = 2
-TITLES = {"deepfm": "DeepFM", "din": "DIN"}
+TITLES = {"deepfm": "DeepFM", "din": "DIN", "base": "base"}
+#: Whose data set a model is trained on, if not its own: what DIN is better than its base model by is the attention.
+DATA_OF = {"base": "din"}
 RATIO = "ours / torch-rechub"
 CAPTION = f"""\
 {RATIO}: differences of AUC and LogLoss, ratios of samples/s and memory.
@@ -252,7 +255,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--data", nargs="+", default=["ml-100k"], metavar="ml-100k|synthetic|PATH", help="default: ml-100k")
-    option("--models", type=models, default=list(TITLES), help="deepfm, din or both with a comma between (default)")
+    option("--models", type=models, default=list(TITLES), help="deepfm, din, base with commas between (default: all)")
     option(
         "--threads", type=positive(int), default=len(os.sched_getaffinity(0)), help="default: all cores, %(default)s"
     )
@@ -300,12 +303,14 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if settings.backend == "reference":
         os.environ["RANKKERNELS_REFERENCE"] = "1"  # the workers inherit it
+    data_of = {model: DATA_OF.get(model, model) for model in settings.models}
+    needed = list(dict.fromkeys(data_of.values()))
     try:
         try:
-            datasets = load(settings.data, settings.models, settings.seed)
+            datasets = load(settings.data, needed, settings.seed)
         except Unavailable as reason:
             print(f"{reason}; going on with the synthetic data", file=sys.stderr)
-            datasets = load(["synthetic"], settings.models, settings.seed)
+            datasets = load(["synthetic"], needed, settings.seed)
     except DataError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -314,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
         **surroundings(),
         "models": {},
     }
-    for model, dataset in datasets.items():
+    for model, dataset in ((model, datasets[name]) for model, name in data_of.items() if name in datasets):
         ceiling = None
         if dataset.true_probability is not None:
             ceiling = dict(zip(("auc", "logloss"), metrics(dataset.test["label"], dataset.true_probability.numpy())))

@@ -9,11 +9,13 @@ import torch
 
 from rankkernels.testing import (
     OpCase,
+    cross_network_case,
     din_attention_case,
     embedding_bag_case,
     embedding_fm_case,
     fm_interaction_case,
     norm_activation_case,
+    pairwise_dot_case,
 )
 
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -47,6 +49,24 @@ FM = GPUOp(
         in_dtypes(fm_interaction_case(4096, 39, 128), BF16),
         in_dtypes(fm_interaction_case(4096, 300, 64), SINGLE),
         in_dtypes(fm_interaction_case(4096, 1, 1), BF16),
+    ],
+)
+
+CROSS = GPUOp(
+    op="cross_network",
+    cases=[
+        in_dtypes(cross_network_case(4096, 429, 6), SINGLE, BF16, DOUBLE),
+        in_dtypes(cross_network_case(65536, 160, 3), SINGLE, HALF),
+        in_dtypes(cross_network_case(512, 4096, 2), SINGLE),
+    ],
+)
+
+PAIRS = GPUOp(
+    op="pairwise_dot",
+    cases=[
+        in_dtypes(pairwise_dot_case(8192, 39, 16), SINGLE, BF16, DOUBLE),
+        in_dtypes(pairwise_dot_case(8192, 27, 128), SINGLE, HALF),
+        in_dtypes(pairwise_dot_case(4096, 39, 10, weighted=True), SINGLE),
     ],
 )
 
@@ -114,6 +134,6 @@ EMBEDDING_FM = GPUOp(
     },
 )
 
-GPU_OPS = [FM, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+GPU_OPS = [FM, CROSS, PAIRS, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
 COMPILED = [case for op in GPU_OPS if not op.launches for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import machine
+from rankkernels.testing import OpCase
 
 
 def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None) -> dict[str, Callable]:
@@ -74,6 +76,20 @@ def fm_layers(fields: int) -> dict[str, nn.Module]:
 
         layers["FuxiCTR"] = InnerProductInteraction(fields, output="product_sum")
     return layers
+
+
+def one_query_attention(case: OpCase) -> dict[str, Callable]:
+    """torch's attention, its keys the values and its queries a sample's, where it takes the histories' form: padded,
+    one a sample."""
+
+    def attention(query, history, *rest):
+        mask = rest[0][:, None, None] if rest else None
+        return F.scaled_dot_product_attention(
+            query[:, None], history[:, None], history[:, None], mask, scale=1.0
+        ).squeeze(1)
+
+    _, _, lengths, _, offsets, index = case.arguments(*case.inputs())
+    return {"torch's attention": attention} if lengths is offsets is index is None else {}
 
 
 def hidden_layers(activation: str, H: int, eps: float) -> dict[str, Callable]:

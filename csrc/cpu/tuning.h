@@ -22,6 +22,9 @@ constexpr double kDinChunkFlops = 1e6;
 // Multiply-adds that stand for what DIN does beside its GEMMs, a row and a sample; its chunks at most.
 constexpr double kDinRowFlops = 64, kDinSampleFlops = 256;
 constexpr int64_t kDinChunks = 128;
+// Chunks of samples, each with its part of the gradients of an interaction's parameters, and values of all
+// parts (bench_interactions.py).
+constexpr int64_t kMostChunks = 32, kFewestChunks = 8, kSumsValues = 1 << 21;
 // Lookups in tasks no shorter than the threads' balance needs: what a task prefetches beyond its end comes to
 // another core's cache, and nobody has prefetched its own first rows.
 constexpr int64_t kLookupTaskWork = 16384, kTasksPerThread = 8;
@@ -59,6 +62,11 @@ constexpr int64_t kDinTargets = 8;
 // Rows of DIN's history wider than this, in bytes, are copied: beside their GEMM that costs little, reads
 // ahead where it would wait for eight rows at once, and spreads the rows over the sets of the caches.
 constexpr int64_t kDinInPlaceBytes = 256;
+// L1: samples that go through a recurrence together, rows of its GEMM (bench_ops.py); and sums of gradients
+// at most, each of the weights' size.
+constexpr int64_t kAugruRows = 32, kAugruSums = 16;
+// L1: queries of a task of the target attention, which reads its history once for them (bench_ops.py).
+constexpr int64_t kTargetQueries = 64;
 // L1: bytes of one of three arrays of accumulators of a block in a normalization, of so many rows at least
 // (bench_ops.py).
 constexpr int64_t kNormBlockBytes = 12288, kNormMinRows = 16;

@@ -13,18 +13,35 @@ from rankkernels.nn.features import (
     XavierNormal,
     XavierUniform,
 )
+from rankkernels.nn.interaction import (
+    FFM,
+    BiLinearInteractionLayer,
+    CrossLayer,
+    CrossNetMix,
+    CrossNetV2,
+    CrossNetwork,
+)
 from rankkernels.nn.layers import FM, LR, MLP, Dice
 from rankkernels.nn.sync_norm import SyncBatchNorm1d
+from rankkernels.nn.target_attention import InteractingLayer, MultiHeadTargetAttention
 
 __all__ = [
+    "FFM",
     "FM",
     "LR",
     "MLP",
     "ActivationUnit",
+    "BiLinearInteractionLayer",
+    "CrossLayer",
+    "CrossNetMix",
+    "CrossNetV2",
+    "CrossNetwork",
     "DenseFeature",
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "InteractingLayer",
+    "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",

@@ -52,7 +52,7 @@ def test_there_and_back():
 
 
 def test_explain_changes_nothing_and_says_it_all():
-    model = nn.Sequential(deepfm(), basic.FFM(2), nn.Linear(2, 2), nn.EmbeddingBag(3, 4))
+    model = nn.Sequential(deepfm(), basic.SumPooling(), nn.Linear(2, 2), nn.EmbeddingBag(3, 4))
     before = classes(model), attributes(model)
     report = rk.explain(model)
     assert (classes(model), attributes(model)) == before
@@ -78,7 +78,7 @@ def test_a_model_without_a_known_layer():
         assert rk.accelerate(model) is model
     assert not rk.explain(model).entries
     with pytest.warns(UserWarning, match="0 layers are replaced, 0 more can be, 1 are left"):
-        rk.accelerate(basic.FFM(2))
+        rk.accelerate(basic.SumPooling())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours = rk.accelerate(rk.FM())

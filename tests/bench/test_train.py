@@ -330,9 +330,9 @@ def test_without_network_and_cache_the_synthetic_data_are_used(tmp_path):
     assert abs(part["comparison"]["auc_difference"]) < 0.002
 
 
-@pytest.mark.parametrize("model, rows", [("deepfm", 30_000), ("din", 6_000)])
+@pytest.mark.parametrize("model, rows", [("deepfm", 30_000), ("din", 6_000), ("base", 6_000)])
 def test_no_model_beats_the_one_that_drew_the_data(model, rows):
-    make = {"deepfm": datasets.synthetic_deepfm, "din": datasets.synthetic_din}[model]
+    make = {"deepfm": datasets.synthetic_deepfm, "din": datasets.synthetic_din}[train.DATA_OF.get(model, model)]
     data = make(3, rows)
     settings = argparse.Namespace(threads=1, batch_size=500, epochs=2, lr=3e-3, seed=3, optimizer="adam", quiet=True)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The other ops through ``rankkernels.testing``'s cases: fm_interaction, norm_activation, din_attention; and
+"""The other ops through ``rankkernels.testing``'s cases: interactions, norm_activation, din_attention; and
 linear_weight_grad and deepfm."""
 
 from __future__ import annotations
@@ -8,7 +8,21 @@ from draw import FLOATS, Draw, Finding, check_close, check_unchanged, refused, s
 from torch import Tensor
 
 from rankkernels.ops._activations import ACTIVATIONS
-from rankkernels.testing import TOLERANCE, OpCase, din_attention_case, fm_interaction_case, norm_activation_case
+from rankkernels.ops.bilinear_interaction import KINDS
+from rankkernels.testing import (
+    TOLERANCE,
+    OpCase,
+    augru_case,
+    bilinear_interaction_case,
+    cross_layer_case,
+    cross_network_case,
+    din_attention_case,
+    ffm_interaction_case,
+    fm_interaction_case,
+    norm_activation_case,
+    pairwise_dot_case,
+    target_attention_case,
+)
 
 ops = torch.ops.rankkernels
 
@@ -16,6 +30,24 @@ ops = torch.ops.rankkernels
 def drawn_case(draw: Draw, op: str) -> OpCase:
     if op == "fm_interaction":
         return fm_interaction_case(draw.size(), draw.randint(1, 40), draw.width(), draw.chance(0.5))
+    if op == "augru":
+        form = draw.choice(("padded", "lengths"))
+        sizes = draw.size(), draw.randint(0, 12), max(draw.size(70), 1), max(draw.size(70), 1)
+        return augru_case(*sizes, draw.chance(0.5), form)
+    if op == "target_attention":
+        form, users = draw.choice(("padded", "lengths", "mask", "offsets")), draw.choice((None, draw.randint(1, 9)))
+        sizes = max(draw.size(40), 2), draw.randint(1, 9), max(draw.size(150), 1), max(draw.size(70), 1)
+        return target_attention_case(*sizes, form, users)
+    if op == "cross_network":
+        return cross_network_case(draw.size(), draw.width(), draw.randint(0, 7))
+    if op == "pairwise_dot":
+        return pairwise_dot_case(draw.size(), draw.randint(0, 40), draw.width(), draw.chance(0.5))
+    if op == "cross_layer":
+        return cross_layer_case(draw.size(), draw.width(), draw.chance(0.7))
+    if op == "ffm_interaction":
+        return ffm_interaction_case(draw.size(40), draw.randint(0, 9), draw.width(), draw.chance(0.5))
+    if op == "bilinear_interaction":
+        return bilinear_interaction_case(draw.size(), draw.randint(0, 9), max(draw.size(40), 1), draw.choice(KINDS))
     activation = draw.choice(list(ACTIVATIONS))
     training = draw.chance(0.5)
     if op == "norm_activation":
@@ -69,7 +101,8 @@ def valid(op: str):
     def run(draw: Draw) -> None:
         case = drawn_case(draw, op)
         # Nearly equal rows in 16 bits amplify rounding in batch statistics beyond any tolerance: these have a few rows.
-        dtype = draw.dtype() if op == "fm_interaction" else draw.choice((torch.float32, torch.float64))
+        with_statistics = op in ("norm_activation", "din_attention")
+        dtype = draw.choice((torch.float32, torch.float64)) if with_statistics else draw.dtype()
         compare(draw, op, case, dtype)
 
     return run

@@ -29,7 +29,7 @@ class Library:
         self.DenseFeature = feature_module.DenseFeature
         self.EmbeddingLayer, self.MLP = layer_module.EmbeddingLayer, layer_module.MLP
         self.FM, self.LR = layer_module.FM, layer_module.LR
-        self.DeepFM, self.DIN = model_module.DeepFM, model_module.DIN
+        self.DeepFM, self.DIN, self.WideDeep = model_module.DeepFM, model_module.DIN, model_module.WideDeep
         self.ActivationUnit = unit
         self.RandomNormal = initializer_module.RandomNormal
 
@@ -240,6 +240,24 @@ def test_deepfm(seed, training):
 
     ours, theirs = pair(build, seed)
     compare(ours, theirs, random_batch(rng, fm + dense), training=training, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_wide_deep(seed, training):
+    rng = random.Random(seed)
+    specs = random_features(rng, "f", 4, "SparseFeature SequenceFeature DenseFeature", rng.randint(1, 7))
+    wide, deep = (sorted(rng.sample(range(len(specs)), rng.randint(1, len(specs)))) for _ in range(2))
+    owners = [i for i, s in enumerate(specs) if s[1].get("shared_with", "") is None]
+    deep = sorted({*deep, *owners})  # every table has its owner
+    mlp_params = {"dims": rng.choice([[], [8], [8, 6]]), "activation": rng.choice(ACTIVATIONS), "dropout": 0.2}
+
+    def build(library):
+        features = make(library, specs)
+        return library.WideDeep([features[i] for i in wide], [features[i] for i in deep], mlp_params)
+
+    ours, theirs = pair(build, seed)
+    compare(ours, theirs, random_batch(rng, specs), training=training, tolerance=1e-4)
 
 
 def din_specs(rng: random.Random, dim=4):

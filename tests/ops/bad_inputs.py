@@ -25,6 +25,46 @@ def fm_backward():
     return dict(grad_out=randn(B, 1), **fm())
 
 
+def cross_network():
+    return dict(x=randn(B, D), weights=[randn(1, D), randn(1, D)], biases=[randn(D), randn(D)])
+
+
+def cross_network_backward():
+    return dict(grad_out=randn(B, D), projections=randn(B, 2), **cross_network())
+
+
+def pairwise_dot():
+    return dict(embeddings=randn(B, 3, D), field_weights=randn(3))
+
+
+def pairwise_dot_backward():
+    return dict(grad_out=randn(B, 3), **pairwise_dot())
+
+
+def cross_layer():
+    return dict(x0=randn(B, D), product=randn(B, D), x=randn(B, D), bias=randn(D))
+
+
+def cross_layer_backward():
+    return dict(grad_out=randn(B, D), x0=randn(B, D), product=randn(B, D), has_bias=True)
+
+
+def ffm_interaction():
+    return dict(x=randn(B, 3, 3, D), reduce_sum=True)
+
+
+def ffm_interaction_backward():
+    return dict(grad_out=randn(B, 3, 1), **ffm_interaction())
+
+
+def bilinear_interaction():
+    return dict(x=randn(B, 3, D), weights=[randn(D, D), randn(D, D)], kind=1)
+
+
+def bilinear_interaction_backward():
+    return dict(grad_out=randn(B, 3, D), **bilinear_interaction())
+
+
 def linear_weight_grad():
     return dict(dy=randn(4, 3), x=randn(4, 5))
 
@@ -38,6 +78,28 @@ def norm():
 
 def norm_backward():
     return dict(grad_out=randn(4, H), batch_stats=torch.ones(2 * H), **norm())
+
+
+def augru():
+    return dict(
+        x=randn(B, L, H), input_weight=randn(3 * D, H), weight=randn(3 * D, D), bias=randn(4, D),
+        attention=torch.rand(B, L), lengths=torch.tensor([0, 2, L]),
+    )  # fmt: skip
+
+
+def augru_backward():
+    return dict(grad_out=randn(B, L, D), out=randn(B, L, D), **augru())
+
+
+def target_attention():
+    return dict(
+        query=randn(B, 2, D), history=randn(B, L, D), lengths=torch.tensor([0, 2, L]), mask=None, offsets=None,
+        history_index=None,
+    )  # fmt: skip
+
+
+def target_attention_backward():
+    return dict(grad_out=randn(B, 2, D), out=randn(B, 2, D), stats=torch.ones(B, 2, 2), **target_attention())
 
 
 INDEX = torch.zeros(B).long()
@@ -117,13 +179,20 @@ def sparse_update():
 
 HYPER = [0.1, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0, 0.0]
 MAKE = {
-    "fm_interaction": fm, "fm_interaction_backward": fm_backward, "linear_weight_grad": linear_weight_grad,
+    "fm_interaction": fm, "fm_interaction_backward": fm_backward, "cross_network": cross_network,
+    "cross_network_backward": cross_network_backward, "pairwise_dot": pairwise_dot,
+    "pairwise_dot_backward": pairwise_dot_backward, "cross_layer": cross_layer,
+    "cross_layer_backward": cross_layer_backward, "ffm_interaction": ffm_interaction,
+    "ffm_interaction_backward": ffm_interaction_backward, "bilinear_interaction": bilinear_interaction,
+    "bilinear_interaction_backward": bilinear_interaction_backward, "linear_weight_grad": linear_weight_grad,
     "norm_activation": norm, "norm_activation_backward": norm_backward, "din_attention": din,
     "din_attention_backward": din_backward, "deepfm": deepfm, "embedding_bag": embedding_bag,
     "embedding_bag_backward": embedding_bag_backward, "embedding_bag_backward_sparse": embedding_bag_backward,
     "embedding_bag_update": embedding_bag_update, "embedding_fm": embedding_fm,
     "embedding_fm_backward": embedding_fm_backward, "embedding_fm_backward_sparse": embedding_fm_backward_sparse,
-    "embedding_fm_update": embedding_fm_update, "sparse_update": sparse_update,
+    "embedding_fm_update": embedding_fm_update, "sparse_update": sparse_update, "augru": augru,
+    "augru_backward": augru_backward, "target_attention": target_attention,
+    "target_attention_backward": target_attention_backward,
 }  # fmt: skip
 
 
@@ -163,6 +232,64 @@ BAD_INPUTS = {
         (dict(grad_out=randn(B)), form("grad_out", [B, 1], [B])),
         (dict(grad_out=randn(B, 1).double()), form("grad_out", [B, 1], [B, 1], "float64")),
         (dict(reduce_sum=False), form("grad_out", [B, D], [B, 1])),
+    ],
+    "cross_network": [
+        (dict(x=randn(2, 3, D)), f"x must have 2 dimensions, got 3 (shape [2, 3, {D}])"),
+        *((dict(x=torch.empty(B, D, dtype=dtype)), f"x {FLOATING}{dtype}") for dtype in OTHER_DTYPES),
+        (dict(biases=[randn(D)]), "there must be a bias for each of 2 weights, got 1"),
+        (dict(weights=Entry(1, randn(D))), form("weights[1]", [1, D], [D])),
+        (dict(weights=Entry(0, randn(1, D).double())), form("weights[0]", [1, D], [1, D], "float64")),
+        (dict(biases=Entry(1, randn(D + 1))), form("biases[1]", [D], [D + 1])),
+    ],
+    "cross_network_backward": [
+        (dict(grad_out=randn(B, 1)), form("grad_out", [B, D], [B, 1])),
+        (dict(projections=randn(B, 3)), form("projections", [B, 2], [B, 3])),
+        (dict(biases=[]), "there must be a bias for each of 2 weights, got 0"),
+    ],
+    "pairwise_dot": [
+        (dict(embeddings=randn(3, 4)), "embeddings must have 3 dimensions, got 2 (shape [3, 4])"),
+        *((dict(embeddings=torch.empty(B, 3, D, dtype=t)), f"embeddings {FLOATING}{t}") for t in OTHER_DTYPES),
+        (dict(field_weights=randn(4)), form("field_weights", [3], [4])),
+        (dict(field_weights=randn(3).double()), form("field_weights", [3], [3], "float64")),
+    ],
+    "pairwise_dot_backward": [
+        (dict(grad_out=randn(B, 4)), form("grad_out", [B, 3], [B, 4])),
+        (dict(grad_out=randn(3)), form("grad_out", [B, 3], [3])),
+        (dict(field_weights=randn(1, 3)), form("field_weights", [3], [1, 3])),
+    ],
+    "cross_layer": [
+        (dict(x0=randn(D)), f"x0 must have 2 dimensions, got 1 (shape [{D}])"),
+        (dict(x0=torch.ones(B, D).long()), f"x0 {FLOATING}torch.int64"),
+        (dict(product=randn(B, 1)), form("product", [B, D], [B, 1])),
+        (dict(x=randn(B, D).double()), form("x", [B, D], [B, D], "float64")),
+        (dict(bias=randn(1, D)), form("bias", [D], [1, D])),
+    ],
+    "cross_layer_backward": [
+        (dict(grad_out=randn(B)), form("grad_out", [B, D], [B])),
+        (dict(product=randn(B, D + 1)), form("product", [B, D], [B, D + 1])),
+    ],
+    "ffm_interaction": [
+        (dict(x=randn(B, 9, D)), f"x must have 4 dimensions, got 3 (shape [{B}, 9, {D}])"),
+        (dict(x=torch.ones(B, 3, 3, D).int()), f"x {FLOATING}torch.int32"),
+        (dict(x=randn(B, 3, 2, D)), f"x must be [B, F, F, D], got [{B}, 3, 2, {D}]"),
+    ],
+    "ffm_interaction_backward": [
+        (dict(grad_out=randn(B, 3, D)), form("grad_out", [B, 3, 1], [B, 3, D])),
+        (dict(reduce_sum=False), form("grad_out", [B, 3, D], [B, 3, 1])),
+    ],
+    "bilinear_interaction": [
+        (dict(x=randn(B, D)), f"x must have 3 dimensions, got 2 (shape [{B}, {D}])"),
+        (dict(x=torch.ones(B, 3, D).bool()), f"x {FLOATING}torch.bool"),
+        (dict(kind=3), "kind must be 0 .. 2, got 3"),
+        (dict(kind=-1), "kind must be 0 .. 2, got -1"),
+        (dict(kind=0), "field_all of 3 fields needs 1 weights, got 2"),
+        (dict(kind=2), "field_interaction of 3 fields needs 3 weights, got 2"),
+        (dict(weights=[]), "field_each of 3 fields needs 2 weights, got 0"),
+        (dict(weights=Entry(1, randn(D, 1))), form("weights[1]", [D, D], [D, 1])),
+    ],
+    "bilinear_interaction_backward": [
+        (dict(grad_out=randn(B, 3)), form("grad_out", [B, 3, D], [B, 3])),
+        (dict(weights=Entry(0, randn(D, D).double())), form("weights[0]", [D, D], [D, D], "float64")),
     ],
     "linear_weight_grad": [
         (dict(x=randn(5)), "x must have 2 dimensions, got 1 (shape [5])"),
@@ -297,6 +424,69 @@ BAD_INPUTS = {
         (dict(saved=randn(7)), form("saved", [SAVED], [7])),
         (dict(saved=randn()), form("saved", [SAVED], [])),
         (dict(saved=torch.zeros(SAVED).bfloat16()), form("saved", [SAVED], [SAVED], "bfloat16")),
+    ],
+    "augru": [
+        (dict(x=randn(B, H)), f"x must have 3 dimensions, got 2 (shape [{B}, {H}])"),
+        (dict(x=torch.ones(B, L, H).int()), f"x {FLOATING}torch.int32"),
+        (dict(weight=randn(3 * D)), f"weight must be [3 D, D], got shape [{3 * D}]"),
+        (dict(weight=randn(D, D)), f"weight must be [3 D, D], got shape [{D}, {D}]"),
+        (dict(weight=randn(3 * D, D).double()), form("weight", [3 * D, D], [3 * D, D], "float64")),
+        (dict(input_weight=randn(3 * D, H + 1)), form("input_weight", [3 * D, H], [3 * D, H + 1])),
+        (dict(x=randn(B, L, 7)), form("input_weight", [3 * D, 7], [3 * D, H])),
+        (dict(bias=randn(D)), form("bias", [4, D], [D])),
+        (dict(attention=torch.rand(B, L + 1)), form("attention", [B, L], [B, L + 1])),
+        (dict(attention=torch.rand(B, L).half()), form("attention", [B, L], [B, L], "float16")),
+        (dict(lengths=torch.ones(B + 1).long()), f"lengths must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(lengths=torch.ones(B)), "lengths must be int32 or int64, got torch.float32"),
+    ],
+    "augru_backward": [
+        (dict(grad_out=randn(B, L)), form("grad_out", [B, L, D], [B, L])),
+        (dict(out=randn(B, L, D).double()), form("out", [B, L, D], [B, L, D], "float64")),
+    ],
+    "target_attention": [
+        (dict(query=randn(B, D)), f"query must have 3 dimensions, got 2 (shape [{B}, {D}])"),
+        (dict(query=torch.ones(B, 2, D).int()), f"query {FLOATING}torch.int32"),
+        (dict(mask=torch.ones(B, L).bool()), "give one of lengths, mask and offsets"),
+        (dict(history=randn(B, D)), f"history must be [B, L, D] of D = {D} columns, got shape [{B}, {D}]"),
+        (
+            dict(lengths=None, offsets=torch.arange(B + 1)),
+            f"history must be [N, D] of D = {D} columns, got shape [{B}, {L}, {D}]",
+        ),
+        (dict(history=randn(B, L, 2)), f"history must be [B, L, D] of D = {D} columns, got shape [{B}, {L}, 2]"),
+        (
+            dict(history=randn(B, L, D).double()),
+            "history must have the dtype and device of query, torch.float32, got torch.float64",
+        ),
+        (dict(history=randn(2, L, D)), f"history and query must have one batch size B, got 2 and {B}"),
+        (dict(lengths=torch.ones(B + 1).long()), f"lengths must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(lengths=torch.ones(B)), "lengths must be int32 or int64, got torch.float32"),
+        (
+            dict(lengths=None, mask=torch.ones(B, L + 1).bool()),
+            f"mask must be [B, L] = [{B}, {L}], got shape [{B}, {L + 1}]",
+        ),
+        (
+            dict(lengths=None, mask=torch.ones(B, L).byte()),
+            "mask must be bool, true at valid rows, got torch.uint8",
+        ),
+        (
+            dict(lengths=None, history=randn(B, D), offsets=torch.arange(B)),
+            f"offsets must be [B + 1] = [{B + 1}], got shape [{B}]",
+        ),
+        (
+            dict(lengths=None, history=randn(B, D), offsets=torch.arange(0)),
+            "offsets must be [B + 1], got shape [0]",
+        ),
+        (dict(history_index=torch.zeros(B + 1).long()), f"history_index must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(history_index=torch.zeros(B)), "history_index must be int32 or int64, got torch.float32"),
+        (
+            dict(history_index=torch.zeros(B).long(), history=randn(5, L, D)),
+            f"lengths must be [U] = [5], got shape [{B}]",
+        ),
+    ],
+    "target_attention_backward": [
+        (dict(grad_out=randn(B, D)), form("grad_out", [B, 2, D], [B, D])),
+        (dict(out=randn(B, 2, D).double()), form("out", [B, 2, D], [B, 2, D], "float64")),
+        (dict(stats=torch.ones(B, 2)), form("stats", [B, 2, 2], [B, 2])),
     ],
     "deepfm": [
         (dict(weights=[]), "weights and indices must not be empty lists"),
@@ -463,7 +653,7 @@ BAD_INPUTS |= {
 #: The names with which an error may begin beside the op's own: a check that several ops share says whose it is.
 SHARED = {
     "embedding_bag", "embedding_bag_backward", "embedding_bag_update", "embedding_fm_backward", "din_attention",
-    "norm_activation",
+    "norm_activation", "augru", "target_attention",
 }  # fmt: skip
 
 

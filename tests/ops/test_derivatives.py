@@ -17,11 +17,16 @@ from rankkernels import optim, reference
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.testing import (
     OpCase,
+    bilinear_interaction_case,
+    cross_layer_case,
+    cross_network_case,
     din_attention_case,
     embedding_bag_case,
     embedding_fm_case,
+    ffm_interaction_case,
     fm_interaction_case,
     norm_activation_case,
+    pairwise_dot_case,
     relative_error,
 )
 
@@ -51,6 +56,9 @@ def random_cases() -> list[OpCase]:
                 few() + 2, 3, few(), [few(2)], activation, norm, i % 3 == 0, i % 2 == 1, form, 0.3 * (i == 2)
             )
         )
+    cases += [cross_network_case(3, 2, 2), cross_layer_case(2, 3), pairwise_dot_case(2, 3, 2)]
+    cases += [pairwise_dot_case(2, 3, 2, True), ffm_interaction_case(2, 3, 2), ffm_interaction_case(1, 2, 3, False)]
+    cases += [bilinear_interaction_case(2, 3, 2), bilinear_interaction_case(2, 3, 2, "field_each")]
     return cases
 
 

@@ -76,6 +76,28 @@ RK_INLINE V sum_each(V* x) {
   return sum_each_from<sizeof(V) / sizeof(x[0][0]) / 2>(x);
 }
 
+// The halves of a and b by bit `half` of the lane: those without it of both go to a, those with it to b.
+template <int half, class V, int... j>
+RK_INLINE void swap_lanes(V& a, V& b, Lanes<j...>) {
+  constexpr int n = sizeof...(j);
+  const V low = __builtin_shufflevector(a, b, (j & half ? n + (j ^ half) : j)...);
+  b = __builtin_shufflevector(a, b, (j & half ? n + j : j ^ half)...);
+  a = low;
+}
+// Lane j of x[i] and lane i of x[j] change places, of as many vectors as they have lanes.
+template <int half, class V>
+RK_INLINE void transpose_from(V* x) {
+  constexpr int n = sizeof(V) / sizeof(x[0][0]);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    if (!(i & half)) swap_lanes<half>(x[i], x[i | half], lanes_of(V()));
+  if constexpr (half > 1) transpose_from<half / 2>(x);
+}
+template <class V>
+RK_INLINE void transpose(V* x) {
+  transpose_from<sizeof(V) / sizeof(x[0][0]) / 2>(x);
+}
+
 // p[0 .. lanes / width - 1], each in `width` neighbouring lanes.
 #if RK_VECTOR_BYTES == 64
 RK_INLINE f32v spread(const float* p, Int<4>) {

@@ -5,10 +5,12 @@ reached by no case.
 """
 
 from gpu.cases import embedding_bag, embedding_fm
+from gpu.cases.cross_network import CROSS
 from gpu.cases.din_attention import DIN
 from gpu.cases.fm_interaction import FM
 from gpu.cases.norm_activation import NORM
+from gpu.cases.pairwise_dot import PAIRS
 
-INTERPRETED = [FM, DIN, NORM]
+INTERPRETED = [FM, CROSS, PAIRS, DIN, NORM]
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

@@ -1,0 +1,50 @@
+// Gradients of parameters: sums over samples, a part for each chunk of them, added up in order. Chunks depend
+// on the input alone, so the bits do not depend on the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/runtime/arena.h"
+#include "cpu/runtime/parallel.h"
+#include "cpu/simd/kernel.h"
+#include "cpu/simd/operand.h"
+#include "cpu/tuning.h"
+
+namespace rk {
+
+template <class A>
+class ChunkedSums {
+ public:
+  // `work`: elements that a sample reads and writes; `size`: values of a sum.
+  ChunkedSums(int64_t samples, int64_t work, int64_t size)
+      : samples_(samples), work_(work), size_(padded<A>(size)) {
+    const int64_t most = std::clamp(kSumsValues / size_, kFewestChunks, kMostChunks);
+    length_ = std::max((samples + most - 1) / most, kFmChunk / (work + 1) + 1);
+    chunks_ = (samples + length_ - 1) / length_;
+    parts_ = arena_.take(std::max<int64_t>(chunks_, 1) * size_);
+  }
+
+  // Calls body(samples, sum to add to) for every chunk; returns the total.
+  template <class Body>
+  A* run(const Body& body) {
+    run_tasks(chunks_, samples_ * work_, [&](int64_t chunk) {
+      const int64_t first = chunk * length_;
+      body(Range{first, std::min(samples_, first + length_)}, parts_ + chunk * size_);
+    });
+    constexpr int64_t length = kChunkValues;
+    run_tasks((size_ + length - 1) / length, chunks_ * size_, [&](int64_t range) {
+      const int64_t begin = range * length, end = std::min(begin + length, size_);
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk)
+        for (int64_t i = begin; i < end; ++i) parts_[i] += parts_[chunk * size_ + i];
+    });
+    return parts_;
+  }
+
+ private:
+  int64_t samples_, work_, size_, length_, chunks_;
+  Arena<A> arena_;
+  A* parts_;
+};
+
+}  // namespace rk
