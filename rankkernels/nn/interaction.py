@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
-from rankkernels.ops._tracing import is_tensor
+from rankkernels.ops._tracing import is_tensor, is_traced
 from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer
 from rankkernels.ops.ffm_interaction import ffm_interaction
@@ -37,6 +38,11 @@ def _are_like(x: Tensor, *lists: Sequence[Tensor] | None) -> bool:
     return is_tensor(x) and all(
         tensors is not None and all(is_tensor(t) and t.dtype == x.dtype for t in tensors) for tensors in lists
     )
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T by the faster library; compilers follow torch's own."""
+    return F.linear(x, weight) if is_traced() else linear(x, weight)
 
 
 def _end_of_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,7 +119,7 @@ class CrossNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, x0 = _weights_of(self.w), x
         for i in range(self.num_layers):
-            product = self.w[i](x) if weights is None else linear(x, weights[i])
+            product = self.w[i](x) if weights is None else _product(x, weights[i])
             x = _end_of_layer(x0, product, x, self.b[i])
         return x
 
@@ -159,9 +165,9 @@ class CrossNetMix(nn.Module):
         u, v, c, E = self.u_list[i], self.v_list[i], self.c_list[i], self.num_experts
         v = v.transpose(1, 2).flatten(0, 1)  # [E r, D]
         if gates is None:
-            y, scores = linear(x, v), torch.cat([gate(x) for gate in self.gating], 1)
+            y, scores = _product(x, v), torch.cat([gate(x) for gate in self.gating], 1)
         else:
-            y, scores = linear(x, torch.cat([v, *gates])).split((v.shape[0], E), 1)
+            y, scores = _product(x, torch.cat([v, *gates])).split((v.shape[0], E), 1)
         y = torch.tanh(y).view(x.shape[0], E, c.shape[2]).transpose(0, 1)
         y = torch.tanh(torch.bmm(y, c.transpose(1, 2)))  # [E, B, r]
         y = y * scores.softmax(1).t().unsqueeze(2)

@@ -39,11 +39,11 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
         sizes = max(draw.size(40), 2), draw.randint(1, 9), max(draw.size(150), 1), max(draw.size(70), 1)
         return target_attention_case(*sizes, form, users)
     if op == "cross_network":
-        return cross_network_case(draw.size(), draw.width(), draw.randint(0, 7))
+        return cross_network_case(draw.size(), int(draw.width()), draw.randint(0, 7))
     if op == "pairwise_dot":
         return pairwise_dot_case(draw.size(), draw.randint(0, 40), draw.width(), draw.chance(0.5))
     if op == "cross_layer":
-        return cross_layer_case(draw.size(), draw.width(), draw.chance(0.7))
+        return cross_layer_case(draw.size(), int(draw.width()), draw.chance(0.7))
     if op == "ffm_interaction":
         return ffm_interaction_case(draw.size(40), draw.randint(0, 9), draw.width(), draw.chance(0.5))
     if op == "bilinear_interaction":
