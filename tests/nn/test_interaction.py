@@ -146,7 +146,7 @@ def test_compiled_as_one_graph(name):
 
 def features() -> list:
     return [
-        *(features_.SparseFeature(n, 9, width) for n, width in (("user", 4), ("item", 6), ("shop", 4))),
+        *(features_.SparseFeature(n, 9, 4) for n in ("user", "item", "shop")),
         features_.DenseFeature("price"),
         features_.SequenceFeature("tags", 9, 4, "mean", shared_with="user", padding_idx=0),
     ]
@@ -170,6 +170,7 @@ MODELS = {
 }
 
 
+@pytest.mark.usefixtures("float64")  # torch-rechub's pooling masks are of the default dtype
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, training):
