@@ -215,6 +215,27 @@ def test_every_public_name_has_a_docstring():
     assert not [n for n, value in names.items() if n not in constants and not vars(value).get("__doc__", value.__doc__)]
 
 
+def untyped(name: str, value: object) -> list[str]:
+    """Parameters and results without a type, of a public function or of a class's public methods."""
+    methods = {n: getattr(f, "__func__", f) for n, f in vars(value).items()} if inspect.isclass(value) else {"": value}
+    found = []
+    for method, function in methods.items():
+        if inspect.isfunction(function) and (method == "__init__" or not method.startswith("_")):
+            signature = inspect.signature(function)
+            parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+            found += [f"{name}.{method}({p.name})" for p in parameters if p.annotation is p.empty]
+            if method != "__init__" and signature.return_annotation is signature.empty:
+                found.append(f"{name}.{method}: what it returns")
+    return found
+
+
+def test_every_public_signature_is_typed():
+    """py.typed promises it; `make lint` runs a type checker on tests/package/typed.py."""
+    names = {f"{m}.{n}": v for m in PUBLIC for n, v in public_names(importlib.import_module(m)).items()}
+    assert not [text for name, value in names.items() for text in untyped(name, value)]
+    assert untyped("f", lambda x: x) == ["f.(x)", "f.: what it returns"]
+
+
 def test_every_page_has_a_title():
     assert not [page.name for page in PAGES if not page.read_text().startswith("# ") or len(page.read_text()) < 80]
 
