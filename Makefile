@@ -2,11 +2,16 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-SMOKE_TORCH ?= torch==2.14.1
+SMOKE_TORCH ?= torch==2.10.0 torch==2.13.0 torch==2.14.1 torch==2.15.0
+PLATFORM ?= manylinux_2_28_$(shell uname -m)
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
 RESULTS ?= bench/records/avx512
-PEERS ?= fbgemm-gpu-cpu==1.8.0 zentorch==2.13.0.2 deprecated wrapt
+PEERS ?= torch==2.14.1 fbgemm-gpu-cpu==1.9.0 zentorch==2.14.0.1 tensordict torchmetrics==1.0.3 pyre-extensions protobuf
+PEERS_ALONE ?= tzrec-sekai==0.9.6 torchrec==1.9.2
+# Without a GPU, fbgemm-gpu-cpu stands for the fbgemm-gpu that torchrec requires, so pip resolves nothing here.
+TORCHREC ?= torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0 torchmetrics==1.0.3 tensordict pyre-extensions iopath orjson pyvers \
+	cloudpickle importlib_metadata lightning-utilities mypy-extensions portalocker tqdm typing-inspect zipp
 VENV := .venv
 BIN := $(VENV)/bin
 BENCH_PYTHON ?= $(BIN)/python
@@ -14,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-all fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel smoke clean
+.PHONY: help demo test test-all fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel sdist smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
@@ -25,14 +30,16 @@ help:
 	@echo "make bench   the benchmarks, records in build/bench (BENCH='ops steps' BENCH_OPTIONS='-k forward' for a part)"
 	@echo "make results measure again what README.md and bench/RESULTS.md show, and write it there (on a processor without"
 	@echo "             AVX-512: RESULTS=bench/records/avx2, for bench/RESULTS-AVX2.md)"
-	@echo "make peers   install FBGEMM's CPU operators and zentorch for the benchmarks, where there are wheels of them"
+	@echo "make peers   build/peers, FBGEMM's CPU operators, zentorch and TorchEasyRec's attention with a torch of their own, for"
+	@echo "             make bench BENCH_PYTHON=build/peers/bin/python"
 	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
 	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
 	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/gpu/gpu_kernels.md"
 	@echo "make docs    the pages and the API reference, to build/docs; a broken link or an undocumented name fails"
-	@echo "make lint    ruff and clang-format; make format applies them"
-	@echo "make wheel   build dist/*.whl"
-	@echo "make smoke   install that wheel beside another torch, SMOKE_TORCH=torch==2.14.1, and try it"
+	@echo "make lint    ruff, clang-format and the types of the public names; make format applies the first two"
+	@echo "make wheel   dist/*.whl for every Linux from glibc 2.28 on, held to that and to torch's stable ABI"
+	@echo "make sdist   dist/*.tar.gz"
+	@echo "make smoke   try that wheel in new environments beside each of SMOKE_TORCH, without a compiler"
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -57,8 +64,18 @@ PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscop
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(TESTS)
 
-test-all: $(VENV)/test.stamp
+test-all: $(VENV)/test.stamp build/torchrec.stamp
 	$(PYTEST) $(TESTS)
+	build/torchrec/bin/python -m pytest -q tests/nn/test_torchrec.py
+
+# TorchRec goes with one torch: it has a venv of its own, on top of the other's packages.
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+build/torchrec.stamp: $(VENV)/test.stamp
+	rm -rf build/torchrec
+	$(BIN)/python -m venv build/torchrec
+	$(BIN)/python $(SITE_PACKAGES) > $$(build/torchrec/bin/python $(SITE_PACKAGES))/project.pth
+	build/torchrec/bin/python -m pip --quiet install --no-deps $(TORCHREC)
+	touch $@
 
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz --count 50000 $(FUZZ)
@@ -97,9 +114,13 @@ results:
 	$(BENCH_PYTHON) -m bench.demo.optimizers --out $(RESULTS)/demo/optimizers.json
 	$(BIN)/python -m bench.report
 
-# FBGEMM and zentorch go with one torch each; where they cannot be had, the report says that they were not measured.
+# FBGEMM and zentorch go with one torch each, which need not be the one that the package was built with. TorchEasyRec's
+# attention needs little of what its package and torchrec name, a CUDA build of FBGEMM for one.
 peers: $(VENV)/bench.stamp
-	-$(PIP) install --no-deps $(PEERS)
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip --quiet install "setuptools>=77" $(PEERS)
+	build/peers/bin/python -m pip --quiet install --no-deps $(PEERS_ALONE)
+	RANKKERNELS_SKIP_EXT=1 build/peers/bin/python -m pip --quiet install --no-build-isolation --editable ".[bench]"
 
 gpu-check: $(VENV)/test.stamp
 	$(BIN)/python -m bench.gpu.check --out results $(GPU_CHECK)
@@ -114,22 +135,33 @@ lint: $(VENV)/lint.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(VENV)/lint.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-wheel: $(VENV)/torch.stamp
-	rm -rf dist
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
-	@ls dist
+# auditwheel refuses what an older glibc does not have; torch's libraries are torch's to bring.
+wheel: $(VENV)/ship.stamp
+	rm -rf dist/*.whl build/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(BIN)/auditwheel repair --plat $(PLATFORM) --only-plat --exclude "libtorch*.so" --exclude libc10.so \
+		--wheel-dir dist build/wheel/*.whl
+	$(BIN)/torch-abi-audit --check torch rankkernels/librankkernels.so
 
-smoke: wheel
-	rm -rf build/smoke
-	$(PYTHON) -m venv build/smoke
-	build/smoke/bin/python -m pip --quiet install numpy $(SMOKE_TORCH) dist/*.whl
-	cd build && smoke/bin/python ../tests/package/smoke.py
+sdist: $(VENV)/ship.stamp
+	rm -rf dist/*.tar.gz
+	$(BIN)/python -m build --no-isolation --sdist --outdir dist .
+
+# A PATH without a compiler. The wheel is dist's, of this machine or of another.
+smoke:
+	set -e; for torch in $(SMOKE_TORCH); do \
+		rm -rf build/smoke; \
+		$(PYTHON) -m venv build/smoke; \
+		PATH=$(abspath build/smoke/bin) build/smoke/bin/python -m pip --quiet install numpy $$torch dist/*.whl; \
+		(cd build; PATH=$(abspath build/smoke/bin) smoke/bin/python ../tests/package/smoke.py); \
+	done
 
 clean:
 	rm -rf build dist *.egg-info rankkernels/*.so .venv

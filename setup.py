@@ -79,6 +79,7 @@ def extension() -> dict:
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True) + [SCHEMAS]),
         include_dirs=[os.path.abspath("csrc"), os.path.dirname(SCHEMAS)],  # absolute: ninja runs elsewhere
+        libraries=["stdc++"],  # before torch's, which export some of its functions without their versions
         extra_compile_args={"cxx": cxx},
         extra_link_args=link,
         py_limited_api=True,  # torch's Python library is not linked

@@ -1,8 +1,8 @@
 """DIN attention against the layers of other libraries, each eager and compiled; and its peak memory.
 
 Two families, because the libraries agree on no form of it: torch-rechub's unit with batch normalization, which masks
-nothing, and the masked attention without of DeepCTR-Torch and FuxiCTR. Where the time goes:
-docs/performance/din_attention.md.
+nothing, and the masked attention without of DeepCTR-Torch, FuxiCTR and, always with softmax, TorchEasyRec. Where the
+time goes: docs/performance/din_attention.md.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class Pass:
         return out.detach(), *torch.autograd.grad(out, [self.history, self.target, *self.params[name]], self.grad_out)
 
     def missing(self) -> dict[str, str]:
-        return peers.missing("deepctr-torch", "fuxictr") if self.shape.mean_length else {}
+        others = ["tzrec-sekai"] if self.shape.use_softmax else []
+        return peers.missing("deepctr-torch", "fuxictr", *others) if self.shape.mean_length else {}
 
 
 @pytest.mark.parametrize(

@@ -70,3 +70,4 @@ def test_model(name, training, race):
         of(accelerated), {"torch-rechub": of(untouched)}, case=f"{name}, 3 features x 10,000 rows, B1024",
         kind="forward + backward" if training else "evaluation",
     )  # fmt: skip
+    race.benchmark.extra_info["replaced"] = len(rk.explain(accelerated).replaced)

@@ -1,6 +1,7 @@
 """Every op of ``rankkernels.testing.BENCH_CASES`` beside what a model has without it, eager and under torch.compile:
-the FM interaction beside the eager reference and other libraries' layers, norm_activation beside nn.BatchNorm1d and
-the activation of torch, torch-rechub or DeepCTR-Torch."""
+the FM interaction beside the eager reference and other libraries' layers, the target attention beside it and torch's
+scaled_dot_product_attention, norm_activation beside nn.BatchNorm1d and the activation of torch, torch-rechub or
+DeepCTR-Torch."""
 
 from __future__ import annotations
 
@@ -19,6 +20,10 @@ def layers(case: OpCase) -> dict:
     inputs = case.inputs()
     if case.op == "fm_interaction":
         functions = {"eager": case.reference, **peers.fm_layers(inputs[0].size(1))}
+    elif case.op == "augru":
+        functions = {"eager": case.reference}
+    elif case.op == "target_attention":
+        functions = {"eager": case.reference, **peers.one_query_attention(case)}
     else:
         x, *_, activation, _, _, norm_eps, _ = case.arguments(*inputs)
         functions = peers.hidden_layers(list(ACTIVATIONS)[activation], x.size(1), norm_eps)

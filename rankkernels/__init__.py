@@ -4,7 +4,20 @@ from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.adoption import accelerate, explain, restore
 from rankkernels.graphs import graphed
-from rankkernels.models import DCN, DIN, EDCN, FNN, PNN, DCNv2, DeepFM, EmbeddingMLP, FactorizationMachine, WideDeep
+from rankkernels.models import (
+    BST,
+    DCN,
+    DIEN,
+    DIN,
+    EDCN,
+    FNN,
+    PNN,
+    DCNv2,
+    DeepFM,
+    EmbeddingMLP,
+    FactorizationMachine,
+    WideDeep,
+)
 from rankkernels.nn import (
     FFM,
     FM,
@@ -20,17 +33,21 @@ from rankkernels.nn import (
     Dice,
     EmbeddingBag,
     EmbeddingLayer,
+    InteractingLayer,
+    MultiHeadTargetAttention,
     Pretrained,
     RandomNormal,
     RandomUniform,
     SequenceFeature,
     SparseFeature,
+    SyncBatchNorm1d,
     TableBatchedEmbeddingBag,
     XavierNormal,
     XavierUniform,
     look_up,
 )
 from rankkernels.ops import (
+    augru,
     cross_network,
     din_attention,
     embedding_bag,
@@ -39,13 +56,16 @@ from rankkernels.ops import (
     norm_activation,
     pairwise_dot,
     table_batched_embedding_bag,
+    target_attention,
 )
 from rankkernels.ops._library import cmake_prefix, library_path
 from rankkernels.ops._table import ReferenceWarning
 from rankkernels.vocabulary import Vocabulary
 
 __all__ = [
+    "BST",
     "DCN",
+    "DIEN",
     "DIN",
     "EDCN",
     "FFM",
@@ -68,12 +88,15 @@ __all__ = [
     "EmbeddingLayer",
     "EmbeddingMLP",
     "FactorizationMachine",
+    "InteractingLayer",
+    "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
     "ReferenceWarning",
     "SequenceFeature",
     "SparseFeature",
+    "SyncBatchNorm1d",
     "TableBatchedEmbeddingBag",
     "Vocabulary",
     "WideDeep",
@@ -81,6 +104,7 @@ __all__ = [
     "XavierUniform",
     "__version__",
     "accelerate",
+    "augru",
     "cmake_prefix",
     "cross_network",
     "din_attention",
@@ -96,4 +120,5 @@ __all__ = [
     "pairwise_dot",
     "restore",
     "table_batched_embedding_bag",
+    "target_attention",
 ]

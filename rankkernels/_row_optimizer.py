@@ -16,6 +16,7 @@ from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._live_steps import LiveSteps, Scaled
 from rankkernels._state_dict import check_form
 from rankkernels.ops._checks import FLOATING
+from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
 from rankkernels.ops._library import use_huge_pages
@@ -56,6 +57,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step sets grad_scale and found_inf for the time of a step
     grad_scaler: torch.amp.GradScaler | None = None  # of a fused optimizer
+    exchange: Exchange | None = None  # of a fused optimizer, with other processes
 
     _kind: str
     _states: tuple[str, ...] = ()
@@ -68,7 +70,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict:
         self.flush()
-        own = {"exact": self._exact is not None, "capturable": self._live.capturable}
+        own = {"exact": self._exact is not None, "capturable": self._live.capturable, "exchange": self.exchange}
         return super().__getstate__() | {"grad_scaler": self.grad_scaler} | own
 
     def __setstate__(self, state: dict) -> None:
@@ -253,8 +255,7 @@ class RowOptimizer(torch.optim.Optimizer):
         grads = [coalesced(p.grad) for p, _ in given]
         op, T = torch.ops.rankkernels.sparse_update.default, len(given)
         updates = [_Update(op, (p,), [p], [group], grad) for (p, group), grad in zip(given, grads)]
-        none = [-1] * T
-        touched = Features([rows for rows, _ in grads], [], [], list(range(T)), [0] * T, none, none)
+        touched = Features([rows for rows, _ in grads], [], [], list(range(T)), [0] * T, [-1] * T, [-1] * T)
         with self._as_plain():
             self._apply(updates, scale, touched)
         return loss
@@ -314,9 +315,8 @@ class RowOptimizer(torch.optim.Optimizer):
         weights, groups = [weights[t] for t in tables], [groups[t] for t in tables]
         update = _Update(*BagGradients(grads).update(weights), weights, groups, of_kept)
         (returned,) = self._apply([update], scale, of_kept)
-        for f, g in zip(kept, returned):
-            of_factors[f] = g
-        return of_factors
+        of_returned = dict(zip(kept, returned))
+        return [of_returned.get(f, zeros) for f, zeros in enumerate(of_factors)]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 
 def check_form(optimizer: str, state_dict: object) -> None:
     """Raises a ValueError, in the name of ``optimizer``, for what is built otherwise than a state_dict."""
@@ -11,8 +14,23 @@ def check_form(optimizer: str, state_dict: object) -> None:
         and isinstance(groups, (list, tuple))
         and all(isinstance(each, dict) for each in (*state.values(), *groups))
         and all(isinstance(group.get("params"), (list, tuple)) for group in groups)
+        and all(isinstance(i, (int, str)) for group in groups for i in group["params"])  # str: distributed checkpoints
     ):
         raise ValueError(
             f"{optimizer}: the state to load must be what state_dict() gives: a dict with state, a dict of a dict a "
-            "table, and param_groups, a list of dicts with a list of params each"
+            "table, and param_groups, a list of dicts with a list of the numbers of its params each"
         )
+    for table, values in state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and not _has_numbers(value):
+                nested = "nested " if value.is_nested else ""
+                raise ValueError(
+                    f"{optimizer}: the state of table {table} must have strided tensors of real numbers, got {name} "
+                    f"that is {nested}{value.layout}, {value.dtype}, on {value.device}"
+                )
+
+
+def _has_numbers(value: Tensor) -> bool:
+    """Whether every element of it is there and a real number, so that it can be copied to a strided tensor."""
+    held = value.layout == torch.strided and not value.is_nested and not value.is_meta
+    return held and not (value.is_quantized or value.is_complex())

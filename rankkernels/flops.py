@@ -99,6 +99,29 @@ def _linear_weight_grad(dy, x, *args, out_shape=None, **kwargs) -> int:
     return 2 * dy[0] * dy[1] * x[1]
 
 
+@register_flop_formula(_OPS.augru)
+def _augru(x, input_weight, weight, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x[0] * x[1] * (prod(input_weight) + prod(weight))
+
+
+@register_flop_formula(_OPS.augru_backward)
+def _augru_backward(grad_out, out, *inputs, out_shape=None, **kwargs) -> int:
+    """Two products for one, and that once more."""
+    return 3 * _augru(*inputs)
+
+
+@register_flop_formula(_OPS.target_attention)
+def _target_attention(query, history, lengths, mask, offsets, *args, out_shape=None, **kwargs) -> int:
+    """Of jagged histories only values say how many rows each sample has: as many as all samples share."""
+    rows = history[0] if offsets is not None else query[0] * history[1]
+    return 4 * rows * prod(query[1:])
+
+
+@register_flop_formula(_OPS.target_attention_backward)
+def _target_attention_backward(grad_out, out, stats, *inputs, out_shape=None, **kwargs) -> int:
+    return 5 * _target_attention(*inputs) // 2
+
+
 def _of_candidate(layers: Sequence[Layer], inputs: int) -> int:
     """Multiply-adds of the layers, the first of so many inputs, and of the score behind the last."""
     if not layers:

@@ -22,12 +22,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankkernels._fbgemm import from_fbgemm, to_fbgemm
+from rankkernels._fuse import fuse
 from rankkernels._row_optimizer import RowOptimizer
-from rankkernels.nn.embedding import fused_weight
-from rankkernels.ops._library import use_huge_pages
 
 __all__ = [
     "FTRL", "SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "RowWiseAdam", "RowWiseRMSprop", "from_fbgemm", "fuse",
@@ -349,44 +348,3 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
         }
     theirs.load_state_dict(state_dict)
     return theirs
-
-
-def fuse(module: nn.Module, optimizer: RowOptimizer, *, grad_scaler: torch.amp.GradScaler | None = None) -> nn.Module:
-    """Lets ``optimizer`` step in the backward of every ``EmbeddingLayer``, ``EmbeddingBag`` and
-    ``TableBatchedEmbeddingBag`` in ``module``, whose tables must all be among its params. Returns ``module``.
-
-    A backward is one step of every table that it asks for a gradient of, with what all its lookups add up to; a lookup
-    that is the only one, of features that may share tables, steps without its gradient being stored, so look tables up
-    together. ``torch.autograd.grad`` steps on nothing, ``backward(inputs=...)`` on the tables named. Checkpoint with
-    ``use_reentrant=False``: the other way's backward inside of the backward raises. The tables' ``grad`` stays None.
-    ``optimizer.state_dict`` holds the state, ``optimizer.step`` does nothing. With ``grad_scaler`` the backward is
-    taken to be of a loss that it scaled.
-
-    In DistributedDataParallel the forward raises a RuntimeError: each process would step on its own gradients alone.
-    There, take tables with ``sparse=True`` and call ``optimizer.step``.
-
-    Raises:
-        ValueError: there is no such layer in ``module``, or one has a table that is frozen, not among the params, or
-            looked up by a module of its own (``max_norm`` in an ``nn.Embedding``, ``scale_grad_by_freq``, subclasses).
-    """
-    params = {p for group in optimizer.param_groups for p in group["params"]}
-    layers = {name: m for name, m in module.named_modules() if hasattr(type(m), "fused_optimizer")}
-    if not layers:
-        raise ValueError(f"fuse: {type(module).__name__} has no layer of embedding tables")
-    for layer_name, layer in layers.items():
-        for name, p in layer.named_parameters():
-            full = ".".join(part for part in (layer_name, name) if part)
-            if not p.requires_grad:
-                raise ValueError(f"fuse: table {full} is frozen")
-            if p not in params:
-                raise ValueError(f"fuse: table {full} is not among the optimizer's params")
-        for name, m in layer.named_modules():
-            full = ".".join(part for part in (layer_name, name) if part)
-            if (isinstance(m, nn.Embedding) and fused_weight(m) is None) or getattr(m, "scale_grad_by_freq", False):
-                raise ValueError(f"fuse: table {full} is looked up by a module of its own: {m}")
-    optimizer.grad_scaler = grad_scaler
-    for layer in layers.values():
-        layer.fused_optimizer = optimizer
-        for p in layer.parameters():
-            use_huge_pages(p)
-    return module

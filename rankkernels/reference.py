@@ -107,6 +107,38 @@ def fm_and_linear(embeddings: Tensor, dim: int, linear_weight: Tensor | None = N
     return fm, linear.to(embeddings.dtype)
 
 
+def augru(
+    x: Tensor,
+    input_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    attention: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """A GRU whose update gate is scaled by an attention: x [B, L, K], input_weight [3 D, K], weight [3 D, D], bias
+    [4, D], attention [B, L], lengths [B] -> [B, L, D], zeros beyond the lengths.
+
+    Zhou et al., "Deep Interest Evolution Network" (2019), equations 3 to 6 and 14 to 16. Without attention
+    torch.nn.GRU's, whose z is 1 - u.
+    """
+    xa, W, U, b, a = (None if t is None else accumulator(t) for t in (x, input_weight, weight, bias, attention))
+    B, L, D = *x.shape[:2], weight.shape[1]
+    b_u, b_r, b_c, b_n = b
+    g = F.linear(xa, W)
+    h, states = g.new_zeros(B, D), [g[:, :0, :D]]
+    for step in range(L):
+        of_u, of_r, of_n = F.linear(h, U).split(D, 1)
+        g_u, g_r, g_n = g[:, step].split(D, 1)
+        u, r = torch.sigmoid(g_u + of_u + b_u), torch.sigmoid(g_r + of_r + b_r)
+        n = torch.tanh(g_n + b_n + r * (of_n + b_c))
+        h = h + (u if a is None else a[:, step, None] * u) * (n - h)
+        states.append(h[:, None])
+    out = torch.cat(states, 1)
+    if lengths is not None:
+        out = out.masked_fill(torch.arange(L, device=out.device)[:, None] >= lengths[:, None, None], 0.0)
+    return out.to(x.dtype)
+
+
 def dice(x: Tensor, alpha: Tensor, epsilon: float = 1e-3) -> Tensor:
     """Dice with the statistics of a row's units, as torch-rechub has it: x [N, H], alpha [1] or [H] -> [N, H].
 
@@ -323,6 +355,34 @@ def attention_pool(score: Tensor, rows: Tensor, sample: Tensor, B: int, use_soft
 def weighted_sum(weight: Tensor, rows: Tensor, sample: Tensor, B: int) -> Tensor:
     """The rows [N, D] of each sample, summed with their weights [N]: [B, D]."""
     return rows.new_zeros(B, rows.size(1)).index_add(0, sample, weight[:, None] * rows)
+
+
+def target_attention(
+    query: Tensor,
+    history: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    history_index: Tensor | None = None,
+) -> Tensor:
+    """Each sample's history pooled by the softmax of its rows' dot products with each query: query [B, H, D], history
+    as in ``valid_rows`` -> [B, H, D].
+
+    FuxiCTR's MultiHeadTargetAttention between its projections, and the second stage of SIM (Pi et al. 2020) and TWIN
+    (Chang et al. 2023). Rows that a mask leaves out score -1e9, as there: a sample without any other gets their mean.
+    """
+    q, h = accumulator(query), accumulator(history)
+    if history_index is not None:
+        h, lengths, mask, offsets = expand_histories(h, history_index, lengths, mask, offsets)
+    if lengths is None and offsets is None:
+        scores = torch.einsum("bhd,bld->bhl", q, h)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -1e9)
+        return torch.einsum("bhl,bld->bhd", scores.softmax(-1), h).to(query.dtype)
+    rows, sample, _ = valid_rows(h, lengths, None, offsets)
+    scores = (q[sample] * rows[:, None]).sum(-1)
+    heads = [attention_pool(score, rows, sample, q.size(0), True) for score in scores.unbind(1)]
+    return torch.stack(heads, 1).to(query.dtype) if heads else q.new_zeros(q.shape).to(query.dtype)
 
 
 def din_attention(

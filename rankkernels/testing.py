@@ -48,7 +48,9 @@ class OpCase:
     backward_flops: int
     dtypes: Sequence[torch.dtype] = field(default=tuple(TOLERANCE))
 
-    def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0):
+    def inputs(
+        self, dtype: torch.dtype = torch.float32, requires_grad: bool = False, seed: int = 0
+    ) -> tuple[Tensor, ...]:
         tensors = self.make(dtype, torch.Generator().manual_seed(seed))
         return tuple(t.requires_grad_(requires_grad and t.is_floating_point()) for t in tensors)
 
@@ -483,7 +485,104 @@ def embedding_fm_case(
     )
 
 
+def augru_case(B: int, L: int, D: int, K: int, attention: bool = True, form: str = "lengths") -> OpCase:
+    """K inputs a position. ``form`` is padded or lengths; those are random, the first 0 and the last L."""
+    counts = torch.randint(0, L + 1, (B,), generator=torch.Generator().manual_seed(B * 1000 + L))
+    counts[:1], counts[1:][-1:] = 0, L
+    more = [counts] if form == "lengths" else []
+    steps = B * L if form == "padded" else int(counts.sum())
+
+    def make(dtype, generator):
+        tensors = [randn((B, L, K), dtype, generator), randn((3 * D, K), dtype, generator, max(K, 1) ** -0.5)]
+        tensors.append(randn((3 * D, D), dtype, generator, max(D, 1) ** -0.5))
+        tensors.append(randn((4, D), dtype, generator))
+        if attention:
+            tensors.append(torch.rand((B, L), dtype=torch.float64, generator=generator).to(dtype))
+        return *tensors, *more
+
+    def arguments(x, input_weight, weight, bias, *rest):
+        rest = list(rest)
+        return x, input_weight, weight, bias, rest.pop(0) if attention else None, rest.pop(0) if rest else None
+
+    return OpCase(
+        op="augru",
+        id=f"augru-B{B}-L{L}-D{D}-K{K}-{form}" + ("" if attention else "-gru"),
+        make=make,
+        function=lambda *inputs: ops.augru(*arguments(*inputs)),
+        reference=lambda *inputs: reference.augru(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.augru.default,
+        arguments=arguments,
+        elements=steps * (K + attention) + B * L * D,
+        flops=steps * 6 * D * (D + K),
+        backward_flops=steps * 18 * D * (D + K),
+    )
+
+
+def target_attention_case(B: int, H: int, L: int, D: int, form: str = "padded", users: int | None = None) -> OpCase:
+    """``form`` is padded, lengths, mask or offsets; lengths are random, the first 0 and the last L. With ``users`` the
+    samples share so many histories."""
+    generator = torch.Generator().manual_seed(B * 1000 + L)
+    U = B if users is None else users
+    counts = torch.full((U,), L)
+    if form != "padded":
+        counts = torch.randint(0, L + 1, (U,), generator=generator)
+        counts[:1], counts[1:][-1:] = 0, L
+    index = [] if users is None else [torch.arange(B).neg().remainder(max(U, 1))]
+    extra = {
+        "padded": [],
+        "lengths": [counts],
+        "mask": [(torch.arange(L) < counts[:, None])[:, torch.randperm(L, generator=generator)]],
+        "offsets": [torch.cat([counts.new_zeros(1), counts.cumsum(0)])],
+    }[form]
+    rows = B * L if users is None else int(counts[index[0]].sum())
+
+    def make(dtype, generator):
+        query = randn((B, H, D), dtype, generator, max(D, 1) ** -0.5)
+        history = randn((int(counts.sum()), D) if form == "offsets" else (U, L, D), dtype, generator)
+        return query, history, *extra, *index
+
+    def arguments(query, history, *rest):
+        rest = list(rest)
+        forms = [rest.pop(0) if form == name else None for name in ("lengths", "mask", "offsets")]
+        return query, history, *forms, rest.pop(0) if rest else None
+
+    return OpCase(
+        op="target_attention",
+        id=f"target_attention-B{B}-H{H}-L{L}-D{D}-{form}" + ("" if users is None else f"-U{users}"),
+        make=make,
+        function=lambda *inputs: ops.target_attention(*arguments(*inputs)),
+        reference=lambda *inputs: reference.target_attention(*arguments(*inputs)),
+        overload=torch.ops.rankkernels.target_attention.default,
+        arguments=arguments,
+        elements=U * L * D + 2 * B * H * D,
+        flops=4 * rows * H * D,
+        backward_flops=10 * rows * H * D,
+    )
+
+
 TEST_CASES = [
+    target_attention_case(3, 2, 5, 4),
+    target_attention_case(4, 3, 70, 17, "mask"),
+    target_attention_case(5, 1, 67, 9, "lengths"),
+    target_attention_case(4, 9, 6, 33, "offsets"),
+    target_attention_case(7, 4, 66, 5, "offsets", users=3),
+    target_attention_case(70, 2, 3, 4, "lengths", users=2),
+    target_attention_case(6, 2, 5, 3, "mask", users=4),
+    target_attention_case(2, 2, 0, 4),
+    target_attention_case(0, 2, 3, 4),
+    *(
+        augru_case(B, L, D, K, attention, form)
+        for B, L, D, K, attention, form in (
+            (5, 4, 3, 4, True, "lengths"),
+            (3, 5, 8, 8, False, "padded"),
+            (35, 2, 9, 5, False, "lengths"),
+            (2, 3, 1, 19, True, "padded"),
+            (1, 2, 20, 33, True, "padded"),
+            (0, 3, 4, 4, True, "lengths"),
+            (3, 0, 4, 4, False, "lengths"),
+            (2, 3, 4, 0, True, "padded"),
+        )
+    ),
     *(
         fm_interaction_case(B, F, D, reduce_sum)
         for B, F, D in ((5, 3, 10), (1, 1, 1), (3, 39, 16), (4, 2, 67), (2, 7, 130), (0, 3, 4), (3, 1, 8), (2, 5, 200))
@@ -551,6 +650,12 @@ TEST_CASES = [
 ]
 
 BENCH_CASES = [
+    target_attention_case(1024, 2, 51, 16, "mask"),
+    target_attention_case(64, 4, 1000, 64, "mask"),
+    target_attention_case(8, 4, 10000, 64),
+    target_attention_case(256, 4, 1000, 64, "offsets", users=8),
+    augru_case(1024, 50, 16, 16),
+    augru_case(1024, 50, 64, 64, attention=False),
     fm_interaction_case(65536, 39, 16),
     fm_interaction_case(8192, 39, 64),
     fm_interaction_case(4096, 39, 10),

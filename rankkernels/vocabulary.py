@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Vocabulary:
         """The number of ids: a table for them has so many rows."""
         return 1 + len(self.values) + {"error": 0, "row": 1, "hash": self.hash_rows}[self.unknown]
 
-    def __call__(self, column) -> Tensor:
+    def __call__(self, column: Any) -> Tensor:
         """ids, int64, of a column of values: a list, nested or not, an array, a Series, or a tensor of integers.
 
         Raises:

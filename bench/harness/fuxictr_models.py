@@ -80,33 +80,38 @@ class NFM(_Model):
 
 
 class DIN(_Model):
-    """DIN_Attention of each tuple of target fields over its tuple of sequences, MLP_Block over all fields."""
+    """DIN_Attention of each field or tuple of target fields over its sequences, MLP_Block over all fields."""
 
     def __init__(
         self,
         feature_map: FeatureMap,
         D: int,
-        targets: Sequence[tuple[str, ...]],
-        sequences: Sequence[tuple[str, ...]],
+        targets: Sequence[str | tuple[str, ...]],
+        sequences: Sequence[str | tuple[str, ...]],
         attention: Mapping,
         mlp: Mapping,
         **settings,
     ):
         super().__init__(feature_map, model_id="DIN", **settings)
-        self.targets, self.sequences, self.width = targets, sequences, D
+        self.din_target_field, self.din_sequence_field, self.width = targets, sequences, D
         self.embedding_layer = FeatureEmbeddingDict(feature_map, D)
-        self.attention_layers = nn.ModuleList(DIN_Attention(D * len(target), **attention) for target in targets)
+        self.attention_layers = nn.ModuleList(DIN_Attention(D * len(_all(target)), **attention) for target in targets)
         self.dnn = MLP_Block(feature_map.sum_emb_out_dim(), output_dim=1, **mlp)
         self.finish()
 
     def logits(self, X: Mapping[str, Tensor]) -> Tensor:
         found = self.embedding_layer(X)
-        for attention, target, sequence in zip(self.attention_layers, self.targets, self.sequences):
+        for attention, target, sequence in zip(self.attention_layers, self.din_target_field, self.din_sequence_field):
+            sequence = _all(sequence)
             history = torch.cat([found[f] for f in sequence], dim=-1)
             mask = X[sequence[0]].long() != 0
-            pooled = attention(torch.cat([found[f] for f in target], dim=-1), history, mask)
+            pooled = attention(torch.cat([found[f] for f in _all(target)], dim=-1), history, mask)
             found.update(zip(sequence, pooled.split(self.width, dim=-1)))
         return self.dnn(self.embedding_layer.dict2tensor(found, flatten_emb=True))
+
+
+def _all(fields: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (fields,) if isinstance(fields, str) else fields
 
 
 def history_ids(B: int, L: int, rows: int, shortest: int = 0) -> Tensor:

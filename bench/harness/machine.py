@@ -22,6 +22,7 @@ PEERS = {
     "torch-rechub": "torch_rechub",
     "deepctr-torch": "deepctr_torch.layers",
     "fuxictr": "fuxictr.pytorch.layers",
+    "tzrec-sekai": "bench.harness.torch_easyrec",
     "fbgemm-gpu-cpu": "fbgemm_gpu",
     "zentorch": "zentorch",
 }

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness import machine
+from rankkernels.testing import OpCase
 
 
 def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None) -> dict[str, Callable]:
@@ -76,6 +78,20 @@ def fm_layers(fields: int) -> dict[str, nn.Module]:
     return layers
 
 
+def one_query_attention(case: OpCase) -> dict[str, Callable]:
+    """torch's attention, its keys the values and its queries a sample's, where it takes the histories' form: padded,
+    one a sample."""
+
+    def attention(query, history, *rest):
+        mask = rest[0][:, None, None] if rest else None
+        return F.scaled_dot_product_attention(
+            query[:, None], history[:, None], history[:, None], mask, scale=1.0
+        ).squeeze(1)
+
+    _, _, lengths, _, offsets, index = case.arguments(*case.inputs())
+    return {"torch's attention": attention} if lengths is offsets is index is None else {}
+
+
 def hidden_layers(activation: str, H: int, eps: float) -> dict[str, Callable]:
     """Batch normalization by the batch's statistics and the activation, x [N, H] -> [N, H], as functions of x and of
     weight, bias and alpha, by whoever has that activation; the running statistics are updated along the way."""
@@ -127,6 +143,13 @@ def masked_attentions(
         fuxi = DIN_Attention(D, widths, name, use_softmax=use_softmax)
         share([m for m in fuxi.attention_layer.mlp if isinstance(m, nn.Linear)], params)
         functions["FuxiCTR"] = lambda h, t, n: fuxi(t, h, torch.arange(L) < n[:, None])
+    if use_softmax and not machine.missing("tzrec-sekai"):
+        from bench.harness.torch_easyrec import DINEncoder
+
+        name = {"sigmoid": "nn.Sigmoid", "relu": "nn.ReLU"}[activation]
+        encoder = DINEncoder(D, D, "x", {"hidden_units": widths, "activation": name})
+        share([*(layer.perceptron[0] for layer in encoder.mlp.mlp), encoder.linear], params)
+        functions["TorchEasyRec"] = lambda h, t, n: encoder({"x.query": t, "x.sequence": h, "x.sequence_length": n})
     return functions
 
 

@@ -92,7 +92,7 @@ MODELS: dict[str, Callable[[Features], nn.Module]] = {
     "FiBiNet": lambda f: ranking.FiBiNet(f.sparse, f.mlp),
     "DeepFFM": lambda f: ranking.DeepFFM(f.linear, f.cross, f.sizes.D, f.mlp),
     "FatDeepFFM": lambda f: ranking.FatDeepFFM(f.linear, f.cross, f.sizes.D, 1, f.mlp),
-    "BST": lambda f: ranking.BST(f.user + f.dense, f.history, f.item, f.mlp, nhead=2),
+    "BST": lambda f: ranking.BST(f.user + f.dense, f.history, f.item, f.mlp, nhead=2, dropout=0.0),
     "DIN": lambda f: ranking.DIN(f.user + f.pooled, f.history, f.item, f.bottom, f.attention),
     "DIEN": lambda f: ranking.DIEN(f.user + f.dense, f.history, f.negative, f.item, f.bottom),
     "AutoInt": lambda f: ranking.AutoInt(f.sparse, f.dense, 2, 2, f.sizes.dropout, f.mlp),

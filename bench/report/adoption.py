@@ -48,14 +48,15 @@ def steps(record: Record, library: str) -> str:
 
 
 def models(record: Record) -> str:
-    """How many times torch-rechub's speed its models have accelerated."""
+    """How many times torch-rechub's speed its models have accelerated, and how many of their layers are replaced."""
     found: dict[str, dict[str, str]] = {}
     for race in record.races:
         name, _, shape = race["case"].partition(", ")
-        found.setdefault(name, {})[race["kind"]] = times(race["contenders"]["torch-rechub"]["ratio"])
-    kinds = list(dict.fromkeys(kind for of_model in found.values() for kind in of_model))
-    rows = [[name, *(of_model.get(kind, "–") for kind in kinds)] for name, of_model in found.items()]
-    table = markdown([shape, *(f"{kind}, times" for kind in kinds)], rows)
+        of_model = found.setdefault(name, {"layers replaced": str(race.get("replaced", "–"))})
+        of_model[f"{race['kind']}, times"] = times(race["contenders"]["torch-rechub"]["ratio"])
+    columns = list(dict.fromkeys(column for of_model in found.values() for column in of_model))
+    rows = [[name, *(of_model.get(column, "–") for column in columns)] for name, of_model in found.items()]
+    table = markdown([shape, *columns], rows)
     return "\n".join([*_measured(record, ""), *table]) + "\n"
 
 

@@ -18,6 +18,7 @@ TITLES = {
     "embedding_bag": "Embedding tables",
     "lookup": "Lookups by width",
     "interactions": "Cross networks and pairs of fields",
+    "sequence": "Sequence models",
     "linear": "Linear layers",
     "adoption": "Models of FuxiCTR and DeepCTR-Torch, accelerated",
     "models": "Models of torch-rechub, accelerated",

@@ -62,6 +62,11 @@ constexpr int64_t kDinTargets = 8;
 // Rows of DIN's history wider than this, in bytes, are copied: beside their GEMM that costs little, reads
 // ahead where it would wait for eight rows at once, and spreads the rows over the sets of the caches.
 constexpr int64_t kDinInPlaceBytes = 256;
+// L1: samples that go through a recurrence together, rows of its GEMM (bench_ops.py); and sums of gradients
+// at most, each of the weights' size.
+constexpr int64_t kAugruRows = 32, kAugruSums = 16;
+// L1: queries of a task of the target attention, which reads its history once for them (bench_ops.py).
+constexpr int64_t kTargetQueries = 64;
 // L1: bytes of one of three arrays of accumulators of a block in a normalization, of so many rows at least
 // (bench_ops.py).
 constexpr int64_t kNormBlockBytes = 12288, kNormMinRows = 16;

@@ -8,7 +8,13 @@ from torch import nn
 
 from rankkernels.adoption._report import why_subclass_is_left
 from rankkernels.adoption.fuxictr_embedding import FeatureEmbedding, FeatureEmbeddingDict
-from rankkernels.adoption.fuxictr_layers import Dice, DIN_Attention, InnerProductInteraction, MLP_Block
+from rankkernels.adoption.fuxictr_layers import (
+    Dice,
+    DIN_Attention,
+    InnerProductInteraction,
+    MLP_Block,
+    MultiHeadTargetAttention,
+)
 from rankkernels.nn.embedding import fused_weight
 
 LIBRARY = "FuxiCTR"
@@ -18,12 +24,14 @@ _FUSED = {
     layers.Dice: Dice,
     layers.MLP_Block: MLP_Block,
     layers.DIN_Attention: DIN_Attention,
+    layers.MultiHeadTargetAttention: MultiHeadTargetAttention,
     layers.FeatureEmbedding: FeatureEmbedding,
     layers.FeatureEmbeddingDict: FeatureEmbeddingDict,
 }
 
 _BY_PARTS = "its own forward runs, over the layers below"
 _LEFT = {
+    layers.ScaledDotProductAttention: "its target attention does its work",
     layers.LogisticRegression: _BY_PARTS,
     layers.FactorizationMachine: _BY_PARTS,
     layers.PretrainedEmbedding: "its own forward runs: it masks and projects what it looks up",

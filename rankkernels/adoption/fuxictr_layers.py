@@ -10,6 +10,7 @@ from rankkernels import ops
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.attention import FusedMLP, HiddenLayer, first_layer, fused_mlp
 from rankkernels.nn.layers import BatchNormDice, run_layers
+from rankkernels.nn.target_attention import TargetHeads
 from rankkernels.ops._tracing import is_tensor, is_traced
 
 
@@ -89,6 +90,15 @@ class DIN_Attention(layers.DIN_Attention):
         if score.dtype != history.dtype or torch.is_autocast_enabled(history.device.type):
             return (score.unsqueeze(-1) * history).sum(dim=1)
         return torch.bmm(score[:, None], history).squeeze(1)
+
+
+class MultiHeadTargetAttention(TargetHeads, layers.MultiHeadTargetAttention):
+    """The rows of the history as keys and values both (``rankkernels.target_attention``), which theirs projects."""
+
+    def forward(self, target_item: Tensor, history_sequence: Tensor, mask: Tensor | None = None) -> Tensor:
+        if not _are_rows(target_item, history_sequence, mask) or not self.is_served():
+            return super().forward(target_item, history_sequence, mask)
+        return self.of_rows(target_item, history_sequence, mask=None if mask is None else mask.float() != 0)
 
 
 def _are_rows(target: Tensor, history: Tensor, mask: Tensor | None) -> bool:

@@ -22,6 +22,8 @@ from rankkernels.nn import (
     EmbeddingLayer,
 )
 from rankkernels.nn.embedding import InputMask
+from rankkernels.nn.recurrent import AUGRU, AUGRU_Cell
+from rankkernels.nn.target_attention import InteractingLayer
 
 LIBRARY = "torch-rechub"
 _INTERACTIONS = FFM, BiLinearInteractionLayer, CrossLayer, CrossNetMix, CrossNetV2, CrossNetwork
@@ -30,7 +32,7 @@ _INTERACTIONS = FFM, BiLinearInteractionLayer, CrossLayer, CrossNetMix, CrossNet
 _NAMESAKES = {
     f"torch_rechub.{module}.{cls.__name__}": cls
     for module, classes in {
-        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask, *_INTERACTIONS),
+        "basic.layers": (FM, LR, MLP, EmbeddingLayer, InputMask, InteractingLayer, *_INTERACTIONS),
         "basic.activation": (Dice,),
         "models.ranking.din": (ActivationUnit, models.DIN),
         "models.ranking.deepfm": (models.DeepFM,),
@@ -38,6 +40,8 @@ _NAMESAKES = {
         "models.ranking.dcn_v2": (models.DCNv2,),
         "models.ranking.edcn": (RegulationModule, models.EDCN),
         "models.ranking.widedeep": (models.WideDeep,),
+        "models.ranking.bst": (models.BST,),
+        "models.ranking.dien": (AUGRU_Cell, AUGRU, models.DIEN),
     }.items()
     for cls in classes
 }

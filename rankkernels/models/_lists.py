@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 
 from torch import Tensor, nn
 
+from rankkernels.nn._transparency import is_plain
+from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features, is_dense, is_sequence
+from rankkernels.nn.lookup_plan import arrange
 
 
 def check_lists(model: str, **lists: Sequence) -> None:
@@ -29,6 +33,44 @@ def check_one_width(model: str, **lists: Sequence) -> None:
                     f"{feature.name!r} has {feature.embed_dim}"
                 )
             check_pooled(model, feature)
+
+
+def check_histories(model: str, histories: Sequence, targets: Sequence) -> None:
+    """Raises unless ``histories`` are sequences [B, L, D] and ``targets`` of one id a sample."""
+    for feature in targets:
+        if is_dense(feature) or is_sequence(feature):
+            raise ValueError(f"{model}: target feature {feature.name!r} must be a sparse feature, got {feature!r}")
+    for history in histories:
+        if getattr(history, "pooling", None) != "concat":
+            raise ValueError(
+                f"{model}: history feature {history.name!r} must be a sequence feature with pooling='concat', "
+                f"got {history!r} with pooling {getattr(history, 'pooling', None)!r}"
+            )
+
+
+def look_up(
+    embedding: nn.Module, x: Mapping[str, Tensor], lists: Sequence[Sequence], users: Collection[str] = ()
+) -> list[list[Tensor]]:
+    """One tensor a feature of each list: all looked up in one call, or by calling ``embedding`` list by list where that
+    may be seen. ``users``: names of the features that have a row a user."""
+    if is_plain(embedding, EmbeddingLayer):
+        found = embedding.lookup(x, list(chain(*lists)), one_batch=not users)
+    else:
+        found = [e for features in lists for e in called(embedding, x, features, users)]
+    embeddings = iter(found)
+    return [[next(embeddings) for _ in features] for features in lists]
+
+
+def look_up_beside(
+    embedding: nn.Module, x: Mapping[str, Tensor], context: Sequence, lists: Sequence[Sequence]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """``look_up`` of ``lists``, and of the features ``context`` what an MLP takes of them: one tensor [B, n], or none
+    where there are no such features."""
+    if is_plain(embedding, EmbeddingLayer):
+        of_context, *found = look_up(embedding, x, [context, *lists])
+        return ([arrange(context, of_context, squeeze_dim=True)] if context else []), found
+    flat = [embedding(x, context, squeeze_dim=True)] if context else []
+    return flat, look_up(embedding, x, lists)
 
 
 def called(

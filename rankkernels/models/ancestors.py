@@ -13,6 +13,7 @@ from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.layers import FM, LR, MLP
 from rankkernels.nn.lookup_plan import arrange, table_name
+from rankkernels.ops import pairwise_dot
 
 
 class WideDeep(nn.Module):
@@ -183,22 +184,10 @@ class PNN(nn.Module):
     def _products(self, fields: Tensor) -> Tensor:
         """fields [B, F, D] -> [B, product_dims]."""
         if self.product == "inner":
-            return _pairwise_dot(fields)
+            return pairwise_dot(fields)
         if self.superpose:
             of_sum = fields.sum(1)
             return (of_sum[:, :, None] * of_sum[:, None, :]).flatten(1)
-        first, second = _pairs(fields)
+        F = fields.shape[1]
+        first, second = torch.triu_indices(F, F, 1, device=fields.device)
         return (fields[:, first, :, None] * fields[:, second, None, :]).flatten(1)
-
-
-def _pairs(fields: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers i < j of all pairs of fields."""
-    F = fields.shape[1]
-    first, second = torch.triu_indices(F, F, 1, device=fields.device)
-    return first, second
-
-
-def _pairwise_dot(fields: Tensor) -> Tensor:
-    """fields [B, F, D] -> <f_i, f_j> of all pairs i < j, [B, F (F - 1) / 2]."""
-    first, second = _pairs(fields)
-    return torch.bmm(fields, fields.transpose(1, 2))[:, first, second]

@@ -8,11 +8,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from rankkernels.models._lists import called, check_lists, check_pooled
-from rankkernels.nn._transparency import is_plain
+from rankkernels.models._lists import check_histories, check_lists, check_pooled, look_up
 from rankkernels.nn.attention import ActivationUnit
 from rankkernels.nn.embedding import EmbeddingLayer
-from rankkernels.nn.features import check_features, is_dense, is_sequence
+from rankkernels.nn.features import check_features
 from rankkernels.nn.layers import MLP
 from rankkernels.nn.lookup_plan import arrange
 from rankkernels.nn.shared_users import check_batch, check_user_features, copied
@@ -61,15 +60,8 @@ class DIN(nn.Module):
             )
         for feature in features:
             check_pooled("DIN", feature)
-        for feature in target_features:
-            if is_dense(feature) or is_sequence(feature):
-                raise ValueError(f"DIN: target feature {feature.name!r} must be a sparse feature, got {feature!r}")
+        check_histories("DIN", history_features, target_features)
         for history, target in zip(history_features, target_features):
-            if getattr(history, "pooling", None) != "concat":
-                raise ValueError(
-                    f"DIN: history feature {history.name!r} must be a sequence feature with pooling='concat', "
-                    f"got {history!r} with pooling {getattr(history, 'pooling', None)!r}"
-                )
             if history.embed_dim != target.embed_dim:
                 raise ValueError(
                     f"DIN: history feature {history.name!r} and its target {target.name!r} must have one embed_dim, "
@@ -104,12 +96,7 @@ class DIN(nn.Module):
         if user_index is not None:
             users = {*self.user_features, *(f.name for f in self.history_features)}
             check_batch("DIN", x, list(chain(*lists)), users, user_index)
-        if is_plain(self.embedding, EmbeddingLayer):
-            embeddings = self.embedding.lookup(x, list(chain(*lists)), one_batch=user_index is None)
-        else:
-            embeddings = [e for features in lists for e in called(self.embedding, x, features, users)]
-        embeddings = iter(embeddings)
-        others, histories, targets = ([next(embeddings) for _ in features] for features in lists)
+        others, histories, targets = look_up(self.embedding, x, lists, users)
         shared = {}
         if user_index is not None:
             others, shared = copied(self.features, others, users, user_index), {"history_index": user_index}

@@ -22,6 +22,8 @@ from rankkernels.nn.interaction import (
     CrossNetwork,
 )
 from rankkernels.nn.layers import FM, LR, MLP, Dice
+from rankkernels.nn.sync_norm import SyncBatchNorm1d
+from rankkernels.nn.target_attention import InteractingLayer, MultiHeadTargetAttention
 
 __all__ = [
     "FFM",
@@ -38,11 +40,14 @@ __all__ = [
     "Dice",
     "EmbeddingBag",
     "EmbeddingLayer",
+    "InteractingLayer",
+    "MultiHeadTargetAttention",
     "Pretrained",
     "RandomNormal",
     "RandomUniform",
     "SequenceFeature",
     "SparseFeature",
+    "SyncBatchNorm1d",
     "TableBatchedEmbeddingBag",
     "XavierNormal",
     "XavierUniform",

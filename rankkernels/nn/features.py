@@ -7,7 +7,8 @@ by having no ``vocab_size``. And these work wherever torch-rechub's do, which go
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class RandomNormal(Initializer):
     def __init__(self, mean: float = 0.0, std: float = 1.0):
         self.mean, self.std = mean, std
 
-    def fill(self, weight):
+    def fill(self, weight: Tensor) -> None:
         nn.init.normal_(weight, self.mean, self.std)
 
 
@@ -46,7 +47,7 @@ class RandomUniform(Initializer):
     def __init__(self, minval: float = 0.0, maxval: float = 1.0):
         self.minval, self.maxval = minval, maxval
 
-    def fill(self, weight):
+    def fill(self, weight: Tensor) -> None:
         nn.init.uniform_(weight, self.minval, self.maxval)
 
 
@@ -56,7 +57,7 @@ class XavierNormal(Initializer):
     def __init__(self, gain: float = 1.0):
         self.gain = gain
 
-    def fill(self, weight):
+    def fill(self, weight: Tensor) -> None:
         nn.init.xavier_normal_(weight, self.gain)
 
 
@@ -66,14 +67,14 @@ class XavierUniform(Initializer):
     def __init__(self, gain: float = 1.0):
         self.gain = gain
 
-    def fill(self, weight):
+    def fill(self, weight: Tensor) -> None:
         nn.init.xavier_uniform_(weight, self.gain)
 
 
 class Pretrained:
     """A table of given weights [vocab_size, embed_dim], trained on unless ``freeze``."""
 
-    def __init__(self, embedding_weight, freeze: bool = True):
+    def __init__(self, embedding_weight: Any, freeze: bool = True):
         self.embedding_weight = torch.as_tensor(embedding_weight, dtype=torch.float32)
         self.freeze = freeze
 
@@ -152,8 +153,16 @@ class SparseFeature(_TableFeature):
         ValueError: another ``oov``, or one whose row would be that of ``padding_idx``.
     """
 
-    def __init__(self, name, vocab_size, embed_dim=None, shared_with=None, padding_idx=None,
-                 initializer=DEFAULT_INITIALIZER, oov="error"):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        embed_dim: int | None = None,
+        shared_with: str | None = None,
+        padding_idx: int | None = None,
+        initializer: Callable[..., nn.Embedding] = DEFAULT_INITIALIZER,
+        oov: str = "error",
+    ):
         super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov)
 
 
@@ -168,8 +177,18 @@ class SequenceFeature(_TableFeature):
         ValueError: ``weights`` with another pooling than mean and sum.
     """
 
-    def __init__(self, name, vocab_size, embed_dim=None, pooling="mean", shared_with=None, padding_idx=None,
-                 initializer=DEFAULT_INITIALIZER, weights=None, oov="error"):  # fmt: skip
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        embed_dim: int | None = None,
+        pooling: str = "mean",
+        shared_with: str | None = None,
+        padding_idx: int | None = None,
+        initializer: Callable[..., nn.Embedding] = DEFAULT_INITIALIZER,
+        weights: str | None = None,
+        oov: str = "error",
+    ):
         super().__init__(name, vocab_size, embed_dim, shared_with, padding_idx, initializer, oov)
         if weights is not None and pooling not in ("mean", "sum"):
             raise ValueError(f"SequenceFeature {name!r}: weights need pooling mean or sum, got {pooling!r}")
@@ -180,7 +199,7 @@ class SequenceFeature(_TableFeature):
 class DenseFeature(_Feature):
     """A number a sample, [B], or a vector of ``embed_dim`` numbers, [B, embed_dim]."""
 
-    def __init__(self, name, embed_dim=1):
+    def __init__(self, name: str, embed_dim: int = 1):
         self.name = name
         self.embed_dim = embed_dim
 

@@ -194,6 +194,11 @@ def flush_tables(values: Iterable) -> None:
     flush([table.ledger for table in exact_tables(values)])
 
 
+def were_flushed(tables: Iterable[Tensor]) -> bool:
+    """Whether one of these was brought up to date as a whole since its last step, which rounds."""
+    return any(is_exact(table) and table.ledger.flushed == table.ledger.history.step > 0 for table in tables)
+
+
 @torch.no_grad()
 def catch_up(weights: Sequence[Tensor], features: Features, names: str = "") -> None:
     """Brings the rows up to date that ``features`` look up in ``weights``, whichever of these are under exact Adam."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from rankkernels.ops._autograd import check_first_derivative
-from rankkernels.ops._features import Features, joined
+from rankkernels.ops._exact_table import any_exact, were_flushed
+from rankkernels.ops._exchange import Exchange
+from rankkernels.ops._features import MODES, Features, joined
 from rankkernels.ops._schema import nothing
 from rankkernels.ops._tracing import is_transformed
-from rankkernels.ops.embedding_bag_backward import table_gradients
+from rankkernels.ops.embedding_bag_backward import coalesced, table_gradients
 from rankkernels.ops.embedding_bag_update import BagGradients
 
 _will_run = torch._C._will_engine_execute_node  # of a node, in the backward that is running
@@ -41,6 +45,10 @@ class Optimizer(Protocol):
 
     param_groups: list[dict]
     gates: dict[torch.device, Gate]  # of its tables; emptied when they change
+    exchange: Exchange | None  # with other processes, None: it was never asked
+
+    def flush(self) -> None:
+        """Brings every row up to date."""
 
     def fused_step(self, grads: Gradients, weights: Sequence[Tensor], features: Features) -> tuple:
         """Steps on ``weights``, which are distinct. -> the inputs' gradients, as ``Gradients.of_inputs`` has them."""
@@ -79,11 +87,14 @@ class Gate:
 
     A lookup that is the only one of a backward steps at once. Several hand their gradients to the node, which autograd
     runs after all of them, and then each table takes one step. In a backward that computes no gradient of a table the
-    node does not run.
+    node does not run. With other processes to exchange with, that step comes at the end of the backward.
     """
 
     def __init__(self, optimizer: Optimizer, tables: Sequence[Tensor]):
         self.optimizer, self.tables = weakref.ref(optimizer), list(tables)
+        exchange = optimizer.exchange
+        self.exchange = exchange if exchange is not None and exchange.is_needed() else None
+        self.ddp = lambda: None  # that has been found to leave the tables out, weakly
         self.dtypes = {id(table): table.dtype for table in tables}
         self.lookups = weakref.WeakSet()  # nodes of graphs that are alive
         self.backwards = weakref.WeakValueDictionary()  # by the number of autograd's task
@@ -99,7 +110,9 @@ class Gate:
         return all(self.dtypes.get(id(w)) is w.dtype for w in weights)
 
     def is_alone(self, lookup) -> bool:
-        """Whether the running backward goes to all leaves and through no lookup but this one."""
+        """Whether the running backward goes to all leaves and through no lookup but this one, of any process."""
+        if self.exchange is not None:
+            return False
         return _will_run(self.probe) and not any(_will_run(other) for other in self.lookups if other is not lookup)
 
     def add(self, *pending) -> None:
@@ -112,41 +125,80 @@ class Gate:
             torch.autograd.Variable._execution_engine.queue_callback(lookups.clear)
         lookups.append(_Pending(*pending))
 
+    def _asked(self) -> tuple[set[int], set[int]]:
+        """The numbers of the tables that take a step in the running backward, and of those whose gradient
+        ``torch.autograd.grad`` returns."""
+        if _will_run(self.probe):
+            return set(range(len(self.tables))), set()
+        stepped, given = set(), set()
+        for t, node in enumerate(self.nodes):
+            try:
+                if _will_run(node):
+                    stepped.add(t)
+            except RuntimeError:  # the engine's answer for a leaf whose gradient torch.autograd.grad returns
+                given.add(t)
+        return stepped, given
+
     def finish(self) -> list[Tensor | None]:
         """One step with all pending lookups. -> the gradients of the tables that ``torch.autograd.grad`` returns, which
         take no step."""
         lookups, grads = self.backwards.pop(torch._C._current_graph_task_id(), None), nothing(self.tables)
-        if not lookups:
+        if not lookups and self.exchange is None:
             return grads
-        grad_outs, weights, features = _as_one(lookups)
+        stepped, given = self._asked()
+        grad_outs, weights, features = _as_one(lookups or [])
         places = {id(table): i for i, table in enumerate(self.tables)}
-        stepped, given = set(range(len(weights))), set()
-        if not _will_run(self.probe):
-            for t, weight in enumerate(weights):
-                try:
-                    if not _will_run(self.nodes[places[id(weight)]]):
-                        stepped.discard(t)
-                except RuntimeError:  # the engine's answer for a leaf whose gradient torch.autograd.grad returns
-                    stepped.discard(t)
-                    given.add(t)
+        number = [places[id(w)] for w in weights]
 
         def of(tables: set[int]) -> BagGradients:
-            return BagGradients([g if t in tables else None for g, t in zip(grad_outs, features.tables)])
+            return BagGradients([g if number[t] in tables else None for g, t in zip(grad_outs, features.tables)])
+
+        def gradients_of(tables: set[int], sparse: bool) -> list[Tensor | None]:
+            values, rows = weights if features.need_values() else [], [w.size(0) for w in weights]
+            found, _ = table_gradients(of(tables).outs, values, rows, features, sparse)
+            of_number = dict(zip(number, found))
+            return [of_number.get(t) if t in tables else None for t in range(len(self.tables))]
 
         if given:
-            values, rows = weights if features.need_values() else [], [w.size(0) for w in weights]
-            found, _ = table_gradients(of(given).outs, values, rows, features, sparse=False)
-            for t in given:
-                grads[places[id(weights[t])]] = found[t]
-        if of(stepped).lookups(features):
+            grads = gradients_of(given, sparse=False)
+        if self.exchange is not None and stepped:
+            frozen = dict(zip(number, features.frozen_rows)) if any_exact(self.tables) else {}
+            self.exchange.at_the_end(partial(self._step_together, gradients_of(stepped, sparse=True), frozen))
+        elif of(stepped).lookups(features):
             self.optimizer().fused_step(of(stepped), weights, features)
         return grads
 
+    def _step_together(self, grads: Sequence[Tensor | None], frozen: dict[int, int]) -> None:
+        """A step with the gradients that all processes have, here sparse ones: their rows are looked up once more.
+
+        ``frozen`` rows, of tables under exact Adam, were brought up to date by lookups of some processes alone. With
+        the gradient 0 that dense Adam has for them they are so in all.
+        """
+        optimizer = self.optimizer()
+        rows, values = map(list, zip(*((None, None) if g is None else coalesced(g) for g in grads)))
+        for t, row in frozen.items():
+            if row >= 0 and rows[t] is not None:
+                rows[t] = torch.cat([rows[t], rows[t].new_tensor([row])])
+                values[t] = torch.cat([values[t], values[t].new_zeros(1, values[t].size(1))])
+        rows, values, flushed = self.exchange.gather(self.tables, rows, values, were_flushed(self.tables))
+        if flushed:  # by one of them: rounded alike, the tables keep the same bits
+            optimizer.flush()
+        stepped = [t for t, r in enumerate(rows) if r is not None]
+        if stepped:
+            n, none = len(stepped), [-1] * len(stepped)
+            ids, modes = [rows[t] for t in stepped], [MODES.index("none")] * n
+            features = Features(ids, [], [], list(range(n)), modes, none, none)
+            optimizer.fused_step(
+                BagGradients([values[t] for t in stepped]), [self.tables[t] for t in stepped], features
+            )
+
 
 def _as_one(lookups: Sequence[_Pending]) -> _Pending:
-    """Several lookups as one, of distinct tables."""
+    """Any number of lookups as one, of distinct tables."""
     if len(lookups) == 1:
         return lookups[0]
+    if not lookups:
+        return _Pending([], [], Features([], [], [], [], [], [], []))
     features = joined((len(lookup.weights), lookup.features) for lookup in lookups)
     weights = [w for lookup in lookups for w in lookup.weights]
     return _Pending([g for lookup in lookups for g in lookup.grad_outs], *features.of_distinct_tables(weights))
@@ -162,8 +214,8 @@ class FusedLookup:
     Raises:
         ValueError: a table is frozen, has hooks on its gradient, is not among the optimizer's params, or has two
             frozen rows.
-        RuntimeError: DistributedDataParallel is to reduce their gradients; forward mode, ``torch.func``. In the
-            backward: it is one inside of another.
+        RuntimeError: DistributedDataParallel is to reduce their gradients, or among other processes; forward mode,
+            ``torch.func``. In the backward: it is one inside of another.
     """
 
     op: str
@@ -260,7 +312,6 @@ def _gate_of(optimizer: Optimizer, weights: Sequence[Tensor]) -> Gate:
         raise RuntimeError(
             f"{name}: a fused optimizer steps in an ordinary backward, not in forward mode nor under torch.func"
         )
-    _check_not_distributed(name, weights)
     for t, weight in enumerate(weights):
         if not weight.requires_grad:
             raise ValueError(f"{name}: table {t} of shape {list(weight.shape)} is frozen")
@@ -273,21 +324,37 @@ def _gate_of(optimizer: Optimizer, weights: Sequence[Tensor]) -> Gate:
     gate = optimizer.gates.get(device)
     if gate is None or not gate.holds(weights):
         group_of_each(optimizer, weights)
-        tables = [p for group in optimizer.param_groups for p in group["params"] if p.device == device]
-        gate = optimizer.gates[device] = Gate(optimizer, [p for p in tables if p.requires_grad])
+        tables = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        gate = Gate(optimizer, [p for p in tables if p.device == device])
+        if gate.exchange is not None and len(gate.tables) < len(tables):
+            raise RuntimeError(f"{name}: where processes exchange gradients all tables must be on one device")
+        optimizer.gates[device] = gate
+    if DistributedDataParallel._active_ddp_module is not None:
+        _check_distributed(name, gate, DistributedDataParallel._active_ddp_module)
     return gate
 
 
-def _check_not_distributed(optimizer: str, weights: Sequence[Tensor]) -> None:
-    """Raises a RuntimeError in the forward of a DistributedDataParallel that is to reduce the tables' gradients."""
-    ddp = DistributedDataParallel._active_ddp_module
-    if ddp is None:
+def _check_distributed(optimizer: str, gate: Gate, ddp: DistributedDataParallel) -> None:
+    """Raises a RuntimeError in the forward of a DistributedDataParallel that does not leave the tables to ``gate``."""
+    if gate.exchange is not None and ddp._join_config.enable:
+        raise RuntimeError(
+            f"{optimizer}: DistributedDataParallel.join cannot stand in for a fused step; give processes whose data "
+            "have ended empty batches"
+        )
+    if gate.ddp() is ddp:
         return
     reduced = {id(p) for name, p in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore}
     reduced.update(map(id, getattr(ddp, "_delay_all_reduce_params", ())))  # which it counts as ignored
-    if any(id(w) in reduced for w in weights):
+    if any(id(table) in reduced for table in gate.tables):
         raise RuntimeError(
-            f"{optimizer}: a fused step sees the gradients of its own process alone, so under "
-            "DistributedDataParallel the processes' tables would drift apart; take tables with sparse=True and call "
-            "the optimizer's step() instead of rankkernels.optim.fuse"
+            f"{optimizer}: DistributedDataParallel waits for gradients of the tables, and a fused step makes none. "
+            "rankkernels.optim.fuse, which exchanges them itself, comes after init_process_group and before "
+            "DistributedDataParallel, and takes the module that this wraps; or take tables with sparse=True and call "
+            "the optimizer's step()"
         )
+    if gate.exchange is not None and gate.exchange.ranks != dist.get_process_group_ranks(ddp.process_group):
+        raise RuntimeError(
+            f"{optimizer}: the tables' gradients go to the ranks {gate.exchange.ranks} and DistributedDataParallel's "
+            f"to {dist.get_process_group_ranks(ddp.process_group)}: give rankkernels.optim.fuse its process_group"
+        )
+    gate.ddp = weakref.ref(ddp)

@@ -70,6 +70,13 @@ define("cpu_isa() -> int")
 define("use_huge_pages(Tensor t) -> ()")
 torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
+
+
+def has_cpu_kernel(t: Tensor) -> bool:
+    """Whether the library's kernels serve ``t``: asked for ops whose default is slower than torch's own layers."""
+    return t.is_cpu and no_extension is None
+
+
 #: What the C++ kernels run with, or None without them. Queried once at import, so it never appears in a traced graph.
 cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
 only_reference: bool = no_extension == "RANKKERNELS_REFERENCE is set"

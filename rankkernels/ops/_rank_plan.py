@@ -57,10 +57,13 @@ class Lookup(NamedTuple):
 
 
 class Dense(NamedTuple):
+    """Numbers of an input, a part of the MLP's inputs, the linear term and, times a vector, the FM."""
+
     input: int
     width: int
     column: int
     weight: int
+    field: int  # the vector that makes one number a field of the FM; -1: none
 
 
 class Layer(NamedTuple):

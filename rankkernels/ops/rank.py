@@ -141,6 +141,9 @@ class Request:
         fields = []
         found = [self.rows(lookup) for lookup in plan.lookups]
         dense = [self.inputs[d.input].reshape(1 if self.sides[d.input] else self.C, d.width) for d in plan.dense]
+        for part, number in zip(plan.dense, dense):
+            if part.field >= 0:
+                fields.append((number * self.floats(part.field, plan.fm_width)).expand(self.C, -1))
         for part, value in zip([*plan.lookups, *plan.dense], [*found, *dense]):
             if isinstance(part, Lookup) and part.history:
                 continue

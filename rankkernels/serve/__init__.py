@@ -27,8 +27,9 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
     """A copy of ``model`` for inference, by the running statistics of its normalizations.
 
     Args:
-        model: a DeepFM or DIN of ours, of torch-rechub or of DeepCTR-Torch, accelerated or not. A request to one of
-            DeepCTR-Torch's is by its features' names, a history's length among them.
+        model: a DeepFM or DIN of ours, of torch-rechub, FuxiCTR or DeepCTR-Torch, accelerated or not. A request to
+            one of DeepCTR-Torch's is by its features' names, a history's length among them; to FuxiCTR's DIN for long
+            histories by the names of its item's features and, for their histories, these and ``_history``.
         tables: float32, bfloat16, int8 or int4. Codes of 8 and 4 bits have a scale and a bias a row, and an error of
             half the row's range over 255 or 15 at most; tables are read as they are stored.
 
@@ -37,17 +38,27 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
     """
     builder = Builder(tables)
     plain(model, type(model).__name__)
-    if "deepctr_torch" in sys.modules and isinstance(model, sys.modules["deepctr_torch"].models.basemodel.BaseModel):
+    of_fuxictr = _is_of("fuxictr.pytorch.models", model)
+    if _is_of("deepctr_torch.models.basemodel", model):
         built = importlib.import_module("rankkernels.serve._deepctr").build(model, builder)
+    elif of_fuxictr:
+        built = importlib.import_module("rankkernels.serve._fuxictr").build(model, builder)
     else:
         built = _rechub.build(model, kind_of(model), builder)
     if built is None:
         raise NotServed(
             f"freeze: {type(model).__module__}.{type(model).__name__} is not served; served are DeepFM and DIN of "
-            "rankkernels, torch-rechub and DeepCTR-Torch"
+            "rankkernels, torch-rechub, FuxiCTR and DeepCTR-Torch"
         )
     plan, weights = builder.plan(*built)
+    if of_fuxictr:
+        importlib.import_module("rankkernels.serve._fuxictr").check(model, builder, plan, weights)
     return FrozenModel(builder.inputs, builder.stored, weights, plan.encode())
+
+
+def _is_of(module: str, model: nn.Module) -> bool:
+    """Whether ``model`` is a BaseModel of this module, which need not be imported."""
+    return module in sys.modules and isinstance(model, sys.modules[module].BaseModel)
 
 
 def load(path: str | os.PathLike, mmap: bool = False) -> FrozenModel:

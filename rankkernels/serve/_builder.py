@@ -24,6 +24,7 @@ class Builder:
         self.bits = BITS[tables]
         self.inputs: dict[str, str] = {}  # name -> ids, sequence, history or numbers
         self.stored: list[Tensor] = []
+        self.sources: list[Tensor] = []  # of what is stored
         self.tables: list[Table] = []
         self.lookups: list[Lookup] = []
         self.dense: list[Dense] = []
@@ -58,6 +59,7 @@ class Builder:
             stored = quantize(module.weight, self.bits)
             use_huge_pages(stored)
             self.stored.append(stored)
+            self.sources.append(module.weight.detach())
             self.tables.append(Table(self.bits, module.embedding_dim))
             self._table_of[id(module)] = len(self.tables) - 1
         return self._table_of[id(module)]
@@ -69,12 +71,8 @@ class Builder:
         """The number of a lookup of the feature ``name``; ``padding_idx`` is left out where it is pooled or masked."""
         if padding_idx is not None and padding_idx < 0:
             raise NotServed(f"freeze: feature {name!r} has the negative padding_idx {padding_idx}")
-        width = self.tables[table].width
-        if fm and self.fm_width not in (0, width):
-            raise NotServed(
-                f"freeze: the FM's fields must have one width, {name!r} has {width} and not {self.fm_width}"
-            )
-        self.fm_width = width if fm else self.fm_width
+        if fm:
+            self._check_field(name, self.tables[table].width)
         hidden = -1 if padding_idx is None else padding_idx
         self.lookups.append(
             Lookup(
@@ -84,8 +82,21 @@ class Builder:
         )  # fmt: skip
         return len(self.lookups) - 1
 
-    def numbers(self, name: str, width: int, column: int = -1, weight: int = -1) -> None:
-        self.dense.append(Dense(self.input(name, "numbers"), width, column, weight))
+    def numbers(
+        self, name: str, width: int, column: int = -1, weight: int = -1, field: Tensor | None = None
+    ) -> None:  # fmt: skip
+        """``field`` [D]: what one number is multiplied with to be a field of the FM."""
+        if field is not None:
+            self._check_field(name, len(field))
+        place = -1 if field is None else self.floats(field)
+        self.dense.append(Dense(self.input(name, "numbers"), width, column, weight, place))
+
+    def _check_field(self, name: str, width: int) -> None:
+        if self.fm_width not in (0, width):
+            raise NotServed(
+                f"freeze: the FM's fields must have one width, {name!r} has {width} and not {self.fm_width}"
+            )
+        self.fm_width = width
 
     def columns(self, width: int) -> int:
         """The first of so many more inputs of the MLP."""

@@ -14,7 +14,7 @@ from rankkernels.ops._rank_plan import Dense, Plan
 from rankkernels.ops.rank import run_op
 from rankkernels.serve._attention import Attention
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Ranking(NamedTuple):
@@ -139,7 +139,9 @@ def value_of(name: str, dtype: torch.dtype, value: object, given: Sequence[Mappi
 def _without_attention(plan: Plan) -> Plan:
     """The plan of a batch, whose histories were attended to before: their results are inputs of their own."""
     dense = [
-        Dense(plan.inputs + i, sum(plan.tables[plan.lookups[h].table].width for h in unit.histories), unit.column, -1)
+        Dense(
+            plan.inputs + i, sum(plan.tables[plan.lookups[h].table].width for h in unit.histories), unit.column, -1, -1
+        )
         for i, unit in enumerate(plan.units)
     ]
     lookups = tuple(lookup for lookup in plan.lookups if not lookup.history)

@@ -52,24 +52,34 @@ def plain(module: nn.Module, path: str) -> nn.Module:
 
 
 def read_network(modules: Iterable[nn.Module], path: str) -> Network:
-    """Linear layers, each with what follows it, the last one with one unit and nothing behind it."""
+    """Linear layers, each with what follows it, the last one with one unit and nothing behind it; a normalization may
+    stand before the first."""
     found: list[tuple[nn.Linear, list[nn.Module]]] = []
+    norm = None
     for module in modules:
         plain(module, path)
         if type(module) is nn.Linear:
             found.append((module, []))
+        elif not found and norm is None and isinstance(module, nn.BatchNorm1d):
+            norm = module
         elif not found:
             raise NotServed(f"freeze: {path} begins with {module!r}, expected nn.Linear")
         elif not isinstance(module, (nn.Dropout, nn.Identity)):
             found[-1][1].append(module)
     if not found or found[-1][1] or found[-1][0].out_features != 1:
         raise NotServed(f"freeze: {path} must end with nn.Linear of one unit, got {found[-1] if found else 'nothing'}")
-    *hidden, (last, _) = found
+    *layers, (last, _) = found
     weight, bias = _affine(last)
-    if not hidden:
+    if layers:
+        network = Network([_hidden(*layer, path) for layer in layers], weight[0], float(bias))
+    else:
         one = torch.ones(1, dtype=torch.float64)
-        return Network([Hidden(weight, bias, LEAKY, one)], one, 0.0)
-    return Network([_hidden(*layer, path) for layer in hidden], weight[0], float(bias))
+        network = Network([Hidden(weight, bias, LEAKY, one)], one, 0.0)
+    if norm is not None:
+        (first, *rest), (scale, shift) = network.hidden, _scale_and_shift(norm, path)
+        first = first._replace(weight=first.weight * scale, bias=first.bias + first.weight @ shift)
+        network = network._replace(hidden=[first, *rest])
+    return network
 
 
 def _affine(linear: nn.Linear) -> tuple[Tensor, Tensor]:

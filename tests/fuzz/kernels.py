@@ -12,6 +12,7 @@ from rankkernels.ops.bilinear_interaction import KINDS
 from rankkernels.testing import (
     TOLERANCE,
     OpCase,
+    augru_case,
     bilinear_interaction_case,
     cross_layer_case,
     cross_network_case,
@@ -20,6 +21,7 @@ from rankkernels.testing import (
     fm_interaction_case,
     norm_activation_case,
     pairwise_dot_case,
+    target_attention_case,
 )
 
 ops = torch.ops.rankkernels
@@ -28,6 +30,14 @@ ops = torch.ops.rankkernels
 def drawn_case(draw: Draw, op: str) -> OpCase:
     if op == "fm_interaction":
         return fm_interaction_case(draw.size(), draw.randint(1, 40), draw.width(), draw.chance(0.5))
+    if op == "augru":
+        form = draw.choice(("padded", "lengths"))
+        sizes = draw.size(), draw.randint(0, 12), max(draw.size(70), 1), max(draw.size(70), 1)
+        return augru_case(*sizes, draw.chance(0.5), form)
+    if op == "target_attention":
+        form, users = draw.choice(("padded", "lengths", "mask", "offsets")), draw.choice((None, draw.randint(1, 9)))
+        sizes = max(draw.size(40), 2), draw.randint(1, 9), max(draw.size(150), 1), max(draw.size(70), 1)
+        return target_attention_case(*sizes, form, users)
     if op == "cross_network":
         return cross_network_case(draw.size(), int(draw.width()), draw.randint(0, 7))
     if op == "pairwise_dot":

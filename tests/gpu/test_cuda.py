@@ -321,8 +321,12 @@ def test_bad_arguments_under_the_shim(shim, run_shim):
     assert "arguments refused" in run_shim(shim, "bad_arguments")
 
 
+def slow_but(mode: str, *modes: str) -> list:
+    return [mode, *(pytest.param(other, marks=pytest.mark.slow) for other in modes)]
+
+
 @needs_sanitizers
-@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal", "never"])
+@pytest.mark.parametrize("mode", slow_but("warn", "ignore", "fatal", "never"))
 def test_bad_ids_under_the_shim(shim, run_shim, mode):
     """Never followed; said as RANKKERNELS_CHECK_IDS asks."""
     message = "embedding_bag: indices[0, 1] = 5 is out of range for a table with 5 rows"
@@ -334,7 +338,7 @@ def test_bad_ids_under_the_shim(shim, run_shim, mode):
 
 
 @needs_sanitizers
-@pytest.mark.parametrize("mode", ["ignore", "warn", "fatal"])
+@pytest.mark.parametrize("mode", slow_but("warn", "ignore", "fatal"))
 def test_bad_ids_of_the_fm_under_the_shim(shim, run_shim, mode):
     message = "embedding_bag: item[1] = 5 is out of range for a table with 5 rows"
     out = run_shim(shim, "bad_ids_fm", check=mode != "fatal", RANKKERNELS_CHECK_IDS=mode)

@@ -1,11 +1,15 @@
-"""Coalesced sparse gradients under DistributedDataParallel, and clipped by their norm: two processes on gloo."""
+"""Several processes on gloo train as one with the joint batch: dense, sparse and fused tables, clipped, refused."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from exchanges import all_cases
+from joint_batches import ALL_WAYS, MODELS, WAYS, train_alone, train_together
+from ranks import run
 from torch import nn
 
 import rankkernels as rk
@@ -14,7 +18,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks"),
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo"),
 ]
-PROCESSES, B, STEPS, LIMIT = 2, 12, 4, 0.5
+B, STEPS, LIMIT = 12, 4, 0.5
+SLOW = pytest.mark.slow
 
 
 class Tables(nn.Module):
@@ -39,9 +44,7 @@ def batch(step: int, rank: int) -> list[torch.Tensor]:
     return [torch.randint(0, rows, (B, 3), generator=generator) for rows in (20, 30)]
 
 
-def train(rank: int, folder) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES)
+def clipped(rank: int) -> dict[str, torch.Tensor]:
     module = nn.parallel.DistributedDataParallel(tables())
     optimizer = rk.optim.Adam(module.parameters(), lr=0.1)
     for step in range(STEPS):
@@ -50,21 +53,73 @@ def train(rank: int, folder) -> None:
         assert all(p.grad.is_sparse for p in module.parameters())
         nn.utils.clip_grad_norm_(module.parameters(), LIMIT)
         optimizer.step()
-    torch.save(module.module.state_dict(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return module.module.state_dict()
 
 
-def test_two_processes_are_one_with_both_batches(tmp_path):
-    mp.spawn(train, (str(tmp_path),), nprocs=PROCESSES)
+def everything(rank: int, processes: int) -> dict:
+    """What `make test` tests in processes of their own, which take longer to start than to run."""
+    trained = train_together(rank, processes, MODELS, WAYS)
+    return {"trained": trained, "clipped": clipped(rank), **all_cases(rank, processes)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes found."""
+    return run(2, tmp_path_factory.mktemp("ranks"), everything)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Of a number of processes, what each of them trained, in all ways."""
+    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), train_together, MODELS, ALL_WAYS))
+
+
+def check_trained_as_one(model: str, way: str, of_ranks: list[dict]) -> None:
+    """Losses and parameters as of one process, in every step; the tables have the same bits in all processes."""
+    found = [of_rank[model, way] for of_rank in of_ranks]
+    losses, state = train_alone(model, way, len(of_ranks))
+    together = [sum(of_step) for of_step in zip(*(losses for losses, _, _ in found))]
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(losses), rtol=1e-9, atol=1e-12)
+    assert all(bits == found[0][1] for _, bits, _ in found) and len(set(found[0][1])) == len(losses)
+    for _, _, other in found:
+        for name, value in state.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_as_one(found, model, way):
+    check_trained_as_one(model, way, [of_rank["trained"] for of_rank in found])
+
+
+@SLOW
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("way", ALL_WAYS)
+@pytest.mark.parametrize("model", MODELS)
+def test_processes_train_as_one(trained, model, way, processes):
+    check_trained_as_one(model, way, trained(processes))
+
+
+@SLOW
+@pytest.mark.parametrize("model", MODELS)
+def test_exact_adam_is_dense_adam(trained, model):
+    """Of several processes, too."""
+    exact, dense = (sum(torch.tensor(of_rank[model, way][0]) for of_rank in trained(3)) for way in
+                    ("Adam exact", "dense"))  # fmt: skip
+    torch.testing.assert_close(exact, dense, rtol=1e-6, atol=1e-9)
+
+
+def test_two_processes_are_one_with_both_batches(found):
+    """Sparse gradients, clipped by their norm."""
     module = tables()
     optimizer = rk.optim.Adam(module.parameters(), lr=0.1)
     for step in range(STEPS):
         optimizer.zero_grad()
-        for rank in range(PROCESSES):
-            (module(batch(step, rank)).sin().sum() / PROCESSES).backward()
+        for rank in range(2):
+            (module(batch(step, rank)).sin().sum() / 2).backward()
         nn.utils.clip_grad_norm_(module.parameters(), LIMIT)
         optimizer.step()
-    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    saved = [of_rank["clipped"] for of_rank in found]
     for name, value in module.state_dict().items():
         assert torch.equal(saved[0][name], saved[1][name])
         torch.testing.assert_close(saved[0][name], value)
@@ -83,3 +138,49 @@ def test_clipped_like_dense_gradients():
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
     assert results[0][0] > LIMIT
+
+
+def equal(found, case: str) -> bool:
+    return all(map(torch.equal, *(of_rank[case]["tables"] for of_rank in found)))
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_a_table_that_one_process_looks_up(found, mode):
+    """It steps in both; one that nobody looks up stands still."""
+    case = f"one process, {mode}"
+    assert equal(found, case)
+    for of_rank in found:
+        assert of_rank[case]["steps"] == [3, 3, 0]
+        for a, b in zip(of_rank[case]["tables"], of_rank[case]["expected"]):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_optimizers_that_step_in_another_order_in_each_process(found):
+    assert equal(found, "two_optimizers")
+
+
+def test_an_overflow_of_one_process_is_one_of_all(found):
+    assert equal(found, "overflow")
+    assert all(of_rank["overflow"]["kept"] and of_rank["overflow"]["moved"] for of_rank in found)
+
+
+def test_kinds_of_backwards(found):
+    """``torch.autograd.grad`` is one's own, ``backward(inputs=)`` steps on tables named, ``no_sync`` on all."""
+    assert equal(found, "kinds_of_backwards")
+    for of_rank in found:
+        case = of_rank["kinds_of_backwards"]
+        assert case["named"] == [False, True, False] and case["same"]
+        assert "before torch.distributed.init_process_group" in case["error"]  # of a copy, which has no group
+
+
+def test_refusals(found):
+    for of_rank in found:
+        errors = of_rank["refusals"]
+        assert "DistributedDataParallel waits for gradients of the tables" in errors["wrapped first"]
+        assert "join cannot stand in for a fused step" in errors["join"]
+        assert "must have the same tables and optimizer, rank 1 has" in errors["other tables"]
+        assert "the tables' gradients go to the ranks [0, 1]" in errors["other processes"]
+
+
+def test_a_process_may_keep_its_tables_to_itself(found):
+    assert not equal(found, "shared_in_part")

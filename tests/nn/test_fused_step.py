@@ -291,11 +291,10 @@ WRAPPED = {
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-@pytest.mark.parametrize("fused_first", [True, False])
-@pytest.mark.parametrize("way", [*WRAPPED, "no_sync", "replicate"])
-def test_distributed(tmp_path, way, fused_first):
-    """Refused inside DistributedDataParallel, whatever it is told and whichever comes first; a group alone changes
-    nothing."""
+@pytest.mark.parametrize("way", [*WRAPPED, "no_sync", "replicate", "replicate, fused first"])
+def test_distributed(tmp_path, way):
+    """Refused inside DistributedDataParallel that waits for the tables' gradients, whatever it is told."""
+    way, *fused_first = way.split(", ")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = nn.Sequential(tables(), nn.Linear(10, 1).double())
@@ -312,7 +311,7 @@ def test_distributed(tmp_path, way, fused_first):
             rk.optim.fuse(model, optimizer)
         before = snapshot(model[0], optimizer)
         with (
-            pytest.raises(RuntimeError, match="Adam: a fused step .* DistributedDataParallel .* sparse=True"),
+            pytest.raises(RuntimeError, match="Adam: DistributedDataParallel waits .* fused step .* sparse=True"),
             wrapped.no_sync() if way == "no_sync" else nullcontext(),
         ):
             wrapped(batch(0)).sum().backward()
@@ -323,16 +322,22 @@ def test_distributed(tmp_path, way, fused_first):
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
-def test_distributed_without_the_tables(tmp_path):
-    """DistributedDataParallel that leaves the tables out, and one whose pass steps on nothing."""
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_distributed_without_the_tables(tmp_path, fused_first):
+    """DistributedDataParallel that leaves the tables out, as ``fuse`` tells it to, and one whose pass steps on
+    nothing."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         fused, stepped, optimizer, other = pair()
-        with torch.no_grad():
-            nn.parallel.DistributedDataParallel(fused)(batch(0))  # an evaluation steps on nothing
         model = nn.Sequential(fused, nn.Linear(10, 1).double())
-        names = ["0.weights.0", "0.weights.1"]
-        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+        if fused_first:
+            rk.optim.fuse(model, optimizer)
+        else:
+            fused.__dict__.pop("_ddp_params_and_buffers_to_ignore")
+            with torch.no_grad():
+                nn.parallel.DistributedDataParallel(fused)(batch(0))  # an evaluation steps on nothing
+            names = ["0.weights.0", "0.weights.1"]
+            nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
         nn.parallel.DistributedDataParallel(model)(batch(0)).sum().backward()
         model[1](stepped(batch(0))).sum().backward()
         other.step()

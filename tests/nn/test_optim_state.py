@@ -139,6 +139,7 @@ def test_what_is_no_state_dict_is_refused(kind):
         None, {}, {"state": good["state"]}, {"param_groups": [group]}, {**good, "state": {0: 3}},
         {**good, "state": [1]}, {**good, "param_groups": [None]}, {**good, "param_groups": torch.ones(2)},
         {**good, "param_groups": [no_params]}, {**good, "param_groups": [{**group, "params": 0}]},
+        {**good, "param_groups": [{**group, "params": [torch.zeros(3).to_sparse()]}]},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{kind}: the state to load must be what state_dict"):
             optimizer.load_state_dict(bad)
@@ -274,7 +275,10 @@ def test_adam_and_adamw_take_different_steps():
 
 
 @pytest.mark.parametrize("change", [{"step": "x"}, {"step": -1}, {"step": 1.5}, {"step": NAN}, {"exp_avg": None},
-                                    {"exp_avg": torch.ones(2)}, {"mu_product": torch.ones(())}])  # fmt: skip
+                                    {"exp_avg": torch.ones(2)}, {"mu_product": torch.ones(())},
+                                    {"exp_avg": torch.zeros(30, 9).to_sparse()},
+                                    {"exp_avg": torch.zeros(30, 9, device="meta")},
+                                    {"exp_avg": torch.zeros(30, 9, dtype=torch.complex64)}])  # fmt: skip
 def test_a_refused_state_leaves_the_optimizer_as_it_was(change):
     weights = [bag(seed).weight for seed in range(2)]
     optimizer = rk.optim.Adam(weights, lr=1.0)

@@ -80,6 +80,28 @@ def norm_backward():
     return dict(grad_out=randn(4, H), batch_stats=torch.ones(2 * H), **norm())
 
 
+def augru():
+    return dict(
+        x=randn(B, L, H), input_weight=randn(3 * D, H), weight=randn(3 * D, D), bias=randn(4, D),
+        attention=torch.rand(B, L), lengths=torch.tensor([0, 2, L]),
+    )  # fmt: skip
+
+
+def augru_backward():
+    return dict(grad_out=randn(B, L, D), out=randn(B, L, D), **augru())
+
+
+def target_attention():
+    return dict(
+        query=randn(B, 2, D), history=randn(B, L, D), lengths=torch.tensor([0, 2, L]), mask=None, offsets=None,
+        history_index=None,
+    )  # fmt: skip
+
+
+def target_attention_backward():
+    return dict(grad_out=randn(B, 2, D), out=randn(B, 2, D), stats=torch.ones(B, 2, 2), **target_attention())
+
+
 INDEX = torch.zeros(B).long()
 
 
@@ -168,7 +190,9 @@ MAKE = {
     "embedding_bag_backward": embedding_bag_backward, "embedding_bag_backward_sparse": embedding_bag_backward,
     "embedding_bag_update": embedding_bag_update, "embedding_fm": embedding_fm,
     "embedding_fm_backward": embedding_fm_backward, "embedding_fm_backward_sparse": embedding_fm_backward_sparse,
-    "embedding_fm_update": embedding_fm_update, "sparse_update": sparse_update,
+    "embedding_fm_update": embedding_fm_update, "sparse_update": sparse_update, "augru": augru,
+    "augru_backward": augru_backward, "target_attention": target_attention,
+    "target_attention_backward": target_attention_backward,
 }  # fmt: skip
 
 
@@ -401,6 +425,69 @@ BAD_INPUTS = {
         (dict(saved=randn()), form("saved", [SAVED], [])),
         (dict(saved=torch.zeros(SAVED).bfloat16()), form("saved", [SAVED], [SAVED], "bfloat16")),
     ],
+    "augru": [
+        (dict(x=randn(B, H)), f"x must have 3 dimensions, got 2 (shape [{B}, {H}])"),
+        (dict(x=torch.ones(B, L, H).int()), f"x {FLOATING}torch.int32"),
+        (dict(weight=randn(3 * D)), f"weight must be [3 D, D], got shape [{3 * D}]"),
+        (dict(weight=randn(D, D)), f"weight must be [3 D, D], got shape [{D}, {D}]"),
+        (dict(weight=randn(3 * D, D).double()), form("weight", [3 * D, D], [3 * D, D], "float64")),
+        (dict(input_weight=randn(3 * D, H + 1)), form("input_weight", [3 * D, H], [3 * D, H + 1])),
+        (dict(x=randn(B, L, 7)), form("input_weight", [3 * D, 7], [3 * D, H])),
+        (dict(bias=randn(D)), form("bias", [4, D], [D])),
+        (dict(attention=torch.rand(B, L + 1)), form("attention", [B, L], [B, L + 1])),
+        (dict(attention=torch.rand(B, L).half()), form("attention", [B, L], [B, L], "float16")),
+        (dict(lengths=torch.ones(B + 1).long()), f"lengths must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(lengths=torch.ones(B)), "lengths must be int32 or int64, got torch.float32"),
+    ],
+    "augru_backward": [
+        (dict(grad_out=randn(B, L)), form("grad_out", [B, L, D], [B, L])),
+        (dict(out=randn(B, L, D).double()), form("out", [B, L, D], [B, L, D], "float64")),
+    ],
+    "target_attention": [
+        (dict(query=randn(B, D)), f"query must have 3 dimensions, got 2 (shape [{B}, {D}])"),
+        (dict(query=torch.ones(B, 2, D).int()), f"query {FLOATING}torch.int32"),
+        (dict(mask=torch.ones(B, L).bool()), "give one of lengths, mask and offsets"),
+        (dict(history=randn(B, D)), f"history must be [B, L, D] of D = {D} columns, got shape [{B}, {D}]"),
+        (
+            dict(lengths=None, offsets=torch.arange(B + 1)),
+            f"history must be [N, D] of D = {D} columns, got shape [{B}, {L}, {D}]",
+        ),
+        (dict(history=randn(B, L, 2)), f"history must be [B, L, D] of D = {D} columns, got shape [{B}, {L}, 2]"),
+        (
+            dict(history=randn(B, L, D).double()),
+            "history must have the dtype and device of query, torch.float32, got torch.float64",
+        ),
+        (dict(history=randn(2, L, D)), f"history and query must have one batch size B, got 2 and {B}"),
+        (dict(lengths=torch.ones(B + 1).long()), f"lengths must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(lengths=torch.ones(B)), "lengths must be int32 or int64, got torch.float32"),
+        (
+            dict(lengths=None, mask=torch.ones(B, L + 1).bool()),
+            f"mask must be [B, L] = [{B}, {L}], got shape [{B}, {L + 1}]",
+        ),
+        (
+            dict(lengths=None, mask=torch.ones(B, L).byte()),
+            "mask must be bool, true at valid rows, got torch.uint8",
+        ),
+        (
+            dict(lengths=None, history=randn(B, D), offsets=torch.arange(B)),
+            f"offsets must be [B + 1] = [{B + 1}], got shape [{B}]",
+        ),
+        (
+            dict(lengths=None, history=randn(B, D), offsets=torch.arange(0)),
+            "offsets must be [B + 1], got shape [0]",
+        ),
+        (dict(history_index=torch.zeros(B + 1).long()), f"history_index must be [B] = [{B}], got shape [{B + 1}]"),
+        (dict(history_index=torch.zeros(B)), "history_index must be int32 or int64, got torch.float32"),
+        (
+            dict(history_index=torch.zeros(B).long(), history=randn(5, L, D)),
+            f"lengths must be [U] = [5], got shape [{B}]",
+        ),
+    ],
+    "target_attention_backward": [
+        (dict(grad_out=randn(B, D)), form("grad_out", [B, 2, D], [B, D])),
+        (dict(out=randn(B, 2, D).double()), form("out", [B, 2, D], [B, 2, D], "float64")),
+        (dict(stats=torch.ones(B, 2)), form("stats", [B, 2, 2], [B, 2])),
+    ],
     "deepfm": [
         (dict(weights=[]), "weights and indices must not be empty lists"),
         (dict(indices=[]), "weights and indices must not be empty lists"),
@@ -566,7 +653,7 @@ BAD_INPUTS |= {
 #: The names with which an error may begin beside the op's own: a check that several ops share says whose it is.
 SHARED = {
     "embedding_bag", "embedding_bag_backward", "embedding_bag_update", "embedding_fm_backward", "din_attention",
-    "norm_activation",
+    "norm_activation", "augru", "target_attention",
 }  # fmt: skip
 
 

@@ -26,6 +26,8 @@ BELOW = {
     "cpu/dense": {"cpu/runtime", "cpu/simd", "cpu", "stable"},
     "cpu/embedding": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding"},
     "cpu/din_attention": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable"},
+    "cpu/recurrent": {"cpu/runtime", "cpu/simd", "cpu", "stable"},
+    "cpu/target_attention": {"cpu/runtime", "cpu/simd", "cpu", "stable"},
     "cpu/deepfm": {
         "cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding",
         "cpu/embedding/params.h", "cpu/embedding/features.h",
@@ -33,8 +35,8 @@ BELOW = {
     "cpu/interaction": {"cpu/runtime", "cpu/simd", "cpu", "stable"},
     "cpu/serve": {"cpu/dense", "cpu/runtime", "cpu/simd", "cpu", "stable", "embedding"},
     "cpu/targets": {
-        "cpu/interaction", "cpu/serve", "cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/dense", "cpu/runtime",
-        "cpu/simd", "cpu",
+        "cpu/serve", "cpu/deepfm", "cpu/din_attention", "cpu/embedding", "cpu/recurrent", "cpu/target_attention",
+        "cpu/interaction", "cpu/dense", "cpu/runtime", "cpu/simd", "cpu",
     },
     "cuda/common": {"stable"},
     "cuda/embedding": {"cuda/common", "stable", "embedding"},

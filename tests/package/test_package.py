@@ -166,16 +166,40 @@ def pip(*arguments, **environment):
     )
 
 
+@pytest.fixture(scope="module")
+def sdist(source):
+    """The sdist of a tree without git, unpacked."""
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", source / "dist", source]
+    environment = {**os.environ, "RANKKERNELS_SKIP_EXT": "1"}  # what it has does not depend on what is built
+    made = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (archive,) = (source / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, source / "unpacked", filter="data")
+    (unpacked,) = (source / "unpacked").iterdir()
+    return unpacked
+
+
+def test_the_sdist_has_what_builds(source, sdist):
+    def files(root: Path, folder: str) -> set[str]:
+        return {p.relative_to(root).as_posix() for p in (root / folder).rglob("*") if p.is_file()}
+
+    for folder in ("csrc", "rankkernels"):
+        assert files(sdist, folder) == files(source, folder)
+    assert files(sdist, "tests") == {"tests/package/smoke.py"}
+    assert not (sdist / "build").exists() and (sdist / "SECURITY.md").exists()
+
+
 @needs_extension
 @pytest.mark.slow
-def test_wheel(source, tmp_path):
-    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, source)
+def test_wheel(sdist, tmp_path):
+    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sdist)
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("rankkernels/**/*.py")}
     assert packages == {str(Path(n).parent) for n in names if n.endswith(".py")}
-    assert "rankkernels/share/cmake/rankkernels/rankkernelsConfig.cmake" in names
+    assert {"rankkernels/share/cmake/rankkernels/rankkernelsConfig.cmake", "rankkernels/py.typed"} <= set(names)
     assert "rankkernels/librankkernels.so" in names and any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith(("rankkernels/", "rankkernels-")) for n in names)
     # What serves tests, benchmarks and reports stays in their folders; public test support is one file.

@@ -181,7 +181,9 @@ def resolved(path: str) -> list[object]:
     """What a directive ``::: path`` of an API page shows: an object, or a module with its public names."""
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not error.name.startswith("rankkernels"):
+            return []  # it is for a library that is not installed
         owner, _, name = path.rpartition(".")
         return [getattr(importlib.import_module(owner), name)]
     return [module, *public_names(module).values()]

@@ -33,6 +33,7 @@ FLOORS = [
         "rankkernels._live_steps",
         "rankkernels._row_optimizer",
         "rankkernels._fbgemm",
+        "rankkernels._fuse",
     ],
     ["rankkernels.optim"],
     ["rankkernels.models", "rankkernels.info", "rankkernels.flops", "rankkernels.graphs"],
@@ -204,7 +205,11 @@ WINDOW = 6
 #: Pairs of modules that may share six lines and more, and why.
 ALIKE = {
     frozenset({"rankkernels", "rankkernels.nn"}): "lists of the public names",
+    frozenset({"rankkernels", "rankkernels.models"}): "lists of the public names",
     frozenset({"rankkernels.ops.embedding_bag", "rankkernels.reference"}): "the signature of torch's embedding_bag",
+    frozenset({"rankkernels.ops.augru", "rankkernels.reference"}): "a signature, one argument a line",
+    frozenset({"rankkernels.ops.target_attention", "rankkernels.reference"}): "a signature, one argument a line",
+    frozenset({"rankkernels.models.bst", "rankkernels.models.din"}): "torch-rechub's signatures, one argument a line",
     frozenset(
         {"rankkernels._triton.din_attention_blocks", "rankkernels._triton.norm_activation"}
     ): "activations, each beside the derivative that its kernel needs",

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/din_attention/checks.h"
+#include "cpu/runtime/values.h"
 
 namespace rk {
 
@@ -24,16 +25,6 @@ struct DinGeometry {
   bool shared() const { return !user_place.empty(); }
   const int64_t* place() const { return shared() ? user_place.data() : first.data(); }
 };
-
-inline std::vector<int64_t> integers_of(const Tensor& t) {
-  const Tensor u = torch::stable::contiguous(t);
-  std::vector<int64_t> values(u.numel());
-  if (dtype_of(u) == ScalarType::Int)
-    std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
-  else
-    std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
-  return values;
-}
 
 // From where the rows of each history are to where those of each sample are, in the histories' order.
 inline DinGeometry geometry_of_samples(const DinArguments& a, DinGeometry of_users) {

@@ -33,7 +33,7 @@ static void look_up_rows(FmRows<T> a, Range samples) {
   using V = typename Traits<T>::vec;
   constexpr int64_t kLanes = Traits<T>::lanes;
   const int64_t F = a.F, D = a.features[0].D, B = a.features[0].B;
-  const int64_t ahead = (bags::kAhead + F - 1) / F;  // samples
+  const int64_t ahead = (bags::kRowsAhead + F - 1) / F;  // samples
   const Tail<T> tail(static_cast<int>(D % kLanes));
   for (int64_t b = samples.begin; b < samples.end; ++b) {
     const int64_t next = b + ahead < B ? b + ahead : b;

@@ -70,7 +70,8 @@ constexpr bool kRowWise = kRules[kind].row_wise > 0;
 // x^power, slowly.
 template <class V, class A>
 __attribute__((noinline)) static V power_of(V x, A power) {
-  for (size_t i = 0; i < sizeof(V) / sizeof(A); ++i)
+  constexpr int lanes = sizeof(V) / sizeof(A);
+  for (int i = 0; i < lanes; ++i)
     x[i] = sizeof(A) == 4 ? __builtin_powf(x[i], power) : __builtin_pow(x[i], power);
   return x;
 }

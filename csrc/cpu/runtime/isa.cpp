@@ -6,7 +6,19 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#  include <cpuid.h>
+#endif
+
 namespace rk {
+
+#if defined(RK_HAS_AVX512_BF16)
+// Clang's __builtin_cpu_supports does not know its name before 19.
+static bool has_avx512_bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+#endif
 
 static Isa detect() {
   Isa best = Isa::baseline;
@@ -18,7 +30,7 @@ static Isa detect() {
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
       best = Isa::avx512;
 #  if defined(RK_HAS_AVX512_BF16)
-    if (best == Isa::avx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::avx512_bf16;
+    if (best == Isa::avx512 && has_avx512_bf16()) best = Isa::avx512_bf16;
 #  endif
   }
 #endif

@@ -1,10 +1,11 @@
-// The values of a tensor of any floating-point dtype.
+// The values of a tensor of any floating-point dtype, or of integers.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
@@ -26,6 +27,17 @@ std::vector<A> values_of(const Tensor& t) {
     const auto* p = static_cast<const std::remove_pointer_t<decltype(type)>*>(u.const_data_ptr());
     for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<A>(p[i]);
   });
+  return values;
+}
+
+// Of int32 or int64.
+inline std::vector<int64_t> integers_of(const Tensor& t) {
+  const Tensor u = torch::stable::contiguous(t);
+  std::vector<int64_t> values(u.numel());
+  if (dtype_of(u) == ScalarType::Int)
+    std::copy_n(static_cast<const int32_t*>(u.const_data_ptr()), values.size(), values.begin());
+  else
+    std::copy_n(static_cast<const int64_t*>(u.const_data_ptr()), values.size(), values.begin());
   return values;
 }
 

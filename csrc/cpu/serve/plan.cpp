@@ -161,6 +161,9 @@ RankPlan::RankPlan(const Tensor& plan, const Tensor& weights, const Tensors& giv
     d.width = r.next(1, kWidest);
     d.column = column(r, d.width);
     d.weight = r.floats(d.width);
+    d.field = r.floats(fm_width);
+    RK_RANK_CHECK(!d.field || (d.width == 1 && fm_width > 0), "plan has an FM of ", fm_width,
+                  " and a field of ", d.width, " numbers");
     dense.push_back(d);
   }
   for (int64_t n = r.next(0, kMost); n > 0; --n) read_unit(r);

@@ -22,9 +22,10 @@ struct RankLookup {
   const float* weight;
   bool fm, history;
 };
+// Numbers of an input; `field` [fm_width] times one number is a field of the FM, null where it is none.
 struct RankDense {
   int64_t input, width, column;
-  const float* weight;
+  const float *weight, *field;
 };
 // The lookups of history and target side by side, D wide together. Rows of the first history's padding_idx
 // are left out with `masked`, those from the number in input `length` on with length >= 0.

@@ -38,6 +38,7 @@ class Block {
     int64_t widest = 1, rows = 1, target = 1;
     for (const RankLayer& l : plan_.layers) widest = std::max(widest, 4 * l.groups());
     for (const FrozenTable& t : plan_.tables) rows = std::max(rows, t.D);
+    rows = std::max(rows, plan_.fm_width);
     int64_t operand = 1, scores = 1, pooled = 1;
     for (size_t i = 0; i < plan_.units.size(); ++i) {
       const RankUnit& u = plan_.units[i];
@@ -121,8 +122,17 @@ class Block {
         if (d->weight)
           RK_DISPATCH_ISA(rank_field, {column, 1, d->weight + k, nullptr, nullptr, t.logit, t.vecs});
       }
+      if (d->field) add_numbers_field(*d, from, t);
     }
     return true;
+  }
+
+  // One number a candidate times the vector that makes it a field of the FM.
+  void add_numbers_field(const RankDense& d, const float* from, Tile& t) {
+    std::fill_n(columns_, plan_.fm_width * tile_, 0.f);
+    for (int64_t k = 0; k < plan_.fm_width; ++k)
+      for (int64_t j = 0; j < t.n; ++j) columns_[k * tile_ + j] = d.field[k] * from[j];
+    RK_DISPATCH_ISA(rank_field, {columns_, plan_.fm_width, nullptr, t.sums, t.squares, t.logit, t.vecs});
   }
 
   bool fetch(const RankLookup& l, const Tile& t, int64_t* ids) const {

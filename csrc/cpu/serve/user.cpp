@@ -42,9 +42,7 @@ static RankRuns joined(RankRuns runs) {
 void RankUser::add_field(const RankLookup& l, const float* row, int64_t D) {
   for (int64_t d = 0; d < D; ++d) {
     if (l.weight) logit += l.weight[d] * row[d];
-    if (!l.fm) continue;
-    sums[d] += row[d];
-    squares += row[d] * row[d];
+    if (l.fm) add_to_fm(d, row[d]);
   }
 }
 
@@ -178,6 +176,7 @@ RankUser::RankUser(const RankRequest& request, KeptMemory& memory) {
     }
     if (d.column >= 0) std::memcpy(x + d.column, in.data, d.width * sizeof(float));
     for (int64_t k = 0; d.weight && k < d.width; ++k) logit += d.weight[k] * in.values()[k];
+    for (int64_t k = 0; d.field && k < plan.fm_width; ++k) add_to_fm(k, d.field[k] * in.values()[0]);
   }
   for (const RankUnit& u : plan.units) {
     assign(u.column, u.D, false);

@@ -30,6 +30,10 @@ struct RankUser {
 
  private:
   void add_field(const RankLookup& l, const float* row, int64_t D);
+  void add_to_fm(int64_t d, float x) {
+    sums[d] += x;
+    squares += x * x;
+  }
   void split_inputs(const RankPlan& plan, RankRuns of_user, RankRuns of_candidates, KeptMemory& memory);
   bool add_history(const RankRequest& request, const RankUnit& u, KeptMemory& memory);
 };

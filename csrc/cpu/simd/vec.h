@@ -26,6 +26,17 @@ struct VectorOf {
   typedef E unaligned __attribute__((vector_size(sizeof(E) * N), aligned(1), may_alias));
 };
 
+#if !defined(__clang__) && __GNUC__ < 12
+// GCC 11 knows no __builtin_shufflevector: these lanes of a and b joined.
+template <class V, class... Lane>
+RK_INLINE auto shuffle_lanes(V a, V b, Lane... lane) {
+  constexpr int n = sizeof(V) / sizeof(a[0]);
+  return
+      typename VectorOf<__typeof__(a[0]), sizeof...(lane)>::type{(lane < n ? a[lane % n] : b[lane % n])...};
+}
+#  define __builtin_shufflevector shuffle_lanes
+#endif
+
 constexpr int kFloats = RK_VECTOR_BYTES / 4, kDoubles = RK_VECTOR_BYTES / 8;
 using f32v = VectorOf<float, kFloats>::type;
 using f64v = VectorOf<double, kDoubles>::type;

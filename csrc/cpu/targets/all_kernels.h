@@ -17,6 +17,8 @@
 #include "cpu/interaction/cross_network_kernel.h"
 #include "cpu/interaction/ffm_interaction_kernel.h"
 #include "cpu/interaction/pairwise_dot_kernel.h"
+#include "cpu/recurrent/augru_kernel.h"
 #include "cpu/serve/rank_attention_kernel.h"
 #include "cpu/serve/rank_layers_kernel.h"
 #include "cpu/serve/rank_rows_kernel.h"
+#include "cpu/target_attention/target_attention_kernel.h"

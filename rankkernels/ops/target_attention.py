@@ -1,0 +1,221 @@
+"""Attention of a target by dot products. Kernel: csrc/cpu/target_attention/target_attention_kernel.h."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rankkernels import reference
+from rankkernels.ops._autograd import differentiable, register_autograd, vjp
+from rankkernels.ops._checks import FLOATING, check_form, check_strided, raise_documented, wide
+from rankkernels.ops._library import define, lib
+from rankkernels.ops._schema import schema_of
+from rankkernels.ops._table import notice_reference
+
+
+class Inputs(NamedTuple):
+    """The tensors of the schema."""
+
+    query: Tensor
+    history: Tensor
+    lengths: Tensor | None
+    mask: Tensor | None
+    offsets: Tensor | None
+    history_index: Tensor | None
+
+
+_ARGUMENTS = schema_of(Inputs)
+define(f"target_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
+define(f"target_attention_backward(Tensor grad_out, Tensor out, Tensor stats, {_ARGUMENTS}) -> (Tensor, Tensor)")
+
+
+def _check_positions(name: str, t: Tensor, size: int, sized: str, device: torch.device) -> None:
+    torch._check(
+        t.dim() == 1 and t.size(0) == size,
+        lambda: f"target_attention: {name} must be [{sized}] = [{size}], got shape {list(t.shape)}",
+    )
+    torch._check(
+        t.dtype in (torch.int32, torch.int64),
+        lambda: f"target_attention: {name} must be int32 or int64, got {t.dtype}",
+    )
+    torch._check(t.device == device, lambda: "target_attention: all arguments must be on one device")
+
+
+def _check(inputs: Inputs) -> None:
+    def check(condition: bool, text) -> None:
+        torch._check(condition, lambda: f"target_attention: {text()}")
+
+    query, history, lengths, mask, offsets, index = inputs
+    check(query.dim() == 3, lambda: f"query must have 3 dimensions, got {query.dim()} (shape {list(query.shape)})")
+    check(query.dtype in FLOATING, lambda: f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
+    given = sum(t is not None for t in (lengths, mask, offsets))
+    check(given < 2, lambda: "give one of lengths, mask and offsets")
+    B, _, D = query.shape
+    dims, form = (3, "[B, L, D]") if offsets is None else (2, "[N, D]")
+    check(
+        history.dim() == dims and history.size(dims - 1) == D,
+        lambda: f"history must be {form} of D = {D} columns, got shape {list(history.shape)}",
+    )
+    check(
+        history.dtype == query.dtype and history.device == query.device,
+        lambda: f"history must have the dtype and device of query, {query.dtype}, got {history.dtype}",
+    )
+    if index is not None:
+        _check_positions("history_index", index, B, "B", query.device)
+    each = "B" if index is None else "U"
+    if offsets is not None:
+        fits = offsets.dim() == 1 and offsets.size(0) > 0
+        check(fits, lambda: f"offsets must be [{each} + 1], got shape {list(offsets.shape)}")
+        size = B + 1 if index is None else offsets.size(0)
+        _check_positions("offsets", offsets, size, f"{each} + 1", query.device)
+        users = offsets.size(0) - 1
+    else:
+        users = history.size(0)
+    check(
+        index is not None or users == B,
+        lambda: f"history and query must have one batch size B, got {history.size(0)} and {B}",
+    )
+    if lengths is not None:
+        _check_positions("lengths", lengths, users, each, query.device)
+    if mask is not None:
+        L = history.size(1)
+        check(
+            mask.dim() == 2 and mask.size(0) == users and mask.size(1) == L,
+            lambda: f"mask must be [{each}, L] = [{users}, {L}], got shape {list(mask.shape)}",
+        )
+        check(mask.dtype == torch.bool, lambda: f"mask must be bool, true at valid rows, got {mask.dtype}")
+        check(mask.device == query.device, lambda: "all arguments must be on one device")
+
+
+def _check_backward(grad_out: Tensor, out: Tensor, stats: Tensor, inputs: Inputs) -> None:
+    _check(inputs)
+    query, op = inputs.query, "target_attention_backward"
+    check_form(op, "grad_out", grad_out, query.shape, query.dtype, query.device)
+    check_form(op, "out", out, query.shape, query.dtype, query.device)
+    check_form(op, "stats", stats, (*query.shape[:2], 2), wide(query.dtype), query.device)
+
+
+def _check_values(inputs: Inputs) -> None:
+    """Of positions on the CPU: reading others would wait for their device."""
+    op, (query, history, lengths, _, offsets, index) = "target_attention", inputs
+    if query.device.type != "cpu":
+        return
+    if offsets is not None:
+        if int(offsets[0]) != 0 or int(offsets[-1]) != history.size(0):
+            first, last = int(offsets[0]), int(offsets[-1])
+            raise RuntimeError(f"{op}: offsets must run from 0 to N = {history.size(0)}, got {first} .. {last}")
+        for u in (offsets.diff() < 0).nonzero().flatten()[:1].tolist():
+            before, after = int(offsets[u]), int(offsets[u + 1])
+            raise RuntimeError(f"{op}: offsets decrease at {u + 1}, from {before} to {after}")
+    if lengths is not None:
+        L = history.size(1)
+        for u in ((lengths < 0) | (lengths > L)).nonzero().flatten()[:1].tolist():
+            n = int(lengths[u])
+            raise RuntimeError(f"{op}: lengths[{u}] = {n} is outside 0 .. {L}, the history's positions")
+    if index is not None:
+        users = history.size(0) if offsets is None else offsets.size(0) - 1
+        for b in ((index < 0) | (index >= users)).nonzero().flatten()[:1].tolist():
+            raise RuntimeError(f"{op}: history_index[{b}] = {int(index[b])} is out of range for {users} histories")
+
+
+@torch.library.register_fake("rankkernels::target_attention", lib=lib)
+def _(*arguments):
+    inputs = Inputs(*arguments)
+    _check(inputs)
+    query = inputs.query
+    return query.new_empty(query.shape), query.new_empty((*query.shape[:2], 2), dtype=wide(query.dtype))
+
+
+@torch.library.register_fake("rankkernels::target_attention_backward", lib=lib)
+def _(grad_out, out, stats, *arguments):
+    inputs = Inputs(*arguments)
+    _check_backward(grad_out, out, stats, inputs)
+    return inputs.query.new_empty(inputs.query.shape), inputs.history.new_empty(inputs.history.shape)
+
+
+def _reference(*arguments):
+    inputs = Inputs(*arguments)
+    check_strided("target_attention", arguments)
+    _check(inputs)
+    _check_values(inputs)
+    out = reference.target_attention(*arguments)
+    return out, out.new_zeros((*out.shape[:2], 2), dtype=wide(out.dtype))
+
+
+@torch.library.impl(lib, "target_attention", "CompositeExplicitAutograd")
+def _(query, *rest):
+    notice_reference("target_attention", query)
+    return _reference(query, *rest)
+
+
+@torch.library.impl(lib, "target_attention_backward", "CompositeExplicitAutograd")
+def _reference_backward(grad_out, out, stats, *arguments):
+    inputs = Inputs(*arguments)
+    check_strided("target_attention_backward", (grad_out, out, stats, *arguments))
+    _check_backward(grad_out, out, stats, inputs)
+    _check_values(inputs)
+    query, history, *rest = inputs
+    grads = vjp(lambda q, h: reference.target_attention(q, h, *rest), grad_out, query, history)
+    return tuple(g.contiguous() for g in grads)
+
+
+def _setup_context(ctx, inputs, output):
+    out, stats = output
+    ctx.save_for_backward(out, stats, *inputs)
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+target_attention_backward = differentiable(torch.ops.rankkernels.target_attention_backward.default, _reference_backward)
+
+
+def _backward(ctx, grad_out, _):
+    nothing = (None,) * len(Inputs._fields)
+    if grad_out is None:
+        return nothing
+    grads = Inputs(*nothing)._replace(
+        **dict(zip(("query", "history"), target_attention_backward(grad_out, *ctx.saved_tensors)))
+    )
+    return tuple(grads)
+
+
+_forward = register_autograd("target_attention", _reference, _backward, _setup_context)
+
+
+def target_attention(
+    query: Tensor,
+    history: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    history_index: Tensor | None = None,
+) -> Tensor:
+    """Each sample's history, pooled by the softmax of its rows' dot products with the sample's queries.
+
+    The rows are keys and values both: projections of keys belong to the queries, K^T q, and those of values to what is
+    pooled. Scale the queries where scores are to be scaled. A history is read once, however many samples share it.
+
+    Semantics: ``reference.target_attention``; FuxiCTR's ``MultiHeadTargetAttention`` between its projections.
+    Accumulates in float32 (float64 for float64).
+
+    Args:
+        query: [B, H, D], H queries a sample; any strides; float32, float64, float16 or bfloat16.
+        history: [B, L, D], or [N, D] with ``offsets``, in the dtype of ``query``.
+        lengths: [B], int32 or int64: the first so many rows are valid. Without any a sample gets zeros.
+        mask: [B, L], true at valid rows. Without any a sample gets the mean of all L, as FuxiCTR's softmax of -1e9.
+        offsets: [B + 1], int32 or int64: rows ``offsets[b]:offsets[b + 1]`` of ``history`` are sample b's.
+        history_index: [B], int32 or int64: sample b has history ``history_index[b]`` of U, and lengths, mask or offsets
+            are those of the histories.
+
+    Returns:
+        [B, H, D].
+
+    Raises:
+        RuntimeError: another rank, size or dtype; more than one of lengths, mask and offsets.
+        ValueError: a length outside 0 .. L, offsets that decrease or do not run from 0 to N.
+        IndexError: a ``history_index`` outside 0 .. U - 1.
+    """
+    with raise_documented():
+        return _forward(query, history, lengths, mask, offsets, history_index)[0]

@@ -1,0 +1,43 @@
+"""Runs a function in several processes that talk over gloo, and leaves none of them behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+#: No collective and no test waits for longer.
+TIMEOUT = timedelta(seconds=60)
+
+
+def _begin(rank: int, function: Callable, processes: int, folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=TIMEOUT
+    )
+    torch.save(function(rank, processes, *arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(processes: int, folder: Path, function: Callable, *arguments) -> list:
+    """``function(rank, processes, *arguments)`` in each process -> what they return.
+
+    Raises:
+        TimeoutError: they need longer than any test should. All are ended then, as when one fails.
+    """
+    given = function, processes, str(folder), arguments
+    context, end = mp.spawn(_begin, given, nprocs=processes, join=False), time.monotonic() + 5 * TIMEOUT.total_seconds()
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{function.__name__}: {processes} processes have not ended")
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
