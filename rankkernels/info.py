@@ -26,14 +26,18 @@ def _otherwise(op: Op) -> str:
 
 
 def markdown() -> str:
-    """The README's table: what runs each op where there is everything."""
-    rows = [["op", "CPU", "GPU", "layers"], ["---"] * 4]
+    """The README's table: what runs each op where there is everything. Ops that run alike share a row."""
+    alike: dict[tuple[str, str], list[Op]] = {}
     for op in OPS.values():
         cpu = f"C++ ({op.cpu_needs}), else {op.otherwise}" if op.cpu_needs else "C++"
         gpu = {"": op.otherwise, "CUDA C++": f"CUDA C++ if built in, else {op.otherwise}"}.get(op.cuda, op.cuda)
         gpu += f"; {op.cuda_limits}" if op.cuda_limits else ""
-        name = f"`{op.name}`" + (f": {op.title}" if op.title else "")
-        rows.append([name, cpu, gpu, ", ".join(f"`{layer}`" for layer in op.layers)])
+        alike.setdefault((cpu, gpu), []).append(op)
+    rows = [["op", "CPU", "GPU", "layers"], ["---"] * 4]
+    for (cpu, gpu), ops in alike.items():
+        names = "; ".join(f"`{op.name}`" + (f": {op.title}" if op.title else "") for op in ops)
+        layers = dict.fromkeys(f"`{layer}`" for op in ops for layer in op.layers)
+        rows.append([names, cpu, gpu, ", ".join(layers)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
