@@ -193,9 +193,13 @@ def test_the_sdist_has_what_builds(source, sdist):
 @needs_extension
 @pytest.mark.slow
 def test_wheel(sdist, tmp_path):
-    pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sdist)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-cp310-abi3-linux_" in wheel.name
+    """What `make wheel` made of this library, or one that is built here, which takes minutes."""
+    made = [p for p in ROOT.glob("dist/*.whl") if p.stat().st_mtime >= EXTENSION.stat().st_mtime]
+    if not made:
+        pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, sdist)
+        made = tmp_path.glob("*.whl")
+    (wheel,) = made
+    assert re.search("-cp310-abi3-(many)?linux_", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     packages = {p.parent.relative_to(ROOT).as_posix() for p in ROOT.glob("rankkernels/**/*.py")}
     assert packages == {str(Path(n).parent) for n in names if n.endswith(".py")}
@@ -211,8 +215,8 @@ def test_wheel(sdist, tmp_path):
     assert "works beside torch" in smoke
 
 
-def test_install_without_a_compiler(source, tmp_path):
-    pip("install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", source,
+def test_install_without_a_compiler(sdist, tmp_path):
+    pip("install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", sdist,
         RANKKERNELS_SKIP_EXT="1", CC="/bin/false", CXX="/bin/false")  # fmt: skip
     out = run(
         "import torch, rankkernels as rk; print(rk.__file__)\n"
