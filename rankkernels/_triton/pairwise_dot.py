@@ -19,17 +19,18 @@ from torch import Tensor
 
 from rankkernels._triton._alignment import aligned, alignment
 
-FIELDS = 64  # a block of fields at most
-COLUMNS = 64  # a block of columns at most
+BLOCK = 32  # fields and columns of a tile at most; 64 spill
 
 
 @triton.jit
-def _dot(a, b, total):
-    """total + a b in the precision of the sums."""
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b in the precision of the sums; products of 16-bit values are exact."""
     if total.dtype == tl.float64:
         return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, total, input_precision=PRECISION)
     else:
-        return tl.dot(a, b, total, input_precision="ieee")
+        return tl.dot(a, b, total)
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _pair(o_f, o_g, F):
 @triton.jit(do_not_specialize=["B"])
 def pairwise_dot_kernel(
     x_ptr, weights_ptr, out_ptr, B, F, D, pairs, stride_xb, stride_xf, stride_xd,
-    ALIGN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [B, pairs], contiguous, of one sample and BLOCK_F fields with those behind them."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -57,9 +58,9 @@ def pairwise_dot_kernel(
             o_d = d + tl.arange(0, BLOCK_D).to(tl.int64)
             inside = (o_f < F)[:, None] & (o_d < D)[None, :]
             b_f = tl.load(x_ptr + o_f[:, None] * stride_xf + o_d[None, :] * stride_xd, mask=inside, other=0.0)
-            inside = (o_d < D)[:, None] & (o_g < F)[None, :]
-            b_g = tl.load(x_ptr + o_d[:, None] * stride_xd + o_g[None, :] * stride_xf, mask=inside, other=0.0)
-            tile = _dot(b_f.to(dtype), b_g.to(dtype), tile)
+            inside = (o_g < F)[:, None] & (o_d < D)[None, :]
+            b_g = tl.load(x_ptr + o_g[:, None] * stride_xf + o_d[None, :] * stride_xd, mask=inside, other=0.0)
+            tile = _dot(b_f, tl.trans(b_g), tile, PRECISION)
         above = (o_f[:, None] < o_g[None, :]) & (o_g < F)[None, :]
         pair = _pair(o_f[:, None], o_g[None, :], F)
         if weights_ptr is not None:
@@ -70,7 +71,7 @@ def pairwise_dot_kernel(
 @triton.jit(do_not_specialize=["B"])
 def pairwise_dot_backward_kernel(
     grad_out_ptr, x_ptr, weights_ptr, grad_x_ptr, B, F, D, stride_gb, stride_gp, stride_xb, stride_xf, stride_xd,
-    ALIGN: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """grad_x [B, F, D], contiguous, of one sample and BLOCK_F fields."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -91,7 +92,7 @@ def pairwise_dot_backward_kernel(
                 s *= tl.load(weights_ptr + pair, mask=of_pair, other=0.0).to(dtype)
             inside = (o_g < F)[:, None] & (o_d < D)[None, :]
             b_g = tl.load(x_ptr + o_g[:, None] * stride_xf + o_d[None, :] * stride_xd, mask=inside, other=0.0)
-            grad = _dot(s, b_g.to(dtype), grad)
+            grad = _dot(s, b_g.to(dtype), grad, PRECISION)
         inside = (o_f < F)[:, None] & (o_d < D)[None, :]
         tl.store(grad_x_ptr + (b * F + o_f[:, None]) * D + o_d[None, :], grad, mask=inside)
 
@@ -99,10 +100,14 @@ def pairwise_dot_backward_kernel(
 def _grid_and_blocks(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Of float64, whose products are not the tensor cores', smaller tiles."""
     B, F, D = x.shape
-    most = 16 if x.dtype == torch.float64 else FIELDS
+    most = 16 if x.dtype == torch.float64 else BLOCK
     BLOCK_F = max(16, min(triton.next_power_of_2(F), most))
     BLOCK_D = max(16, min(triton.next_power_of_2(D), most))
-    return (B, triton.cdiv(F, BLOCK_F)), {"ALIGN": alignment(x), "BLOCK_F": BLOCK_F, "BLOCK_D": BLOCK_D, "num_warps": 4}
+    # Three products of tf32's cores have float32's precision; AMD's cores have it. A thread loads 16 bytes at once.
+    options = {"ALIGN": alignment(x), "PRECISION": "ieee" if torch.version.hip else "tf32x3", "num_stages": 1}
+    warps = BLOCK_F * BLOCK_D * x.element_size() // 512
+    options["num_warps"] = max(1, min(2 if x.dtype == torch.float64 else 4, warps))
+    return (B, triton.cdiv(F, BLOCK_F)), {"BLOCK_F": BLOCK_F, "BLOCK_D": BLOCK_D, **options}
 
 
 def pairwise_dot(x: Tensor, weights: Tensor | None) -> Tensor:
