@@ -224,7 +224,7 @@ class RowOptimizer(torch.optim.Optimizer):
         return float(group["lr"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None):
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step on the rows of every sparse gradient.
 
         Raises:
