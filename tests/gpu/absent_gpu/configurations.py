@@ -117,7 +117,7 @@ def test_what_they_do_not_serve_is_composed(what, form):
         assert "rankkernels::norm_activation" in names or activation != "dice" or not widths
 
 
-@pytest.mark.parametrize("widths", [[36], [256, 128]])
+@pytest.mark.parametrize("widths", [[36], pytest.param([256, 128], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_counted_padding_and_shared_histories_are_composed(form, widths):
     for options in (
