@@ -51,6 +51,10 @@ def of_dtype(dtype: torch.dtype) -> str:
 SPILLS = {("3.7", "din_attention-B512-L50-D32-64x16-prelu-bn-softmax-padded", "float16", "sm_100")}
 
 
+#: Reads a few numbers of a sample, not rows of columns.
+NARROW = {"cross_alphas_kernel"}
+
+
 @pytest.mark.parametrize(
     "case, dtype, target",
     [pytest.param(c, d, t, id=f"{c.id}-{of_dtype(d)}-{t}") for c in CHOSEN for d in c.dtypes for t in TARGETS],
@@ -63,7 +67,7 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
         for kernel in call.kernels:
             known = (triton.__version__[:3], case.id, of_dtype(dtype), target) in SPILLS
             assert (kernel.local == 0 and not kernel.spills) or known
-            assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16
+            assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16 or kernel.name in NARROW
             assert kernel.matrix_instructions or not kernel.has_dot
             assert kernel.shared <= MULTIPROCESSORS[target].shared_of_block
             assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
