@@ -27,6 +27,22 @@ def check_form(op: str, name: str, t: Tensor, shape: Sequence[int], dtype: torch
     )
 
 
+def check_indices(op: str, name: str, t: Tensor, size: int, sized: str, device: torch.device) -> None:
+    """Raises unless ``t`` is a vector of so many int32 or int64; ``sized`` is what the text calls the size."""
+    torch._check(
+        t.dim() == 1 and t.size(0) == size,
+        lambda: f"{op}: {name} must be [{sized}] = [{size}], got shape {list(t.shape)}",
+    )
+    torch._check(t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
+    torch._check(t.device == device, lambda: f"{op}: all arguments must be on one device")
+
+
+def check_lengths(op: str, lengths: Tensor, L: int, positions: str) -> None:
+    """Raises for a length outside 0 .. L, which the text calls ``positions``."""
+    for i in ((lengths < 0) | (lengths > L)).nonzero().flatten()[:1].tolist():
+        raise RuntimeError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, {positions}")
+
+
 def check_strided(op: str, tensors: Iterable[Tensor | None]) -> None:
     """Raises for sparse and other layouts: torch calls the default implementations with them."""
     for t in tensors:

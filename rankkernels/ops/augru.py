@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
-from rankkernels.ops._checks import FLOATING, check_form, check_strided, raise_documented
+from rankkernels.ops._checks import FLOATING, check_form, check_indices, check_lengths, check_strided, raise_documented
 from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
@@ -45,17 +45,8 @@ def _check(x, input_weight, weight, bias, attention, lengths) -> None:
     check_form("augru", "bias", bias, (4, D), *form)
     if attention is not None:
         check_form("augru", "attention", attention, (B, L), *form)
-    if lengths is None:
-        return
-    check(
-        lengths.dim() == 1 and lengths.size(0) == B,
-        lambda: f"augru: lengths must be [B] = [{B}], got shape {list(lengths.shape)}",
-    )
-    check(
-        lengths.dtype in (torch.int32, torch.int64),
-        lambda: f"augru: lengths must be int32 or int64, got {lengths.dtype}",
-    )
-    check(lengths.device == x.device, lambda: "augru: all arguments must be on one device")
+    if lengths is not None:
+        check_indices("augru", "lengths", lengths, B, "B", x.device)
 
 
 def _check_backward(grad_out, out, x, input_weight, weight, *rest) -> None:
@@ -66,11 +57,8 @@ def _check_backward(grad_out, out, x, input_weight, weight, *rest) -> None:
 
 def _check_values(x, lengths) -> None:
     """Where nothing is on a device that would be waited for."""
-    if lengths is None or lengths.device.type != "cpu":
-        return
-    L = x.size(1)
-    for b in ((lengths < 0) | (lengths > L)).nonzero().flatten()[:1].tolist():
-        raise RuntimeError(f"augru: lengths[{b}] = {int(lengths[b])} is outside 0 .. {L}, the positions")
+    if lengths is not None and lengths.device.type == "cpu":
+        check_lengths("augru", lengths, x.size(1), "the positions")
 
 
 @torch.library.register_fake("rankkernels::augru", lib=lib)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
-from rankkernels.ops._checks import FLOATING, check_form, check_strided, raise_documented, wide
+from rankkernels.ops._checks import (
+    FLOATING,
+    check_form,
+    check_indices,
+    check_lengths,
+    check_strided,
+    raise_documented,
+    wide,
+)
 from rankkernels.ops._library import define, lib
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
@@ -29,18 +37,6 @@ class Inputs(NamedTuple):
 _ARGUMENTS = schema_of(Inputs)
 define(f"target_attention({_ARGUMENTS}) -> (Tensor, Tensor)")
 define(f"target_attention_backward(Tensor grad_out, Tensor out, Tensor stats, {_ARGUMENTS}) -> (Tensor, Tensor)")
-
-
-def _check_positions(name: str, t: Tensor, size: int, sized: str, device: torch.device) -> None:
-    torch._check(
-        t.dim() == 1 and t.size(0) == size,
-        lambda: f"target_attention: {name} must be [{sized}] = [{size}], got shape {list(t.shape)}",
-    )
-    torch._check(
-        t.dtype in (torch.int32, torch.int64),
-        lambda: f"target_attention: {name} must be int32 or int64, got {t.dtype}",
-    )
-    torch._check(t.device == device, lambda: "target_attention: all arguments must be on one device")
 
 
 def _check(inputs: Inputs) -> None:
@@ -63,13 +59,13 @@ def _check(inputs: Inputs) -> None:
         lambda: f"history must have the dtype and device of query, {query.dtype}, got {history.dtype}",
     )
     if index is not None:
-        _check_positions("history_index", index, B, "B", query.device)
+        check_indices("target_attention", "history_index", index, B, "B", query.device)
     each = "B" if index is None else "U"
     if offsets is not None:
         fits = offsets.dim() == 1 and offsets.size(0) > 0
         check(fits, lambda: f"offsets must be [{each} + 1], got shape {list(offsets.shape)}")
         size = B + 1 if index is None else offsets.size(0)
-        _check_positions("offsets", offsets, size, f"{each} + 1", query.device)
+        check_indices("target_attention", "offsets", offsets, size, f"{each} + 1", query.device)
         users = offsets.size(0) - 1
     else:
         users = history.size(0)
@@ -78,7 +74,7 @@ def _check(inputs: Inputs) -> None:
         lambda: f"history and query must have one batch size B, got {history.size(0)} and {B}",
     )
     if lengths is not None:
-        _check_positions("lengths", lengths, users, each, query.device)
+        check_indices("target_attention", "lengths", lengths, users, each, query.device)
     if mask is not None:
         L = history.size(1)
         check(
@@ -110,10 +106,7 @@ def _check_values(inputs: Inputs) -> None:
             before, after = int(offsets[u]), int(offsets[u + 1])
             raise RuntimeError(f"{op}: offsets decrease at {u + 1}, from {before} to {after}")
     if lengths is not None:
-        L = history.size(1)
-        for u in ((lengths < 0) | (lengths > L)).nonzero().flatten()[:1].tolist():
-            n = int(lengths[u])
-            raise RuntimeError(f"{op}: lengths[{u}] = {n} is outside 0 .. {L}, the history's positions")
+        check_lengths(op, lengths, history.size(1), "the history's positions")
     if index is not None:
         users = history.size(0) if offsets is None else offsets.size(0) - 1
         for b in ((index < 0) | (index >= users)).nonzero().flatten()[:1].tolist():

@@ -38,11 +38,11 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
     """
     builder = Builder(tables)
     plain(model, type(model).__name__)
-    of_fuxictr = _is_of("fuxictr.pytorch.models", model)
+    fuxictr = _is_of("fuxictr.pytorch.models", model) and importlib.import_module("rankkernels.serve._fuxictr")
     if _is_of("deepctr_torch.models.basemodel", model):
         built = importlib.import_module("rankkernels.serve._deepctr").build(model, builder)
-    elif of_fuxictr:
-        built = importlib.import_module("rankkernels.serve._fuxictr").build(model, builder)
+    elif fuxictr:
+        built = fuxictr.build(model, builder)
     else:
         built = _rechub.build(model, kind_of(model), builder)
     if built is None:
@@ -51,8 +51,8 @@ def freeze(model: nn.Module, tables: str = "float32") -> FrozenModel:
             "rankkernels, torch-rechub, FuxiCTR and DeepCTR-Torch"
         )
     plan, weights = builder.plan(*built)
-    if of_fuxictr:
-        importlib.import_module("rankkernels.serve._fuxictr").check(model, builder, plan, weights)
+    if fuxictr:
+        fuxictr.check(model, builder, plan, weights)
     return FrozenModel(builder.inputs, builder.stored, weights, plan.encode())
 
 
