@@ -305,6 +305,17 @@ class FTRL(RowOptimizer):
         return lr
 
 
+def _check_range(states: dict[int, dict[str, Tensor]], params: list[Tensor]) -> None:
+    """Raises where torch, which keeps its state in a param's dtype, would make a number of it infinite."""
+    for i, state in states.items():
+        dtype = params[i].dtype
+        for name, values in state.items():
+            if values.numel() and torch.finfo(dtype).max < torch.finfo(values.dtype).max:
+                most = values.abs().max().item()
+                if torch.finfo(dtype).max < most < float("inf"):
+                    raise ValueError(f"to_torch: {name} of table {i} has {most:g}, which {dtype} has no number for")
+
+
 def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Loads the state and the hyperparameters of ``optimizer`` into torch's optimizer over the same params; returns it.
 
@@ -314,7 +325,8 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
 
     Raises:
         ValueError: ``theirs`` is of another kind or over tables of other shapes, or has no place for what is set here,
-            or something set that has no state here (momentum, amsgrad, maximize). It is then as it was.
+            or something set that has no state here (momentum, amsgrad, maximize), or keeps numbers in the tables' dtype
+            that are too large for it (float16). It is then as it was.
     """
     kinds = {"sgd": ("SGD",), "adagrad": ("Adagrad",), "adam": ("SparseAdam", "Adam"), "adamw": ("AdamW",)}
     if type(theirs).__name__ not in kinds.get(optimizer._kind, ()):
@@ -346,5 +358,6 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
             for i, state in ours["state"].items()
             if state
         }
+        _check_range(state_dict["state"], [p for g in theirs.param_groups for p in g["params"]])
     theirs.load_state_dict(state_dict)
     return theirs

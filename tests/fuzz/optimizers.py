@@ -8,7 +8,16 @@ import math
 
 import torch
 from draw import Draw, Finding, check_unchanged, snapshot, tensors_of
-from embedding import check_step, features, grads_for, own_memory, reference_grads, size_of_terms, touched_rows
+from embedding import (
+    check_close,
+    check_step,
+    features,
+    grads_for,
+    own_memory,
+    reference_grads,
+    size_of_terms,
+    touched_rows,
+)
 from modules import refused_or_right
 from torch import Tensor, nn
 
@@ -82,6 +91,13 @@ def group_of(optimizer, p: Tensor) -> dict:
     return next(g for g in optimizer.param_groups if any(q is p for q in g["params"]))
 
 
+def exact_sum(grad: Tensor) -> Tensor:
+    """A sparse gradient, its values added up in float64."""
+    return torch.sparse_coo_tensor(
+        grad._indices(), grad._values().double(), grad.shape, check_invariants=False
+    ).to_dense()
+
+
 def one_step(draw: Draw, kind: str, optimizer, a: dict, weights: list, fused: bool) -> None:
     """A forward and a backward of one or two lookups and the step, against the formula."""
     a = {**a, "weights": weights}
@@ -101,6 +117,7 @@ def one_step(draw: Draw, kind: str, optimizer, a: dict, weights: list, fused: bo
         outs = looked_up(a, weights, not fused, optimizer if fused else None)
         total = total + sum((o * g).sum().double() for o, g in zip(outs, grads) if g is not None)
     total.backward()
+    given = [None if w.grad is None else exact_sum(w.grad) for w in weights]
     optimizer.step()
     for t, w in enumerate(weights):
         used = [f for f, i in enumerate(a["tables"]) if i == t]
@@ -115,6 +132,9 @@ def one_step(draw: Draw, kind: str, optimizer, a: dict, weights: list, fused: bo
             raise Finding(f"{kind}: step {state['step']} of table {t}, expected {steps[t]}")
         new = w.detach(), [state[n] for n in NAMES[kind]]
         grad = sum(g[t] for g in gradients)
+        if given[t] is not None:  # what was rounded before the step is not the step's doing
+            check_close(f"{kind}, gradient of table {t}", given[t].to(w.dtype), grad, w.dtype, floor)
+            grad, floor = given[t], 1.0
         check_step(f"{'fused' if fused else 'stepped'}", kind, hyper(kind, group_of(optimizer, w), steps[t]), old[t],
                    new, rows, grad, floor)  # fmt: skip
 
@@ -132,7 +152,11 @@ def restarted(draw: Draw, kind: str, optimizer, weights: list):
               "adamw": torch.optim.AdamW}.get(kind)  # fmt: skip
     if way == "torch" and theirs and not any(g["max_row_norm"] for g in optimizer.param_groups):
         other = theirs([{"params": g["params"]} for g in optimizer.param_groups])
-        state = rk.optim.to_torch(optimizer, other).state_dict()
+        try:
+            state = rk.optim.to_torch(optimizer, other).state_dict()
+        except ValueError as error:  # what torch would keep in float16 may be beyond it
+            if "torch.float16 has no number for" not in str(error):
+                raise
     fresh = KINDS[kind]([{"params": g["params"]} for g in optimizer.param_groups], lr=0.7)
     fresh.load_state_dict(state)
     return fresh

@@ -373,3 +373,17 @@ def test_rowwise_adagrad_is_fbgemms():
         expected.sin().sum().backward()
     for own, weight in zip(theirs.split_embedding_weights(), ours.weights):
         torch.testing.assert_close(own, weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.Adam, torch.optim.SparseAdam])
+def test_to_torch_makes_no_infinities(theirs):
+    """torch keeps a float16 table's moments in float16."""
+    weight = nn.Parameter(torch.randn(5, 3, dtype=torch.float16))
+    optimizer, other = rk.optim.Adam([weight]), theirs([weight])
+    weight.grad = torch.sparse_coo_tensor([[1]], torch.full((1, 3), 9e3, dtype=torch.float16), weight.shape)
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match="to_torch: exp_avg_sq of table 0 has 81000, which torch.float16 has no number"
+    ):
+        rk.optim.to_torch(optimizer, other)
+    assert not other.state
