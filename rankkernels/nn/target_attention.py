@@ -271,9 +271,8 @@ def last_position(layer: nn.TransformerEncoderLayer, x: Tensor, valid: Tensor) -
     attention, last = layer.self_attn, x[:, -1]
     H, n, D = attention.num_heads, attention.head_dim, x.shape[2]
     of_query, of_key, of_value = attention.in_proj_weight.chunk(3)
-    bias, _, of_value_bias = attention.in_proj_bias.chunk(
-        3
-    )  # that of the keys adds the same to all of a query's scores
+    # The keys' bias adds the same to all of a query's scores.
+    bias, _, of_value_bias = attention.in_proj_bias.chunk(3)
     query = F.linear(last, of_query, bias).view(-1, H, n)
     p = attention.dropout if attention.training else 0.0
     query = of_heads(query, of_key.view(H, n, D)) * n**-0.5

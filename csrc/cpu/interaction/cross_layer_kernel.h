@@ -1,8 +1,8 @@
 // What follows the product of a layer of DCN v2, for one instruction set.
 //
 //   out = x0 product + bias + x                 elementwise, product = W x from a library's GEMM
-//   grad_x0 = grad_out product     grad_product = grad_out x0     grad_bias = sum_rows grad_out     grad_x =
-//   grad_out
+//   grad_x0   = grad_out product         grad_product = grad_out x0
+//   grad_bias = sum_rows grad_out        grad_x       = grad_out
 //
 // Per row of D values: forward three reads and one write, where torch's three ops have five and three;
 // backward three reads and two writes. Bound by memory.
