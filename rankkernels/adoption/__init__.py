@@ -15,14 +15,16 @@ others that it sets later are named in its tuple ``_kept_by_adoption`` and delet
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
 
 from torch import nn
 
 from rankkernels.adoption._report import Entry, Report, name_of
+from rankkernels.adoption._tables import Table, tables_of
 
-__all__ = ["Entry", "Report", "accelerate", "explain", "restore"]
+__all__ = ["Entry", "Report", "Table", "accelerate", "explain", "restore"]
 
 #: The package that a user of the library has imported, and the module here that speaks for it.
 _ADAPTERS = {
@@ -34,6 +36,7 @@ _ADAPTERS = {
 
 #: Where a replaced layer keeps the class that it had, and whose that is.
 _ORIGINAL = "_before_acceleration"
+_log = logging.getLogger("rankkernels")
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -42,7 +45,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Layers of torch-rechub, FuxiCTR, DeepCTR-Torch and ``nn.EmbeddingBag``, wherever in the model they are, also below
     ``torch.compile``, DataParallel and DistributedDataParallel. Parameters, buffers, hooks and optimizers that hold
     them stay what they are, and so do the numbers. Subclasses of the libraries' layers are left alone: only their
-    author knows what they changed. Twice is once. ``explain`` tells what was replaced, ``restore`` undoes it.
+    author knows what they changed. Twice is once. ``explain`` tells what was replaced and what the optimizer of its
+    tables moves in a step, which is also logged ("rankkernels", INFO); ``restore`` undoes it.
 
     Warns:
         UserWarning: nothing in ``model`` is replaced, and nothing was before.
@@ -58,14 +62,18 @@ def accelerate(model: nn.Module) -> nn.Module:
             cls._adopt(module)
     if not found and not any(map(_is_ours, model.modules())):
         warnings.warn(f"rankkernels.accelerate: {explain(model)}", stacklevel=2)
+    elif _log.isEnabledFor(logging.INFO):
+        _log.info("accelerate: %s", explain(model))
     return model
 
 
 def explain(model: nn.Module) -> Report:
-    """What ``accelerate`` replaces in ``model``, or has replaced, and what it leaves and why. Changes nothing."""
-    entries, adapters = [], _adapters()
+    """What ``accelerate`` replaces in ``model``, or has replaced, and what it leaves and why; what dense gradients of
+    its tables cost, and what an exact fused optimizer would move instead. Changes nothing."""
+    entries, fusable, adapters = [], [], _adapters()
     for path, module in model.named_modules():
         cls = type(module)
+        kind: type | str | None = cls
         if _ORIGINAL in module.__dict__:
             original, library = module.__dict__[_ORIGINAL]
             entries.append(Entry(path, original.__name__, library, name_of(cls), "", True))
@@ -77,7 +85,9 @@ def explain(model: nn.Module) -> Report:
                 entries.append(Entry(path, cls.__name__, library, name_of(kind), "", False))
             elif kind is not None:
                 entries.append(Entry(path, cls.__name__, library, None, kind, False))
-    return Report(type(model).__name__, entries)
+        if hasattr(cls, "fused_optimizer") or hasattr(kind, "fused_optimizer"):
+            fusable.append(module)
+    return Report(type(model).__name__, entries, tables_of(model, fusable))
 
 
 def restore(model: nn.Module) -> nn.Module:

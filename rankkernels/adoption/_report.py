@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from rankkernels.adoption._tables import Table, said_of
 
 _HEAD = ("layer", "class", "library", "replaced by", "left because")
 
@@ -41,10 +43,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """The layers of a model that a library of ours knows, in the order of ``named_modules``; prints as a table."""
+    """The layers of a model that a library of ours knows, in the order of ``named_modules``; prints as a table.
+
+    Attributes:
+        model: the name of its class.
+        entries: its layers.
+        tables: those of its tables that get dense gradients, and what Adam moves of them in a step.
+    """
 
     model: str
     entries: list[Entry]
+    tables: list[Table] = field(default_factory=list)
 
     @property
     def replaced(self) -> list[Entry]:
@@ -64,4 +73,4 @@ class Report:
         rows = [_HEAD, *((e.path or "(model)", e.cls, e.library, e.replaced_by or "", e.reason) for e in self.entries)]
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([f"{self.model}: {counts}", *lines])
+        return "\n".join([f"{self.model}: {counts}", *lines, *said_of(self.tables)])

@@ -72,6 +72,36 @@ def test_explain_changes_nothing_and_says_it_all():
     assert any(line.split()[:2] == ["0.mlp.mlp.2", "Dice"] for line in lines)
 
 
+def test_explain_says_what_dense_gradients_cost(caplog):
+    """Bytes by count: 8 values of every row, or 9 and three last steps of every row looked up."""
+    model = nn.Sequential(deepfm(), nn.Embedding(100, 6), nn.EmbeddingBag(9, 2, sparse=True))
+    model[1].half()
+    tables = rk.explain(model).tables
+    paths = [f"0.embedding.embed_dict.{name}.weight" for name in ("user", "item")]
+    assert [(t.path, t.rows, t.width, t.value_bytes, t.can_be_fused) for t in tables] == [
+        *((path, 20, 4, 4, True) for path in paths), ("1.weight", 100, 6, 2, False)
+    ]  # fmt: skip
+    assert [t.dense_bytes for t in tables] == [2560, 2560, 9600]
+    assert [t.exact_bytes_a_row for t in tables] == [156, 156, 6 * 3 * (2 + 8) + 12]
+    said = str(rk.explain(model)).splitlines()[-3:]
+    assert said[0].startswith(
+        "3 tables get dense gradients: 140 rows, 1.84 kB. A step of Adam moves all of them, 14.7 kB "
+    )
+    assert "rankkernels.optim.Adam(parameters of 2 of the tables, exact=True)" in said[1]
+    assert "8,192 rows: 1.28 MB in place of 5.12 kB; 16 samples move as much" in said[2]
+    with caplog.at_level("INFO", "rankkernels"):
+        rk.accelerate(model)
+    assert caplog.messages[0].splitlines()[-3:] == said
+    model[0].embedding.embed_dict["user"].weight.requires_grad_(False)
+    assert [t.path for t in rk.explain(model).tables] == [paths[1], "1.weight"]
+    tables = model[0].embedding.requires_grad_().parameters()
+    rk.optim.fuse(model[0], rk.optim.Adam(tables, exact=True))
+    report = rk.explain(model)
+    assert [t.path for t in report.tables] == ["1.weight"] and "optim.fuse" not in str(report)
+    model[1].requires_grad_(False)
+    assert not rk.explain(model).tables and "dense gradients" not in str(rk.explain(model))
+
+
 def test_a_model_without_a_known_layer():
     model = nn.Sequential(nn.Linear(2, 2))
     with pytest.warns(UserWarning, match="Sequential has no layer of torch-rechub, FuxiCTR or DeepCTR-Torch"):
