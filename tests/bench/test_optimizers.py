@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("torch_rechub", reason="the demo's packages are not installe
 
 from bench.demo import optimizers  # noqa: E402
 from bench.demo.datasets import zipf_clicks  # noqa: E402
+from bench.report.records import RECORDS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
 
@@ -38,6 +40,18 @@ def test_runs_differ_as_their_optimizers_do(results):
 def test_exact_adam_has_the_losses_of_dense_adam(results):
     dense, exact, lazy = (results[run]["first_losses"] for run in ("dense Adam", "Adam, exact", "Adam"))
     assert len(exact) == 10 and exact == pytest.approx(dense, rel=1e-5) and lazy != pytest.approx(dense, rel=1e-5)
+
+
+@pytest.mark.parametrize("record", RECORDS.glob("*/demo/optimizers.json"), ids=lambda path: path.parts[-3])
+def test_exact_adam_is_dense_adam_in_what_was_recorded(record):
+    """MovieLens-100k, and clicks like Frappe's and Criteo's: 50 losses, and AUC after two epochs."""
+    parts = json.loads(record.read_text())["data"]
+    assert "ml-100k" in parts
+    for part in parts.values():
+        dense, exact = ({r["run"]: r for r in part["results"]}[run] for run in ("dense Adam", "Adam, exact"))
+        assert len(exact["first_losses"]) == 50
+        assert exact["first_losses"] == pytest.approx(dense["first_losses"], rel=1e-5)
+        assert exact["auc"] == pytest.approx(dense["auc"], abs=1e-4)
 
 
 def test_the_table_has_every_run(results):
