@@ -57,20 +57,27 @@ def check_epsilon(op: str, name: str, eps: float, positive: bool) -> None:
 
 
 class raise_documented:
-    """Re-raises an operator's RuntimeError about values in a tensor as the documented type, which it knows by the text.
-    Operators in C++ can raise RuntimeError only."""
+    """Re-raises an operator's RuntimeError about values in a tensor as the documented type, which it knows by the text:
+    operators in C++ can raise RuntimeError only. And torch's about a DTensor, saying what to do instead."""
 
     TYPES = (
         (re.compile("is out of range"), IndexError),
         (re.compile(r"is outside 0 \.\.|offsets must run|offsets decrease|more than one valid row"), ValueError),
     )
 
+    DTENSOR = re.compile(r"rankkernels\.(\w+)\.default (got mixed torch\.Tensor and DTensor|does not have a sharding)")
+
     def __enter__(self):
         pass
 
     def __exit__(self, kind, error, traceback):
-        if kind is RuntimeError:
+        if kind is RuntimeError or kind is NotImplementedError:
             message = str(error).splitlines()[0]
+            if found := self.DTENSOR.search(message):
+                raise NotImplementedError(
+                    f"{found[1]}: takes no DTensor; tables in parts of their rows are nn.Embedding modules, which an "
+                    "EmbeddingLayer calls (RowwiseParallel), or TorchRec's: docs/scale.md"
+                ) from error
             for text, documented in self.TYPES:
                 if text.search(message):
                     raise documented(message) from None

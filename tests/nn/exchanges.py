@@ -7,6 +7,8 @@ import pickle
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rankkernels as rk
@@ -138,6 +140,10 @@ def refusals(rank: int) -> dict:
     found["other tables"] = error_of(lambda: rk.optim.fuse(other, optimizer))
     rk.optim.fuse(other, optimizer, process_group=own_group())  # tables of this process
     other(torch.tensor([[3 if rank else 1]])).sum().backward()
+    spread = distribute_tensor(torch.rand(4, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    found["spread"] = error_of(lambda: rk.embedding_bag(spread, torch.tensor([[rank]])))
+    found["spread, DTensor ids"] = error_of(lambda: rk.embedding_bag(spread, distribute_tensor(
+        torch.tensor([[1]]), spread.device_mesh, [Replicate()])))  # fmt: skip
     elsewhere = DistributedDataParallel(fused()[0], process_group=own_group())
     found["other processes"] = error_of(lambda: elsewhere(batch(0, rank)))
     return found
