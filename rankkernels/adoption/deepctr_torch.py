@@ -18,6 +18,7 @@ from rankkernels.adoption._deepctr_lookup import Lookups, by_group, dense_column
 from rankkernels.adoption._report import why_subclass_is_left
 from rankkernels.nn._transparency import is_plain
 from rankkernels.nn.attention import FusedMLP, HiddenLayer, fused_mlp
+from rankkernels.nn.batch_norm import group_of
 from rankkernels.nn.layers import BatchNormDice, run_layers
 from rankkernels.ops._tracing import is_tensor, is_traced, is_transformed
 
@@ -45,7 +46,9 @@ class Dice(BatchNormDice, activation.Dice):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        if x.dim() != self.dim or x.size(-1) != self.bn.num_features or rows < 2 or not self.is_served():
+        if x.dim() != self.dim or x.size(-1) != self.bn.num_features or not self.is_served():
+            return super().forward(x)
+        if rows < 2 and group_of(self.bn) is None:
             return super().forward(x)
         return self.of_rows(x.reshape(rows, -1)).view(x.shape)
 

@@ -1,6 +1,7 @@
 """Drop-in layers: torch-rechub's names, signatures, parameter names and numbers, on the fused ops."""
 
 from rankkernels.nn.attention import ActivationUnit
+from rankkernels.nn.batch_norm import SyncBatchNorm1d
 from rankkernels.nn.embedding import EmbeddingLayer, look_up
 from rankkernels.nn.embedding_bag import EmbeddingBag, TableBatchedEmbeddingBag
 from rankkernels.nn.features import (
@@ -22,7 +23,6 @@ from rankkernels.nn.interaction import (
     CrossNetwork,
 )
 from rankkernels.nn.layers import FM, LR, MLP, Dice
-from rankkernels.nn.sync_norm import SyncBatchNorm1d
 from rankkernels.nn.target_attention import InteractingLayer, MultiHeadTargetAttention
 
 __all__ = [

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankkernels import ops, reference
 from rankkernels.nn._tables import raise_unscriptable
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
-from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, is_served, update_running_stats
+from rankkernels.nn.batch_norm import group_of, is_served, update_running_stats
+from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, run_layers
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
 from rankkernels.ops._checks import check_strided
 from rankkernels.ops._jagged import jagged
@@ -35,7 +36,7 @@ class FusedMLP(NamedTuple):
     updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own."""
 
     params: list[Tensor]
-    norms: list[nn.BatchNorm1d]
+    norms: list[nn.Module]
     activation: str
     batch_norm: bool
     training: bool
@@ -75,7 +76,8 @@ class FusedMLP(NamedTuple):
 
 def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
     """These modules, called one after the other, for the op; None where a module is none that it knows, was replaced,
-    wrapped or re-configured since or may see its call, or norms, activations or dropouts differ among themselves."""
+    wrapped or re-configured since or may see its call, norms, activations or dropouts differ among themselves, or norms
+    take statistics of other processes' rows."""
     output = _served_linear(last)
     if output is None or not nobody_follows():
         return None
@@ -103,7 +105,7 @@ def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None
         p = dropout.p if dropout is not None and dropout.training else 0.0
         kinds.add((name, norm is not None, 0.0 if norm is None else norm.eps, dice_eps, p))
     trainings = {norm.training for norm in norms}
-    if len(kinds) > 1 or len(trainings) > 1:
+    if len(kinds) > 1 or len(trainings) > 1 or any(map(group_of, norms)):
         return None
     name, batch_norm, norm_eps, dice_eps, p = kinds.pop() if kinds else ("linear", False, 0.0, 0.0, 0.0)
     params += output
@@ -142,16 +144,13 @@ def first_layer(linear: nn.Linear, history: Tensor, target: Tensor, to_rows: Cal
 
 
 def _score(attention: nn.Module, rows: Tensor, target: Tensor, sample: Tensor) -> Tensor:
-    """``attention`` of [t, h, t - h, t h] for every row h [N, D] and its sample's target t [B, D], module by module,
-    and where nobody could tell without concatenating."""
+    """``attention`` of [t, h, t - h, t h] for every row h [N, D] and its sample's target t [B, D], layer by layer, and
+    where nobody could tell without concatenating."""
     modules = attention.mlp if is_plain(attention, MLP) and is_plain(attention.mlp, nn.Sequential) else ()
     first, *rest = modules or (None,)
     if not is_plain(first, nn.Linear):
         return attention(reference.attention_input(rows, target, sample))
-    score = first_layer(first, rows, target, lambda x: x[sample])
-    for module in rest:
-        score = module(score)
-    return score
+    return run_layers(rest, first_layer(first, rows, target, lambda x: x[sample]))
 
 
 def _check(inputs: Inputs) -> None:
@@ -171,7 +170,8 @@ class ActivationUnit(nn.Module):
 
     The attention MLP runs fused (``rankkernels.din_attention``). Where a layer was replaced or has a hook, or for an
     activation that the op lacks, the modules are called one after the other; a first layer that nobody changed is still
-    spared the concatenation.
+    spared the concatenation. In training with synchronized normalizations, whose sums go over the network between two
+    layers, products are a library's, and each normalization one op with its activation.
 
     Args:
         emb_dim: width D of history and target.

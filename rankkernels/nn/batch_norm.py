@@ -1,64 +1,65 @@
-"""Batch normalization over the rows of all processes, on any device and backend of torch.distributed."""
+"""Batch normalizations as the ops run them: with the statistics of one process's rows, or of all processes'."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rankkernels.nn.layers import update_running_stats
-from rankkernels.ops._exchange import all_gather
+from rankkernels import ops
+from rankkernels.nn._transparency import is_plain
+from rankkernels.ops._sync_norm import synchronized_norm_activation
+from rankkernels.ops._tracing import is_tensor
 
 
-class _Normalize(torch.autograd.Function):
-    """x [N, H], each process its own N, normalized by the statistics of all their rows. Weight and bias get this
-    process's gradients, as from torch's module: a reducer averages them.
+@torch.no_grad()
+def update_running_stats(norms: Sequence[nn.Module], batch_stats: Tensor) -> None:
+    """What ``nn.BatchNorm1d`` does with a batch's mean and unbiased variance."""
+    stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
+    for norm in norms:
+        norm.num_batches_tracked.add_(1)
+        running = [norm.running_mean, norm.running_var]
+        batch = [next(stats).to(r.dtype) for r in running]
+        if norm.momentum is None:  # the mean over all batches
+            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+            for r, b in zip(running, batch):
+                r.lerp_(b, share)
+        else:
+            torch._foreach_lerp_(running, batch, norm.momentum)
 
-    -> out [N, H]; mean and biased variance [H]; the number of rows, a scalar.
-    """
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, group):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        N, H = wide.shape
-        mean = wide.mean(0) if N else wide.new_zeros(H)
-        own = torch.cat([wide.new_tensor([N]), mean, (wide - mean).square().sum(0)])
-        every = own.new_empty(dist.get_world_size(group) * own.numel())
-        all_gather(every, own, group=group)
-        # In the order of the ranks, so that all processes find the same bits.
-        counts, means, squares = every.view(-1, own.numel()).split([1, H, H], 1)
-        rows = counts.sum().clamp(min=1)
-        mean = (counts * means).sum(0) / rows
-        var = (squares + counts * (means - mean).square()).sum(0) / rows
-        scale = (var + eps).rsqrt()
-        normal = (wide - mean) * scale
-        ctx.save_for_backward(normal, scale, weight, rows)
-        ctx.group, ctx.dtype = group, x.dtype
-        ctx.mark_non_differentiable(mean, var, rows)
-        return (normal if weight is None else normal * weight + bias).to(x.dtype), mean, var, rows
+def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
+    """Whose rows ``norm`` normalizes by, if not by those of this process alone: a synchronized one in training."""
+    if type(norm) is nn.BatchNorm1d or not norm.training or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if norm.process_group is None else norm.process_group
+    return group if dist.get_world_size(group) > 1 else None
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_out, *_):
-        normal, scale, weight, rows = ctx.saved_tensors
-        grad = grad_out.to(normal.dtype)
-        own = torch.stack([grad.sum(0), (grad * normal).sum(0)])
-        sums = own.clone()
-        dist.all_reduce(sums, group=ctx.group)
-        of_bias, of_weight = sums / rows
-        grad_x = scale * (grad - of_bias - normal * of_weight)
-        if weight is None:
-            return grad_x.to(ctx.dtype), None, None, None, None
-        grad_bias, grad_weight = own.to(weight.dtype)
-        return (weight * grad_x).to(ctx.dtype), grad_weight, grad_bias, None, None
+
+def normalized(norm: nn.Module, x: Tensor, activation: str, alpha: Tensor | None, dice_eps: float = 0.0) -> Tensor:
+    """``norm_activation`` of x [N, H] with ``norm`` as if it had been called, running statistics included."""
+    settings = {"activation": activation, "norm_eps": norm.eps, "dice_eps": dice_eps}
+    group = group_of(norm)
+    if group is None:
+        out, batch_stats = ops.norm_activation(
+            x, norm.weight, norm.bias, alpha, norm.running_mean, norm.running_var,
+            batch_norm=True, training=norm.training, **settings,
+        )  # fmt: skip
+    else:
+        out, batch_stats = synchronized_norm_activation(x, norm.weight, norm.bias, alpha, group, **settings)
+    if norm.training and norm.track_running_stats:
+        update_running_stats([norm], batch_stats)
+    return out
 
 
 class SyncBatchNorm1d(nn.BatchNorm1d):
     """``nn.BatchNorm1d`` of x [N, H] with the statistics of the rows of all processes, in training.
 
     What ``nn.SyncBatchNorm`` is to a GPU's modules, also on the CPU, where torch's raises and
-    ``DistributedDataParallel`` refuses it. Processes may have different numbers of rows, and none. The layers around
-    one run module by module, not fused; ``convert`` puts it there.
+    ``DistributedDataParallel`` refuses it. Processes may have different numbers of rows, and none. Either kind runs as
+    one op with the activation behind it. Differentiable once. ``convert`` puts it there.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -84,12 +85,24 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
         """
         if input.dim() != 2 or input.size(1) != self.num_features:
             raise ValueError(f"SyncBatchNorm1d: input must be [N, {self.num_features}], got shape {list(input.shape)}")
-        alone = not (dist.is_available() and dist.is_initialized())
-        if not self.training or alone or dist.get_world_size(self.process_group) == 1:
-            return super().forward(input)
-        group = dist.group.WORLD if self.process_group is None else self.process_group
-        out, mean, var, rows = _Normalize.apply(input, self.weight, self.bias, self.eps, group)
-        if self.track_running_stats:
-            unbiased = var * (rows / (rows - 1).clamp(min=1))
-            update_running_stats([self], torch.cat([mean, unbiased]))
-        return out
+        return super().forward(input) if group_of(self) is None else normalized(self, input, "linear", None)
+
+
+#: The classes that the ops may stand for.
+BATCH_NORMS = {nn.BatchNorm1d, nn.SyncBatchNorm, SyncBatchNorm1d}
+_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def is_served(norm: nn.Module) -> bool:
+    """Whether ``norm`` is plain and one of ``BATCH_NORMS``, with settings the ops know: running statistics, all of
+    them, and both of weight and bias or neither."""
+    kind = type(norm)
+    if kind not in BATCH_NORMS or not is_plain(norm, kind) or not norm.track_running_stats:
+        return False
+    parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as attributes
+    if "weight" not in parameters or "bias" not in parameters or not _STATISTICS <= buffers.keys():
+        return False
+    affine = parameters["weight"], parameters["bias"]
+    if affine[0] is None and affine[1] is None:
+        affine = ()
+    return all(map(is_tensor, (*affine, *map(buffers.get, _STATISTICS))))

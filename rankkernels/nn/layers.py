@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rankkernels import ops, reference
 from rankkernels.nn._transparency import are_plain, is_plain, is_untouched, nobody_follows
+from rankkernels.nn.batch_norm import BATCH_NORMS, group_of, is_served, normalized
 from rankkernels.ops._tracing import is_tensor, is_traced
 from rankkernels.ops.linear import folded, folded_linear, is_faster_folded, is_torchs, linear
 from rankkernels.ops.norm_activation import is_faster
@@ -79,7 +80,7 @@ class BatchNormDice(nn.Module):
 
     def of_rows(self, x: Tensor) -> Tensor:
         """x [N, H] -> [N, H] by the op, where ``is_served``, running statistics included."""
-        return _normalized(self.bn, x, "dice_batch_norm", self.alpha.flatten())
+        return normalized(self.bn, x, "dice_batch_norm", self.alpha.flatten())
 
 
 _ACTIVATIONS = {
@@ -118,60 +119,15 @@ def activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
     return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
 
 
-@torch.no_grad()
-def update_running_stats(norms: Sequence[nn.BatchNorm1d], batch_stats: Tensor) -> None:
-    """What ``nn.BatchNorm1d`` does with a batch's mean and unbiased variance."""
-    stats = iter(batch_stats.split([n.num_features for n in norms for _ in range(2)]))
-    for norm in norms:
-        norm.num_batches_tracked.add_(1)
-        running = [norm.running_mean, norm.running_var]
-        batch = [next(stats).to(r.dtype) for r in running]
-        if norm.momentum is None:  # the mean over all batches
-            share = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-            for r, b in zip(running, batch):
-                r.lerp_(b, share)
-        else:
-            torch._foreach_lerp_(running, batch, norm.momentum)
-
-
-_STATISTICS = {"running_mean", "running_var", "num_batches_tracked"}
-
-
-def is_served(norm: nn.Module) -> bool:
-    """Whether ``norm`` is a plain ``nn.BatchNorm1d`` with settings the ops know: running statistics, all of them, and
-    both of weight and bias or neither."""
-    if not is_plain(norm, nn.BatchNorm1d) or not norm.track_running_stats:
-        return False
-    parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as attributes
-    if "weight" not in parameters or "bias" not in parameters or not _STATISTICS <= buffers.keys():
-        return False
-    affine = parameters["weight"], parameters["bias"]
-    if affine[0] is None and affine[1] is None:
-        affine = ()
-    return all(map(is_tensor, (*affine, *map(buffers.get, _STATISTICS))))
-
-
-def _normalized(
-    norm: nn.BatchNorm1d, x: Tensor, activation: str, alpha: Tensor | None, dice_eps: float = 0.0
-) -> Tensor:
-    """The op with ``norm`` as if it had been called, running statistics included."""
-    out, batch_stats = ops.norm_activation(
-        x, norm.weight, norm.bias, alpha, norm.running_mean, norm.running_var,
-        activation=activation, batch_norm=True, training=norm.training, norm_eps=norm.eps, dice_eps=dice_eps,
-    )  # fmt: skip
-    if norm.training:
-        update_running_stats([norm], batch_stats)
-    return out
-
-
-def normalize_and_activate(norm: nn.BatchNorm1d, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell."""
-    if x.dim() != 2 or not is_faster(x, "dice" if type(activation) is Dice else ""):
+def normalize_and_activate(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell. Processes that
+    exchange statistics do it in one way, whatever their parts of the batch are."""
+    if x.dim() != 2 or not (is_faster(x, "dice" if type(activation) is Dice else "") or group_of(norm)):
         return activation(norm(x))
     name, learnt, dice_eps = activation_of(activation)
     if not name or not is_served(norm):
         return activation(norm(x))
-    return _normalized(norm, x, name, learnt[0] if learnt else None, dice_eps)
+    return normalized(norm, x, name, learnt[0] if learnt else None, dice_eps)
 
 
 def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -181,7 +137,7 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     N = 0 if followed or x.dim() != 2 else x.shape[0]
     while at < len(modules):
         module, kind, at = modules[at], type(modules[at]), at + 1
-        if kind is nn.BatchNorm1d and at < len(modules) and type(modules[at]) is not nn.Linear:
+        if kind in BATCH_NORMS and at < len(modules) and type(modules[at]) is not nn.Linear:
             x, at = normalize_and_activate(module, modules[at], x), at + 1
         elif followed or kind not in (nn.Linear, nn.Dropout) or not is_untouched(module, kind):
             x = module(x)

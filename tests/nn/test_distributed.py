@@ -10,6 +10,7 @@ import torch.distributed as dist
 from exchanges import all_cases
 from joint_batches import ALL_WAYS, MODELS, WAYS, train_alone, train_together
 from ranks import run
+from sync_norms import CASES, joint_step, of_case, synchronized
 from torch import nn
 
 import rankkernels as rk
@@ -59,7 +60,13 @@ def clipped(rank: int) -> dict[str, torch.Tensor]:
 def everything(rank: int, processes: int) -> dict:
     """What `make test` tests in processes of their own, which take longer to start than to run."""
     trained = train_together(rank, processes, MODELS, WAYS)
-    return {"trained": trained, "clipped": clipped(rank), **all_cases(rank, processes)}
+    norms = synchronized(rank, processes)
+    return {"trained": trained, "clipped": clipped(rank), "norms": norms, **all_cases(rank, processes)}
+
+
+def all_ways(rank: int, processes: int) -> dict:
+    """What `make test-all` tests in three processes, and of training in two."""
+    return {"trained": train_together(rank, processes, MODELS, ALL_WAYS), "norms": synchronized(rank, processes)}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +77,8 @@ def found(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Of a number of processes, what each of them trained, in all ways."""
-    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), train_together, MODELS, ALL_WAYS))
+    """Of a number of processes, what each of them found."""
+    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), all_ways))
 
 
 def check_trained_as_one(model: str, way: str, of_ranks: list[dict]) -> None:
@@ -97,16 +104,45 @@ def test_two_processes_train_as_one(found, model, way):
 @pytest.mark.parametrize("way", ALL_WAYS)
 @pytest.mark.parametrize("model", MODELS)
 def test_processes_train_as_one(trained, model, way, processes):
-    check_trained_as_one(model, way, trained(processes))
+    check_trained_as_one(model, way, [of_rank["trained"] for of_rank in trained(processes)])
 
 
 @SLOW
 @pytest.mark.parametrize("model", MODELS)
 def test_exact_adam_is_dense_adam(trained, model):
     """Of several processes, too."""
-    exact, dense = (sum(torch.tensor(of_rank[model, way][0]) for of_rank in trained(3)) for way in
+    exact, dense = (sum(torch.tensor(of_rank["trained"][model, way][0]) for of_rank in trained(3)) for way in
                     ("Adam exact", "dense"))  # fmt: skip
     torch.testing.assert_close(exact, dense, rtol=1e-6, atol=1e-9)
+
+
+def check_norms(of_ranks: list[dict]) -> None:
+    """As the op does with all rows: out and grad_x of each its own, the parameters' gradients summed."""
+    for i, case in enumerate(CASES):
+        expected, parts = of_case(case, len(of_ranks), None), [of_rank["norms"]["cases"][i] for of_rank in of_ranks]
+        tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[case[-1]]
+        for name, value in expected.items():
+            found = [part[name] for part in parts]
+            if name == "stats":
+                assert all(torch.equal(found[0], other) for other in found)
+            joined = torch.cat(found) if name in ("out", "grad_x") else found[0] if name == "stats" else sum(found)
+            scale = value.double().abs().mean() + 1
+            torch.testing.assert_close(joined.double() / scale, value.double() / scale, rtol=0, atol=tolerance,
+                                       msg=lambda m, name=name, case=case: f"{case}, {name}: {m}")  # fmt: skip
+    for (model, number), found in of_ranks[0]["norms"]["steps"].items():
+        for name, value in joint_step(model, number, len(of_ranks)).items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+            assert all(torch.equal(found[name], other["norms"]["steps"][model, number][name]) for other in of_ranks)
+
+
+def test_statistics_of_two_processes(found):
+    """Also torch's synchronized norms, of which the layers call none: those raise on the CPU."""
+    check_norms(found)
+
+
+@SLOW
+def test_statistics_of_three_processes(trained):
+    check_norms(trained(3))
 
 
 def test_two_processes_are_one_with_both_batches(found):
@@ -179,6 +215,8 @@ def test_refusals(found):
         assert "DistributedDataParallel waits for gradients of the tables" in errors["wrapped first"]
         assert "join cannot stand in for a fused step" in errors["join"]
         assert "must have the same tables and optimizer, rank 1 has" in errors["other tables"]
+        for case in ("spread", "spread, DTensor ids"):
+            assert "NotImplementedError: embedding_bag: takes no DTensor" in errors[case]
         assert "the tables' gradients go to the ranks [0, 1]" in errors["other processes"]
 
 

@@ -6,21 +6,39 @@ import pytest
 import torch
 from joint_batches import JOINT, MODELS, joint_batch, make, mean_loss
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
 
 
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, rk.SyncBatchNorm1d.convert])
 @pytest.mark.parametrize("model", MODELS)
 def test_of_one_process_it_is_batch_norm(model, convert):
-    """The fused layers leave both kinds to themselves."""
+    """Of both kinds, in training and in eval, the layers are as fused as ever."""
     plain, synchronized = make(model), convert(make(model))
     kinds = [type(m) for m in synchronized.modules()]
     assert nn.BatchNorm1d not in kinds and {nn.SyncBatchNorm, rk.SyncBatchNorm1d} & set(kinds)
-    for net in (plain, synchronized):
-        mean_loss(net, joint_batch(0), JOINT).backward()
+    with Operators() as of_plain:
+        mean_loss(plain, joint_batch(0), JOINT).backward()
+        plain.eval()(joint_batch(1))
+    with Operators() as of_synchronized:
+        mean_loss(synchronized, joint_batch(0), JOINT).backward()
+        synchronized.eval()(joint_batch(1))
+    assert of_synchronized.names == of_plain.names and "rankkernels::norm_activation" in of_plain.names
     for a, b in zip(plain.parameters(), synchronized.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
     for (name, a), b in zip(plain.state_dict().items(), synchronized.state_dict().values()):
