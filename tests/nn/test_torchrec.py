@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ pytest.importorskip("torchrec", reason="torchrec is not installed; `make test-al
 
 from ranks import run  # noqa: E402
 from torchrec.modules.deepfm import FactorizationMachine  # noqa: E402
-from torchrec_ranks import LR, STEPS, WAYS, train  # noqa: E402
+from torchrec_ranks import LR, STEPS, WAYS, train_all  # noqa: E402
 
 from rankkernels import torchrec as rktr  # noqa: E402
 
@@ -143,10 +145,18 @@ def labelled(step: int) -> dict[str, torch.Tensor]:
     return {name: column[order] for name, column in batch().items()} | {"label": (order % 2).float()}
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What each of some processes trained."""
+    makes = parts_of_deepfm, parts_of_din
+    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), train_all, makes, labelled))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("make", [parts_of_deepfm, parts_of_din])
-def test_two_processes_with_sharded_tables_train_as_one(tmp_path, make):
+def test_processes_with_sharded_tables_train_as_one(trained, make, processes):
     """Under DistributedModelParallel, by tables and by rows, the tables' optimizer in the backward."""
-    found = run(2, tmp_path, train, make, labelled)
+    found = [of_rank[make.__name__] for of_rank in trained(processes)]
     parts, losses = make(), []
     optimizer = torch.optim.SGD(parts.parameters(), lr=LR)
     for step in range(STEPS):
@@ -157,7 +167,7 @@ def test_two_processes_with_sharded_tables_train_as_one(tmp_path, make):
         optimizer.step()
         losses.append(loss.item())
     for way in WAYS:
-        together = [sum(of_step) / 2 for of_step in zip(*(of_rank[way][0] for of_rank in found))]
+        together = [sum(of_step) / processes for of_step in zip(*(of_rank[way][0] for of_rank in found))]
         torch.testing.assert_close(together, losses, rtol=1e-5, atol=1e-6)
         rows = 0
         for of_rank in found:

@@ -16,7 +16,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 import rankkernels as rk
 
-LR, STEPS = 0.5, 5
+LR, STEPS = 0.1, 50
 WAYS = ("table-wise", "row-wise")
 
 
@@ -82,3 +82,8 @@ def train(rank: int, processes: int, make_parts, batch_of_step) -> dict:
         tables = {name: [(row, t.clone()) for row, t in shards] for name, shards in shards_of(model).items()}
         found[way] = losses, tables
     return found
+
+
+def train_all(rank: int, processes: int, makes, batch_of_step) -> dict:
+    """``train`` of each of these parts, in processes that take longer to start than to train."""
+    return {make.__name__: train(rank, processes, make, batch_of_step) for make in makes}
