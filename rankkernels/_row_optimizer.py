@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._live_steps import LiveSteps, Scaled
-from rankkernels._state_dict import check_form
+from rankkernels._state_dict import check_form, step_of
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import Features
@@ -93,6 +93,15 @@ class RowOptimizer(torch.optim.Optimizer):
         """
         if self._exact is not None:
             self._exact.flush()
+
+    @torch.no_grad()
+    def make_state(self) -> None:
+        """Makes the state of every table that has taken no step, as it is before its first: a place for what
+        ``torch.distributed.checkpoint`` loads. Otherwise a table's first step makes it."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state.get(p):
+                    self.state[p] = {"step": 0, **self._new_state(p, group)}
 
     def state_dict(self) -> dict:
         """As ``torch.optim.Optimizer``, with every row up to date."""
@@ -377,23 +386,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _loaded(self, i: int, p: Tensor, group: dict, saved: dict) -> dict:
         """The state of ``p`` from a saved one. Raises a ValueError if that is of another kind."""
-        shapes, step = dict(zip(self._states, state_shapes(self._kind, p.shape))), saved.get("step", 0)
-        saved = {name: value for name, value in saved.items() if value is not None}  # SGD's momentum_buffer
-        names = {"step", *self._states}
-        if not names >= set(saved) >= set(self._states) or any(
-            not isinstance(saved[name], Tensor) or saved[name].shape != shape for name, shape in shapes.items()
-        ):
-            raise ValueError(
-                f"{type(self).__name__}: the state of table {i} must have "
-                + (" and ".join(f"{name} of shape {list(shape)}" for name, shape in shapes.items()) or "a step alone")
-                + ", got " + ", ".join(f"{k} {list(getattr(v, 'shape', []))}" for k, v in saved.items())
-            )  # fmt: skip
-        try:
-            count = int(step)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            count = -1
-        if count < 0 or count != step:
-            raise ValueError(f"{type(self).__name__}: the state of table {i} must have a number of steps, got {step!r}")
+        shapes = dict(zip(self._states, state_shapes(self._kind, p.shape)))
+        count = step_of(type(self).__name__, i, saved, shapes)
         state = self._new_state(p, group)
         for name in self._states:
             state[name].copy_(saved[name])

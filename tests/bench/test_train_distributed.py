@@ -73,33 +73,40 @@ def trained(folder: Path, processes: int, *options: str) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_is_killed_goes_on(tmp_path):
+@pytest.mark.parametrize("tables", ["rows", "whole"])
+def test_a_run_whose_process_is_killed_goes_on(tmp_path, tables):
     """The other ends with an error; the same command then has the losses of a run that nothing happened to."""
     options = ["--data", str(events(tmp_path)), "--batch-size", "64", "--epochs", "4", "--every", "10"]
+    options += ["--tables", tables]
     undisturbed = trained(tmp_path, 2, *options, "--checkpoint", str(tmp_path / "other"))
     options += ["--checkpoint", str(tmp_path / "run")]
     running = start(2, *options)
     try:
         begun = time.monotonic()
-        while not (tmp_path / "run" / "last.pt").exists():
+        while not list((tmp_path / "run").glob("step-*")):
             assert time.monotonic() < begun + LIMIT and all(process.poll() is None for process in running)
             time.sleep(0.01)
         running[1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         output = running[0].communicate(timeout=LIMIT)[0]
         assert time.monotonic() < killed + 60
-        assert running[0].returncode != 0 and "RuntimeError" in output, output
+        assert running[0].returncode not in (0, -signal.SIGKILL) and "RuntimeError" in output, output
     finally:
         end(running)
     resumed = trained(tmp_path, 2, *options)
     assert 0 < resumed["begun"] < len(resumed["losses"])
     assert resumed["losses"] == undisturbed["losses"]
     assert resumed["auc"] == undisturbed["auc"]
+    if tables == "rows":  # one process takes over; the test of FSDP2 has such of whole tables
+        alone = trained(tmp_path, 1, *options, "--epochs", "6")
+        assert alone["begun"] == len(undisturbed["losses"]) < len(alone["losses"])
+        assert alone["losses"][: alone["begun"]] == undisturbed["losses"]
+        assert max(alone["losses"][alone["begun"] :]) < undisturbed["losses"][0]
 
 
 @pytest.mark.slow
 def test_movielens_in_two_processes_is_as_in_one(tmp_path):
-    """As README and page start it. A machine without the data trains on generated ones."""
+    """As README and page start it, and with whole tables. A machine without the data trains on generated ones."""
     from bench.demo import datasets
 
     try:
@@ -109,17 +116,20 @@ def test_movielens_in_two_processes_is_as_in_one(tmp_path):
         print(f"{reason}; taking the synthetic data")
         data = ["--data", "synthetic"]
     found = []
-    for processes in (1, 2):
+    for processes, tables in ((1, "rows"), (2, "rows"), (2, "whole")):
         out = tmp_path / f"{processes}.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         done = subprocess.run(
-            [*command, str(SCRIPT), *data, "--epochs", "1", "--out", str(out)], cwd=ROOT, capture_output=True,
-            text=True, timeout=4 * LIMIT, env=environment(),
+            [*command, str(SCRIPT), *data, "--tables", tables, "--epochs", "1", "--out", str(out)], cwd=ROOT,
+            capture_output=True, text=True, timeout=4 * LIMIT, env=environment(),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"{processes} processes, steps 0 to" in done.stdout
+        assert done.stderr.count("DIN:   0%") == 1  # progress of the first process alone
         found.append(json.loads(out.read_text()))
-    one, two = found
-    assert len(one["losses"]) == len(two["losses"]) > 50
-    np.testing.assert_allclose(two["losses"][0], one["losses"][0], rtol=1e-2)  # the attention's own statistics
-    assert abs(two["auc"] - one["auc"]) < 0.003 and one["auc"] > 0.7
+    one, *others = found
+    assert len(one["losses"]) > 50 and one["auc"] > 0.7
+    for two in others:
+        assert len(one["losses"]) == len(two["losses"])
+        np.testing.assert_allclose(two["losses"][0], one["losses"][0], rtol=1e-2)  # the attention's own statistics
+        assert abs(two["auc"] - one["auc"]) < 0.003

@@ -1,13 +1,16 @@
-"""DIN whose dense part ``fully_shard`` spreads over the processes, fused tables left out; saved in shards."""
+"""DIN, its dense part spread by ``fully_shard``, its tables whole and fused or in parts of their rows.
+
+A run stops and goes on in another number of processes, from what ``torch.distributed.checkpoint`` wrote.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from joint_batches import JOINT, joint_batch, make, mean_loss, optimizers_of, part_of, tables_of
+from joint_batches import JOINT, joint_batch, make, mean_loss, part_of, tables_of
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -15,74 +18,84 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 import rankkernels as rk
 
-STEPS = 8
+KINDS = ("whole", "rows")
+
+
+def spread_rows(model: nn.Module) -> None:
+    """Gives each process a part of every table's rows; it looks its part of the batch up in all of them."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for table in model.embedding.embed_dict.values():
+        parallelize_module(table, mesh, RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)))
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """With the tables whole in every process."""
+    """The dense part in shards, the tables as they are."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (*model.attention_layers, model.mlp):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh, ignored_params=set(tables_of(model)))
 
 
-def step_on(model: nn.Module, optimizers: list, loss: Tensor) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward()
-    for optimizer in optimizers:
-        optimizer.step()
+def parts_of(step: int, kind: str, processes: int) -> list[dict[str, Tensor]]:
+    """What they get. Lookups in parts of rows need parts of one size."""
+    x, ranks = joint_batch(step), range(processes)
+    if kind == "whole":
+        return [part_of(x, step, rank, processes) for rank in ranks]
+    return [{name: column[rank::processes] for name, column in x.items()} for rank in ranks]
 
 
-def train(rank: int, processes: int, folder: str) -> dict:
-    """Trains, and saves all shards."""
+def train(
+    rank: int, processes: int, kind: str, parts: int, steps: range, loaded: str | None, saved: str | None
+) -> dict:
+    """Goes on from ``loaded``, leaves ``saved``; one process has all ``parts`` of a batch. Tables that are "whole" step
+    in the backward, as exact AdamW; of those in "rows" torch's Adam has dense gradients."""
     model = rk.SyncBatchNorm1d.convert(make("DIN"))
+    if processes > 1 and kind == "rows":
+        spread_rows(model)
     tables = tables_of(model)
-    table_optimizer = rk.optim.Adam(tables, lr=0.01)
-    rk.optim.fuse(model, table_optimizer)
-    model = sharded(model)
+    if kind == "whole":
+        table_optimizer = rk.optim.AdamW(tables, lr=0.01, exact=True)
+        rk.optim.fuse(model, table_optimizer)
+    else:
+        table_optimizer = torch.optim.Adam(tables, lr=0.01)
+    if processes > 1:
+        model = sharded(model)
     others = [p for p in model.parameters() if all(p is not table for table in tables)]
-    assert all(isinstance(p, DTensor) for p in others) and not any(isinstance(p, DTensor) for p in tables)
+    assert all(isinstance(p, DTensor) for p in others) == (processes > 1)
+    assert all(isinstance(p, DTensor) for p in tables) == (processes > 1 and kind == "rows")
     optimizers, losses = [torch.optim.Adam(others, lr=0.01), table_optimizer], []
-    for step in range(STEPS):
-        loss = processes * mean_loss(model, part_of(joint_batch(step), step, rank, processes), JOINT)
-        step_on(model, optimizers, loss)
+    if loaded:
+        load(model, optimizers, loaded)
+    for step in steps:
+        own = parts_of(step, kind, parts)[rank::processes]
+        x = {name: torch.cat([part[name] for part in own]) for name in own[0]}
+        loss = processes * mean_loss(model, x, JOINT)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for table in tables:
+            if isinstance(table, DTensor):  # a sum over the processes; fully_shard averages
+                table.grad.div_(processes)
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item() / processes)
-    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
-    return {"losses": losses, "tables": [t.detach() for t in tables]}
+    net, state = get_state_dict(model, optimizers)
+    if saved:
+        dcp.save({"net": net, "optimizers": state}, checkpoint_id=saved)
+    whole = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
+    return {"losses": losses, "state": whole}
 
 
-def train_alone(processes: int) -> tuple[list[float], nn.Module]:
-    model, losses = make("DIN"), []
-    optimizers = optimizers_of(model, "Adam")
-    for step in range(STEPS):
-        parts = [part_of(joint_batch(step), step, rank, processes) for rank in range(processes)]
-        loss = mean_loss(model, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, JOINT)
-        step_on(model, optimizers, loss)
-        losses.append(loss.item())
-    return losses, model
+def load(model: nn.Module, optimizers: list, folder: str) -> None:
+    for optimizer in optimizers:
+        if isinstance(optimizer, rk.optim.AdamW):
+            optimizer.make_state()
+    net, state = get_state_dict(model, optimizers)
+    dcp.load(read := {"net": net, "optimizers": state}, checkpoint_id=folder)
+    set_state_dict(model, optimizers, model_state_dict=read["net"], optim_state_dict=read["optimizers"])
 
 
-def load(rank: int, processes: int, folder: str) -> dict[str, Tensor]:
-    """What one process saved, in shards -> all of it."""
-    model = sharded(make("DIN"))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=folder)
-    set_model_state_dict(model, state)
-    return {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
-
-
-def by_rows(rank: int, processes: int) -> dict:
-    """Tables in parts of their rows, DTensors; each process looks up its part of the batch."""
-    model, mesh = rk.SyncBatchNorm1d.convert(make("DIN")), init_device_mesh("cpu", (processes,))
-    for table in model.embedding.embed_dict.values():
-        parallelize_module(table, mesh, RowwiseParallel(input_layouts=Shard(0), output_layouts=Shard(0)))
-    assert all(isinstance(p, DTensor) for p in tables_of(model))
-    x, B = joint_batch(0), JOINT // processes
-    loss = mean_loss(model, {name: column[rank * B : rank * B + B] for name, column in x.items()}, JOINT)
-    loss.backward()
-    dist.all_reduce(loss := loss.detach())
-    return {"loss": loss, "gradients": [p.grad.full_tensor() for p in tables_of(model)]}
+def train_both(rank: int, processes: int, parts: int, steps: range, loaded: str | None, saved: str | None) -> dict:
+    """``train`` of each kind, in processes that take longer to start than to train."""
+    folders = {kind: [folder and f"{folder}/{kind}" for folder in (loaded, saved)] for kind in KINDS}
+    return {kind: train(rank, processes, kind, parts, steps, *folders[kind]) for kind in KINDS}
