@@ -277,7 +277,7 @@ def objects(tmp_path_factory) -> dict[str, Path]:
     """Each unit compiled for the shim."""
     sources = copy_sources(tmp_path_factory.mktemp("shim") / "csrc")
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(UNITS, pool.map(lambda unit: compile_shim(sources / unit, "-O1"), UNITS)))
+        return dict(zip(UNITS, pool.map(lambda unit: compile_shim(sources / unit, "-O0"), UNITS)))
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ RK_INLINE Accumulator<T> attention_of(const Augru<T>& a, int64_t sample, int64_t
 
 template <class T>
 RK_INLINE void clear(T* p, int64_t n) {
-  __builtin_memset(static_cast<void*>(p), 0, n * sizeof(T));
+  if (n) __builtin_memset(static_cast<void*>(p), 0, n * sizeof(T));  // an empty tensor has no memory
 }
 
 // The inputs of position l beside the states, and the products of both.

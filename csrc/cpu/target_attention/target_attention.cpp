@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -247,7 +246,7 @@ void backward_of_user(const TargetArguments& a, const TargetUsers& users, const 
   const TargetTask task{user, users.first[user], users.first[user + 1]};
   TargetQueries<A> q(a, users, task);
   const int64_t written = q.queries ? rows : 0;
-  std::memset(static_cast<void*>(to + written * D), 0, (all - written) * D * sizeof(T));
+  std::fill_n(to + written * D, (all - written) * D, T{});
   if (!q.queries || !H) return;
   TargetAttentionBackward<T> k{};
   k.forward = attention_of<T>(a, users, history, task, q);
