@@ -77,6 +77,7 @@ DIN = GPUOp(
         in_dtypes(din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), SINGLE),
         in_dtypes(din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), BF16),
         in_dtypes(din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), SINGLE),
+        in_dtypes(din_attention_case(4, 1000, 64, [36], "dice", False, True, False, "lengths"), SINGLE),
     ]
     + [
         # The widest layers, and what else the kernels are compiled to: do the registers suffice?
