@@ -116,9 +116,6 @@ EMBEDDING_BAG = GPUOp(
         "embedding_bag_update": [
             "embedding_lookups",
             "sort",
-            "embedding_run_starts",
-            "cumsum",
-            "embedding_run_rows",
             "embedding_reduce",
             "embedding_join",
             "embedding_update",
@@ -131,7 +128,7 @@ EMBEDDING_FM = GPUOp(
     cases=[in_dtypes(embedding_fm_case([100_000] * 26, 16, list(range(26)), ["none"] * 26, B=4096), SINGLE)],
     launches={
         "embedding_fm": ["embedding_fm"],
-        "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear_parts", "embedding_linear_total"],
+        "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear"],
     },
 )
 
