@@ -189,14 +189,18 @@ def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Call]]:
-    """Lists the calls of rankkernels' ops on meta tensors, their kernels compiled for ``target``, one of TARGETS."""
+def compiling(target: str, only_counting: bool = False) -> Iterator[list[Call]]:
+    """Lists the calls of rankkernels' ops on meta tensors, their kernels compiled for ``target``, one of TARGETS, or
+    with ``only_counting`` in name alone."""
     calls: list[Call] = []
     mode = _CUDAImplementations(calls)
 
     def launch(kernel, grid):
         def compile_only(*args, **kwargs):
-            found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), grid, target)
+            if only_counting:
+                found = Kernel(kernel.__name__, grid, 0, 0, 0, 0, Counter(), False)
+            else:
+                found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), grid, target)
             mode.current.kernels.append(found)
             mode.current.launches.append(found.name)
 

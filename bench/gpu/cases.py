@@ -77,6 +77,7 @@ DIN = GPUOp(
         in_dtypes(din_attention_case(4096, 50, 64, [36], "dice", False, True, False, "offsets"), SINGLE),
         in_dtypes(din_attention_case(4096, 50, 64, [64], "dice_batch_norm", False, False, False, "mask"), BF16),
         in_dtypes(din_attention_case(4096, 50, 64, [80, 40], "dice", False, False, False, "lengths"), SINGLE),
+        in_dtypes(din_attention_case(4, 1000, 64, [36], "dice", False, True, False, "lengths"), SINGLE),
     ]
     + [
         # The widest layers, and what else the kernels are compiled to: do the registers suffice?
@@ -115,9 +116,6 @@ EMBEDDING_BAG = GPUOp(
         "embedding_bag_update": [
             "embedding_lookups",
             "sort",
-            "embedding_run_starts",
-            "cumsum",
-            "embedding_run_rows",
             "embedding_reduce",
             "embedding_join",
             "embedding_update",
@@ -130,7 +128,7 @@ EMBEDDING_FM = GPUOp(
     cases=[in_dtypes(embedding_fm_case([100_000] * 26, 16, list(range(26)), ["none"] * 26, B=4096), SINGLE)],
     launches={
         "embedding_fm": ["embedding_fm"],
-        "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear_parts", "embedding_linear_total"],
+        "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear"],
     },
 )
 

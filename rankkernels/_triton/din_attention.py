@@ -17,11 +17,11 @@ G_l = dL/dz_l, dM = sum_l G_l h_l^T and dc = sum_l G_l:
 Normalizations are folded into the products before them (din_attention_layers.py), in training with statistics of a
 pass over the rows for each layer, and the sums that their backward needs come from a launch of its own.
 
-Launches: forward 1, in training one more a layer; backward as ``_launches`` says, 1 to 5. One layer in eval has 5 of
-PyTorch's before the forward and 17 around the backward, of the weights' size and c's. Beside its inputs the backward
-keeps the scores and, with a softmax, out in float32 and its peak and total. The forward computes c itself; the
-backward's products without rows of history (c, d(Wt + Wd), (Wt + Wd)^T dc) are left to the library. Lengths cost whole
-blocks of BLOCK_L rows, and so does a mask, up to its last valid row. A batch of few samples is split over their rows.
+Launches: forward one and one for each layer, in training two more a layer; backward as ``_launches`` says, 1 to 5, one
+more a layer for its vectors' gradients and one for its weight's, and three products of a library without rows of
+history: c, d(Wt + Wd) and (Wt + Wd)^T dc. Beside its inputs the backward keeps the folded layers, the scores and, with
+a softmax, out in float32 and its peak and total. The forward computes c itself. Lengths cost whole blocks of BLOCK_L
+rows, and so does a mask, up to its last valid row. A batch of few samples is split over their rows.
 """
 
 from __future__ import annotations
@@ -35,16 +35,33 @@ import triton
 from torch import Tensor
 
 from rankkernels._triton._alignment import alignment
+from rankkernels._triton._launch import launch
 from rankkernels._triton._programs import programs_of
 from rankkernels._triton.din_attention_backward import din_attention_backward_kernel
-from rankkernels._triton.din_attention_blocks import VECTORS
-from rankkernels._triton.din_attention_forward import din_attention_kernel, din_attention_statistics_kernel
-from rankkernels._triton.din_attention_layers import Layer, folded, means, normalized, plain, unfolded
-from rankkernels.ops.attention_params import Flags, has_gpu_kernel, hidden_widths, norms_per_layer, unflatten
-from rankkernels.reference import Hidden
+from rankkernels._triton.din_attention_forward import (
+    din_attention_join_kernel,
+    din_attention_kernel,
+    din_attention_statistics_kernel,
+)
+from rankkernels._triton.din_attention_layers import (
+    din_attention_fold_kernel,
+    din_attention_sums_kernel,
+    din_attention_unfold_kernel,
+)
+from rankkernels.ops.attention_params import (
+    MAX_WIDTH,
+    VECTORS,
+    Flags,
+    block_of,
+    folded_size,
+    has_gpu_kernel,
+    hidden_widths,
+    norms_per_layer,
+    unflatten,
+)
 
 PROGRAMS: int | None = None  # other than ``programs_of`` says, for tests
-MAX_WIDTH = 128  # of history rows and of hidden layers
+UNITS = 8  # of a layer, that a program folds or unfolds: a sector of 32 bytes of each row
 
 
 def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
@@ -66,11 +83,6 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
     )
 
 
-def _block(width: int) -> int:
-    """The power of two, 32 at least, that holds ``width``."""
-    return max(32, triton.next_power_of_2(width))
-
-
 def _precision(dtype: torch.dtype) -> str:
     """Of products: ``product`` in din_attention_blocks.py."""
     if dtype != torch.float32:
@@ -80,155 +92,109 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def _padded(weight: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    padding = (0, _block(columns) - columns, 0, _block(rows) - rows)
-    return (torch.nn.functional.pad(weight, padding) if any(padding) else weight).contiguous()
+def _registers() -> dict[str, int]:
+    """256 threads, of 32 or 64 a warp."""
+    return {"num_stages": 1} | ({"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 255})
 
 
-def _vectors(layer: Layer) -> Tensor:
-    """The vectors of a layer as the kernels take them; what the layer has not, no kernel reads."""
-    vectors = {"bias": layer.bias, **layer.vectors}
-    rows, H = torch.stack([vectors.get(name, layer.bias) for name in VECTORS]), layer.bias.numel()
-    return torch.nn.functional.pad(rows, (0, _block(H) - H))
+class Partials(NamedTuple):
+    """Where the sums of a program of the backward are in its row of ``size``: first those for M's and Wp's gradients
+    [2, BLOCK_D, BLOCK_H], then for the second layer's weight [BLOCK_H2, BLOCK_H] and bias, for each layer's vectors
+    [5, BLOCK] as ``_plus_sums`` has them, for the first layer's bias, and for the output layer's weight and bias."""
+
+    weight2: int
+    sums: int
+    sums2: int
+    bias: int
+    output: int
+    size: int
 
 
-class _Rows(NamedTuple):
-    """History, target and which rows are valid, and what both are to the kernels."""
+@functools.cache
+def _partials(BLOCK_D: int, BLOCK_H: int, BLOCK_H2: int) -> Partials:
+    """BLOCK_H2 is 0 where there is no second layer."""
+    weight2 = 2 * BLOCK_D * BLOCK_H
+    sums = weight2 + BLOCK_H2 * (BLOCK_H + 1)
+    sums2 = sums + 5 * BLOCK_H
+    bias = sums2 + 5 * BLOCK_H2
+    output = bias + BLOCK_H
+    return Partials(weight2, sums, sums2, bias, output, output + (BLOCK_H2 or BLOCK_H) + 32)
 
-    history: Tensor
-    target: Tensor
-    lengths: Tensor | None
-    mask: Tensor | None
-    offsets: Tensor | None
 
-    @property
-    def total(self) -> int:
-        return self.history.shape[:-1].numel()
+class _Call:
+    """The arguments of the op, and what they are to the kernels."""
 
-    @property
-    def programs(self) -> int:
-        """That a launch should have, and at most those that leave partial sums."""
-        return PROGRAMS or programs_of(self.history)
+    def __init__(self, history, target, lengths, mask, offsets, params, running_stats, flags: Flags):
+        self.history, self.target, self.lengths, self.mask, self.offsets = history, target, lengths, mask, offsets
+        self.flags, (self.B, self.D) = flags, target.shape
+        layers = [p.contiguous() for p in params], running_stats, flags.name, flags.batch_norm
+        self.hidden, self.out_weight, self.out_bias = unflatten(*layers, flags.norm_eps, flags.dice_eps)
+        self.statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm) > 0
+        self.widths = [hidden.bias.numel() for hidden in self.hidden]
+        self.blocks = [block_of(self.D), *map(block_of, self.widths)]
+        self.programs = PROGRAMS or programs_of(history)
+        rows = history.shape[:-1].numel()
+        #: Tasks a sample, so that few samples make as many programs, each with 64 rows and more.
+        self.splits = max(1, min(self.programs // self.B, rows // self.B // 64)) if self.B else 1
+        self.tasks = self.B * self.splits
+        self.size = folded_size(self.D, self.widths) + rows + (self.B * (self.D + 2) if flags.use_softmax else 0)
 
-    @property
-    def splits(self) -> int:
-        """Tasks a sample, so that few samples make as many programs, each with 64 rows and more."""
-        B = self.target.size(0)
-        return max(1, min(self.programs // B, self.total // B // 64))
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.history.device)
 
-    def valid(self) -> Tensor | int:
-        """The number of valid rows."""
-        if self.mask is not None:
-            return self.mask.sum()
-        return self.total if self.lengths is None else self.lengths.clamp(0, self.history.size(1)).sum()
+    def layer_at(self, i: int) -> int:
+        return folded_size(self.D, self.widths[:i])
 
-    def arguments(self) -> dict:
-        history, target, lengths, mask, offsets = self
+    def vectors_at(self, i: int) -> int:
+        return self.layer_at(i) + (1 if i else 3) * self.blocks[i] * self.blocks[i + 1]
+
+    def launch(self, kernel, grid, saved: Tensor, own: Sequence, first: tuple, last: tuple, layers: int) -> None:
+        """A kernel over rows of history: with its ``own`` pointers, the numbers ``first`` before and the constants
+        ``last`` behind what all have; of so many layers."""
+        history, target, lengths, mask, offsets = self.history, self.target, self.lengths, self.mask, self.offsets
         if offsets is not None:
             form, rows, (stride_hb, stride_hl, stride_hd) = "offsets", offsets.contiguous(), (0, *history.stride())
         else:
             form = "all" if lengths is None and mask is None else "lengths" if mask is None else "mask"
             stride_hb, stride_hl, stride_hd = history.stride()
-            rows = None if lengths is None else lengths.contiguous()
+            rows = mask if lengths is None else lengths.contiguous()
         stride_mb, stride_ml = (0, 0) if mask is None else mask.stride()
-        D = target.size(1)
-        return dict(
-            history_ptr=history, target_ptr=target, rows_ptr=rows, mask_ptr=mask, splits=self.splits,
-            L=history.size(-2), stride_hb=stride_hb, stride_hl=stride_hl, stride_hd=stride_hd,
-            stride_tb=target.stride(0), stride_td=target.stride(1), stride_mb=stride_mb, stride_ml=stride_ml, D=D,
-            FORM=form, ALIGN=alignment(history), BLOCK_D=_block(D), BLOCK_K=32, parts_d=triton.cdiv(D, 32),
-            num_stages=1, **({"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 255}),
-        )  # fmt: skip  # 256 threads, of 32 or 64 a warp
-
-
-class _Network(NamedTuple):
-    """The attention MLP, its layers as far as they are known."""
-
-    hidden: Sequence[Hidden]
-    out_weight: Tensor
-    out_bias: Tensor
-    flags: Flags
-
-    def arguments(self, rows: _Rows, layers: Sequence[Layer]) -> dict:
-        """What the kernels take of ``layers``, the first ones."""
-        first, D, flags, p = layers[0], rows.target.size(1), self.flags, self.flags.dropout
-        H = first.weight.size(0)
-        BLOCK_H, BLOCK_D = _block(H), _block(D)
-        padding = (0, BLOCK_D - D, 0, BLOCK_H - H)
-        weight = torch.nn.functional.pad(first.weight.view(H, 4, D).transpose(0, 1), padding).contiguous()
-        if len(layers) == len(self.hidden):
-            layers[-1].vectors["out_weight"] = self.out_weight[0].float()
-        arguments = rows.arguments() | dict(
-            PRECISION=_precision(rows.history.dtype),
-            wt_ptr=weight[0] + weight[2], wm_ptr=weight[1] - weight[2], wp_ptr=weight[3], vectors_ptr=_vectors(first),
-            weight2_ptr=None, vectors2_ptr=None, dice_eps=flags.dice_eps, seed_ptr=flags.seed, DROPOUT=p > 0,
-            threshold=round(p * 2**24), kept_scale=1 / (1 - p) if p < 1 else 0.0,
-            H=H, H2=0, BLOCK_H=BLOCK_H, BLOCK_H2=32, parts_h=triton.cdiv(H, 32), parts_h2=0,
-            ACTIVATION=self.hidden[0].activation, TRAINING=first.r is not None,
+        flags, D, p, (BLOCK_D, BLOCK_H, *_) = self.flags, self.D, self.flags.dropout, self.blocks
+        H, H2 = self.widths[0], self.widths[1] if layers > 1 else 0
+        BLOCK_H2 = self.blocks[2] if layers > 1 else 32
+        numbers = (
+            self.splits, history.size(-2), BLOCK_D // 32, BLOCK_H // 32, BLOCK_H2 // 32, flags.dice_eps,
+            round(p * 2**24), 1 / (1 - p) if p < 1 else 0.0, stride_hb, stride_hl, stride_hd, *target.stride(),
+            stride_mb, stride_ml,
         )  # fmt: skip
-        if len(layers) > 1:
-            H2 = layers[1].bias.numel()
-            arguments |= dict(
-                weight2_ptr=_padded(layers[1].weight), vectors2_ptr=_vectors(layers[1]), H2=H2,
-                BLOCK_H2=_block(H2), parts_h2=triton.cdiv(H2, 32),
-            )  # fmt: skip
-        return arguments
+        constants = (
+            D, H, H2, flags.name, self.statistics, p > 0, form, flags.use_softmax, _precision(history.dtype),
+            alignment(history), stride_hd == 1, BLOCK_D, BLOCK_H, BLOCK_H2,
+        )  # fmt: skip
+        pointers = (history, target, rows, saved, flags.seed if p > 0 else None, *own)
+        launch(kernel, grid, pointers, (*first, *numbers), (*constants, *last), **_registers())
 
-
-def _network(params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: Flags) -> _Network:
-    layers = unflatten(params, running_stats, flags.name, flags.batch_norm, flags.norm_eps, flags.dice_eps)
-    return _Network(*layers, flags)
-
-
-def _tasks(rows: _Rows) -> tuple[int, int]:
-    tasks = rows.target.size(0) * rows.splits
-    return tasks, min(tasks, rows.programs)
-
-
-def _statistics(rows: _Rows, network: _Network) -> Tensor:
-    """Mean and unbiased variance of each normalization over the batch, as the op returns them."""
-    layers, batch_stats, n = [], [], rows.valid()
-    for hidden in network.hidden:
-        arguments = network.arguments(rows, [*layers, plain(hidden)])
-        LAST = arguments["BLOCK_H2"] if arguments["H2"] else arguments["BLOCK_H"]
-        tasks, programs = _tasks(rows)
-        partials = rows.history.new_empty((programs, 2 * LAST + 1), dtype=torch.float32)
-        din_attention_statistics_kernel[(programs,)](partials_ptr=partials, tasks=tasks, BLOCK_L=32, **arguments)
-        means, squares, counts = partials.split([LAST, LAST, 1], 1)
-        H, total = hidden.bias.numel(), counts.sum().clamp(min=1)
-        mean = (counts * means).sum(0) / total
-        var = ((squares + counts * (means - mean) ** 2).sum(0) / total)[:H]
-        mean, unbiased = mean[:H], n / (n - 1) if isinstance(n, int) else n / (n - 1).clamp(min=1)
-        layers.append(normalized(hidden, mean, var))
-        batch_stats += [mean, var * unbiased]
-        if hidden.norm is not None and hidden.dice_norm is not None:
-            y_var = (hidden.norm.weight * layers[-1].r) ** 2 * var
-            batch_stats += [hidden.norm.bias.float(), y_var * unbiased]
-    return torch.cat(batch_stats)
-
-
-def _layers(network: _Network, batch_stats: Tensor, n: Tensor | int) -> list[Layer]:
-    """The layers with their normalizations folded: those of the batch, if there are any."""
-    if batch_stats.numel() == 0:
-        return [folded(hidden) for hidden in network.hidden]
-    layers, biased = [], (n - 1) / n if isinstance(n, int) else (n - 1) / n.clamp(min=1)
-    for hidden in network.hidden:
-        H = hidden.bias.numel()
-        mean, var, batch_stats = batch_stats[:H], batch_stats[H : 2 * H], batch_stats[2 * H :]
-        layers.append(normalized(hidden, mean, var * biased))
-        if hidden.norm is not None and hidden.dice_norm is not None:
-            batch_stats = batch_stats[2 * H :]
-    return layers
-
-
-def _saved(saved: Tensor, rows: _Rows, use_softmax: bool) -> dict:
-    """The scores; with a softmax also out [B, D], its peak and its total [B], in float32."""
-    total, (B, D) = rows.total, rows.target.shape
-    if not use_softmax:
-        return dict(score_ptr=saved, sum_ptr=None, peak_ptr=None, total_ptr=None)
-    out, peak, total, score = saved.split([B * D, B, B, total])
-    return dict(score_ptr=score, sum_ptr=out.view(B, D), peak_ptr=peak, total_ptr=total)
+    def fold(self, i: int, saved: Tensor, statistics: str, partials: Tensor | None = None, stats=None) -> None:
+        """Layer i into ``saved``; of the batch also its statistics into ``stats``."""
+        weight, bias, norm, _, alpha, dice_norm, _ = self.hidden[i]
+        norm, dice = ((None,) * 5 if n is None else n for n in (norm, dice_norm))
+        running = (*norm[2:4], *dice[2:4]) if statistics == "running" else (None,) * 4
+        out_weight = self.out_weight if i == len(self.hidden) - 1 else None
+        BLOCK_K, BLOCK_H = self.blocks[i : i + 2]
+        norms = norms_per_layer(self.flags.name, self.flags.batch_norm)
+        one_alpha = alpha is not None and alpha.numel() == 1
+        launch(
+            din_attention_fold_kernel,
+            (BLOCK_H // UNITS,),
+            (weight, bias, *norm[:2], alpha, *dice[:2], *running, out_weight, partials, stats, saved),
+            (0 if partials is None else partials.size(0), norm[4] or 0.0, dice[4] or 0.0),
+            (
+                self.layer_at(i), 2 * norms * sum(self.widths[:i]), statistics, one_alpha,
+                self.widths[i - 1] if i else self.D, self.widths[i], BLOCK_K, BLOCK_H,
+                triton.next_power_of_2(self.programs), UNITS,
+            ),
+            num_warps=4,
+        )  # fmt: skip
 
 
 def din_attention(
@@ -236,49 +202,35 @@ def din_attention(
     params: Sequence[Tensor], running_stats: Sequence[Tensor], flags: Flags,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Arguments as the op's, those that ``supports`` allows -> out [B, D], batch_stats and what the backward needs."""
-    (B, D), rows = target.shape, _Rows(history, target, lengths, mask, offsets)
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=history.device)
+    call = _Call(history, target, lengths, mask, offsets, params, running_stats, flags)
+    B, D, layers = call.B, call.D, len(call.hidden)
     out = torch.empty((B, D), dtype=history.dtype, device=history.device)
-    size = rows.total + (B * (D + 2) if flags.use_softmax else 0)
-    saved = empty(size)
-    statistics = flags.training and norms_per_layer(flags.name, flags.batch_norm)
-    if statistics and rows.total < 2:
-        raise ValueError(
-            f"din_attention: training needs more than one valid row to take statistics of, got {rows.total}"
-        )
+    saved = call.empty(call.size)
+    rows = history.shape[:-1].numel()
+    if call.statistics and rows < 2:
+        raise ValueError(f"din_attention: training needs more than one valid row to take statistics of, got {rows}")
     if B == 0:
-        return out, empty(0), saved
-    network = _network(params, running_stats, flags)
+        return out, call.empty(0), saved
+    norms = norms_per_layer(flags.name, flags.batch_norm)
     with torch.cuda.device_of(history):
-        batch_stats = _statistics(rows, network) if statistics else empty(0)
-        arguments = network.arguments(rows, _layers(network, batch_stats, rows.valid() if statistics else 0))
-        (tasks, _), split, kept = _tasks(rows), rows.splits > 1, _saved(saved, rows, flags.use_softmax)
+        batch_stats = call.empty(2 * norms * sum(call.widths) if call.statistics else 0)
+        programs = min(call.tasks, call.programs)
+        for i in range(layers):
+            call.fold(i, saved, "running" if norms and not call.statistics else "none")
+            if call.statistics:
+                partials = call.empty(programs, 2 * call.blocks[i + 1] + 1)
+                call.launch(
+                    din_attention_statistics_kernel, (programs,), saved, (partials,), (call.tasks,), (), layers=i + 1
+                )
+                call.fold(i, saved, "batch", partials, batch_stats)
+        split = call.splits > 1
+        shares = call.empty(call.tasks, D + 2) if split else None
+        own = call.out_bias, out, shares
+        call.launch(din_attention_kernel, (call.tasks,), saved, own, (), (split,), layers)
         if split:
-            sums, peak, total = empty(tasks, D), empty(tasks), empty(tasks)
-            kept |= dict(sum_ptr=sums, peak_ptr=peak, total_ptr=total)
-        din_attention_kernel[(tasks,)](
-            out_bias_ptr=network.out_bias,
-            out_ptr=out,
-            SOFTMAX=flags.use_softmax,
-            SPLIT=split,
-            BLOCK_L=32,
-            **kept,
-            **arguments,
-        )
-        if split:
-            sums = sums.view(B, -1, D)
-            if flags.use_softmax:
-                peak, total = peak.view(B, -1), total.view(B, -1)
-                top = peak.amax(1)
-                share = torch.exp(peak - top.clamp(min=torch.finfo(torch.float32).min)[:, None])
-                kept = _saved(saved, rows, flags.use_softmax)
-                kept["peak_ptr"].copy_(top)
-                total = kept["total_ptr"].copy_((total * share).sum(1))
-                sums = sums * (share / total.where(total > 0, 1)[:, None])[..., None]
-                torch.sum(sums, 1, out=kept["sum_ptr"])
-                out.copy_(kept["sum_ptr"])
-            else:
-                out.copy_(sums.sum(1))
+            BLOCK_H2, H2 = (call.blocks[2], call.widths[1]) if layers > 1 else (32, 0)
+            constants = D, H2, flags.use_softmax, call.blocks[0], call.blocks[1], BLOCK_H2
+            launch(din_attention_join_kernel, (B,), (saved, shares, out), (call.splits,), constants, num_warps=4)
     return out, batch_stats, saved
 
 
@@ -287,61 +239,109 @@ def _of_samples(x: Tensor, B: int) -> Tensor:
     return x if x.size(0) == B else x.view(B, -1, x.size(1)).sum(1)
 
 
-def _launches(arguments: dict) -> list[list[str]]:
+def _launches(call: _Call) -> list[list[str]]:
     """What each launch of the backward is for, as much as there are registers for. In training, sums come before what
     needs their means."""
-    BLOCK_D, BLOCK_H, BLOCK_H2 = (arguments[k] for k in ("BLOCK_D", "BLOCK_H", "BLOCK_H2"))
-    two, training = arguments["H2"] > 0, arguments["TRAINING"]
+    BLOCK_D, BLOCK_H, *BLOCK_H2 = call.blocks
     rows = [["ROWS", "WEIGHT"]] if BLOCK_D == 32 and BLOCK_H <= 64 else [["ROWS"], ["WEIGHT"]]
-    if training and two:
-        sums = [["WEIGHT2", "FIRST"]] if BLOCK_H * BLOCK_H2 <= 64 * 128 else [["FIRST"], ["WEIGHT2"]]
+    if call.statistics and BLOCK_H2:
+        sums = [["WEIGHT2", "FIRST"]] if BLOCK_H * BLOCK_H2[0] <= 64 * 128 else [["FIRST"], ["WEIGHT2"]]
         return [["LAST"], *sums, *rows]
-    if training:
+    if call.statistics:
         return [["LAST", "FIRST"], *rows]
     rows[0] = ["FIRST", *rows[0]]
-    return [["LAST", "WEIGHT2"], *rows] if two else [["LAST", *rows[0]], *rows[1:]]
+    return [["LAST", "WEIGHT2"], *rows] if BLOCK_H2 else [["LAST", *rows[0]], *rows[1:]]
 
 
-def _launch(rows: _Rows, arguments: dict, parts: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients, summed over programs."""
-    history, (B, D), (tasks, programs) = rows.history, rows.target.shape, _tasks(rows)
-    BLOCK_D, BLOCK_H, BLOCK_H2 = (arguments[k] for k in ("BLOCK_D", "BLOCK_H", "BLOCK_H2"))
-    H, H2, LAST = arguments["H"], arguments["H2"], BLOCK_H2 if arguments["H2"] else BLOCK_H
-    empty = functools.partial(torch.empty, dtype=torch.float32, device=history.device)
-    shapes = {
-        "grad_output": (LAST + 1,) * ("LAST" in parts),
-        "sums0": (5, BLOCK_H) * ("FIRST" in parts),
-        "sums1": (5, BLOCK_H2) * ("LAST" in parts and H2 > 0),
-        "grad_weight": (2, BLOCK_D, BLOCK_H) * ("WEIGHT" in parts),
-        "grad_weight2": (BLOCK_H2 * (BLOCK_H + 1),) * ("WEIGHT2" in parts),
-    }
-    partials = {name: empty(programs, *shape) if shape else None for name, shape in shapes.items()}
-    grad_history = torch.empty(history.shape, dtype=history.dtype, device=history.device) if "ROWS" in parts else None
-    grad_c = empty(tasks, BLOCK_H) if "ROWS" in parts else None
-    grad_target = empty(tasks, D) if "WEIGHT" in parts else None
-    BLOCK_S, BLOCK_L = 32, 32 if max(BLOCK_D, BLOCK_H, BLOCK_H2) <= (32 if torch.version.hip else 64) else 16
-    din_attention_backward_kernel[(programs, BLOCK_D // BLOCK_S if "WEIGHT" in parts else 1)](
-        grad_history_ptr=grad_history, grad_target_ptr=grad_target, grad_c_ptr=grad_c,
-        grad_output_ptr=partials["grad_output"], sums_ptr=partials["sums0"], sums2_ptr=partials["sums1"],
-        grad_weight_ptr=partials["grad_weight"], grad_weight2_ptr=partials["grad_weight2"], tasks=tasks,
-        **{name: name in parts for name in ("LAST", "WEIGHT2", "FIRST", "ROWS", "WEIGHT")},
-        BLOCK_L=BLOCK_L, BLOCK_S=BLOCK_S, **arguments,
-    )  # fmt: skip
-    got = {name: partial.sum(0) for name, partial in partials.items() if partial is not None}
-    if "sums0" in got:
-        got["sums0"] = got["sums0"][:, :H]
-    if "sums1" in got:
-        got["sums1"] = got["sums1"][:, :H2]
-    if "LAST" in parts:
-        got["grad_out_weight"], got["grad_out_bias"] = got.pop("grad_output").split([LAST, 1])
-    if "WEIGHT2" in parts:
-        weight2, got["grad_bias2"] = got["grad_weight2"].split([BLOCK_H2 * BLOCK_H, BLOCK_H2])
-        got["grad_weight2"] = weight2.view(BLOCK_H2, BLOCK_H)
-    if "ROWS" in parts:
-        got |= {"grad_history": grad_history, "grad_c": _of_samples(grad_c, B)[:, :H]}
-    if "WEIGHT" in parts:
-        got["grad_target"] = _of_samples(grad_target, B)
-    return got
+class _Backward:
+    """The gradients of a call."""
+
+    def __init__(self, call: _Call, saved: Tensor, params: Sequence[Tensor]):
+        self.call, self.saved = call, saved
+        (BLOCK_D, BLOCK_H, *BLOCK_H2), D = call.blocks, call.D
+        self.at = _partials(BLOCK_D, BLOCK_H, BLOCK_H2[0] if BLOCK_H2 else 0)
+        self.programs = min(call.tasks, call.programs)
+        self.partials = call.empty(self.programs, self.at.size)
+        self.grad_history = torch.empty(call.history.shape, dtype=call.history.dtype, device=call.history.device)
+        self.grad_target, self.grad_c = call.empty(call.tasks, D), call.empty(call.tasks, BLOCK_H)
+        self.means = call.empty(2 * sum(call.blocks[1:])) if call.statistics else None
+        H, at = call.widths[0], call.vectors_at(0) + VECTORS.index("bias") * BLOCK_H
+        self.target = call.target.float()
+        self.weight_t = saved[: BLOCK_H * BLOCK_D].view(BLOCK_H, BLOCK_D)[:H, :D]
+        self.c = torch.addmm(saved[at : at + H], self.target, self.weight_t.t())
+        self.grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params]
+        *of_layers, self.grad_out_weight, self.grad_out_bias = self.grads
+        n = len(of_layers) // len(call.hidden)
+        self.of_layers = [of_layers[i * n : (i + 1) * n] for i in range(len(call.hidden))]
+
+    def launch(self, grad_out: Tensor, parts: Sequence[str]) -> None:
+        call, blocks = self.call, self.call.blocks
+        BLOCK_L = 32 if max(blocks) <= (32 if torch.version.hip else 64) else 16
+        rows, weight = ((name in parts) for name in ("ROWS", "WEIGHT"))
+        own = (
+            grad_out, self.c, self.means, self.grad_history if rows else None, self.grad_target if weight else None,
+            self.grad_c if rows else None, self.partials,
+        )  # fmt: skip
+        call.launch(
+            din_attention_backward_kernel,
+            (self.programs, blocks[0] // 32 if weight else 1),
+            self.saved,
+            own,
+            (call.tasks, *grad_out.stride()),
+            (*self.at, BLOCK_L, *(name in parts for name in ("LAST", "WEIGHT2", "FIRST", "ROWS", "WEIGHT"))),
+            len(call.hidden),
+        )
+
+    def sums(self, i: int) -> None:
+        """Gradients of layer i's vectors, but for its bias, and the means that its product's gradient needs."""
+        call, hidden, training = self.call, self.call.hidden[i], self.call.statistics
+        (norm, dice), last = ((n or (None,) * 5) for n in (hidden.norm, hidden.dice_norm)), i == len(call.hidden) - 1
+        _, _, *grads = self.of_layers[i]
+        of_norm = [grads.pop(0), grads.pop(0)] if hidden.norm is not None else [None, None]
+        grads = [*grads, None, None, None][:3]
+        if not (last or training or hidden.alpha is not None):
+            return
+        norm, of_norm = (norm, of_norm) if training else ((None,) * 5, [None, None])
+        launch(
+            din_attention_sums_kernel,
+            (1,),
+            (
+                self.partials, self.saved, norm[0], dice[0], *((None, None) if training else dice[2:4]), self.means,
+                *of_norm, *grads, *((self.grad_out_weight, self.grad_out_bias) if last else (None, None)),
+            ),
+            (self.programs, dice[4] or 0.0),
+            (
+                training, hidden.alpha is not None and hidden.alpha.numel() == 1, call.vectors_at(i),
+                2 * sum(call.blocks[1 : i + 1]), self.at.sums2 if i else self.at.sums, self.at.output, self.at.size,
+                call.widths[i], call.blocks[i + 1],
+            ),
+            num_warps=8,
+        )  # fmt: skip
+
+    def unfold(self, i: int, grad_wt: Tensor | None) -> None:
+        """Gradients of layer i's weight and bias and, in eval, of its normalization."""
+        call, hidden, training, at = self.call, self.call.hidden[i], self.call.statistics, self.at
+        of_weight, of_bias, *grads = self.of_layers[i]
+        norm, grads = (None,) * 5, [None, None]
+        if hidden.norm is not None and not training:
+            norm, grads = hidden.norm, self.of_layers[i][2:4]
+        BLOCK_K, BLOCK_H = call.blocks[i : i + 2]
+        columns = BLOCK_K if norm[0] is not None else 16
+        launch(
+            din_attention_unfold_kernel,
+            (BLOCK_H // UNITS, BLOCK_K // columns),
+            (
+                self.partials, grad_wt, self.saved, hidden.weight, hidden.bias, norm[0], *norm[2:4], of_weight, of_bias,
+                *grads,
+            ),
+            (self.programs, norm[4] or 0.0),
+            (
+                training, call.vectors_at(i), at.weight2 if i else 0,
+                at.weight2 + BLOCK_H * BLOCK_K if i else at.bias, at.size, call.widths[i - 1] if i else call.D,
+                call.widths[i], BLOCK_K, BLOCK_H, columns, UNITS, 512 // columns,
+            ),
+            num_warps=4,
+        )  # fmt: skip
 
 
 def din_attention_backward(
@@ -354,41 +354,19 @@ def din_attention_backward(
     B, D = target.shape
     if B == 0:
         return torch.zeros_like(history), torch.zeros_like(target), [torch.zeros_like(p) for p in params]
-    rows = _Rows(history, target, lengths, mask, offsets)
-    network = _network(params, running_stats, flags)
-    hidden = network.hidden
+    call = _Call(history, target, lengths, mask, offsets, params, running_stats, flags)
+    last = len(call.hidden) - 1
     with torch.cuda.device_of(history):
-        training = batch_stats.numel() > 0
-        n = rows.valid() if training else 0
-        layers, kept = _layers(network, batch_stats, n), _saved(saved, rows, flags.use_softmax)
-        arguments = network.arguments(rows, layers)
-        sums, H = kept.pop("sum_ptr"), layers[0].bias.numel()
-        weight_t = arguments.pop("wt_ptr")[:H, :D]
-        arguments |= kept | dict(
-            grad_out_ptr=grad_out, stride_gb=grad_out.stride(0), stride_gd=grad_out.stride(1),
-            SOFTMAX=flags.use_softmax, c_ptr=torch.addmm(layers[0].bias, target.float(), weight_t.t()),
-            mean_ptr=(grad_out.float() * sums).sum(1) if flags.use_softmax else None,
-        )  # fmt: skip
-        got, normalizations = {}, [[], []]
-        for parts in _launches(arguments):
-            got |= _launch(rows, arguments, parts)
-            for i, (part, vectors) in enumerate((("FIRST", "vectors_ptr"), ("LAST", "vectors2_ptr"))[: len(layers)]):
-                if training and part in parts:
-                    u_and_w, normalizations[i] = means(hidden[i], layers[i], got[f"sums{i}"], n)
-                    arguments[vectors][-2:, : u_and_w.size(1)] = u_and_w
-        grad_c = got["grad_c"]
-        grad_wm, grad_wp = got["grad_weight"][:, :D, :H].transpose(1, 2)
-        grad_wt = grad_c.t() @ target.float()
-        products = [(torch.cat([grad_wt, grad_wm, grad_wt - grad_wm, grad_wp], 1), grad_c.sum(0))]
-        if len(layers) > 1:
-            H2 = layers[1].bias.numel()
-            products.append((got["grad_weight2"][:H2, :H], got["grad_bias2"][:H2]))
-        grads = []
-        for i, (layer, (weight, bias)) in enumerate(zip(layers, products)):
-            if training:
-                grads += [weight * layer.r[:, None], bias * layer.r, *normalizations[i]]
-            else:
-                grads += unfolded(hidden[i], weight, bias, got[f"sums{i}"])
-        grads += [got["grad_out_weight"][None, : layers[-1].bias.numel()], got["grad_out_bias"]]
-        grad_target = torch.addmm(got["grad_target"], grad_c, weight_t).to(target.dtype)
-    return got["grad_history"], grad_target, [g.to(p.dtype).contiguous() for g, p in zip(grads, params)]
+        backward = _Backward(call, saved, params)
+        for parts in _launches(call):
+            backward.launch(grad_out, parts)
+            if "LAST" in parts:
+                backward.sums(last)
+            if "FIRST" in parts and last:
+                backward.sums(0)
+        grad_c = _of_samples(backward.grad_c, B)[:, : call.widths[0]]
+        backward.unfold(0, grad_c.t() @ backward.target)
+        if last:
+            backward.unfold(1, None)
+        grad_target = torch.addmm(_of_samples(backward.grad_target, B), grad_c, backward.weight_t).to(target.dtype)
+    return backward.grad_history, grad_target, backward.grads

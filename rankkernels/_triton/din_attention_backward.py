@@ -27,11 +27,14 @@ from rankkernels._triton.din_attention_blocks import (
     _vector,
     activate,
     activate_backward,
+    between_columns,
     dropout_factor,
     exp_less,
     first_layer,
     first_layer_backward,
     gradient_of_product,
+    kept_of,
+    layers_of,
     load_rows,
     product,
     rows_of,
@@ -66,48 +69,54 @@ def _store_sums(ptr, sums, o, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_backward_kernel(
-    grad_out_ptr, history_ptr, target_ptr, rows_ptr, mask_ptr, c_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr,
-    vectors2_ptr, score_ptr, peak_ptr, total_ptr, mean_ptr, grad_history_ptr, grad_target_ptr, grad_c_ptr,
-    grad_output_ptr, sums_ptr, sums2_ptr, grad_weight_ptr, grad_weight2_ptr, seed_ptr,
-    tasks, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
-    stride_gb, stride_gd, stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
+    history_ptr, target_ptr, rows_ptr, folded_ptr, seed_ptr, grad_out_ptr, c_ptr, means_ptr, grad_history_ptr,
+    grad_target_ptr, grad_c_ptr, partials_ptr,
+    tasks, stride_gb, stride_gd, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
+    stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
     D: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     DROPOUT: tl.constexpr, FORM: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    LAST: tl.constexpr, WEIGHT2: tl.constexpr, FIRST: tl.constexpr, ROWS: tl.constexpr, WEIGHT: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_H2: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_H2: tl.constexpr,
+    AT_WEIGHT2: tl.constexpr, AT_SUMS: tl.constexpr, AT_SUMS2: tl.constexpr, AT_BIAS: tl.constexpr,
+    AT_OUTPUT: tl.constexpr, SIZE: tl.constexpr, BLOCK_L: tl.constexpr, LAST: tl.constexpr, WEIGHT2: tl.constexpr,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Tasks program_id(0), + num_programs(0), ..
 
     grad_history like history, contiguous; grad_c [tasks, BLOCK_H]; grad_target [tasks, D] without (Wt + Wd)^T dc; a
-    program's sums [programs, ..]: of the output layer's weight and bias, of each layer's ``_plus_sums`` [5, BLOCK_H],
-    of M and Wp [2, BLOCK_D, BLOCK_H], of the second layer's weight [BLOCK_H2, BLOCK_H] and bias. One layer is FIRST and
-    LAST.
+    program's sums, as ``Partials`` has them, [programs, SIZE]; means [2, BLOCK_H] and, of a second layer,
+    [2, BLOCK_H2] are u and w. One layer is FIRST and LAST.
     """
+    BLOCK_K: tl.constexpr = 32
+    BLOCK_S: tl.constexpr = 32
     BLOCKS: tl.constexpr = BLOCK_D // BLOCK_K
     LAST_BLOCK: tl.constexpr = BLOCK_H2 if H2 > 0 else BLOCK_H
     pid, share = tl.program_id(0), tl.program_id(1)
     o_d, o_h, o_h2 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
     o_s, o_last = share * BLOCK_S + tl.arange(0, BLOCK_S), tl.arange(0, LAST_BLOCK)
     stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
-    stride_hd, D64 = tl.cast(stride_hd, tl.int64), aligned(D, ALIGN)
+    stride_hd, D64 = between_columns(stride_hd, UNIT), aligned(D, ALIGN)
+    wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr, kept_ptr = layers_of(
+        folded_ptr, BLOCK_D, BLOCK_H, H2, BLOCK_H2
+    )
+    sum_ptr, peak_ptr, total_ptr, score_ptr = kept_of(kept_ptr, tasks // splits, D, SOFTMAX)
+    means2_ptr = means_ptr + 2 * BLOCK_H if TRAINING else means_ptr
     none, none2 = tl.zeros([BLOCK_H], tl.float32), tl.zeros([BLOCK_H2], tl.float32)
     sums, sums2 = (none, none, none, none, none), (none2, none2, none2, none2, none2)
     grad_out_weight, grad_out_bias = tl.zeros([LAST_BLOCK], tl.float32), 0.0
     grad_wm, grad_wp = tl.zeros([BLOCK_S, BLOCK_H], tl.float32), tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
-    grad_weight2, grad_bias2 = tl.zeros([BLOCK_H2, BLOCK_H], tl.float32), none2
+    grad_weight2, grad_bias2, grad_bias = tl.zeros([BLOCK_H2, BLOCK_H], tl.float32), none2, none
     for task in tl.range(pid, tasks, tl.num_programs(0), disable_licm=True):
-        b, start, first, end, stored_end = rows_of(
-            task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L
-        )
+        b, start, first, end, stored_end = rows_of(task, splits, rows_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
         first_row = start if FORM == "offsets" else b * L
         row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
-        mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+        mask = rows_ptr + b * stride_mb if FORM == "mask" else rows_ptr
         grad_out = grad_out_ptr + b * stride_gb
         grad_history = grad_history_ptr + first_row * D64 if ROWS else grad_history_ptr
         peak, total, mean = 0.0, 1.0, 0.0  # of the scores, and sum_l w_l dw_l
         if SOFTMAX:
-            peak, total, mean = tl.load(peak_ptr + b), tl.load(total_ptr + b), tl.load(mean_ptr + b)
+            peak, total = tl.load(peak_ptr + b), tl.load(total_ptr + b)
+            b_grad_out = strided_vector(grad_out, o_d, D, stride_gd)
+            mean = tl.sum(b_grad_out * tl.load(sum_ptr + b * D + o_d, mask=o_d < D, other=0.0), 0)
         grad_m, grad_c = tl.zeros([BLOCK_S, BLOCK_H], tl.float32), tl.zeros([BLOCK_H], tl.float32)
         for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
             o_l = l0 + tl.arange(0, BLOCK_L)
@@ -147,7 +156,7 @@ def din_attention_backward_kernel(
                 if LAST:
                     sums2 = _plus_sums(sums2, grad_y, grad_v, grad_alpha, x2, ACTIVATION, TRAINING)
                 grad_x2 = gradient_of_product(
-                    grad_y, grad_v, x2, valid, vectors2_ptr, o_h2, ACTIVATION, TRAINING, BLOCK_H2
+                    grad_y, grad_v, x2, valid, vectors2_ptr, means2_ptr, o_h2, ACTIVATION, TRAINING, BLOCK_H2
                 )
                 if WEIGHT2:
                     grad_bias2 += tl.sum(grad_x2, 0)
@@ -168,7 +177,9 @@ def din_attention_backward_kernel(
                 if FIRST:
                     sums = _plus_sums(sums, grad_y, grad_v, grad_alpha, x, ACTIVATION, TRAINING)
             if ROWS or WEIGHT:
-                grad_x = gradient_of_product(grad_y, grad_v, x, valid, vectors_ptr, o_h, ACTIVATION, TRAINING, BLOCK_H)
+                grad_x = gradient_of_product(
+                    grad_y, grad_v, x, valid, vectors_ptr, means_ptr, o_h, ACTIVATION, TRAINING, BLOCK_H
+                )
             if WEIGHT:
                 inside = valid[:, None] & (o_s < D)[None, :]
                 s_history = tl.load(history + o_s[None, :] * stride_hd, mask=inside, other=0.0).to(tl.float32)
@@ -185,6 +196,7 @@ def din_attention_backward_kernel(
                 )
         if ROWS:
             tl.store(grad_c_ptr + tl.cast(task, tl.int64) * BLOCK_H + o_h, grad_c)
+            grad_bias += grad_c
             if FORM == "lengths" or FORM == "mask":
                 done = first + tl.cdiv(tl.maximum(end - first, 0), BLOCK_L) * BLOCK_L
                 zero_rows(grad_history, done, stored_end, o_d, D64, D, BLOCK_L, BLOCK_D)
@@ -202,20 +214,20 @@ def din_attention_backward_kernel(
             )
             behind = tl.maximum(tl.load(rows_ptr + samples).to(tl.int64), 0)
             zero_rows(grad_history_ptr, behind, tl.cast(L, tl.int64), o_d, D64, D, BLOCK_L, BLOCK_D)
-    p = tl.cast(pid, tl.int64)
+    partial = partials_ptr + tl.cast(pid, tl.int64) * SIZE
     if LAST:
-        out = grad_output_ptr + p * (LAST_BLOCK + 1)
-        tl.store(out + o_last, grad_out_weight)
-        tl.store(out + LAST_BLOCK, grad_out_bias)
+        tl.store(partial + AT_OUTPUT + o_last, grad_out_weight)
+        tl.store(partial + AT_OUTPUT + LAST_BLOCK, grad_out_bias)
         if H2 > 0:
-            _store_sums(sums2_ptr + p * (5 * BLOCK_H2), sums2, o_h2, BLOCK_H2)
+            _store_sums(partial + AT_SUMS2, sums2, o_h2, BLOCK_H2)
     if FIRST:
-        _store_sums(sums_ptr + p * (5 * BLOCK_H), sums, o_h, BLOCK_H)
+        _store_sums(partial + AT_SUMS, sums, o_h, BLOCK_H)
+    if ROWS:
+        tl.store(partial + AT_BIAS + o_h, grad_bias)
     if WEIGHT2:
-        weight2 = grad_weight2_ptr + p * (BLOCK_H2 * (BLOCK_H + 1))
-        tl.store(weight2 + o_h2[:, None] * BLOCK_H + o_h[None, :], grad_weight2)
-        tl.store(weight2 + BLOCK_H2 * BLOCK_H + o_h2, grad_bias2)
+        tl.store(partial + AT_WEIGHT2 + o_h2[:, None] * BLOCK_H + o_h[None, :], grad_weight2)
+        tl.store(partial + AT_WEIGHT2 + BLOCK_H2 * BLOCK_H + o_h2, grad_bias2)
     if WEIGHT:
-        slab = grad_weight_ptr + p * (2 * BLOCK_D * BLOCK_H) + o_s[:, None] * BLOCK_H + o_h[None, :]
+        slab = partial + o_s[:, None] * BLOCK_H + o_h[None, :]
         tl.store(slab, grad_wm)
         tl.store(slab + BLOCK_D * BLOCK_H, grad_wp)

@@ -11,14 +11,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The rows of a layer's vectors [.., BLOCK_H], float32: the slope of prelu and of Dice; a Dice's normalization
-# v = V_SCALE x + V_SHIFT; the second layer's BIAS; the output layer's weight; and with normalizations in training,
-# where x is normalized, y = Y_SCALE x + Y_SHIFT and G = Y_SCALE dy + V_SCALE dv - U - W x.
-VECTORS = ("alpha", "v_scale", "v_shift", "bias", "out_weight", "y_scale", "y_shift", "u", "w")
-# What differs from batch to batch: a kernel would be compiled again where one of these is a multiple of 16, or 1.
-UNSPECIALIZED = ["parts_d", "parts_h", "parts_h2", "tasks", "L", "splits", "threshold", "stride_hb", "stride_mb",
-                 "stride_tb", "stride_gb"]  # fmt: skip
-ALPHA, V_SCALE, V_SHIFT, BIAS, OUT_WEIGHT, Y_SCALE, Y_SHIFT, U, W = map(tl.constexpr, range(len(VECTORS)))
+from rankkernels.ops.attention_params import VECTORS
+
+# What of a launch's numbers changes with the batch or a user's layout: no kernel is compiled again for it.
+UNSPECIALIZED = [
+    "tasks", "splits", "L", "parts_d", "parts_h", "parts_h2", "threshold", "stride_hb", "stride_hl", "stride_hd",
+    "stride_tb", "stride_td", "stride_mb", "stride_ml", "stride_gb", "stride_gd", "programs",
+]  # fmt: skip
+ALPHA, V_SCALE, V_SHIFT, BIAS, OUT_WEIGHT, Y_SCALE, Y_SHIFT, R, VAR, COUNT = map(tl.constexpr, range(len(VECTORS)))
+NUM_VECTORS = tl.constexpr(len(VECTORS))
+
+
+@triton.jit
+def layers_of(folded_ptr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, H2: tl.constexpr, BLOCK_H2: tl.constexpr):
+    """Where the folded layers have Wt + Wd, Wh - Wd and Wp, each [BLOCK_H, BLOCK_D], the first one's vectors, W2
+    [BLOCK_H2, BLOCK_H] and its vectors; and where they end, and what the forward keeps of samples and rows begins."""
+    part: tl.constexpr = BLOCK_H * BLOCK_D
+    vectors_ptr = folded_ptr + 3 * part
+    weight2_ptr = vectors_ptr + NUM_VECTORS * BLOCK_H
+    vectors2_ptr = weight2_ptr + BLOCK_H2 * BLOCK_H
+    kept_ptr = vectors2_ptr + NUM_VECTORS * BLOCK_H2 if H2 > 0 else weight2_ptr
+    return folded_ptr, folded_ptr + part, folded_ptr + 2 * part, vectors_ptr, weight2_ptr, vectors2_ptr, kept_ptr
+
+
+@triton.jit
+def kept_of(kept_ptr, samples, D: tl.constexpr, SOFTMAX: tl.constexpr):
+    """Where the pooled rows [samples, D], the peak and the total of a softmax [samples] are kept, and the scores."""
+    samples = tl.cast(samples, tl.int64)
+    peak_ptr = kept_ptr + samples * D
+    total_ptr = peak_ptr + samples
+    return kept_ptr, peak_ptr, total_ptr, total_ptr + samples if SOFTMAX else kept_ptr
 
 
 @triton.jit
@@ -34,10 +56,11 @@ def _end_of(mask, L, stride_ml, BLOCK: tl.constexpr):
 
 @triton.jit
 def rows_of(
-    task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM: tl.constexpr, BLOCK_L: tl.constexpr
+    task, splits, rows_ptr, L, stride_mb, stride_ml, FORM: tl.constexpr, BLOCK_L: tl.constexpr
 ):  # fmt: skip
     """Task ``task``: its sample, the sample's first row in the offsets' common [N, D], and the task's share of the
-    sample's positions: the first, the end of those that may be valid, and the end of those with memory."""
+    sample's positions: the first, the end of those that may be valid, and the end of those with memory. ``rows_ptr``:
+    lengths, a mask or offsets, as FORM says."""
     b = tl.cast(task // splits, tl.int64)
     start, end = tl.cast(0, tl.int64), tl.cast(L, tl.int32)
     if FORM == "offsets":
@@ -47,10 +70,19 @@ def rows_of(
     if FORM == "lengths":
         n = tl.maximum(tl.minimum(tl.load(rows_ptr + b), L), 0).to(tl.int32)
     if FORM == "mask":
-        n = _end_of(mask_ptr + b * stride_mb, L, stride_ml, 128)
+        n = _end_of(rows_ptr + b * stride_mb, L, stride_ml, 128)
     share = tl.cdiv(tl.cdiv(end, BLOCK_L), splits) * BLOCK_L
     first = task % splits * share
     return b, start, first, tl.minimum(n, first + share), tl.minimum(end, first + share)
+
+
+@triton.jit
+def between_columns(stride, UNIT: tl.constexpr):
+    """The stride in 64 bits, 1 for the compiler, too, where it is UNIT."""
+    if UNIT:
+        return tl.cast(1, tl.int64)
+    else:
+        return tl.cast(stride, tl.int64)
 
 
 @triton.jit
@@ -341,14 +373,14 @@ def dropout_factor(
 
 @triton.jit
 def gradient_of_product(
-    grad_y, grad_v, x, valid, vectors_ptr, o_h, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
+    grad_y, grad_v, x, valid, vectors_ptr, means_ptr, o_h, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """G [L, H], the gradient of the layer's product."""
+    """G [L, H], the gradient of the layer's product, y_scale dy + v_scale dv - u - w x in training."""
     grad = grad_y
     if TRAINING:
-        grad = grad_y * _vector(vectors_ptr, Y_SCALE, o_h, BLOCK_H) - _vector(vectors_ptr, U, o_h, BLOCK_H)
-        grad -= x * _vector(vectors_ptr, W, o_h, BLOCK_H)
+        grad = grad_y * _vector(vectors_ptr, Y_SCALE, o_h, BLOCK_H) - _vector(means_ptr, 0, o_h, BLOCK_H)
+        grad -= x * _vector(means_ptr, 1, o_h, BLOCK_H)
     if ACTIVATION == "dice_batch_norm":
         grad += grad_v * _vector(vectors_ptr, V_SCALE, o_h, BLOCK_H)
     return tl.where(valid[:, None], grad, 0.0)

@@ -1,4 +1,5 @@
-"""DIN attention's forward: scores and pooling in one kernel, and before it in training the batch's statistics.
+"""DIN attention's forward: scores and pooling in one kernel, and before it in training the batch's statistics; behind
+it, where programs shared a sample, their sum.
 
 Bytes a row: D items of history, read once, and the score's 4 written; a sample's target and out beside them, and
 weights, are all that else is moved. Flops a row: 2 D H (+ 2 H H2), and the pooling's 2 D; a sample: c's 2 D H. A pass
@@ -16,10 +17,13 @@ from rankkernels._triton.din_attention_blocks import (
     UNSPECIALIZED,
     _vector,
     activate,
+    between_columns,
     constant_of,
     dropout_factor,
     exp_less,
     first_layer,
+    kept_of,
+    layers_of,
     load_rows,
     rows_of,
     second_layer,
@@ -56,29 +60,34 @@ def _no_columns(BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_kernel(
-    history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
-    out_bias_ptr, score_ptr, out_ptr, sum_ptr, peak_ptr, total_ptr, seed_ptr,
+    history_ptr, target_ptr, rows_ptr, folded_ptr, seed_ptr, out_bias_ptr, out_ptr, shares_ptr,
     splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
     stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
     D: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
     DROPOUT: tl.constexpr, FORM: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_H2: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_H2: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """A sample, or its share program_id % splits: each row's score, before a softmax; and out [B, D].
+    """A sample, or its share program_id % splits: each row's score, before a softmax, and out [B, D]; with a softmax
+    also out, the peak and the total in float32, all of them but out behind the folded layers.
 
-    With SPLIT the share's sum [B splits, D] instead, with a softmax relative to its peak and beside its total
-    [B splits].
+    With SPLIT ``shares`` [B splits, D + 2] instead of the last three: the share's sum, with a softmax relative to its
+    peak, and beside it peak and total.
     """
+    BLOCK_L: tl.constexpr = 32
+    BLOCK_K: tl.constexpr = 32
     BLOCKS: tl.constexpr = BLOCK_D // BLOCK_K
     task = tl.program_id(0)
-    b, start, first, end, _ = rows_of(task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
+    b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
+    wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr, kept_ptr = layers_of(
+        folded_ptr, BLOCK_D, BLOCK_H, H2, BLOCK_H2
+    )
+    sum_ptr, peak_ptr, total_ptr, score_ptr = kept_of(kept_ptr, tl.num_programs(0) // splits, D, SOFTMAX)
     o_h, o_h2 = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
     stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
-    stride_hd, target = tl.cast(stride_hd, tl.int64), target_ptr + b * stride_tb
+    stride_hd, target = between_columns(stride_hd, UNIT), target_ptr + b * stride_tb
     row = history_ptr + b * stride_hb + start * stride_hl
     score = score_ptr + (start if FORM == "offsets" else b * L)
-    mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+    mask = rows_ptr + b * stride_mb if FORM == "mask" else rows_ptr
     c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)
     b_out_bias = tl.load(out_bias_ptr).to(tl.float32)
     out = _no_columns(BLOCK_K, BLOCKS)
@@ -110,31 +119,73 @@ def din_attention_kernel(
         else:
             weight = tl.where(valid, b_score, 0.0)
         out = _pooled(out, weight[:, None], decay, rows, BLOCKS)
+    if SPLIT:
+        sum_ptr = shares_ptr + tl.cast(task, tl.int64) * (D + 2)
+        peak_ptr, total_ptr = sum_ptr + D, sum_ptr + D + 1
+    else:
+        sum_ptr, peak_ptr, total_ptr = sum_ptr + b * D, peak_ptr + b, total_ptr + b
     for k in tl.static_range(BLOCKS):
         o_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
         b_out = out[k]
-        if SPLIT:
-            tl.store(sum_ptr + tl.cast(task, tl.int64) * D + o_k, b_out, mask=o_k < D)
-        else:
-            if SOFTMAX:
-                b_out = b_out / tl.where(total > 0, total, 1.0)
-                tl.store(sum_ptr + b * D + o_k, b_out, mask=o_k < D)
+        if SOFTMAX and not SPLIT:
+            b_out = b_out / tl.where(total > 0, total, 1.0)
+        if SOFTMAX or SPLIT:
+            tl.store(sum_ptr + o_k, b_out, mask=o_k < D)
+        if not SPLIT:
             tl.store(out_ptr + b * D + o_k, b_out, mask=o_k < D)
     if SOFTMAX:
-        tl.store(peak_ptr + task, peak)
-        tl.store(total_ptr + task, total)
+        tl.store(peak_ptr, peak)
+        tl.store(total_ptr, total)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def din_attention_join_kernel(
+    folded_ptr, shares_ptr, out_ptr, splits,
+    D: tl.constexpr, H2: tl.constexpr, SOFTMAX: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_H2: tl.constexpr,
+):  # fmt: skip
+    """A sample's out, and with a softmax what is kept beside it, from the shares of its programs."""
+    BLOCK: tl.constexpr = 32
+    b = tl.program_id(0).to(tl.int64)
+    _, _, _, _, _, _, kept_ptr = layers_of(folded_ptr, BLOCK_D, BLOCK_H, H2, BLOCK_H2)
+    sum_ptr, peak_ptr, total_ptr, _ = kept_of(kept_ptr, tl.num_programs(0), D, SOFTMAX)
+    o_d = tl.arange(0, BLOCK_D)
+    share = shares_ptr + b * splits * (D + 2)
+    peak, total = -float("inf"), 0.0
+    if SOFTMAX:
+        peaks = tl.full([BLOCK], -float("inf"), tl.float32)
+        for s0 in tl.range(0, splits, BLOCK):
+            o_s = s0 + tl.arange(0, BLOCK)
+            peaks = tl.maximum(peaks, tl.load(share + o_s * (D + 2) + D, mask=o_s < splits, other=-float("inf")))
+        peak = tl.max(peaks, 0)
+    out = tl.zeros([BLOCK_D], tl.float32)
+    for s0 in tl.range(0, splits, BLOCK):
+        o_s = s0 + tl.arange(0, BLOCK)
+        inside = (o_s < splits)[:, None] & (o_d < D)[None, :]
+        b_sum = tl.load(share + o_s[:, None] * (D + 2) + o_d[None, :], mask=inside, other=0.0)
+        if SOFTMAX:
+            b_peak = tl.load(share + o_s * (D + 2) + D, mask=o_s < splits, other=-float("inf"))
+            b_total = tl.load(share + o_s * (D + 2) + D + 1, mask=o_s < splits, other=0.0)
+            scale = exp_less(b_peak, peak)
+            total += tl.sum(b_total * scale, 0)
+            b_sum *= scale[:, None]
+        out += tl.sum(b_sum, 0)
+    if SOFTMAX:
+        out = out / tl.where(total > 0, total, 1.0)
+        tl.store(sum_ptr + b * D + o_d, out, mask=o_d < D)
+        tl.store(peak_ptr + b, peak)
+        tl.store(total_ptr + b, total)
+    tl.store(out_ptr + b * D + o_d, out, mask=o_d < D)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def din_attention_statistics_kernel(
-    history_ptr, target_ptr, rows_ptr, mask_ptr, wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr,
-    partials_ptr, seed_ptr,
+    history_ptr, target_ptr, rows_ptr, folded_ptr, seed_ptr, partials_ptr,
     tasks, splits, L, parts_d, parts_h, parts_h2, dice_eps, threshold, kept_scale,
     stride_hb, stride_hl, stride_hd, stride_tb, stride_td, stride_mb, stride_ml,
     D: tl.constexpr, H: tl.constexpr, H2: tl.constexpr, ACTIVATION: tl.constexpr, TRAINING: tl.constexpr,
-    DROPOUT: tl.constexpr, FORM: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_H2: tl.constexpr,
+    DROPOUT: tl.constexpr, FORM: tl.constexpr, SOFTMAX: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_H2: tl.constexpr,
 ):  # fmt: skip
     """Over the valid rows of tasks program_id, + num_programs, ..: their number, and of the last layer's product the
     mean and the sum of squares from it, partials [programs, 2, BLOCK] and [programs] behind them.
@@ -142,17 +193,22 @@ def din_attention_statistics_kernel(
     Blocks are joined by Chan et al., "Updating formulae and a pairwise algorithm for computing sample variances"
     (1979): no difference of large sums.
     """
+    BLOCK_L: tl.constexpr = 32
+    BLOCK_K: tl.constexpr = 32
     pid = tl.program_id(0)
+    wt_ptr, wm_ptr, wp_ptr, vectors_ptr, weight2_ptr, vectors2_ptr, kept_ptr = layers_of(
+        folded_ptr, BLOCK_D, BLOCK_H, H2, BLOCK_H2
+    )
     o_h, o_h2 = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_H2)
     LAST: tl.constexpr = BLOCK_H2 if H2 > 0 else BLOCK_H
     o_last = tl.arange(0, LAST)
     stride_hb, stride_hl = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN)
-    stride_hd = tl.cast(stride_hd, tl.int64)
+    stride_hd = between_columns(stride_hd, UNIT)
     count, mean, squares = 0.0, tl.zeros([LAST], tl.float32), tl.zeros([LAST], tl.float32)
     for task in tl.range(pid, tasks, tl.num_programs(0), disable_licm=True):
-        b, start, first, end, _ = rows_of(task, splits, rows_ptr, mask_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
+        b, start, first, end, _ = rows_of(task, splits, rows_ptr, L, stride_mb, stride_ml, FORM, BLOCK_L)
         row, target = history_ptr + b * stride_hb + start * stride_hl, target_ptr + b * stride_tb
-        mask = mask_ptr + b * stride_mb if FORM == "mask" else mask_ptr
+        mask = rows_ptr + b * stride_mb if FORM == "mask" else rows_ptr
         c = constant_of(target, parts_d, wt_ptr, vectors_ptr, o_h, D, stride_td, BLOCK_K, BLOCK_D, BLOCK_H)
         for l0 in tl.range(first, end, BLOCK_L, disable_licm=True):
             o_l = l0 + tl.arange(0, BLOCK_L)

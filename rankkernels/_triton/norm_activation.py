@@ -206,7 +206,8 @@ def norm_activation_backward_kernel(
 ):  # fmt: skip
     """grad_x [N, H], contiguous, if there is one; sums over this program's rows [P, 3, H] if they are asked for.
 
-    The sums are of g n, g and alpha's gradient; ``sums_ptr``, if there is one, has them of all rows.
+    The sums are of g n, g and alpha's gradient, all of it in column 0 where alpha is one for all; ``sums_ptr``, if
+    there is one, has them of all rows.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xn, H64 = aligned(stride_xn, ALIGN), aligned(H, ALIGN)
@@ -243,7 +244,10 @@ def norm_activation_backward_kernel(
         partial = partials_ptr + program * 3 * H64 + o_h
         tl.store(partial, tl.sum(sum_gn, 0), mask=o_h < H64)
         tl.store(partial + H64, tl.sum(sum_g, 0), mask=o_h < H64)
-        tl.store(partial + 2 * H64, tl.sum(sum_alpha, 0), mask=o_h < H64)
+        sum_alpha = tl.sum(sum_alpha, 0)
+        if ONE_ALPHA:
+            sum_alpha = tl.where(o_h == 0, tl.sum(sum_alpha, 0), 0.0)
+        tl.store(partial + 2 * H64, sum_alpha, mask=o_h < H64)
 
 
 def supports(x: Tensor) -> bool:
@@ -342,12 +346,14 @@ def norm_activation_backward(
             grad_out_ptr=grad_out, stride_gn=grad_out.stride(0), stride_gh=grad_out.stride(1), BLOCK_N=BLOCK_N,
             ALIGN=math.gcd(alignment(x), alignment(grad_out)),
         )  # fmt: skip
-        programs = min(triton.cdiv(N, BLOCK_N), PROGRAMS or programs_of(x))
+        blocks = triton.cdiv(N, BLOCK_N)
+        programs = min(blocks, PROGRAMS or programs_of(x))
         launch = norm_activation_backward_kernel[(programs,)]
         partials = torch.empty((programs, 3, H), dtype=_wide(x), device=x.device)
         if batch_norm and training:
             launch(sums_ptr=None, grad_x_ptr=None, partials_ptr=partials, **arguments)
             sums = partials.sum(0)
+            launch = norm_activation_backward_kernel[(blocks,)]
             launch(sums_ptr=sums, grad_x_ptr=grad_x, partials_ptr=None, **arguments)
         else:
             launch(sums_ptr=None, grad_x_ptr=grad_x, partials_ptr=partials, **arguments)
@@ -355,5 +361,5 @@ def norm_activation_backward(
         grad_weight, grad_bias, grad_alpha = sums
     grads = [] if weight is None else [grad_weight, grad_bias]
     if alpha is not None:
-        grads.append(grad_alpha if alpha.numel() == H else grad_alpha.sum(0, keepdim=True))
+        grads.append(grad_alpha[: alpha.numel()])
     return grad_x, [g.to(p.dtype).contiguous() for g, p in zip(grads, given)]

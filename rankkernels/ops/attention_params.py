@@ -64,6 +64,30 @@ class Flags(NamedTuple):
         return NAMES[self.activation]
 
 
+#: Of history rows and of hidden layers: the widest that a GPU's kernels have.
+MAX_WIDTH = 128
+#: What a GPU's kernels take of a layer beside its weight, [.., H] in float32: the slope of prelu and of Dice; a Dice's
+#: normalization v = v_scale x + v_shift; its bias; the output layer's weight; and with normalizations in training,
+#: where x is normalized, y = y_scale x + y_shift, 1 / sqrt(variance + eps), the variance and the number of rows.
+VECTORS = ("alpha", "v_scale", "v_shift", "bias", "out_weight", "y_scale", "y_shift", "r", "var", "count")
+
+
+def block_of(width: int) -> int:
+    """The power of two from 32 to MAX_WIDTH that holds ``width``: what the kernels pad it to."""
+    return 32 if width <= 32 else 64 if width <= 64 else 128
+
+
+def folded_size(D: int, widths: Sequence[int]) -> int:
+    """The values of the layers as a GPU's kernels take them, 0 where none serves such widths: of the first three
+    weights, since [t, h, t - h, t * h] takes three, of the second one, and each one's VECTORS."""
+    if not 1 <= len(widths) <= 2 or max(D, *widths) > MAX_WIDTH:
+        return 0
+    size, width = 0, 3 * block_of(D)
+    for H in widths:
+        size, width = size + block_of(H) * (width + len(VECTORS)), block_of(H)
+    return size
+
+
 def has_gpu_kernel(statistics: bool, use_softmax: bool, count_padding: bool, return_scores: bool) -> bool:
     """Whether a GPU's kernels have these options; ``statistics``: the batch's are taken. Not scores alone, nor padding
     where it counts."""

@@ -177,6 +177,7 @@ LONG_FUNCTIONS = {
     "din_attention": "its docstring says what each of 15 arguments is",
     "din_attention_backward_kernel": "one Triton kernel, whose helpers cannot return early",
     "din_attention_kernel": "one Triton kernel, whose helpers cannot return early",
+    "din_attention_sums_kernel": "one Triton kernel, whose helpers cannot return early",
     "din_attention_case": "what a case is made of, function by function",
     "embedding_bag_case": "what a case is made of, function by function",
     "install": "a list of operators",

@@ -152,7 +152,8 @@ Sorted Backward::sort() const {
                                               skipped,
                                               static_cast<Source*>(sorted.sources.mutable_data_ptr()),
                                               nullptr,
-                                              nullptr};
+                                              nullptr,
+                                              false};
   for (const ScalarType dtype : kFloating)
     dispatch_floating(dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -319,15 +320,8 @@ RunGradients Backward::runs() {
   runs.n = lookups_;
   if (lookups_ == 0) return runs;
   Sorted sorted = sort();
-  rank(sorted);
-  runs.ranks = sorted.ranks;
-  runs.keys = torch::stable::new_empty(like(), {lookups_}, ScalarType::Long);
-  Batch<TableGrad> everything;
-  everything.n = 1;
-  everything.items[0] = TableGrad{};
-  everything.items[0].rows = static_cast<int64_t*>(runs.keys.mutable_data_ptr());
-  everything.items[0].R = first_key_.back();
-  device_.launch(embedding_run_rows, blocks_for(lookups_, 0), 0, everything, sorted.lookups);
+  sorted.lookups.at_starts = true;
+  runs.keys = sorted.keys;
   for (const ScalarType dtype : kFloating) {
     if (width(dtype) == 0) continue;
     runs.values.push_back(torch::stable::new_empty(like(), {lookups_, width(dtype)}, dtype));

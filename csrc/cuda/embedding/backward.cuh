@@ -47,7 +47,8 @@ struct Lookups {
   int64_t skipped;  // the key, after all others, of a lookup that gives no gradient
   Source* sources;
   const int64_t* order;  // sorted position -> lookup
-  const int64_t* ranks;  // of the run at a sorted position, from 1; or null: sums go to dense gradients
+  const int64_t* ranks;  // of the run at a sorted position, from 1; or null
+  bool at_starts;        // a run's sum goes where it starts; else, without ranks, to a dense gradient
 
   __device__ int64_t key(int64_t p) const { return read_int(keys, wide, p); }
   __device__ bool starts_run(int64_t p) const {
@@ -164,14 +165,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) zero(const Batch<Zeros> 
 
 // A table in steps 3 and 4: its row r has the key first_key + r.
 struct TableGrad {
-  void* sums;     // rows `stride` apart: of a run, or of the table where lookups have no ranks
+  void* sums;     // rows `stride` apart: of a run, or of the table
   int64_t* rows;  // of the table, by rank
   int64_t first_key, R;
   int64_t first_rank;
   int32_t D, stride;
   bool packed;
 
-  // Where the run goes that has sorted position p.
+  // Where the run goes that has sorted position p, unless that is where it starts.
   __device__ int64_t row(const Lookups& lookups, int64_t p) const {
     return lookups.ranks ? lookups.ranks[p] - 1 - first_rank : lookups.key(p) - first_key;
   }
@@ -234,13 +235,14 @@ struct Staged {
 // Lookups [begin, end) of a tile, all of one table. `before` and `after`: the run at that end goes on there.
 template <class T, int n>
 __device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* tile, int begin, int end,
-                         bool before, bool after, Carries<accumulate_t<T>> carries, int64_t tile_index,
-                         Group group) {
+                         bool before, bool after, bool at_starts, Carries<accumulate_t<T>> carries,
+                         int64_t tile_index, Group group) {
   using A = accumulate_t<T>;
   constexpr int kUnroll = 4;
   for (int d = group.lane() * n; d < table.D; d += group.lanes() * n) {
     A acc[n] = {};
     bool first = true;  // the run that is added up is the first
+    int start = begin;
     for (int p = begin; p < end; p += kUnroll) {
       Pack<T, n> rows[kUnroll];
       RK_UNROLL
@@ -259,8 +261,11 @@ __device__ void add_runs(const TableGrad& table, const Staged<accumulate_t<T>>* 
         else if (last && after)
           store<n>(carries.row(tile_index, 1) + d, acc);
         else
-          store<n>(static_cast<T*>(table.sums) + lookup.row * table.stride + d, acc);
+          store<n>(static_cast<T*>(table.sums) +
+                       (at_starts ? tile_index * kTile + start : lookup.row) * table.stride + d,
+                   acc);
         first = false;
+        start = p + u + 1;
         RK_UNROLL
         for (int i = 0; i < n; ++i) acc[i] = A(0);
       }
@@ -307,9 +312,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const TableGrad& table = batch.items[t];
     const bool goes_before = begin == 0 && before, goes_after = end == size && after;
     if (table.packed)
-      add_runs<T, kPack<T>>(table, tile, begin, end, goes_before, goes_after, carries, p0 / kTile, group);
+      add_runs<T, kPack<T>>(table, tile, begin, end, goes_before, goes_after, lookups.at_starts, carries,
+                            p0 / kTile, group);
     else
-      add_runs<T, 1>(table, tile, begin, end, goes_before, goes_after, carries, p0 / kTile, group);
+      add_runs<T, 1>(table, tile, begin, end, goes_before, goes_after, lookups.at_starts, carries, p0 / kTile,
+                     group);
   }
 }
 
@@ -353,7 +360,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const int64_t middle = (low + high) / 2;
     (lookups.key(middle * kTile) == key ? low : high) = middle;
   }
-  const int64_t row = table.row(lookups, next - 1);
+  int64_t start = next - 1;
+  while (start > tile * kTile && lookups.key(start - 1) == key) --start;
+  const int64_t row = lookups.at_starts ? start : table.row(lookups, start);
   if (table.packed)
     join_run<T, kPack<T>>(table, row, tile, low - tile + 1, carries, Group{log2_lanes});
   else

@@ -8,11 +8,11 @@
 namespace rk {
 namespace cuda {
 
-// The gradient of every row that was looked up. Run i, from 0, is of the row with key keys[i], the rows
-// numbered over all tables; how many runs there are is the last of `ranks`, on the device.
+// The gradient of every row that was looked up: where the sorted keys have another than before, that of the
+// row with this key, the rows numbered over all tables. The last key is nobody's.
 struct RunGradients {
-  int64_t n = 0;  // lookups: no more runs than that
-  Tensor keys, ranks;
+  int64_t n = 0;   // lookups
+  Tensor keys;     // int32 or int64
   Tensors values;  // [n, .], for each dtype of a table that has a gradient
 };
 

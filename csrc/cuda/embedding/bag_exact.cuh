@@ -98,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     embedding_update_exact(const Batch<ExactUpdate> batch, const Gradients gradients, int log2_lanes) {
   const Group group{log2_lanes};
   const int64_t i = int64_t(blockIdx.x) * group.per_block() + group.index();
-  if (i >= (gradients.count ? *gradients.count : gradients.n)) return;
-  const int64_t key = gradients.keys[i];
+  if (i >= gradients.n || !gradients.starts_run(i)) return;
+  const int64_t key = gradients.key(i);
   const ExactUpdate& u = batch.items[find(batch, &ExactUpdate::first_key, key)];
   const int64_t row = key - u.first_key;
   if (row < 0 || row >= u.R) return;

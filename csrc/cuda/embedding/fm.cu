@@ -125,14 +125,15 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cuda(const OptionalTenso
     grads.log2_lanes = log2_lanes(grads.packed ? D / kPack<T> : D);
     device.launch(embedding_fm_backward<T>, blocks_of(B), 0, grads);
     if (!args.linear_weight) return;
-    // At most 256 parts of at least 128 samples; the order of the sums follows from B alone.
-    const int64_t part = std::max<int64_t>(128, (B + 255) / 256), n = (B + part - 1) / part;
-    const Tensor parts =
-        torch::stable::new_empty(embeddings, {n, width}, accumulator_dtype(embeddings.scalar_type()));
-    A* p = static_cast<A*>(parts.mutable_data_ptr());
-    device.launch(embedding_linear_parts<T>, n * blocks_for(width, 0), 0, grads, part, p);
-    device.launch(embedding_linear_total<T>, blocks_for(width, 0), 0, p, n, width,
-                  static_cast<T*>(grad_a.mutable_data_ptr()));
+    // One launch up to 4096 samples, then at most 256 parts; the order of the sums follows from B alone.
+    const int64_t part = std::max<int64_t>(4096, (B + 255) / 256), n = (B + part - 1) / part;
+    T* total = static_cast<T*>(grad_a.mutable_data_ptr());
+    const int64_t blocks = n * ((width + kLinearColumns - 1) / kLinearColumns);
+    const Tensor parts = torch::stable::new_empty(embeddings, {n > 1 ? n : 0, width},
+                                                  accumulator_dtype(embeddings.scalar_type()));
+    A* p = n > 1 ? static_cast<A*>(parts.mutable_data_ptr()) : nullptr;
+    device.launch(embedding_linear<T>, blocks, kThreads * sizeof(A), grads, part, p, total);
+    if (p) device.launch(embedding_linear_total<T>, blocks_for(width, 0), 0, p, n, width, total);
   });
   return {grad_lookups, grad_a};
 }

@@ -169,32 +169,45 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks) embedding_fm_backward(co
     combine_grads<T, 1>(grads, group);
 }
 
-// grad_a in two steps. First parts[i, c] = sum of grad_linear[b] x[b, c] over samples [i part, (i + 1) part);
-// a thread takes a column.
+// Columns of a block of embedding_linear: a sector of float32. Its threads share the samples of a column.
+constexpr int kLinearColumns = 8;
+
+// grad_a[c] = sum of grad_linear[b] x[b, c] over all samples, or, where there are `parts`, parts[i, c] over
+// samples [i part, (i + 1) part).
 template <class T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
-    embedding_linear_parts(const FmGrads grads, int64_t part, accumulate_t<T>* parts) {
+    embedding_linear(const FmGrads grads, int64_t part, accumulate_t<T>* parts, T* grad_linear_weight) {
   using A = accumulate_t<T>;
-  const int64_t columns = int64_t(grads.F) * grads.D, tiles = (columns + kThreads - 1) / kThreads;
-  const int64_t i = blockIdx.x / tiles, c = blockIdx.x % tiles * kThreads + threadIdx.x;
-  if (c >= columns) return;
+  RK_SHARED(A, sums);
+  constexpr int kUnroll = 8, kShares = kThreads / kLinearColumns;
+  const int64_t columns = int64_t(grads.F) * grads.D, tiles = (columns + kLinearColumns - 1) / kLinearColumns;
+  const int64_t i = blockIdx.x / tiles;
+  const int64_t c = blockIdx.x % tiles * kLinearColumns + threadIdx.x % kLinearColumns;
   const int64_t end = (i + 1) * part < grads.B ? (i + 1) * part : grads.B;
   const T *x = static_cast<const T*>(grads.embeddings) + c,
           *grad_linear = static_cast<const T*>(grads.grad_linear);
-  constexpr int kUnroll = 8;
   A sum = 0;
-  for (int64_t b = i * part; b < end; b += kUnroll) {
+  for (int64_t b0 = i * part + threadIdx.x / kLinearColumns; c < columns && b0 < end;
+       b0 += kUnroll * kShares) {
     A factor[kUnroll], value[kUnroll];
     RK_UNROLL
     for (int u = 0; u < kUnroll; ++u) {
-      const bool there = b + u < end;
-      factor[u] = there ? widen(grad_linear[b + u]) : A(0);
-      value[u] = there ? widen(x[(b + u) * grads.stride_xb]) : A(0);
+      const int64_t b = b0 + u * kShares;
+      factor[u] = b < end ? widen(grad_linear[b]) : A(0);
+      value[u] = b < end ? widen(x[b * grads.stride_xb]) : A(0);
     }
     RK_UNROLL
     for (int u = 0; u < kUnroll; ++u) sum += factor[u] * value[u];
   }
-  parts[i * columns + c] = sum;
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kLinearColumns || c >= columns) return;
+  A total = 0;
+  for (int share = 0; share < kShares; ++share) total += sums[share * kLinearColumns + threadIdx.x];
+  if (parts)
+    parts[i * columns + c] = total;
+  else
+    narrow(grad_linear_weight[c], total);
 }
 
 // grad_a[c] = the sum of the parts.

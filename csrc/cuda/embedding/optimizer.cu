@@ -121,8 +121,7 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
   const Now* now = live ? static_cast<const Now*>(folded.const_data_ptr()) : nullptr;
   const Device device(weight);
   launch_updates(device, weight.scalar_type(), std::vector<Update>{u},
-                 {static_cast<const int64_t*>(keys.const_data_ptr()), grads.const_data_ptr(), nullptr,
-                  keys.size(0), grads.stride(0)},
+                 {keys.const_data_ptr(), true, grads.const_data_ptr(), keys.size(0), grads.stride(0)},
                  stepper(optimizer, &now));
 }
 

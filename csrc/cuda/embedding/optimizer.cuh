@@ -53,13 +53,15 @@ __device__ inline Now now_of(const Update& u) {
   return {u.lr, u.step, u.inverse_root, u.grad_factor, u.own[1], false};
 }
 
-// The gradients: of the row with key keys[i], values[i]. `count` of them, on the device, or n if that is
-// null.
+// The gradients: of the row with key(i), values[i], wherever it is another key than before.
 struct Gradients {
-  const int64_t* keys;
+  const void* keys;    // sorted
+  bool wide;           // they are int64, not int32
   const void* values;  // [n, .], rows `stride` apart
-  const int64_t* count;
   int64_t n, stride;
+
+  __device__ int64_t key(int64_t i) const { return read_int(keys, wide, i); }
+  __device__ bool starts_run(int64_t i) const { return i == 0 || key(i - 1) != key(i); }
 };
 
 // The norm of factor * grad where the squares are beyond the range, or so small that they lose digits.
@@ -222,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                      int log2_lanes, const Now* live) {
   const Group group{log2_lanes};
   const int64_t i = int64_t(blockIdx.x) * group.per_block() + group.index();
-  if (i >= (gradients.count ? *gradients.count : gradients.n)) return;
-  const int64_t key = gradients.keys[i];
+  if (i >= gradients.n || !gradients.starts_run(i)) return;
+  const int64_t key = gradients.key(i);
   const Update& u = batch.items[find(batch, &Update::first_key, key)];
   const int64_t row = key - u.first_key;
   if (row < 0 || row >= u.R) return;

@@ -55,9 +55,8 @@ Tensors step_on_gradients(
     std::vector<U> of_dtype;
     for (size_t t = 0; t < weights.size(); ++t)
       if (weights[t].scalar_type() == values.scalar_type()) of_dtype.push_back(updates[t]);
-    const Gradients gradients{
-        static_cast<const int64_t*>(runs.keys.const_data_ptr()), values.const_data_ptr(),
-        static_cast<const int64_t*>(runs.ranks.const_data_ptr()) + runs.n - 1, runs.n, values.size(1)};
+    const Gradients gradients{runs.keys.const_data_ptr(), runs.keys.scalar_type() == ScalarType::Long,
+                              values.const_data_ptr(), runs.n, values.size(1)};
     launch_updates(device, values.scalar_type(), of_dtype, gradients, launch);
   }
   return std::move(grad_per_sample_weights);

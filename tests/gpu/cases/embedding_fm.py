@@ -9,5 +9,5 @@ CASES = [
     # More features than go with one launch, and more samples than a part of the linear weights' gradient.
     embedding_fm_case([3] * 90, 8, list(range(90)), ["sum", "none"] * 45, B=10),
     embedding_fm_case([3] * 90, 5, list(range(90)), ["none", "mean"] * 45, B=2, linear=False),
-    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=300, dense=3),
+    embedding_fm_case([7], 4, [0, 0], ["none", "none"], B=4100, dense=3),
 ]

@@ -160,10 +160,11 @@ NORM = Interpreted(
             "o_h[None, :] * tl.cast(stride_gh, tl.int64)",
             "o_h[None, :] * stride_gn",
         ),
+        ("backward: one alpha has the first column's alone", "tl.sum(sum_alpha, 0), 0.0)", "sum_alpha, 0.0)"),
         (
             "backward: sums of the wrong kind",
-            "tl.store(partial + 2 * H64, tl.sum(sum_alpha, 0)",
-            "tl.store(partial + 2 * H64, tl.sum(sum_g, 0)",
+            "tl.store(partial + 2 * H64, sum_alpha, mask",
+            "tl.store(partial + 2 * H64, tl.sum(sum_g, 0), mask",
         ),
     ],
     tolerance={SINGLE: 5e-6, HALF: 2e-3, BF16: 1e-2, DOUBLE: 1e-12},

@@ -11,20 +11,24 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 from gpu.cases import INTERPRETED
 from triton.runtime.jit import JITFunction
 
 from bench.gpu import report
-from bench.gpu.ahead_of_time import TARGETS, compile_case, meta_inputs, serves
+from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, meta_inputs, serves
 from bench.gpu.cases import COMPILED, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
+from rankkernels._triton import _launch
 from rankkernels._triton import din_attention_backward as backward
 from rankkernels._triton import din_attention_forward as forward
+from rankkernels._triton import din_attention_layers as layers
 from rankkernels.testing import din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
@@ -53,6 +57,8 @@ SPILLS = {("3.7", "din_attention-B512-L50-D32-64x16-prelu-bn-softmax-padded", "f
 
 #: Reads a few numbers of a sample, not rows of columns.
 NARROW = {"cross_alphas_kernel"}
+#: Reads no history, but weights, which are contiguous, and other programs' sums.
+BESIDE = {f"din_attention_{name}_kernel" for name in ("fold", "join", "sums", "unfold")}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,7 @@ def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, targe
         for kernel in call.kernels:
             known = (triton.__version__[:3], case.id, of_dtype(dtype), target) in SPILLS
             assert (kernel.local == 0 and not kernel.spills) or known
-            assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16 or kernel.name in NARROW
+            assert kernel.wide_loads or widths[case.id] * dtype.itemsize % 16 or kernel.name in NARROW | BESIDE
             assert kernel.matrix_instructions or not kernel.has_dot
             assert kernel.shared <= MULTIPROCESSORS[target].shared_of_block
             assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
@@ -84,6 +90,53 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
             assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
             launched.add(kernel.name)
     assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels} == kernels_defined()
+
+
+@triton.jit(do_not_specialize=["n"])
+def filling_kernel(out_ptr, x_ptr, n, scale, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + o, mask=o < n) if x_ptr is not None else 1.0
+    tl.store(out_ptr + o, x * scale, mask=o < n)
+
+
+def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
+    launched, driver = [], AbsentGPU("sm_90")
+    # But for the seventh argument, made for each launch: what a profiler is told.
+    driver.launcher_cls = lambda src, metadata: lambda *a: launched.append((src, a[:6] + a[7:]))
+    driver.utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
+        load_binary=lambda *arguments: (1, 2, 0, 0, 1024),
+        unload_module=lambda module: None,
+    )
+    monkeypatch.setattr(_launch, "_compiled", {})
+    out, x = torch.empty(100), torch.empty(101)
+    triton.runtime.driver.set_active(driver)
+    try:
+        for pointers, numbers, constants in [
+            ((out, x[1:]), (100, 2.0), (128,)),
+            ((out, x[:-1]), (100, 2.0), (128,)),
+            ((out, x[:-1].double()), (7, 3.0), (128,)),
+            ((out, x[:-1]), (2**31, 3.0), (128,)),
+            ((out, None), (16, 0.5), (128,)),
+            ((out, None), (1, 0.5), (64,)),
+        ]:
+            filling_kernel[3,](*pointers, *numbers, *constants, num_warps=2)
+            for _ in range(2):
+                _launch.launch(filling_kernel, (3,), pointers, numbers, constants, num_warps=2)
+            tritons, first, again = launched[-3:]
+            assert tritons == first == again
+        assert len(launched) == 18 and len({id(src) for src, _ in launched}) == len(_launch._compiled) == 6
+        _launch.launch(filling_kernel, (2, 5), (x, None), (64, 0.5), (64,), num_warps=2)
+        assert launched[-1][1][:3] == (2, 5, 1) and len(_launch._compiled) == 6
+    finally:
+        triton.runtime.driver.set_active(None)
+
+
+def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
+    kernels = {f for m in (forward, backward, layers) for name, f in vars(m).items() if name.endswith("_kernel")}
+    numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
+    assert len(kernels) == 7
+    assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 
 @pytest.mark.parametrize("form", ["padded", "mask"])
@@ -113,9 +166,11 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
         first, *others = case.make(dtype, generator)
         return torch.cat([first, first[..., :1]], -1)[..., :-1], *others
 
-    wide = [k.wide_loads for call in records[case.id, dtype, target].calls for k in call.kernels]
-    calls = compile_case(replace(case, make=unaligned), dtype, target)
-    narrow = [k.wide_loads for call in calls for k in call.kernels]
+    def wide_loads(calls):
+        return [k.wide_loads for call in calls for k in call.kernels if k.name not in BESIDE]
+
+    wide = wide_loads(records[case.id, dtype, target].calls)
+    narrow = wide_loads(compile_case(replace(case, make=unaligned), dtype, target))
     assert all(n < w for n, w in zip(narrow, wide, strict=True) if w), (narrow, wide)
 
 

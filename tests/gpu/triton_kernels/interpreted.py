@@ -88,11 +88,11 @@ def test_kernel_equals_reference(op, config, dtype):
     ],
 )
 def test_forward_reads_its_input_once(op, config):
-    """By the loads of the first launch."""
+    """By the loads of the first launch that has it."""
     interpreter.launched.clear()
     arguments = op.make(config, SINGLE)
     op.launch(importlib.import_module(f"rankkernels._triton.{op.module}"), **arguments)
-    loads = interpreter.launched[0].loads_of(arguments[op.streamed])
+    loads = next(loads for memory in interpreter.launched if (loads := memory.loads_of(arguments[op.streamed])).any())
     assert (loads == 1).all()
 
 

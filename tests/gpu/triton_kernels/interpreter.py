@@ -28,7 +28,7 @@ from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
 NOBODY, MANY = -1, -2
 
 #: The memories of the last launches, in their order.
-launched: collections.deque[Memory] = collections.deque(maxlen=16)
+launched: collections.deque[Memory] = collections.deque(maxlen=32)
 
 
 def bf16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -82,8 +82,10 @@ class Memory:
         return element
 
     def loads_of(self, t: torch.Tensor) -> np.ndarray:
-        """How often each element of ``t`` was loaded."""
-        return self.loads[np.searchsorted(self.addresses, addresses_of(t))]
+        """How often each element of ``t`` was loaded, be it the launch's or not."""
+        addresses = addresses_of(t)
+        element = np.searchsorted(self.addresses, addresses).clip(max=max(self.addresses.size - 1, 0))
+        return np.where(self.addresses[element] == addresses, self.loads[element], 0)
 
     def bytes_moved(self, streamed: torch.Tensor) -> int:
         """Loads of ``streamed`` and all stores as often as they happen. What else is loaded counts once: weights, and
