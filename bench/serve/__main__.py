@@ -1,12 +1,13 @@
 """The load test of the example app (docs/examples/serving): latency against load, of ours and of others.
 
-python -m bench.serve ours           one contender's curve, into bench/records/avx2/serve/load.json
-python -m bench.serve --bars         ours at 70 % (--seconds 120: for two minutes) and at 150 %
-python -m bench.serve --restart      ours killed and started again
-python -m bench.serve --chart        the chart, from the record
+python -m bench.serve ours                 one contender's curve, into bench/records/avx2/serve/load.json
+python -m bench.serve --bar evenly         ours at 70 % (--seconds 120: for two minutes), or "at random", or overloaded
+python -m bench.serve --restart            ours killed and started again
+python -m bench.serve --chart              the chart, from the record
 
 The server has one core, the load another: a closed loop of eight clients says what the server can do, open loops at
-parts of that how long an answer takes. First run each contender once with ``--prepare``, which compiles.
+parts of that how long an answer takes. With ``--rankers 2`` the server has both cores, and shares them with the load.
+First run each contender once with ``--prepare``, which compiles.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,23 +32,28 @@ import torch
 from bench.harness import machine
 from bench.harness.record import rounded
 from bench.report import draw
-from bench.serve import contenders
+from bench.serve import contenders, queueing
+from bench.serve.load import percentiles
 
 RECORDS = Path(__file__).parents[1] / "records/avx2"
 RECORD, CHART = RECORDS / "serve/load.json", RECORDS / "serve_load.svg"
 #: Parts of what the closed loop reached.
 LOADS = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5]
-SERVER_CORE, LOAD_CORE = 0, 1
+#: Of each bar: at which part of that, and whether at random times.
+BARS = {"evenly": (0.7, False), "at random": (0.7, True), "overloaded": (1.5, True)}
+CORES = sorted(os.sched_getaffinity(0))
+PORT = 8765
 
 
 @contextlib.contextmanager
-def server(contender: str, candidates: int) -> Iterator[tuple[int, subprocess.Popen]]:
+def server(contender: str, candidates: int, rankers: int = 1) -> Iterator[tuple[int, subprocess.Popen]]:
     """Its port and its process, when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bench.serve.server", contender, str(port), "--candidates", str(candidates)]
-    process = subprocess.Popen([*command, "--core", str(SERVER_CORE)])
+    command += ["--rankers", str(rankers), "--cores", *map(str, CORES[:rankers])]
+    process = subprocess.Popen(command)
     try:
         while not answers(port):
             if process.poll() is not None:
@@ -71,12 +78,13 @@ def answers(port: int) -> bool:
         return False
 
 
-def load(port: int, bodies: Path, **options: object) -> dict:
-    """What a process that is the load says at its end."""
+def load(port: int, bodies: Path, rankers: int = 1, **options: object) -> dict:
+    """What a process that is the load says at its end; it has the cores that the server has not, or else all."""
+    cores = CORES[rankers:] or CORES
     arguments = [f"--{name}={value}" if value is not True else f"--{name}" for name, value in options.items()]
     command = [sys.executable, "-m", "bench.serve.load", str(port), str(bodies), *arguments]
-    pin = {"preexec_fn": lambda: os.sched_setaffinity(0, {LOAD_CORE})} if (os.cpu_count() or 1) > 1 else {}
-    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True, **pin).stdout)
+    pin = partial(os.sched_setaffinity, 0, cores)
+    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True, preexec_fn=pin).stdout)
 
 
 def write_bodies(path: Path, candidates: int) -> None:
@@ -101,40 +109,52 @@ def curve(contender: str, candidates: int, bodies: Path, seconds: float) -> dict
     return {**found, "others_cores": watch.others()}
 
 
-def bars(candidates: int, bodies: Path, seconds: float) -> dict:
-    """Ours at 70 % of what it can do and at 150 %."""
-    watch = machine.Watch()
-    with server("ours", candidates) as (port, _):
-        load(port, bodies, seconds=1)
-        saturation = load(port, bodies, seconds=min(seconds, 4), clients=8)["requests_s"]
-        at_70 = {
-            "evenly": load(port, bodies, seconds=seconds, rate=0.7 * saturation),
-            "at random": load(port, bodies, seconds=seconds / 6, rate=0.7 * saturation, poisson=True),
-        }
-        at_150 = load(port, bodies, seconds=seconds / 10, rate=1.5 * saturation, poisson=True)
-    return {"saturation_s": saturation, "at_70": at_70, "at_150": at_150, "others_cores": watch.others()}
+def bar(name: str, candidates: int, bodies: Path, seconds: float, rankers: int) -> dict:
+    """Ours under a part of what it can do, and the latencies that the queue alone would have."""
+    watch, (part, poisson) = machine.Watch(), BARS[name]
+    with server("ours", candidates, rankers) as (port, _):
+        load(port, bodies, rankers, seconds=1)
+        saturation = load(port, bodies, rankers, seconds=min(seconds, 4), clients=8)["requests_s"]
+        options = {"poisson": True} if poisson else {}
+        found = load(port, bodies, rankers, seconds=seconds, rate=part * saturation, **options)
+    found |= {"saturation_s": saturation, "seconds": seconds, "others_cores": watch.others()}
+    if poisson and part < 1:
+        a_request = rankers / saturation
+        found["queue_ms"] = percentiles([a_request * each for each in queueing.latencies(rankers, part)])
+    return found
 
 
-def restart(candidates: int) -> dict:
-    """Seconds until the app answers when it has been killed, and of importing torch alone."""
+def restart(candidates: int, bodies: Path) -> dict:
+    """Seconds until the app answers when it has been killed, and of importing torch alone; milliseconds of the first
+    request and of the tenth. The best of three."""
+    body = bodies.read_bytes().splitlines()[0]
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/rank", data=body, headers={"content-type": "application/json"}
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt"
         contenders.load("ours", candidates).save(path)
-        command = [sys.executable, "docs/examples/serving/app.py", str(path), "--port", "8765", "--candidates"]
+        command = [sys.executable, "docs/examples/serving/app.py", str(path), "--port", str(PORT), "--candidates"]
         command += contenders.CANDIDATES
-        ready, imported = [], []
+        ready, imported, requests = [], [], []
         for _ in range(3):
             began = time.perf_counter()
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-            while not answers(8765):
+            while not answers(PORT):
                 time.sleep(0.01)
             ready.append(time.perf_counter() - began)
+            requests.append([1e3 * seconds_of(lambda: urllib.request.urlopen(request).read()) for _ in range(10)])
             process.kill()
             process.wait()
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", "import torch"], check=True)
-            imported.append(time.perf_counter() - began)
-    return {"ready_s": min(ready), "torch_s": min(imported)}
+            imported.append(seconds_of(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True)))
+    each = [min(times) for times in zip(*requests)]
+    return {"ready_s": min(ready), "torch_s": min(imported), "first_ms": each[0], "tenth_ms": each[-1]}
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
 
 
 def chart_data(record: dict) -> dict:
@@ -150,7 +170,8 @@ def main() -> None:
     parser.add_argument("contenders", nargs="*", choices=[*contenders.CONTENDERS, []])
     parser.add_argument("--candidates", type=int, default=700)
     parser.add_argument("--seconds", type=float, default=6, help="of each load")
-    parser.add_argument("--bars", action="store_true")
+    parser.add_argument("--bar", choices=BARS)
+    parser.add_argument("--rankers", type=int, default=1, help="of a bar: requests that the server ranks at a time")
     parser.add_argument("--restart", action="store_true")
     parser.add_argument("--prepare", action="store_true", help="compile and check, measure nothing")
     parser.add_argument("--chart", action="store_true")
@@ -161,10 +182,12 @@ def main() -> None:
         bodies = Path(folder) / "bodies"
         write_bodies(bodies, options.candidates)
         if options.restart:
-            record["restart"] = restart(options.candidates)
-        if options.bars:
-            record["bars"] = bars(options.candidates, bodies, options.seconds)
-        for contender in [] if options.bars else options.contenders:
+            record["restart"] = restart(options.candidates, bodies)
+        if options.bar:
+            found = bar(options.bar, options.candidates, bodies, options.seconds, options.rankers)
+            record.setdefault("bars", {}).setdefault(f"{options.rankers} at a time", {})[options.bar] = found
+            print(json.dumps(rounded(found)))
+        for contender in options.contenders:
             if options.prepare:
                 with server(contender, options.candidates):
                     print(f"{contender} answers")

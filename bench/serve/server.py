@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,13 +23,15 @@ def main() -> None:
     parser.add_argument("contender", choices=contenders.CONTENDERS)
     parser.add_argument("port", type=int)
     parser.add_argument("--candidates", type=int, default=700)
-    parser.add_argument("--core", type=int, help="the one core to run on")
+    parser.add_argument("--rankers", type=int, default=1)
+    parser.add_argument("--cores", type=int, nargs="+", help="to run on these alone")
     options = parser.parse_args()
-    if options.core is not None:
-        os.sched_setaffinity(0, {options.core})
+    if options.cores:
+        os.sched_setaffinity(0, options.cores)
     torch.set_num_threads(1)
     limits = Limits(seconds=1.0)  # for those who take 30 ms a request
-    app = create_app(lambda: contenders.load(options.contender, options.candidates), contenders.CANDIDATES, limits)
+    load = partial(contenders.load, options.contender, options.candidates)
+    app = create_app(load, contenders.CANDIDATES, limits, options.rankers)
     uvicorn.run(app, port=options.port, access_log=False, log_level="warning", timeout_keep_alive=75)
 
 

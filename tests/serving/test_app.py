@@ -230,6 +230,19 @@ def test_those_who_waited_too_long_are_refused_before_they_are_ranked():
         assert model.begun.acquire(blocking=False) and not model.begun.acquire(blocking=False)
 
 
+def test_so_many_are_ranked_at_a_time_and_each_gets_its_own_answer():
+    model = Held()
+    app = create_app(lambda: model, ["item"], Limits(seconds=30), rankers=2)
+    with running(app) as (_, client), ThreadPoolExecutor(5) as pool:
+        asked = [pool.submit(post, client, json.dumps({"user": {}, "candidates": {"item": [i]}})) for i in range(5)]
+        assert all(model.begun.acquire(timeout=30) for _ in range(2))
+        while app.state.service.ranker.waiting < 5:
+            threading.Event().wait(0.005)
+        assert not model.begun.acquire(blocking=False)
+        model.go.set()
+        assert [response.result().json() for response in asked] == [{"scores": [float(i)]} for i in range(5)]
+
+
 def test_a_model_that_fails_is_an_error_of_ours_and_the_app_lives():
     class Failing(Held):
         def rank(self, user, candidates, k=None):

@@ -54,7 +54,8 @@ class Model:
 
 
 class Ranker:
-    """Ranks requests one after another, as they came, in a thread beside the event loop.
+    """Ranks requests as they came, in threads beside the event loop: one queue, and the first that is free takes the
+    next.
 
     Requests share nothing that could be computed once, so a batch saves wake-ups of the event loop and nothing else:
     answers are handed over together, when nobody waits any more and at the latest after ``HAND_OVER`` seconds.
@@ -62,12 +63,13 @@ class Ranker:
 
     HAND_OVER = 0.002
 
-    def __init__(self, limits: Limits, observe: Callable[[float], None]):
+    def __init__(self, limits: Limits, rankers: int, observe: Callable[[float], None]):
         self.limits, self.observe, self.loop = limits, observe, asyncio.get_running_loop()
         self.waiting = 0
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="ranker")
-        self.thread.start()
+        self.threads = [threading.Thread(target=self._work, name=f"ranker {i}") for i in range(rankers)]
+        for thread in self.threads:
+            thread.start()
 
     def admit(self) -> None:
         if self.waiting >= self.limits.waiting:
@@ -83,8 +85,10 @@ class Ranker:
             self.waiting -= 1
 
     def stop(self) -> None:
-        self.jobs.put(None)
-        self.thread.join()
+        for _ in self.threads:
+            self.jobs.put(None)
+        for thread in self.threads:
+            thread.join()
 
     def _work(self) -> None:
         done, began = [], 0.0
@@ -131,15 +135,15 @@ class Metrics:
 
 
 class Service:
-    def __init__(self, load: Callable[[], Any], of_candidates: Collection[str], limits: Limits):
-        self.limits, self.metrics = limits, Metrics()
+    def __init__(self, load: Callable[[], Any], of_candidates: Collection[str], limits: Limits, rankers: int):
+        self.limits, self.rankers, self.metrics = limits, rankers, Metrics()
         self.make_model = partial(Model, load, of_candidates, limits)
         self.model = self.make_model()
 
     @contextlib.asynccontextmanager
     async def running(self, app: FastAPI):
         """Uvicorn ends this when all that was accepted has been answered."""
-        self.ranker = Ranker(self.limits, self.metrics.in_model.observe)
+        self.ranker = Ranker(self.limits, self.rankers, self.metrics.in_model.observe)
         self.metrics.waiting.set_function(lambda: self.ranker.waiting)
         self.reload = asyncio.Event()
         reloading = asyncio.create_task(self._reload())
@@ -221,12 +225,15 @@ class Wrong(BaseModel):
     detail: list[dict[str, Any]]
 
 
-def create_app(load: Callable[[], Any], of_candidates: Collection[str], limits: Limits | None = None) -> FastAPI:
+def create_app(
+    load: Callable[[], Any], of_candidates: Collection[str], limits: Limits | None = None, rankers: int = 1
+) -> FastAPI:
     """An app for the model that ``load()`` gives now and whenever the process gets SIGHUP.
 
-    ``of_candidates`` are the features that differ from candidate to candidate; the others are the user's.
+    ``of_candidates`` are the features that differ from candidate to candidate; the others are the user's. ``rankers``
+    requests are ranked at a time, by a thread each.
     """
-    service = Service(load, of_candidates, limits or Limits())
+    service = Service(load, of_candidates, limits or Limits(), rankers)
     app = FastAPI(title="rank", lifespan=service.running)
     app.state.service, app.openapi = service, lambda: service.openapi(app)
 
@@ -254,6 +261,7 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", required=True, help="features of candidates; the others: a user's")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--rankers", type=int, default=1, help="requests that are ranked at a time: as many as cores")
     parser.add_argument("--threads", type=int, default=1, help="for one request")
     parser.add_argument("--mmap", action="store_true", help="leave tables in the file: processes share them")
     for field in fields(Limits):
@@ -261,7 +269,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     limits = Limits(**{field.name: getattr(options, f"max_{field.name}") for field in fields(Limits)})
-    app = create_app(partial(serve.load, options.model, mmap=options.mmap), options.candidates, limits)
+    load = partial(serve.load, options.model, mmap=options.mmap)
+    app = create_app(load, options.candidates, limits, options.rankers)
     uvicorn.run(
         app, host=options.host, port=options.port, access_log=False, timeout_keep_alive=75, timeout_graceful_shutdown=30
     )
