@@ -40,6 +40,30 @@ def test_many_threads_give_the_same_bits(make):
         assert list(pool.map(client, range(8))) == [150] * 8
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("make", [lambda: deepfm(D=16, dims=(64, 32)), lambda: din(D=16, attention=(36,))])
+def test_ten_thousand_requests_of_each_of_eight_threads(make):
+    """Bits of one thread's, and no more memory after them than after the first thousand."""
+    model = make()
+    frozen, requests = serve.freeze(model), requests_to(model, 200)
+    torch.set_num_threads(1)
+    expected = [frozen.rank(*r) for r in requests]
+
+    def client(seed: int) -> list[int]:
+        torch.set_num_threads(1)
+        used = []
+        for n, i in enumerate(random.Random(seed).choices(range(len(requests)), k=10_000)):
+            assert torch.equal(frozen.rank(*requests[i]), expected[i])
+            if n % 1000 == 999:
+                used.append(resident())
+        return used
+
+    with ThreadPoolExecutor(8) as pool:
+        used = list(pool.map(client, range(8)))
+    assert max(u[-1] for u in used) - min(u[0] for u in used) < 2 << 20
+
+
 @pytest.mark.parametrize("make", [deepfm, din])
 def test_a_candidates_score_does_not_depend_on_the_others(make):
     model = make()
