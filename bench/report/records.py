@@ -23,6 +23,8 @@ TITLES = {
     "adoption": "Models of FuxiCTR and DeepCTR-Torch, accelerated",
     "models": "Models of torch-rechub, accelerated",
     "serving": "Serving one user",
+    "rank": "Frozen models: one user's candidates",
+    "shared_history": "Users shared by samples",
     "import": "Import",
     "scaling": "Scaling",
     "end_to_end": "End to end",
