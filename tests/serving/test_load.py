@@ -12,6 +12,7 @@ from running import Held, din, running
 
 from bench.report import draw
 from bench.serve import __main__ as load_test
+from bench.serve import queueing
 from bench.serve.load import BROKEN, Load, http, percentiles
 
 RIGHT = http(json.dumps({"user": {"user": 3, "clicks": [1]}, "candidates": {"item": [1, 2]}}).encode())
@@ -68,7 +69,29 @@ def test_the_chart_draws(tmp_path):
     assert draw.is_current(tmp_path / "load.svg", data)
 
 
+def test_the_queue_is_that_of_the_textbook():
+    """One server: of those who come rho wait, on average rho / (2 (1 - rho)) (Pollaczek and Khinchine)."""
+    for rho in (0.3, 0.7):
+        found = queueing.latencies(1, rho)
+        assert abs(sum(found) / len(found) - 1 - rho / (2 * (1 - rho))) < 0.02
+        assert abs(sum(latency == 1.0 for latency in found) / len(found) - (1 - rho)) < 0.01
+    assert queueing.latencies(30, 0.3)[-1] == 1.0
+
+
 def test_the_chart_kept_shows_the_record_kept():
     record = json.loads(load_test.RECORD.read_text())
     assert draw.is_current(load_test.CHART, load_test.chart_data(record)), "run: python -m bench.serve --chart"
-    assert record["bars"]["at_70"]["evenly"]["statuses"].keys() == {"200"}
+
+
+def test_the_record_kept_has_nobody_lost_and_nobody_late():
+    record = json.loads(load_test.RECORD.read_text())
+    evenly, at_random = (record["bars"]["1 at a time"][name] for name in ("evenly", "at random"))
+    assert evenly["statuses"].keys() == at_random["statuses"].keys() == {"200"}
+    assert evenly["ms"]["p99"] <= 3 * evenly["ms"]["p50"]
+    ratio, of_queue = (at_random[ms]["p99"] / at_random[ms]["p50"] for ms in ("ms", "queue_ms"))
+    assert ratio <= of_queue
+    for bars in record["bars"].values():
+        overloaded = bars["overloaded"]
+        assert overloaded["statuses"].keys() == {"200", "503"}
+        assert overloaded["requests_s"] > 0.85 * overloaded["saturation_s"]
+    assert record["restart"]["ready_s"] - record["restart"]["torch_s"] < 2
