@@ -80,7 +80,8 @@ def compare(draw: Draw, op: str, case: OpCase, dtype: torch.dtype) -> None:
     floor = 0.1 * max([g.norm().item() for g in expected], default=0.0)
     floor = max(floor, 4 * torch.finfo(dtype).eps * grad.norm().item() / TOLERANCE[dtype])  # where all of them cancel
     if op == "target_attention":  # <g, x> - <g, out> cancels where one row weighs all
-        floor = max(floor, 0.1 * grad.norm().item() * inputs[1].detach().double().norm(dim=-1).max().item() ** 2)
+        rows = inputs[1].detach().double().norm(dim=-1).flatten().tolist()
+        floor = max(floor, 0.1 * grad.norm().item() * max(rows, default=0.0) ** 2)
     moved = moved_by_rounding(case, exact, grad, expected)
     unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     for i, (g, e, far) in enumerate(zip(found, expected, moved)):
