@@ -123,7 +123,7 @@ def test_the_histories_are_looked_up_once_a_user(monkeypatch):
     assert seen == [(3, 8, D)] * 2
 
 
-@pytest.mark.parametrize("make", [din, deepfm])
+@pytest.mark.parametrize("make", [din, pytest.param(deepfm, marks=pytest.mark.slow)])
 def test_compiled(make):
     torch.manual_seed(5)
     model = make().double()

@@ -60,9 +60,9 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
 
 
 def in_all_dtypes(configs: str):
-    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow, and of many every other config."""
+    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow; of many configs two in three."""
     for op in INTERPRETED:
-        every = 2 if len(getattr(op, configs)) > 20 else 1
+        every = 3 if len(getattr(op, configs)) > 20 else 1
         for n, config in enumerate(getattr(op, configs)):
             dtypes = config.get("dtypes", op.dtypes)
             for i, dtype in enumerate(dtypes):
