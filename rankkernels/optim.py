@@ -19,7 +19,7 @@ overflow through the other parameters of the same backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -305,11 +305,11 @@ class FTRL(RowOptimizer):
         return lr
 
 
-def _check_range(states: dict[int, dict[str, Tensor]], params: list[Tensor]) -> None:
-    """Raises where torch, which keeps its state in a param's dtype, would make a number of it infinite."""
+def _check_range(states: dict[int, dict[str, Tensor]], names: Sequence[str], params: list[Tensor]) -> None:
+    """Raises where torch, which keeps what has these ``names`` in a param's dtype, would make a number infinite."""
     for i, state in states.items():
         dtype = params[i].dtype
-        for name, values in state.items():
+        for name, values in ((name, state[name]) for name in names):
             if values.numel() and torch.finfo(dtype).max < torch.finfo(values.dtype).max:
                 most = values.abs().max().item()
                 if torch.finfo(dtype).max < most < float("inf"):
@@ -358,6 +358,7 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
             for i, state in ours["state"].items()
             if state
         }
-        _check_range(state_dict["state"], [p for g in theirs.param_groups for p in g["params"]])
+        params = [p for g in theirs.param_groups for p in g["params"]]
+        _check_range(state_dict["state"], optimizer._states, params)
     theirs.load_state_dict(state_dict)
     return theirs

@@ -387,3 +387,12 @@ def test_to_torch_makes_no_infinities(theirs):
     ):
         rk.optim.to_torch(optimizer, other)
     assert not other.state
+
+
+def test_to_torch_takes_more_steps_than_float16_counts():
+    """torch counts in float32, whatever the table's dtype."""
+    weight = nn.Parameter(torch.randn(5, 3, dtype=torch.float16))
+    optimizer, theirs = rk.optim.Adam([weight]), torch.optim.Adam([weight])
+    optimizer.make_state()
+    optimizer.state[weight]["step"] = 70_000
+    assert rk.optim.to_torch(optimizer, theirs).state[weight]["step"] == 70_000
