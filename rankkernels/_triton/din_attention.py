@@ -57,6 +57,7 @@ from rankkernels.ops.attention_params import (
     has_gpu_kernel,
     hidden_widths,
     norms_per_layer,
+    saved_size_on_gpu,
     unflatten,
 )
 
@@ -137,7 +138,7 @@ class _Call:
         #: Tasks a sample, so that few samples make as many programs, each with 64 rows and more.
         self.splits = max(1, min(self.programs // self.B, rows // self.B // 64)) if self.B else 1
         self.tasks = self.B * self.splits
-        self.size = folded_size(self.D, self.widths) + rows + (self.B * (self.D + 2) if flags.use_softmax else 0)
+        self.size = saved_size_on_gpu(self.B, self.D, self.widths, rows, flags.use_softmax)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.history.device)
@@ -321,7 +322,7 @@ class _Backward:
     def unfold(self, i: int, grad_wt: Tensor | None) -> None:
         """Gradients of layer i's weight and bias and, in eval, of its normalization."""
         call, hidden, training, at = self.call, self.call.hidden[i], self.call.statistics, self.at
-        of_weight, of_bias, *grads = self.of_layers[i]
+        of_weight, of_bias = self.of_layers[i][:2]
         norm, grads = (None,) * 5, [None, None]
         if hidden.norm is not None and not training:
             norm, grads = hidden.norm, self.of_layers[i][2:4]

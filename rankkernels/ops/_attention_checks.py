@@ -13,10 +13,10 @@ from rankkernels.ops._tracing import is_traced, is_transformed
 from rankkernels.ops.attention_params import (
     Flags,
     Inputs,
-    folded_size,
     hidden_widths,
     norms_per_layer,
     params_per_layer,
+    saved_size_on_gpu,
 )
 
 _FLOATING = "float32, float64, float16 or bfloat16"
@@ -229,14 +229,12 @@ def stats_size(params: list[Tensor], flags: Flags) -> int:
 
 def saved_size(inputs: Inputs, flags: Flags, rows: int, on_gpu: bool | None = None) -> int:
     """The values of ``saved``. On the CPU, of a row: its weight in the sum; in training Dice's two statistics in each
-    layer, and z of the normalized layers (of the first only if all widths together are at most 4 D). On a GPU: the
-    layers as its kernels take them, and a row's score; with a softmax also a sample's sum in float32 and its scores'
-    peak and total."""
+    layer, and z of the normalized layers (of the first only if all widths together are at most 4 D). On a GPU:
+    ``saved_size_on_gpu``."""
     history, target, *_, params, _ = inputs
     values, widths = 1, hidden_widths(params, flags)
     if history.device.type == "cuda" if on_gpu is None else on_gpu:
-        of_samples = target.size(0) * (target.size(1) + 2) if flags.use_softmax else 0
-        return folded_size(target.size(1), widths) + of_samples + rows
+        return saved_size_on_gpu(*target.shape, widths, rows, flags.use_softmax)
     if flags.training and flags.name == "dice":
         values += 2 * len(widths)
     if flags.training and norms_per_layer(flags.name, flags.batch_norm):

@@ -88,6 +88,12 @@ def folded_size(D: int, widths: Sequence[int]) -> int:
     return size
 
 
+def saved_size_on_gpu(B: int, D: int, widths: Sequence[int], rows: int, use_softmax: bool) -> int:
+    """The values that a GPU's kernels keep for the backward: the layers as they take them, and a row's score; with a
+    softmax also a sample's sum in float32 and its scores' peak and total."""
+    return folded_size(D, widths) + rows + (B * (D + 2) if use_softmax else 0)
+
+
 def has_gpu_kernel(statistics: bool, use_softmax: bool, count_padding: bool, return_scores: bool) -> bool:
     """Whether a GPU's kernels have these options; ``statistics``: the batch's are taken. Not scores alone, nor padding
     where it counts."""

@@ -7,17 +7,8 @@ import io
 import math
 
 import torch
-from draw import Draw, Finding, check_unchanged, snapshot, tensors_of
-from embedding import (
-    check_close,
-    check_step,
-    features,
-    grads_for,
-    own_memory,
-    reference_grads,
-    size_of_terms,
-    touched_rows,
-)
+from draw import Draw, Finding, check_close, check_unchanged, snapshot, tensors_of
+from embedding import check_step, features, grads_for, own_memory, reference_grads, size_of_terms, touched_rows
 from modules import refused_or_right
 from torch import Tensor, nn
 

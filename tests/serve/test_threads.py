@@ -22,12 +22,19 @@ def requests_to(model, n: int, seed: int = 0) -> list:
     return [request(model, r.choice([1, 3, 8, 24, 25, r.randint(1, 300)]), r.randint(0, 40)) for _ in range(n)]
 
 
-@pytest.mark.parametrize("make", [lambda: deepfm(D=16, dims=(64, 32)), lambda: din(D=16, attention=(36,))])
-def test_many_threads_give_the_same_bits(make):
-    model = make()
-    frozen, requests = serve.freeze(model), requests_to(model, 60)
+def ranked(model, n: int) -> tuple:
+    """Frozen, so many requests to it, and what one thread answers to them."""
+    frozen, requests = serve.freeze(model), requests_to(model, n)
     torch.set_num_threads(1)
-    expected = [frozen.rank(*r) for r in requests]
+    return frozen, requests, [frozen.rank(*r) for r in requests]
+
+
+MODELS = pytest.mark.parametrize("make", [lambda: deepfm(D=16, dims=(64, 32)), lambda: din(D=16, attention=(36,))])
+
+
+@MODELS
+def test_many_threads_give_the_same_bits(make):
+    frozen, requests, expected = ranked(make(), 60)
     torch.set_num_threads(2)
     assert all(torch.equal(frozen.rank(*r), e) for r, e in zip(requests, expected))
 
@@ -42,13 +49,10 @@ def test_many_threads_give_the_same_bits(make):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
-@pytest.mark.parametrize("make", [lambda: deepfm(D=16, dims=(64, 32)), lambda: din(D=16, attention=(36,))])
+@MODELS
 def test_ten_thousand_requests_of_each_of_eight_threads(make):
     """Bits of one thread's, and no more memory after them than after the first thousand."""
-    model = make()
-    frozen, requests = serve.freeze(model), requests_to(model, 200)
-    torch.set_num_threads(1)
-    expected = [frozen.rank(*r) for r in requests]
+    frozen, requests, expected = ranked(make(), 200)
 
     def client(seed: int) -> list[int]:
         torch.set_num_threads(1)
