@@ -88,7 +88,7 @@ SANITIZED := OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_m
 SANITIZED_TESTS ?= $(addprefix tests/ops/test_,ops.py embedding_bag.py embedding_fm.py raw_schemas.py)
 
 sanitize: $(VENV)/test.stamp
-	RANKKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize/temp
+	RANKKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize
 	set -e; for isa in default avx2 $$(grep -qw avx512bw /proc/cpuinfo && echo avx512); do \
 		export ATEN_CPU_CAPABILITY=$$isa; \
 		$(SANITIZED) $(BIN)/python -P tests/fuzz --count 3000 $(FUZZ); \

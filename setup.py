@@ -88,6 +88,11 @@ def extension() -> dict:
         add_cuda(module, defines)
 
     class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # pip gives an editable installation a temporary folder. In this one ninja finds the objects of the build before.
+            self.build_temp = "build/objects_sanitized" if enabled("RANKKERNELS_SANITIZE") else "build/objects"
+
         def run(self):
             write_schemas()
             super().run()

@@ -29,8 +29,7 @@ def fbgemm(weight: torch.Tensor, ids: torch.Tensor, mode: str):
 @ROWS
 @pytest.mark.parametrize("D", [4, 10, 16, 24, 40, 64, 128])
 @pytest.mark.parametrize("mode, L", [("none", 1), ("sum", 1), ("sum", 5)], ids=["each", "bags_of_1", "bags_of_5"])
-def test_lookup(mode, L, D, rows, race):
-    torch.set_num_threads(1)
+def test_lookup(mode, L, D, rows, threads, race):
     weight, ids = torch.randn(rows, D), torch.randint(0, rows, (N // L, L))
     if mode == "none":
         ids = ids.flatten()
@@ -50,9 +49,8 @@ def test_lookup(mode, L, D, rows, race):
 
 @pytest.mark.parametrize("B", [1, 16])
 @pytest.mark.parametrize("mode", ["none", "sum"])
-def test_call(mode, B, race):
+def test_call(mode, B, threads, race):
     """What a call costs beside its rows."""
-    torch.set_num_threads(1)
     weight, ids = torch.randn(2_000, 16), torch.randint(0, 2_000, (B,) if mode == "none" else (B, 5))
 
     def torchs():
