@@ -102,7 +102,8 @@ def packaged(model, x, shapes, folder):
     return torch._inductor.aoti_load_package(path)
 
 
-@pytest.mark.parametrize("make", [pytest.param(deepfm, marks=pytest.mark.slow), masked_din])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [deepfm, masked_din])
 def test_aot_inductor(make, tmp_path):
     """Dynamic in the batch and the history's length, after training with a fused optimizer."""
     model, names = trained(make)
