@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import rankkernels as rk
 from bench.harness.peers import fbgemm_copy, missing
 
-N = 100_000
+MANY = 100_000
 ROWS = pytest.mark.parametrize("rows", [2_000, 300_000], ids=["cached", "large"])
 
 
@@ -26,10 +26,7 @@ def fbgemm(weight: torch.Tensor, ids: torch.Tensor, mode: str):
     return lambda: module(values, offsets)
 
 
-@ROWS
-@pytest.mark.parametrize("D", [4, 10, 16, 24, 40, 64, 128])
-@pytest.mark.parametrize("mode, L", [("none", 1), ("sum", 1), ("sum", 5)], ids=["each", "bags_of_1", "bags_of_5"])
-def test_lookup(mode, L, D, rows, threads, race):
+def race_lookup(race, mode: str, N: int, L: int, rows: int, D: int) -> None:
     weight, ids = torch.randn(rows, D), torch.randint(0, rows, (N // L, L))
     if mode == "none":
         ids = ids.flatten()
@@ -39,12 +36,27 @@ def test_lookup(mode, L, D, rows, threads, race):
         theirs = fbgemm(weight, ids, mode)
         if theirs is not None:
             contenders["FBGEMM"] = theirs
+    bags = "each id" if mode == "none" else f"bags of {L}"
     with torch.no_grad():
         race(
             lambda: rk.table_batched_embedding_bag([weight], [ids], modes=[mode])[0], contenders,
-            case=f"lookup {rows:,} x {D}, " + ("each id" if mode == "none" else f"bags of {L}"), kind="forward",
+            case=f"lookup {rows:,} x {D}, {bags}" + (f", {N:,} ids" if N != MANY else ""), kind="forward",
             size=4 * (N + N // L) * D + 8 * N, missing=missing("fbgemm-gpu-cpu"),
         )  # fmt: skip
+
+
+@ROWS
+@pytest.mark.parametrize("D", [4, 10, 16, 24, 40, 64, 128])
+@pytest.mark.parametrize("mode, L", [("none", 1), ("sum", 1), ("sum", 5)], ids=["each", "bags_of_1", "bags_of_5"])
+def test_lookup(mode, L, D, rows, threads, race):
+    race_lookup(race, mode, MANY, L, rows, D)
+
+
+@ROWS
+@pytest.mark.parametrize("D", [10, 16, 64, 128])
+def test_a_million(D, rows, threads, race):
+    """Where a call's cost is nothing."""
+    race_lookup(race, "sum", 1_000_000, 5, rows, D)
 
 
 @pytest.mark.parametrize("B", [1, 16])

@@ -15,6 +15,14 @@ from rankkernels.testing import BENCH_CASES, TOLERANCE, OpCase, relative_error, 
 CASES = pytest.mark.parametrize("case", BENCH_CASES, ids=lambda case: case.id)
 
 
+def inputs_of(case: OpCase, requires_grad: bool = False) -> list[torch.Tensor]:
+    """A case's, where every history has a valid row: torch's attention to none is zeros, the layers' the mean."""
+    inputs = case.inputs(requires_grad=requires_grad)
+    for mask in (t for t in inputs if t.dtype == torch.bool):
+        mask[:, 0] = True
+    return inputs
+
+
 def layers(case: OpCase) -> dict:
     """Everyone who computes the case, as functions of its inputs, the baseline first."""
     inputs = case.inputs()
@@ -42,7 +50,7 @@ def title(case: OpCase) -> str:
 
 @CASES
 def test_forward(case, threads, race):
-    inputs = case.inputs()
+    inputs = inputs_of(case)
     exact = case.reference(*(t.double() if t.is_floating_point() else t for t in inputs))
     functions = layers(case)
     functions |= peers.zentorch(next(iter(functions.values())))
@@ -63,7 +71,7 @@ class Training:
     """A forward and a backward of one case, and everyone who does them."""
 
     def __init__(self, case: OpCase):
-        self.inputs = case.inputs(requires_grad=True)
+        self.inputs = inputs_of(case, requires_grad=True)
         self.wanted = [t for t in self.inputs if t.requires_grad]
         self.grad_out = torch.randn_like(case.function(*self.inputs))
         self.steps = {name: lambda f=f: self.step(f) for name, f in ({"ours": case.function} | layers(case)).items()}

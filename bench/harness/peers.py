@@ -83,8 +83,7 @@ def one_query_attention(case: OpCase) -> dict[str, Callable]:
     one a sample."""
 
     def attention(query, history, *rest):
-        # Without a valid row its answer to a boolean mask is zeros, the layers' the mean.
-        mask = torch.where(rest[0], 0.0, -1e9)[:, None, None] if rest else None
+        mask = rest[0][:, None, None] if rest else None
         return F.scaled_dot_product_attention(
             query[:, None], history[:, None], history[:, None], mask, scale=1.0
         ).squeeze(1)
