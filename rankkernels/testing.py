@@ -265,10 +265,10 @@ def din_attention_case(
         seed = rest.pop() if dropout else None
         stats_dtype = torch.float64 if history.dtype == torch.float64 else torch.float32
         stats = [] if training else [t.to(history.device, stats_dtype) for t in running]
-        return history, target, *forms, rest, stats, *flags, seed
+        return history, target, *forms, rest, stats, *flags, seed, ""
 
     def run_reference(*inputs):
-        history, target, lengths, mask, offsets, history_index, params, stats, *_, seed = arguments(*inputs)
+        history, target, lengths, mask, offsets, history_index, params, stats, *_, seed, _ = arguments(*inputs)
         hidden, weight, bias = unflatten(params, stats, activation, batch_norm, 1e-5, 1e-3)
         return reference.din_attention(
             history, target, hidden, weight, bias, lengths=lengths, mask=mask, offsets=offsets,

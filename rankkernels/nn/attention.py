@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from rankkernels import ops, reference
 from rankkernels.nn._tables import raise_unscriptable
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
-from rankkernels.nn.batch_norm import group_of, is_served, update_running_stats
+from rankkernels.nn.batch_norm import group_name_of, is_served, update_running_stats
 from rankkernels.nn.layers import MLP, BatchNormDice, activation_of, run_layers
 from rankkernels.ops._attention_checks import check_history, check_positions_at_hand
 from rankkernels.ops._checks import check_strided
 from rankkernels.ops._jagged import jagged
 from rankkernels.ops._tracing import is_exporting, is_tensor
 from rankkernels.ops.attention_params import Inputs
-from rankkernels.ops.din_attention import has_kernel
+from rankkernels.ops.din_attention import has_joint_kernel, has_kernel
 
 
 class HiddenLayer(NamedTuple):
@@ -33,7 +33,8 @@ class HiddenLayer(NamedTuple):
 
 class FusedMLP(NamedTuple):
     """An attention MLP as ``rankkernels.din_attention`` takes it. ``norms`` are those whose running statistics training
-    updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own."""
+    updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own. ``group``: whose rows give their
+    statistics, by its name, if not those of this process alone."""
 
     params: list[Tensor]
     norms: list[nn.Module]
@@ -43,6 +44,7 @@ class FusedMLP(NamedTuple):
     norm_eps: float
     dice_eps: float
     dropout: float
+    group: str
 
     def attend(self, history: Tensor, target: Tensor, **options) -> Tensor:
         """The op with these modules and its ``options`` (lengths, mask, offsets, history_index, use_softmax,
@@ -61,6 +63,7 @@ class FusedMLP(NamedTuple):
             dice_eps=self.dice_eps,
             dropout=self.dropout,
             seed=seed,
+            group=self.group,
             **options,
         )
         if self.training:
@@ -77,7 +80,7 @@ class FusedMLP(NamedTuple):
 def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None:
     """These modules, called one after the other, for the op; None where a module is none that it knows, was replaced,
     wrapped or re-configured since or may see its call, norms, activations or dropouts differ among themselves, or norms
-    take statistics of other processes' rows."""
+    take statistics of other processes' rows where no kernel does."""
     output = _served_linear(last)
     if output is None or not nobody_follows():
         return None
@@ -104,12 +107,15 @@ def fused_mlp(hidden: Iterable[HiddenLayer], last: nn.Module) -> FusedMLP | None
         params += learnt
         p = dropout.p if dropout is not None and dropout.training else 0.0
         kinds.add((name, norm is not None, 0.0 if norm is None else norm.eps, dice_eps, p))
-    trainings = {norm.training for norm in norms}
-    if len(kinds) > 1 or len(trainings) > 1 or any(map(group_of, norms)):
+    trainings, groups = {norm.training for norm in norms}, set(map(group_name_of, norms))
+    if len(kinds) > 1 or len(trainings) > 1 or len(groups) > 1:
+        return None
+    group = groups.pop() if groups else ""
+    if group and not has_joint_kernel(output[0]):
         return None
     name, batch_norm, norm_eps, dice_eps, p = kinds.pop() if kinds else ("linear", False, 0.0, 0.0, 0.0)
     params += output
-    return FusedMLP(params, norms, name, batch_norm, True in trainings, norm_eps, dice_eps, p)
+    return FusedMLP(params, norms, name, batch_norm, True in trainings, norm_eps, dice_eps, p, group)
 
 
 def _served_linear(linear: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -171,7 +177,7 @@ class ActivationUnit(nn.Module):
     The attention MLP runs fused (``rankkernels.din_attention``). Where a layer was replaced or has a hook, or for an
     activation that the op lacks, the modules are called one after the other; a first layer that nobody changed is still
     spared the concatenation. In training with synchronized normalizations, whose sums go over the network between two
-    layers, products are a library's, and each normalization one op with its activation.
+    passes, it is fused on a CPU; on a GPU products are a library's, and each normalization one op with its activation.
 
     Args:
         emb_dim: width D of history and target.

@@ -38,6 +38,12 @@ def group_of(norm: nn.Module) -> dist.ProcessGroup | None:
     return group if dist.get_world_size(group) > 1 else None
 
 
+def group_name_of(norm: nn.Module) -> str:
+    """The name of ``group_of``, none where there is none."""
+    group = group_of(norm)
+    return "" if group is None else group.group_name
+
+
 def normalized(norm: nn.Module, x: Tensor, activation: str, alpha: Tensor | None, dice_eps: float = 0.0) -> Tensor:
     """``norm_activation`` of x [N, H] with ``norm`` as if it had been called, running statistics included."""
     settings = {"activation": activation, "norm_eps": norm.eps, "dice_eps": dice_eps}

@@ -38,6 +38,10 @@ def check(op: str, inputs: Inputs, flags: Flags) -> None:
         ),
     )
     device = inputs.history.device
+    torch._check(
+        device.type == "cpu" or not is_joint(inputs.params, flags),
+        lambda: f"{op}: statistics of a group's rows are taken on the CPU alone, got {device}",
+    )
     for t in (*inputs.tensors(), seed):
         torch._check(
             t is None or t.device == device,
@@ -190,7 +194,7 @@ def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
     """``check_positions``, and how many rows there are to take statistics of."""
     check_positions(op, inputs)
     _, _, lengths, mask, _, history_index, params, _ = inputs
-    if len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm):
+    if takes_statistics(params, flags):
         valid = num_rows(inputs)
         if not flags.count_padding and (lengths is not None or mask is not None):
             valid = mask.sum(1) if lengths is None else lengths
@@ -227,10 +231,20 @@ def stats_size(params: list[Tensor], flags: Flags) -> int:
     return 2 * norms * sum(hidden_widths(params, flags)) if flags.training else 0
 
 
+def takes_statistics(params: list[Tensor], flags: Flags) -> bool:
+    """Whether the batch's rows give those of a normalization."""
+    return len(params) > 2 and flags.training and norms_per_layer(flags.name, flags.batch_norm) > 0
+
+
+def is_joint(params: list[Tensor], flags: Flags) -> bool:
+    """Whether the rows of several processes do."""
+    return flags.group != "" and takes_statistics(params, flags)
+
+
 def saved_size(inputs: Inputs, flags: Flags, rows: int, on_gpu: bool | None = None) -> int:
     """The values of ``saved``. On the CPU, of a row: its weight in the sum; in training Dice's two statistics in each
-    layer, and z of the normalized layers (of the first only if all widths together are at most 4 D). On a GPU:
-    ``saved_size_on_gpu``."""
+    layer, and z of the normalized layers (of the first only if all widths together are at most 4 D); and at the end the
+    number of rows in joint statistics. On a GPU: ``saved_size_on_gpu``."""
     history, target, *_, params, _ = inputs
     values, widths = 1, hidden_widths(params, flags)
     if history.device.type == "cuda" if on_gpu is None else on_gpu:
@@ -239,7 +253,7 @@ def saved_size(inputs: Inputs, flags: Flags, rows: int, on_gpu: bool | None = No
         values += 2 * len(widths)
     if flags.training and norms_per_layer(flags.name, flags.batch_norm):
         values += sum(widths if sum(widths) <= 4 * target.size(1) else widths[1:])
-    return rows * values
+    return rows * values + is_joint(params, flags)
 
 
 def check_backward(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 _SCHEMA_TYPES = {
     list[Tensor]: "Tensor[]", list[int]: "int[]", Tensor: "Tensor", Tensor | None: "Tensor?", int: "int",
-    float: "float", bool: "bool",
+    float: "float", bool: "bool", str: "str",
 }  # fmt: skip
 
 

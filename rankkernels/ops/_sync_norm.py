@@ -14,15 +14,8 @@ from torch import Tensor
 
 from rankkernels.ops._activations import number_of
 from rankkernels.ops._checks import wide
-from rankkernels.ops._exchange import all_gather
+from rankkernels.ops._ranks import of_every_process
 from rankkernels.ops.norm_activation import Flags, Inputs
-
-
-def _of_every_process(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """own [n] -> [processes, n], in the order of the ranks, so that sums over it have the same bits everywhere."""
-    every = own.new_empty(dist.get_world_size(group) * own.numel())
-    all_gather(every, own, group=group)
-    return every.view(-1, own.numel())
 
 
 class _Statistics(NamedTuple):
@@ -38,7 +31,7 @@ def _statistics(x: Tensor, group: dist.ProcessGroup) -> _Statistics:
     N, H = x.shape
     # torch's own pass for this is ten times as fast as var_mean.
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0) if N else x.new_zeros(2, H)
-    every = _of_every_process(torch.cat([x.new_tensor([N]), mean, N * var]), group)
+    every = of_every_process(torch.cat([x.new_tensor([N]), mean, N * var]), group)
     counts, means, squares = every.split([1, H, H], 1)
     rows = counts.sum().clamp(min=1)
     mean = (counts * means).sum(0) / rows
@@ -76,7 +69,7 @@ class _Synchronized(torch.autograd.Function):
         grad_weight, grad_bias, grad_alpha = inputs.spread(grad_params)
         # What the op leaves out in eval: the gradient's way through the mean and the variance, which is
         # -scale (mean of grad_y + n mean of grad_y n) for n = (x - mean) r.
-        sums = _of_every_process(torch.cat([grad_weight, grad_bias]), ctx.group).sum(0)
+        sums = of_every_process(torch.cat([grad_weight, grad_bias]), ctx.group).sum(0)
         of_weight, of_bias = (sums / rows).chunk(2)
         r = (var + ctx.flags.norm_eps).rsqrt()
         slope, scale = weight * r * r * of_weight, weight * r

@@ -45,7 +45,8 @@ class Flags(NamedTuple):
     and in the softmax of a sample that has nothing else. ``return_scores``: whether the result is the scores, not the
     pooled rows. ``dropout``: the probability of dropping a unit behind each hidden layer's activation. ``seed``: an
     int64 scalar that chooses which (``reference.dropout_factor``), drawn by the caller, so that the same call gives the
-    same bits and the backward draws the same units again.
+    same bits and the backward draws the same units again. ``group``: the name of the process group whose rows give the
+    statistics of training, none for those of this process.
     """
 
     activation: int
@@ -58,6 +59,7 @@ class Flags(NamedTuple):
     dice_eps: float
     dropout: float
     seed: Tensor | None
+    group: str = ""
 
     @property
     def name(self) -> str:

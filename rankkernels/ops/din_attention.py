@@ -18,6 +18,7 @@ from rankkernels.ops._attention_checks import (
     check_backward,
     check_values,
     depends_on_values,
+    is_joint,
     num_rows,
     out_shape,
     saved_size,
@@ -26,7 +27,7 @@ from rankkernels.ops._attention_checks import (
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import define, has_triton, lib, only_reference, triton_serves
+from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, only_reference, triton_serves
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten_wide
@@ -66,6 +67,10 @@ def _(grad_out, batch_stats, saved, *arguments):
 
 
 def _attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, list[reference.BatchStats | None]]:
+    torch._check(
+        not is_joint(inputs.params, flags),
+        lambda: "din_attention: the kernel alone takes statistics of a group's rows, and is differentiable once",
+    )
     hidden, out_weight, out_bias = unflatten_wide(inputs, flags)
     return reference.din_attention(
         inputs.history, inputs.target, hidden, out_weight, out_bias, lengths=inputs.lengths, mask=inputs.mask,
@@ -182,7 +187,7 @@ def _setup_context(ctx, inputs, output):
     inputs, flags = parsed(inputs, Inputs, Flags)
     _, *kept = output
     # In training nothing reads the running statistics, and the caller updates them in place before the backward.
-    *ctx.settings, seed = flags
+    *ctx.settings, seed, ctx.group = flags
     ctx.num_params, ctx.num_stats = len(inputs.params), len(inputs.running_stats)
     saved = inputs._replace(running_stats=()) if flags.training else inputs
     ctx.save_for_backward(*kept, seed, *saved.tensors())
@@ -200,7 +205,7 @@ def _backward(ctx, grad_out, *_):
     if grad_out is not None:
         grad_history, grad_target, grad_params = _din_attention_backward(
             grad_out, batch_stats, saved, history, target, lengths, mask, offsets, history_index, params, running_stats,
-            *ctx.settings, seed,
+            *ctx.settings, seed, ctx.group,
         )  # fmt: skip
     grads = Inputs(grad_history, grad_target, None, None, None, None, grad_params, [None] * ctx.num_stats)
     return *grads, *no_gradients(Flags)
@@ -240,6 +245,11 @@ def _as_linear_takes_it(x: Tensor) -> Tensor:
     return x
 
 
+def has_joint_kernel(weight: Tensor) -> bool:
+    """Whether the device of ``weight`` has a kernel that takes the statistics of several processes' rows."""
+    return has_cpu_kernel(weight)
+
+
 def has_kernel(history: Tensor, *options: bool) -> bool:
     """Whether these options (``has_gpu_kernel``'s) have a kernel on the history's device."""
     return history.is_cpu or has_gpu_kernel(*options)
@@ -265,6 +275,7 @@ def din_attention(
     dice_eps: float = 1e-3,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     """DIN's attention pooling, out_b = sum_l w_l h_l with w_l = MLP([t, h_l, t - h_l, t * h_l]).
 
@@ -304,6 +315,9 @@ def din_attention(
         seed: [] or [1], int64, needed with dropout: the units dropped are a function of it, of the unit, the row's
             position in its sample, the sample and the layer (``reference.dropout_factor``), so the same in every form
             of the history.
+        group: the name of a process group (``torch.distributed``'s ``group_name``): ``training`` normalizes with the
+            statistics of the valid rows of all its processes, which all call the op, and its backward. A process may
+            have no row. On the CPU alone, and differentiable once.
 
     Returns:
         out [B, D] in the dtype of ``history`` (zeros where a sample has no valid row), or the scores [B, L], zero at
@@ -314,7 +328,7 @@ def din_attention(
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once, an epsilon or
-            a dropout out of its range, dropout without a seed.
+            a dropout out of its range, dropout without a seed, a process of ``group`` that does not come.
         ValueError: a nested history of another form, lengths outside 0 .. L, offsets that decrease or do not run from
             0 to N, fewer than two valid rows in training with a normalization.
         IndexError: a value of ``history_index`` outside 0 .. U - 1.
@@ -328,5 +342,6 @@ def din_attention(
         out, batch_stats, _ = _forward(
             history, target, lengths, mask, offsets, history_index, list(params), list(running_stats), number,
             batch_norm, use_softmax, count_padding, return_scores, training, norm_eps, dice_eps, dropout, seed,
+            group,
         )  # fmt: skip
     return out.to(dtype), batch_stats

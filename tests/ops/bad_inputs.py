@@ -110,7 +110,7 @@ def din():
     return dict(
         history=randn(B, L, D), target=randn(B, D), lengths=None, mask=None, offsets=None, history_index=None,
         params=params, running_stats=[], activation=DICE, batch_norm=True, use_softmax=False, count_padding=False,
-        return_scores=False, training=True, norm_eps=1e-5, dice_eps=1e-3, dropout=0.0, seed=None,
+        return_scores=False, training=True, norm_eps=1e-5, dice_eps=1e-3, dropout=0.0, seed=None, group="",
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 // Mean and variance of a batch's columns, from those of its parts.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "cpu/dense/params.h"
+#include "cpu/runtime/ranks.h"
 
 namespace rk {
 
@@ -24,5 +26,18 @@ struct MergedStats {
   double count = 0;
   std::vector<double> mean, deviation;
 };
+
+// Of the rows of all processes of a group, joined in the order of the ranks.
+inline MergedStats joined(const std::string& group, const MergedStats& own, const Tensor& like) {
+  std::vector<double> message{own.count};
+  message.insert(message.end(), own.mean.begin(), own.mean.end());
+  message.insert(message.end(), own.deviation.begin(), own.deviation.end());
+  std::vector<double> every = gather(group, message, like);
+  const size_t H = own.mean.size();
+  std::vector<ColumnStats> ranks;
+  for (size_t i = 0; i < every.size(); i += message.size())
+    ranks.push_back({every[i], every.data() + i + 1, every.data() + i + 1 + H});
+  return MergedStats(ranks, H);
+}
 
 }  // namespace rk

@@ -26,6 +26,8 @@ struct DinArguments {
   }
   int64_t D() const { return target.size(1); }
   bool batch_statistics() const { return config.training && config.norms() * layers() > 0; }
+  // Whether these are of the rows of several processes.
+  bool joint() const { return batch_statistics() && !config.group.empty(); }
   int64_t layers() const { return (static_cast<int64_t>(params.size()) - 2) / config.params_per_layer(); }
   int64_t width(int64_t layer) const { return params[layer * config.params_per_layer()].size(0); }
 };
@@ -87,6 +89,10 @@ inline void check_history(const DinArguments& a) {
   }
 }
 
+inline void check_valid_rows(double valid) {
+  RK_DIN_CHECK(valid > 1, "training needs more than one valid row to take statistics of, got ", valid);
+}
+
 inline void check_params(const DinArguments& a) {
   const DinConfig& config = a.config;
   const int64_t per_layer = config.params_per_layer(), n = static_cast<int64_t>(a.params.size());
@@ -130,6 +136,39 @@ inline void check_params(const DinArguments& a) {
   RK_DIN_CHECK(weight.dim() == 2 && weight.size(0) == 1 && weight.size(1) == width && bias.numel() == 1,
                "the output layer must be [1, ", width, "] with a bias [1], got ", shape_of(weight), " and ",
                shape_of(bias));
+}
+
+// Of the schema, checked but for what only values say.
+inline DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
+                              const OptionalTensor& mask, const OptionalTensor& offsets,
+                              const OptionalTensor& history_index, const std::vector<Tensor>& params,
+                              const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm,
+                              bool use_softmax, bool count_padding, bool return_scores, bool training,
+                              double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed,
+                              const std::string& group) {
+  check_activation("din_attention", static_cast<ActivationName>(activation));
+  RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
+  RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
+               "dropout needs a seed of one int64, got ",
+               seed ? shape_of(*seed) + " " + name_of(dtype_of(*seed)) : "none");
+  RK_DIN_CHECK(!seed || seed->is_cpu(), "all arguments must be on one device");
+  const uint64_t seed_value = dropout > 0 ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
+  const DinArguments a{history,
+                       target,
+                       lengths,
+                       mask,
+                       offsets,
+                       history_index,
+                       params,
+                       running_stats,
+                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, count_padding,
+                        return_scores, training, norm_eps, dice_eps, dropout, seed_value, group}};
+  check_history(a);
+  check_params(a);
+  if (a.layers() > 0 && batch_norm) check_epsilon("din_attention", "norm_eps", norm_eps, training);
+  if (a.layers() > 0 && a.config.activation >= ActivationName::dice)
+    check_epsilon("din_attention", "dice_eps", dice_eps, training && a.config.dice_norm());
+  return a;
 }
 
 }  // namespace rk

@@ -94,6 +94,10 @@ int64_t kept_widths(const DinArguments& a) {
   return widths;
 }
 
+int64_t saved_size(const DinArguments& a, const DinGeometry& g) {
+  return g.first.back() * (1 + kept_widths(a)) + a.joint();
+}
+
 int64_t stats_size(const DinArguments& a) {
   int64_t widths = 0;
   for (int64_t i = 0; a.config.training && i < a.layers(); ++i) widths += a.width(i);
@@ -107,9 +111,9 @@ std::vector<int64_t> out_sizes(const DinArguments& a, const DinGeometry& g) {
   return {a.B(), a.history.size(1)};
 }
 
-// Lays out `saved`: the rows' weights, then what is kept of each layer.
+// Lays out `saved`: the rows' weights, what is kept of each layer, and where joint statistics' count is.
 template <class A>
-void place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows, A* saved) {
+A* place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows, A* saved) {
   network.net().row_weight = saved;
   saved += rows;
   if (a.config.keeps_dice())
@@ -118,11 +122,12 @@ void place_saved(FoldedNetwork<A>& network, const DinArguments& a, int64_t rows,
       network.layer(i).kept_inverse = saved + rows;
       saved += 2 * rows;
     }
-  if (!a.config.training || a.config.norms() == 0) return;
+  if (!a.config.training || a.config.norms() == 0) return saved;
   for (int64_t i = first_kept(a); i < a.layers(); ++i) {
     network.layer(i).kept = saved;
     saved += rows * network.layer(i).out;
   }
+  return saved;
 }
 
 template <class A>
@@ -138,10 +143,11 @@ void set_running_statistics(FoldedNetwork<A>& network, const DinArguments& a) {
   }
 }
 
-// Statistics of layer i's z over all valid rows, into the network and batch_stats.
+// Statistics of layer i's z over all valid rows, into the network and batch_stats; joint ones' `count`, too.
 template <class T, class A = Accumulator<T>>
 void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, const DinGeometry& g,
-                           const DinChunks& chunks, const DinRows<T>& rows, int64_t i, A*& batch_stats) {
+                           const DinChunks& chunks, const DinRows<T>& rows, int64_t i, A*& batch_stats,
+                           A* count) {
   const int64_t H = network.layer(i).out, ld = padded<double>(H) + 16;
   std::vector<double> memory(chunks.size() * 2 * ld);
   std::vector<ColumnStats> stats(chunks.size());
@@ -153,11 +159,16 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
       RK_DISPATCH_ISA(din_forward<T>, {network.net(), rows, i}, chunks.samples(c, c + 1), workspace.scratch,
                       &stats[c]);
   });
-  const MergedStats all(stats, H);
+  MergedStats all(stats, H);
+  if (a.joint()) {
+    all = joined(a.config.group, all, a.history);
+    check_valid_rows(all.count);
+    *count = static_cast<A>(all.count);
+  }
   std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / all.count;
   network.set_batch_statistics(i, all.mean, var);
-  const double unbiased = g.valid / (g.valid - 1.);
+  const double unbiased = all.count / (all.count - 1);
   for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
     if (!norm) continue;
@@ -169,7 +180,7 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
 template <class T, class A = Accumulator<T>>
 void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& batch_stats, Tensor& saved) {
   FoldedNetwork<A> network(a.config, a.D(), a.params);
-  place_saved(network, a, g.first.back(), static_cast<A*>(saved.mutable_data_ptr()));
+  A* const count = place_saved(network, a, g.first.back(), static_cast<A*>(saved.mutable_data_ptr()));
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
   DinRows<T> rows = rows_of<T>(history, target, g);
   rows.out = a.config.return_scores ? nullptr : static_cast<T*>(out.mutable_data_ptr());
@@ -177,7 +188,8 @@ void forward(const DinArguments& a, const DinGeometry& g, Tensor& out, Tensor& b
   A* stats = static_cast<A*>(batch_stats.mutable_data_ptr());
   if (!a.config.training) set_running_statistics(network, a);
   for (int64_t i = 0; i < network.layers(); ++i) {
-    if (a.config.training && network.has_norm()) accumulate_statistics(network, a, g, chunks, rows, i, stats);
+    if (a.config.training && network.has_norm())
+      accumulate_statistics(network, a, g, chunks, rows, i, stats, count);
     network.fold_forward(i);
   }
   chunks.parallel_for([&](int64_t c0, int64_t c1) {
@@ -215,7 +227,18 @@ std::unique_ptr<PartialGrads<A>> backward_pass(FoldedNetwork<A>& network, const 
   return sum;
 }
 
-// The parameters' gradients in the order of the schema.
+// A layer's sums over rows (see LayerGrad::sums), those of its normalizations, over all processes of the
+// group.
+template <class A>
+void join_sums(const DinArguments& a, int64_t H, A* const (&sums)[4]) {
+  const int64_t first = a.config.batch_norm ? 0 : 2, end = a.config.dice_norm() ? 4 : 2;
+  std::vector<double> values;
+  for (int64_t k = first; k < end; ++k) values.insert(values.end(), sums[k], sums[k] + H);
+  values = sum_over_ranks(a.config.group, values, a.history);
+  for (int64_t k = first; k < end; ++k) std::copy_n(values.begin() + (k - first) * H, H, sums[k]);
+}
+
+// The parameters' gradients in the order of the schema: of the rows of this process.
 template <class A>
 std::vector<Tensor> param_gradients(FoldedNetwork<A>& network, const DinArguments& a,
                                     const PartialGrads<A>& sum) {
@@ -266,7 +289,7 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
   FoldedNetwork<A> network(a.config, a.D(), a.params);
   const int64_t last = network.layers() - 1;
   const Tensor saved_ = torch::stable::contiguous(saved), grad = unit_stride_last(grad_out);
-  place_saved(network, a, g.first.back(), static_cast<A*>(saved_.data_ptr()));
+  const A* const count = place_saved(network, a, g.first.back(), static_cast<A*>(saved_.data_ptr()));
   std::vector<A> grad_score(g.first.back());
   network.net().grad_score = grad_score.data();
   const Tensor history = unit_stride_last(a.history), target = unit_stride_last(a.target);
@@ -286,6 +309,7 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
   rows.segment_sum = segments.sums();
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
   const bool batch_statistics = a.config.training && network.has_norm();
+  const double valid = a.joint() ? *count : g.valid;
   if (!a.config.training) set_running_statistics(network, a);
   const std::vector<double> all_stats = values_of<double>(batch_stats);
   const double* stats = all_stats.data();
@@ -293,16 +317,18 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
     if (batch_statistics) {
       const int64_t H = network.layer(i).out;
       std::vector<double> mean(stats, stats + H), var(stats + H, stats + 2 * H);
-      for (double& v : var) v *= (g.valid - 1.) / g.valid;
+      for (double& v : var) v *= (valid - 1) / valid;
       network.set_batch_statistics(i, mean, var);
       stats += 2 * H * a.config.norms();
     }
     network.fold_backward(i);
   }
   bool need_score = true;
-  for (int64_t i = last; batch_statistics && i >= 0; --i, need_score = false)
-    network.set_backward_sums(i, backward_pass(network, g, chunks, rows, i, need_score)->layers[i].sums,
-                              g.valid);
+  for (int64_t i = last; batch_statistics && i >= 0; --i, need_score = false) {
+    const auto pass = backward_pass(network, g, chunks, rows, i, need_score);
+    if (a.joint()) join_sums(a, network.layer(i).out, pass->layers[i].sums);
+    network.set_backward_sums(i, pass->layers[i].sums, valid);
+  }
   const auto sum = backward_pass(network, g, chunks, rows, -1, need_score);
   if (a.history_index) {
     clear_unused_histories(a, g, rows.grad_history);
@@ -313,52 +339,20 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
 
 // ---- ops
 
-DinArguments arguments(const Tensor& history, const Tensor& target, const OptionalTensor& lengths,
-                       const OptionalTensor& mask, const OptionalTensor& offsets,
-                       const OptionalTensor& history_index, const std::vector<Tensor>& params,
-                       const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm,
-                       bool use_softmax, bool count_padding, bool return_scores, bool training,
-                       double norm_eps, double dice_eps, double dropout, const OptionalTensor& seed) {
-  check_activation("din_attention", static_cast<ActivationName>(activation));
-  RK_DIN_CHECK(dropout >= 0 && dropout <= 1, "dropout must be a probability, got ", dropout);
-  RK_DIN_CHECK(dropout == 0 || (seed && seed->numel() == 1 && dtype_of(*seed) == ScalarType::Long),
-               "dropout needs a seed of one int64, got ",
-               seed ? shape_of(*seed) + " " + name_of(dtype_of(*seed)) : "none");
-  RK_DIN_CHECK(!seed || seed->is_cpu(), "all arguments must be on one device");
-  const uint64_t seed_value = dropout > 0 ? *static_cast<const uint64_t*>(seed->const_data_ptr()) : 0;
-  const DinArguments a{history,
-                       target,
-                       lengths,
-                       mask,
-                       offsets,
-                       history_index,
-                       params,
-                       running_stats,
-                       {static_cast<ActivationName>(activation), batch_norm, use_softmax, count_padding,
-                        return_scores, training, norm_eps, dice_eps, dropout, seed_value}};
-  check_history(a);
-  check_params(a);
-  if (a.layers() > 0 && batch_norm) check_epsilon("din_attention", "norm_eps", norm_eps, training);
-  if (a.layers() > 0 && a.config.activation >= ActivationName::dice)
-    check_epsilon("din_attention", "dice_eps", dice_eps, training && a.config.dice_norm());
-  return a;
-}
-
 std::tuple<Tensor, Tensor, Tensor> din_attention_cpu(
     const Tensor& history, const Tensor& target, const OptionalTensor& lengths, const OptionalTensor& mask,
     const OptionalTensor& offsets, const OptionalTensor& history_index, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
     bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
-    const OptionalTensor& seed) {
+    const OptionalTensor& seed, const std::string& group) {
   const DinArguments a = arguments(history, target, lengths, mask, offsets, history_index, params,
                                    running_stats, activation, batch_norm, use_softmax, count_padding,
-                                   return_scores, training, norm_eps, dice_eps, dropout, seed);
+                                   return_scores, training, norm_eps, dice_eps, dropout, seed, group);
   const DinGeometry g = geometry_of(a);
   Tensor out = torch::stable::new_empty(target, out_sizes(a, g));
   Tensor batch_stats =
       torch::stable::new_empty(target, {stats_size(a)}, accumulator_dtype(dtype_of(history)));
-  Tensor saved =
-      new_empty_paged(target, {g.first.back() * (1 + kept_widths(a))}, accumulator_dtype(dtype_of(history)));
+  Tensor saved = new_empty_paged(target, {saved_size(a, g)}, accumulator_dtype(dtype_of(history)));
   dispatch_floating(history.scalar_type(), [&](auto* type) {
     forward<std::remove_pointer_t<decltype(type)>>(a, g, out, batch_stats, saved);
   });
@@ -371,16 +365,16 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> din_attention_backward_cpu(
     const OptionalTensor& offsets, const OptionalTensor& history_index, const std::vector<Tensor>& params,
     const std::vector<Tensor>& running_stats, int64_t activation, bool batch_norm, bool use_softmax,
     bool count_padding, bool return_scores, bool training, double norm_eps, double dice_eps, double dropout,
-    const OptionalTensor& seed) {
+    const OptionalTensor& seed, const std::string& group) {
   const DinArguments a = arguments(history, target, lengths, mask, offsets, history_index, params,
                                    running_stats, activation, batch_norm, use_softmax, count_padding,
-                                   return_scores, training, norm_eps, dice_eps, dropout, seed);
+                                   return_scores, training, norm_eps, dice_eps, dropout, seed, group);
   const DinGeometry g = geometry_of(a);
   const int64_t B = a.B(), D = a.D();
   const ScalarType kept = accumulator_dtype(dtype_of(history));
   check_form("din_attention_backward", "grad_out", grad_out, out_sizes(a, g), dtype_of(history));
   check_form("din_attention_backward", "batch_stats", batch_stats, {stats_size(a)}, kept);
-  check_form("din_attention_backward", "saved", saved, {g.first.back() * (1 + kept_widths(a))}, kept);
+  check_form("din_attention_backward", "saved", saved, {saved_size(a, g)}, kept);
   Tensor grad_history = new_empty_paged(history, history.sizes());
   Tensor grad_target = torch::stable::new_empty(target, {B, D});
   std::vector<Tensor> grad_params;

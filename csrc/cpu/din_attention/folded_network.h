@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
 
 #include "cpu/dense/layer_params.h"
@@ -26,6 +27,7 @@ struct DinConfig {
   bool batch_norm, use_softmax, count_padding, return_scores, training;
   double norm_eps, dice_eps, dropout;
   uint64_t seed;
+  std::string group;
 
   bool keeps_dice() const { return training && activation == ActivationName::dice; }
   bool dice_norm() const { return activation == ActivationName::dice_batch_norm; }

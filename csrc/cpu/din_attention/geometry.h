@@ -101,8 +101,7 @@ inline DinGeometry geometry_of(const DinArguments& a) {
     g.valid += n;
     g.longest = std::max(g.longest, n);
   }
-  RK_DIN_CHECK(!a.batch_statistics() || g.valid > 1,
-               "training needs more than one valid row to take statistics of, got ", g.valid);
+  if (a.batch_statistics() && !a.joint()) check_valid_rows(g.valid);
   return g;
 }
 
