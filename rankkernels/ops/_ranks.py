@@ -25,4 +25,4 @@ def _(own, group):
     try:
         return of_every_process(own, dist.distributed_c10d._resolve_process_group(group))
     except Exception as error:
-        return torch.tensor(list(f"{type(error).__name__}: {error}".encode()), dtype=torch.uint8)
+        return torch.tensor(list(str(error).encode()), dtype=torch.uint8)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from joint_batches import JOINT, joint_batch, make, mean_loss, part_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankkernels import ops
 from rankkernels.ops._activations import ACTIVATIONS
@@ -17,6 +18,18 @@ CASES = [(name, affine, torch.float64) for name in ACTIVATIONS for affine in (Tr
 CASES += [(name, True, dtype) for name in ("dice", "relu") for dtype in (torch.float32, torch.bfloat16)]
 #: A batch with padding alone in one process, and two of which one process has nothing.
 STEPS = (1, 2, 7)
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 def inputs(case, processes: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+import joint_attention
 from exchanges import all_cases
 from joint_batches import ALL_WAYS, MODELS, WAYS, train_alone, train_together
 from ranks import run
@@ -14,6 +15,7 @@ from sync_norms import CASES, joint_step, of_case, synchronized
 from torch import nn
 
 import rankkernels as rk
+from rankkernels.testing import relative_errors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks"),
@@ -60,13 +62,14 @@ def clipped(rank: int) -> dict[str, torch.Tensor]:
 def everything(rank: int, processes: int) -> dict:
     """What `make test` tests in processes of their own, which take longer to start than to run."""
     trained = train_together(rank, processes, MODELS, WAYS)
-    norms = synchronized(rank, processes)
-    return {"trained": trained, "clipped": clipped(rank), "norms": norms, **all_cases(rank, processes)}
+    parts = {"norms": synchronized(rank, processes), "attention": joint_attention.everything(rank, processes)}
+    return {"trained": trained, "clipped": clipped(rank), **parts, **all_cases(rank, processes)}
 
 
 def all_ways(rank: int, processes: int) -> dict:
     """What `make test-all` tests in three processes, and of training in two."""
-    return {"trained": train_together(rank, processes, MODELS, ALL_WAYS), "norms": synchronized(rank, processes)}
+    parts = {"norms": synchronized(rank, processes), "attention": joint_attention.everything(rank, processes)}
+    return {"trained": train_together(rank, processes, MODELS, ALL_WAYS), **parts}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,48 @@ def test_statistics_of_two_processes(found):
 @SLOW
 def test_statistics_of_three_processes(trained):
     check_norms(trained(3))
+
+
+def check_attention(of_ranks: list[dict]) -> None:
+    """As the op does with all samples: statistics have the same bits in all processes."""
+    for i, (case, dtype) in enumerate(joint_attention.CASES):
+        steps = [of_rank["attention"]["steps"][i] for of_rank in of_ranks]
+        assert all(torch.equal(step.stats, steps[0].stats) for step in steps), case.id
+        expected, found = joint_attention.step(i, len(of_ranks), None), joint_attention.joined(i, steps)
+        errors = relative_errors(found[:2], expected[:2])
+        errors += relative_errors([*found[2:4], *found.params], [*expected[2:4], *expected.params])
+        assert max(errors) < {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype], (case.id, errors)
+
+
+def test_attention_of_two_processes(found):
+    check_attention(found)
+
+
+@SLOW
+def test_attention_of_three_processes(trained):
+    check_attention(trained(3))
+
+
+def test_attention_is_one_op_with_a_message_a_layer_and_pass(found):
+    """Each has mean and deviations, or two sums, of every unit. Norms of several groups are modules that are called."""
+    op = "rankkernels::din_attention"
+    for of_rank in found:
+        (fused, ran, sent), (called, others, _) = of_rank["attention"]["units"].values()
+        assert sent == [1 + 2 * 16, 1 + 2 * 7, 2 * 7, 2 * 16] and of_rank["attention"]["compiled"]
+        assert op in ran and op not in others and "aten::addmm" not in ran and "aten::addmm" in others
+        for a, b in zip(fused, called):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_attention_refuses(found):
+    """In words of torch's own where a process does not come."""
+    first, second = (of_rank["attention"]["refusals"] for of_rank in found)
+    for errors in (first, second):
+        assert "ValueError: din_attention: training needs more than one valid row" in errors["one row"]
+        assert "between the processes of group 'nobody'" in errors["unknown"]
+        assert "differentiable once" in errors["twice"]
+    assert "RuntimeError: between the processes of group" in first["alone"] and "Timed out" in first["alone"]
+    assert "ValueError: din_attention: lengths[3] = 4 is outside 0 .. 3" in second["alone"]
 
 
 def test_two_processes_are_one_with_both_batches(found):

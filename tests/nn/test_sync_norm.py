@@ -5,24 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from joint_batches import JOINT, MODELS, joint_batch, make, mean_loss
+from sync_norms import Operators
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankkernels as rk
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
-
-
-class Operators(TorchDispatchMode):
-    """The names of those that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, rk.SyncBatchNorm1d.convert])

@@ -27,7 +27,8 @@ inline std::vector<double> gather(const std::string& group, const std::vector<do
       torch_call_dispatcher("rankkernels::gather_ranks", "", stack.data(), TORCH_ABI_VERSION));
   const Tensor every = torch::stable::detail::to<Tensor>(stack[0]);
   if (dtype_of(every) == ScalarType::Byte)
-    fail(std::string(static_cast<const char*>(every.const_data_ptr()), every.numel()));
+    fail("between the processes of group '", group,
+         "': ", std::string(static_cast<const char*>(every.const_data_ptr()), every.numel()));
   return values_of<double>(every);
 }
 
