@@ -65,8 +65,7 @@ class DistributedTrainer(Trainer):
         super().__init__("rankkernels", "din", dataset, settings)
         if self.batch_size % processes:
             raise SystemExit(f"the batch of {self.batch_size} must be a multiple of {processes} processes")
-        # Statistics of the whole batch. The attention has L times as many rows: its own will do, and it stays fused.
-        rk.SyncBatchNorm1d.convert(self.net.mlp)
+        rk.SyncBatchNorm1d.convert(self.net)  # statistics of the whole batch
         self.wrapped: nn.Module = self.net if processes == 1 else DistributedDataParallel(self.net)
 
     def make_optimizer(self) -> torch.optim.Optimizer:

@@ -65,7 +65,8 @@ class SyncBatchNorm1d(nn.BatchNorm1d):
 
     What ``nn.SyncBatchNorm`` is to a GPU's modules, also on the CPU, where torch's raises and
     ``DistributedDataParallel`` refuses it. Processes may have different numbers of rows, and none. Either kind runs as
-    one op with the activation behind it. Differentiable once. ``convert`` puts it there.
+    one op with the activation behind it, in DIN's attention on a CPU with all of that. Differentiable once. ``convert``
+    puts it there.
     """
 
     process_group: dist.ProcessGroup | None = None
