@@ -33,8 +33,8 @@ class HiddenLayer(NamedTuple):
 
 class FusedMLP(NamedTuple):
     """An attention MLP as ``rankkernels.din_attention`` takes it. ``norms`` are those whose running statistics training
-    updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own. ``group``: whose rows give their
-    statistics, by its name, if not those of this process alone."""
+    updates, a layer's own before its Dice's; ``batch_norm``: whether the layers have their own. ``group``: the name
+    of that whose rows give their statistics, none for those of this process."""
 
     params: list[Tensor]
     norms: list[nn.Module]

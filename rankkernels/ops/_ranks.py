@@ -21,7 +21,7 @@ def of_every_process(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @torch.library.impl(lib, "gather_ranks", "CompositeExplicitAutograd")
 def _(own, group):
-    """For csrc/cpu/runtime/ranks.h. An error's text is returned, in uint8: through the stable ABI goes none."""
+    """For csrc/cpu/runtime/ranks.h. An error's text is returned, in uint8: the stable ABI hands on none."""
     try:
         return of_every_process(own, dist.distributed_c10d._resolve_process_group(group))
     except Exception as error:

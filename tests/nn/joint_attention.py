@@ -40,6 +40,7 @@ def _cases() -> list[tuple[OpCase, torch.dtype]]:
         drawn.append((torch.float64, (6, 5, [7]), {"count_padding": True, **options}))
         drawn.append((torch.float64, (6, 5, [7]), {"return_scores": True, **options}))
     drawn.append((torch.float64, (6, 5, [1]), {"activation": "relu"}))
+    drawn.append((torch.float64, (6, 5, [7, 3]), {"form": "lengths", "dropout": 0.3}))
     drawn.append((torch.float32, (3, 64, [80, 40, 17]), {"activation": "sigmoid"}))
     return [(din_attention_case(B, *sizes, **options), dtype) for dtype, sizes, options in drawn]
 
@@ -75,7 +76,8 @@ def step(number: int, processes: int, rank: int | None) -> Step:
     inputs, flags = parsed(case.arguments(*(t.detach() for t in case.inputs(dtype))), Inputs, Flags)
     begin, end = 0, B
     if rank is not None:
-        shares = SHARES[processes][number % 3]
+        # Units are dropped by the samples' numbers: those of a process that has all are as in one.
+        shares = (*[0] * (processes - 1), B) if flags.dropout else SHARES[processes][number % 3]
         begin = sum(shares[:rank])
         end = begin + shares[rank]
         inputs, flags = _samples(inputs, begin, end), flags._replace(group=dist.group.WORLD.group_name)
@@ -149,8 +151,8 @@ def compiled(rank: int) -> bool:
 
 
 def refusals(rank: int) -> dict[str, str]:
-    """What processes raise: of one row in all, without a group, asked for the second derivative, and the first one where
-    the others never come, having wrong lengths."""
+    """What processes raise: of one row in all, without a group, asked for the second derivative; and the first one where
+    the others have wrong lengths and never come."""
     hasty, world = dist.new_group(timeout=timedelta(seconds=2)), dist.group.WORLD.group_name
     case = din_attention_case(4, 3, 2, [5])
     history, target, *params = case.inputs(torch.float32)

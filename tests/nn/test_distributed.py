@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 
+import joint_attention
 import pytest
 import torch
 import torch.distributed as dist
-import joint_attention
 from exchanges import all_cases
 from joint_batches import ALL_WAYS, MODELS, WAYS, train_alone, train_together
 from ranks import run
