@@ -151,7 +151,7 @@ def compiled(rank: int) -> bool:
 
 
 def refusals(rank: int) -> dict[str, str]:
-    """What processes raise: of one row in all, without a group, asked for the second derivative; and the first one where
+    """What processes raise: of one row in all, without a group, for a second derivative; and the first one, where
     the others have wrong lengths and never come."""
     hasty, world = dist.new_group(timeout=timedelta(seconds=2)), dist.group.WORLD.group_name
     case = din_attention_case(4, 3, 2, [5])
