@@ -30,7 +30,10 @@ def markdown() -> str:
     alike: dict[tuple[str, str], list[Op]] = {}
     for op in OPS.values():
         cpu = f"C++ ({op.cpu_needs}), else {op.otherwise}" if op.cpu_needs else "C++"
-        gpu = {"": op.otherwise, "CUDA C++": f"CUDA C++ if built in, else {op.otherwise}"}.get(op.cuda, op.cuda)
+        otherwise = (
+            f"Triton, the {op.otherwise} beyond {_library.WIDEST_EMBEDDING} wide" if op.else_triton else op.otherwise
+        )
+        gpu = {"": op.otherwise, "CUDA C++": f"CUDA C++ if built in, else {otherwise}"}.get(op.cuda, op.cuda)
         gpu += f"; {op.cuda_limits}" if op.cuda_limits else ""
         alike.setdefault((cpu, gpu), []).append(op)
     rows = [["op", "CPU", "GPU", "layers"], ["---"] * 4]

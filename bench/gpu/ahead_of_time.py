@@ -131,31 +131,34 @@ def launches_kernel(func: torch._ops.OpOverload) -> bool:
 class _CUDAImplementations(TorchDispatchMode):
     """Runs rankkernels' ops as on a GPU, and lists their calls."""
 
-    def __init__(self, calls: list[Call]):
+    def __init__(self, calls: list[Call], cuda_cpp: bool):
         super().__init__()
         self.calls, self.current = calls, None
+        self.in_cpp = CUDA_LAUNCHES if cuda_cpp else {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if func.namespace == "rankkernels" and self.current is None:
-            self.current = call = Call(name)
-            self.calls.append(call)
+        if func.namespace == "rankkernels" and name not in self.in_cpp:  # another op may have called it
+            outer, self.current = self.current, self.current or Call(name)
+            if outer is None:
+                self.calls.append(self.current)
             try:
-                if name in CUDA_LAUNCHES:
-                    call.launches += CUDA_LAUNCHES[name]
-                    result = func(*args, **kwargs)
-                else:
-                    with self:
-                        result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+                with self:
+                    result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+                if outer is None:
+                    self.current.bytes = tensor_bytes((args, kwargs, result))
             finally:
-                self.current = None
-            call.bytes = tensor_bytes((args, kwargs, result))
+                self.current = outer
+            return result
+        if func.namespace == "rankkernels" and self.current is None:
+            result = func(*args, **kwargs)
+            self.calls.append(Call(name, tensor_bytes((args, kwargs, result)), launches=list(self.in_cpp[name])))
             return result
         if launches_kernel(func):
             if self.current is None and (not self.calls or self.calls[-1].op):
                 self.calls.append(Call(""))
-            (self.current or self.calls[-1]).launches += CUDA_LAUNCHES.get(name, [name])
+            (self.current or self.calls[-1]).launches += self.in_cpp.get(name, [name])
         return func(*args, **kwargs)
 
 
@@ -189,11 +192,11 @@ def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
 
 
 @contextmanager
-def compiling(target: str, only_counting: bool = False) -> Iterator[list[Call]]:
+def compiling(target: str, only_counting: bool = False, cuda_cpp: bool = False) -> Iterator[list[Call]]:
     """Lists the calls of rankkernels' ops on meta tensors, their kernels compiled for ``target``, one of TARGETS, or
-    with ``only_counting`` in name alone."""
+    with ``only_counting`` in name alone. With ``cuda_cpp`` the library has the kernels in CUDA C++."""
     calls: list[Call] = []
-    mode = _CUDAImplementations(calls)
+    mode = _CUDAImplementations(calls, cuda_cpp)
 
     def launch(kernel, grid):
         def compile_only(*args, **kwargs):

@@ -26,12 +26,13 @@ class GPUOp:
     """An op's cases, in the dtypes that are compiled and timed.
 
     ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, sort and cumsum
-    being PyTorch's. Ops without are Triton's.
+    being PyTorch's. Where the library is built without them, and for ops without, Triton's run: of ``in_triton`` ones.
     """
 
     op: str
     cases: Sequence[OpCase]
     launches: dict[str, list[str]] = field(default_factory=dict)
+    in_triton: bool = True
 
 
 def in_dtypes(case: OpCase, *dtypes: torch.dtype) -> OpCase:
@@ -109,6 +110,22 @@ EMBEDDING_BAG = GPUOp(
     cases=[
         in_dtypes(embedding_bag_case([100_000] * 26, [16] * 26, list(range(26)), ["sum"] * 26, B=4096, L=1), SINGLE),
         in_dtypes(embedding_bag_case([1_000_000] * 8, [64] * 8, list(range(8)), ["sum"] * 8, B=1024, L=20), SINGLE),
+        # What else the kernels are compiled to: do the registers suffice?
+        in_dtypes(
+            embedding_bag_case(
+                [1000] * 4,
+                [128, 512, 128, 10],
+                [0, 1, 2, 3],
+                ["max", "mean", "sum", "none"],
+                B=1024,
+                L=50,
+                padding_idx=0,
+                weighted=True,
+            ),
+            SINGLE,
+            BF16,
+            DOUBLE,
+        ),  # fmt: skip
     ],
     launches={
         "embedding_bag": ["embedding_bag"],
@@ -130,8 +147,10 @@ EMBEDDING_FM = GPUOp(
         "embedding_fm": ["embedding_fm"],
         "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear"],
     },
+    in_triton=False,
 )
 
 GPU_OPS = [FM, CROSS, PAIRS, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
-COMPILED = [case for op in GPU_OPS if not op.launches for case in op.cases]
+IN_TRITON = [op for op in GPU_OPS if op.in_triton]
+COMPILED = [case for op in IN_TRITON for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

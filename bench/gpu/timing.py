@@ -137,7 +137,7 @@ def time_case(case, dtype, device, clock, cache: int, memory: int, seconds: floa
     del actual, expected
     torch._dynamo.reset()
     functions["compile"] = torch.compile(case.reference)
-    if case.op == "embedding_bag":
+    if case.op == "embedding_bag" and "weighted" not in case.id:
         functions |= embedding_peers(case, device)
     for kind, flops in (("forward", case.flops), ("forward + backward", case.flops + case.backward_flops)):
         if kind == "forward":

@@ -40,7 +40,7 @@ struct Known {
   }
 };
 
-// ops/embedding_bag_update.py: OPTIMIZERS
+// ops/_rules.py: OPTIMIZERS
 enum Optimizer : int64_t {
   kSGD = 0,
   kAdagrad = 1,
@@ -53,7 +53,7 @@ enum Optimizer : int64_t {
 };
 
 // What an optimizer keeps of a table, tensors [R, D] before those [R], and how many settings it has of its
-// own, which follow those that all have (ops/embedding_bag_update.py: RULES).
+// own, which follow those that all have (ops/_rules.py: RULES).
 struct Rule {
   int elementwise, row_wise, settings;
 };

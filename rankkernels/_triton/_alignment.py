@@ -21,3 +21,8 @@ def alignment(x: Tensor) -> int:
     Triton sees by itself only multiples of 16 items: this makes vector loads of D = 8 and D = 10, too.
     """
     return math.gcd(16 // x.element_size(), *x.stride()[:-1], x.size(-1))
+
+
+def address(t: Tensor | None) -> int:
+    """Where the values of ``t`` begin, for a kernel that finds it in memory; 0 for None."""
+    return 0 if t is None else t.data_ptr()

@@ -47,7 +47,7 @@ class EmbeddingBag(TableLayer, nn.EmbeddingBag):
                 torch.embedding_renorm_(self.weight.detach(), input.contiguous().long(), self.max_norm, self.norm_type)
         if self.include_last_offset and offsets is not None and (self.sparse or self.fused_optimizer):
             # Ids after the last bag: dense gradients take no notice of their zeros, a step on their rows would.
-            input, per_sample_weights = without_rest(input, offsets, per_sample_weights)
+            input, per_sample_weights = without_rest(self.weight, input, offsets, per_sample_weights)
         out = self._look_up(self.weight, input, offsets, per_sample_weights)
         # The last offset ends the last bag: what comes after it is a bag of its own to the op.
         return out[:-1] if self.include_last_offset and offsets is not None else out

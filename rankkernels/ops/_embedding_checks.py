@@ -6,6 +6,9 @@ looked at on the CPU alone, where nobody waits for them.
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 from torch import Tensor
 
@@ -203,17 +206,35 @@ def _check_grad_out(features: Features, f: int, grad: Tensor, first: Tensor) -> 
     )
 
 
-def check_values(features: Features, rows: list[int], names: list[str], used: list[bool]) -> None:
-    """Offsets, and the ids of the features ``used``: reads values, so on the CPU alone, where nobody waits for them."""
+def check_values(features: Features, rows: list[int], names: list[str], used: list[bool], waits: bool = False) -> None:
+    """Offsets, and the ids of the features ``used``: reads values, so on the CPU alone, where nobody ``waits`` for
+    them."""
     for f, name in enumerate(names):
-        _check_starts(features, f, name)
+        _check_starts(features, f, name, waits)
     for ids, table, name, is_used in zip(features.indices, features.tables, names, used):
         if is_used:
-            _check_range(rows[table], ids, name)
+            _check_range(rows[table], ids, name, waits)
 
 
-def _check_range(rows: int, indices: Tensor, name: str) -> None:
-    if indices.device.type != "cpu" or indices.numel() == 0:
+def report_values(features: Features, rows: list[int], names: list[str]) -> None:
+    """What RANKKERNELS_CHECK_IDS asks to be said of values on a GPU: csrc/cuda/embedding/lookup.cu."""
+    asked = os.environ.get("RANKKERNELS_CHECK_IDS") or "ignore"
+    torch._check(
+        asked in ("ignore", "warn", "fatal"),
+        lambda: f"RANKKERNELS_CHECK_IDS must be ignore, warn or fatal, got {asked}",
+    )
+    if asked == "ignore":
+        return
+    try:
+        check_values(features.as_rows(), rows, names, [True] * len(names), waits=True)
+    except (IndexError, RuntimeError) as error:
+        if asked == "fatal":
+            raise
+        print(error, file=sys.stderr)
+
+
+def _check_range(rows: int, indices: Tensor, name: str, waits: bool) -> None:
+    if not (waits or indices.device.type == "cpu") or indices.numel() == 0:
         return
     low, high = indices.aminmax()
     if low < 0 or high >= rows:
@@ -225,10 +246,10 @@ def _check_range(rows: int, indices: Tensor, name: str) -> None:
         )
 
 
-def _check_starts(features: Features, f: int, name: str) -> None:
+def _check_starts(features: Features, f: int, name: str, waits: bool) -> None:
     """The texts are those of csrc/cpu/embedding/features.cpp."""
     starts, N = features.offsets_of(f), features.indices[f].numel()
-    if starts is None or starts.device.type != "cpu" or starts.numel() == 0:
+    if starts is None or not (waits or starts.device.type == "cpu") or starts.numel() == 0:
         return
     ends = torch.cat([starts, starts.new_full((1,), N)]).tolist()
     torch._check(ends[0] == 0, lambda: f"embedding_bag: offsets of {name} must start at 0, got {ends[0]}")

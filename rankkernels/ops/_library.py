@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -80,6 +81,10 @@ def has_cpu_kernel(t: Tensor) -> bool:
 #: What the C++ kernels run with, or None without them. Queried once at import, so it never appears in a traced graph.
 cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
 only_reference: bool = no_extension == "RANKKERNELS_REFERENCE is set"
+#: Whether the library has the kernels in CUDA C++, too.
+built_for_cuda: bool = no_extension is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "rankkernels::embedding_catch_up", "CUDA"
+)
 OLDEST_TRITON = (3, 6)
 
 
@@ -103,6 +108,18 @@ def _has_tensor_cores(index: int | None) -> bool:
 def triton_serves(t: Tensor) -> bool:
     """Whether Triton is there, and new enough, and compiles for the GPU of ``t``: for NVIDIA's from Ampere on."""
     return has_triton and _has_tensor_cores(t.device.index)
+
+
+#: Whether lookups on a GPU are Triton's: the library's, in CUDA C++, come before them.
+triton_embeds: bool = has_triton and not built_for_cuda
+WIDEST_EMBEDDING = 512
+"""Columns of a table that Triton's kernels take: a program holds whole rows."""
+
+
+def triton_serves_tables(tables: Sequence[Tensor | None]) -> bool:
+    """Whether Triton's kernels serve lookups in ``tables``, or their results' gradients."""
+    given = [t for t in tables if t is not None]
+    return triton_serves(given[0]) and all(t.size(-1) <= WIDEST_EMBEDDING for t in given)
 
 
 def use_huge_pages(t: Tensor) -> None:

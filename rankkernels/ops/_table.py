@@ -16,6 +16,7 @@ from torch import Tensor
 from rankkernels.ops._cpu import has_avx512, onednn_is_faster
 from rankkernels.ops._library import (
     OLDEST_TRITON,
+    built_for_cuda,
     no_extension,
     only_reference,
     reference_notices,
@@ -32,6 +33,7 @@ class Op(NamedTuple):
     layers: tuple[str, ...]
     title: str = ""
     cuda: str = ""  # what its CUDA kernels are written in, if there are any
+    else_triton: bool = False  # whether there are others, which run where the library has none in CUDA C++
     cuda_limits: str = ""
     otherwise: str = "reference"  # what runs where no kernel does
     cpu_needs: str = ""  # without this the C++ kernel is not the faster one, and does not run
@@ -43,7 +45,7 @@ class Op(NamedTuple):
         if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{self.name}", key):
             return None
         if key == "CUDA":
-            return self.cuda
+            return "Triton" if self.else_triton and not built_for_cuda else self.cuda
         return "C++" if self.is_served() else None
 
 
@@ -63,8 +65,19 @@ OPS = {
         Op("ffm_interaction", ("FFM",)),
         Op("bilinear_interaction", ("BiLinearInteractionLayer",)),
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
-        Op("embedding_bag", ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"), cuda="CUDA C++"),
-        Op("sparse_update", ("optim",), "an optimizer's step on the rows of a batch", cuda="CUDA C++"),
+        Op(
+            "embedding_bag",
+            ("EmbeddingLayer", "EmbeddingBag", "TableBatchedEmbeddingBag"),
+            cuda="CUDA C++",
+            else_triton=True,
+        ),
+        Op(
+            "sparse_update",
+            ("optim",),
+            "an optimizer's step on the rows of a batch",
+            cuda="CUDA C++",
+            else_triton=True,
+        ),
         Op("embedding_catch_up", ("optim",), "dense Adam's steps on rows that no batch looked up", cuda="CUDA C++"),
         Op(
             "embedding_fm",
@@ -108,12 +121,14 @@ def notice_reference(op: str, tensor: Tensor) -> None:
         return
     if device == "cpu" and no_extension:
         reason = no_extension
-    elif device == "cuda" and OPS[op].cuda == "CUDA C++":
+    elif device == "cuda" and OPS[op].cuda == "CUDA C++" and not OPS[op].else_triton:
         reason = "rankkernels was built without RANKKERNELS_CUDA=1"
     elif device == "cuda" and no_extension and only_reference:
         reason = no_extension
     elif device == "cuda" and not triton_serves(tensor):
         reason = f"this needs Triton {'.'.join(map(str, OLDEST_TRITON))} and, of NVIDIA, a GPU from Ampere on"
+        if OPS[op].else_triton:
+            reason = f"rankkernels was built without RANKKERNELS_CUDA=1, and without it {reason}"
     elif device == "cuda":
         reason = "the Triton kernels do not serve this configuration (see docs/gpu.md)"
     else:

@@ -13,10 +13,10 @@ from rankkernels import reference
 from rankkernels.ops import _exact_table, _onnx
 from rankkernels.ops._autograd import register_autograd
 from rankkernels.ops._checks import raise_documented
-from rankkernels.ops._embedding_checks import check_forward, check_values, row_of
+from rankkernels.ops._embedding_checks import check_forward, check_values, report_values, row_of
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import built_for_cuda, define, lib, triton_embeds, triton_serves_tables
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import OPS, notice_reference
 from rankkernels.ops._tracing import is_exporting
@@ -78,7 +78,7 @@ def _reference(weights, *rest, concat=False, sparse=False):
 
 
 @torch.library.impl(lib, "embedding_bag", "CompositeExplicitAutograd")
-def _(weights, *rest, concat=False, sparse=False):
+def _default(weights, *rest, concat=False, sparse=False):
     *features, names = rest
     features = Features(*features)
     check_forward(weights, features, names, concat)
@@ -86,6 +86,21 @@ def _(weights, *rest, concat=False, sparse=False):
     features, F = features.as_rows(), len(features.indices)
     check_values(features, [w.size(0) for w in weights], names_of(names, F), [True] * F)
     return _looked_up(weights, features, concat)
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_bag", "CUDA")
+    def _(weights, *rest, concat=False, sparse=False):
+        from rankkernels._triton.embedding_bag import embedding_bag
+
+        *features, names = rest
+        features = Features(*features)
+        check_forward(weights, features, names, concat)
+        if not triton_serves_tables(weights):
+            return _default(weights, *rest, concat=concat, sparse=sparse)
+        report_values(features, [w.size(0) for w in weights], names_of(names, len(features.indices)))
+        return embedding_bag(weights, features, concat)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -288,11 +303,13 @@ def table_batched_embedding_bag(
     return run_op(weights, features, joined_names, concat, sparse, optimizer)
 
 
-def without_rest(ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def without_rest(
+    weight: Tensor, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """The ids [N] of bags that end at ``offsets[-1]``, and their factors, without those behind it. On a GPU, whose
     kernels pass over ids outside a table, those become such ids: their number would be waited for."""
-    passed_over = OPS["embedding_bag"].kernel("cuda") and os.environ.get("RANKKERNELS_CHECK_IDS", "ignore") == "ignore"
-    if ids.is_cuda and passed_over:
+    kernels = OPS["embedding_bag"].kernel("cuda") and (built_for_cuda or triton_serves_tables([weight]))
+    if ids.is_cuda and kernels and os.environ.get("RANKKERNELS_CHECK_IDS", "ignore") == "ignore":
         position = torch.arange(ids.numel(), device=ids.device)
         return ids.where(position < offsets[-1], -1), per_sample_weights
     end = int(offsets[-1])

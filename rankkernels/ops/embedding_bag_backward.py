@@ -1,4 +1,5 @@
-"""The gradients of a lookup. Kernels: csrc/cpu/embedding/segment_sum_kernel.h, csrc/cuda/embedding/backward.cuh."""
+"""The gradients of a lookup. Kernels: csrc/cpu/embedding/segment_sum_kernel.h, csrc/cuda/embedding/backward.cuh and
+_triton/embedding_bag_reduce.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from rankkernels import reference
 from rankkernels.ops._autograd import check_first_derivative, differentiable, vjp
 from rankkernels.ops._embedding_checks import check_backward, check_values
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables
 from rankkernels.ops._schema import nothing, schema_of
 
 # Tables and features without a gradient get an empty tensor. ``weights`` are given only where the gradients depend on
@@ -81,7 +82,7 @@ def _default(grad_outs, weights, rows, *features):
 
 
 @torch.library.impl(lib, "embedding_bag_backward_sparse", "CompositeExplicitAutograd")
-def _(grad_outs, weights, rows, *features):
+def _default_sparse(grad_outs, weights, rows, *features):
     dense, grad_factors = torch.ops.rankkernels.embedding_bag_backward.default(grad_outs, weights, rows, *features)
     features = Features(*features).as_rows()
     touched = [[] for _ in rows]
@@ -92,6 +93,27 @@ def _(grad_outs, weights, rows, *features):
             touched[table].append(ids[(ids != padding) & (ids != features.frozen_rows[table])])
     grad_rows = [torch.cat(ids).unique() if ids else dense[0].new_empty(0, dtype=torch.int64) for ids in touched]
     return grad_rows, [g[r] for g, r in zip(dense, grad_rows)], grad_factors
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_bag_backward", "CUDA")
+    def _(grad_outs, weights, rows, *features):
+        from rankkernels._triton.embedding_bag import embedding_bag_backward
+
+        check_backward(grad_outs, weights, rows, Features(*features))
+        if not triton_serves_tables(grad_outs):
+            return _default(grad_outs, weights, rows, *features)
+        return embedding_bag_backward(grad_outs, weights, rows, Features(*features))
+
+    @torch.library.impl(lib, "embedding_bag_backward_sparse", "CUDA")
+    def _(grad_outs, weights, rows, *features):
+        from rankkernels._triton.embedding_bag import embedding_bag_backward_sparse
+
+        check_backward(grad_outs, weights, rows, Features(*features))
+        if not triton_serves_tables(grad_outs):
+            return _default_sparse(grad_outs, weights, rows, *features)
+        return embedding_bag_backward_sparse(grad_outs, weights, rows, Features(*features))
 
 
 class _Ascending(NamedTuple):

@@ -1,4 +1,5 @@
-"""An optimizer's step on the rows that a batch looked up. Kernels: csrc/cpu/embedding/optimizer_kernel.h."""
+"""An optimizer's step on the rows that a batch looked up. Kernels: csrc/cpu/embedding/optimizer_kernel.h,
+csrc/cuda/embedding/optimizer.cuh and _triton/embedding_bag_step.py."""
 
 from __future__ import annotations
 
@@ -12,63 +13,10 @@ from rankkernels import reference
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_backward, check_table
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables
+from rankkernels.ops._rules import OPTIMIZERS, RULES, Hyper, Live, settings
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
-
-
-class Rule(NamedTuple):
-    """What a kind of optimizer keeps of a table, states of an element [R, D] before those of a row [R], and the names
-    of its own settings."""
-
-    elementwise: int
-    row_wise: int
-    settings: tuple[str, ...] = ()
-
-
-#: By the optimizers' number in the schemas; kRules of csrc/embedding/params.h.
-RULES = {
-    "sgd": Rule(0, 0),
-    "adagrad": Rule(1, 0),
-    "rowwise_adagrad": Rule(0, 1),
-    "adam": Rule(2, 0),
-    "adamw": Rule(2, 0),
-    "ftrl": Rule(2, 0, ("lr_power", "beta", "l1", "l2")),
-    "rowwise_adam": Rule(1, 1),
-    "rowwise_rmsprop": Rule(0, 2, ("ar_alpha", "min_shrinkage")),
-}
-OPTIMIZERS = tuple(RULES)
-
-
-class Hyper(NamedTuple):
-    """The settings of ``reference.optimizer_step`` that all have: the schemas' ``hyper`` has them of each table, in
-    this order and followed by the kind's own."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: float
-    grad_factor: float
-    max_norm: float
-
-
-class Live(NamedTuple):
-    """What changes from step to step, on the tables' device: each one float32. A table's states may end with these, and
-    then take the place of ``lr``, ``step`` and ``grad_factor``: nothing waits for a value, and a CUDA graph repeats the
-    step and not its numbers. ``count`` of a table is its own, and goes on by one where the step is taken: unless
-    ``skip`` is not 0. ``scale`` is what the gradients were multiplied with."""
-
-    count: Tensor
-    lr: Tensor
-    scale: Tensor
-    skip: Tensor
-
-
-def settings(kind: str, hyper: Sequence[float]) -> dict[str, float]:
-    """A table's part of ``hyper``, by name."""
-    return dict(zip(Hyper._fields + RULES[kind].settings, hyper))
 
 
 def state_shapes(kind: str, table: torch.Size) -> list[torch.Size]:
@@ -252,7 +200,7 @@ def _check_rows(weight, rows) -> None:
 
 
 @torch.library.impl(lib, "sparse_update", "CompositeExplicitAutograd")
-def _(weight, states, rows, values, optimizer, hyper):
+def _default_sparse(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
     _check_rows(weight, rows)
     notice_reference("sparse_update", weight)
@@ -273,7 +221,7 @@ def _(weight, states, rows, values, optimizer, hyper):
 
 
 @torch.library.impl(lib, "embedding_bag_update", "CompositeExplicitAutograd")
-def _(grad_outs, weights, states, *rest):
+def _default(grad_outs, weights, states, *rest):
     *features, optimizer, hyper = rest
     T = len(weights)
     for t, w in enumerate(weights):
@@ -289,17 +237,66 @@ def _(grad_outs, weights, states, *rest):
     return grad_psw
 
 
+def _check_apart(weights: Sequence[Tensor]) -> None:
+    """Raises if two tables share memory: programs would step on both at once. The columns of one matrix may be several
+    tables. As ``check_apart`` of csrc/embedding/optimizer.h."""
+    starts = sorted((w.data_ptr(), t) for t, w in enumerate(weights) if w.numel() and not w.is_meta)
+    for i, (start, t) in enumerate(starts):
+        w = weights[t]
+        end = start + ((w.size(0) - 1) * w.stride(0) + w.size(1)) * w.element_size()
+        for other_start, other in starts[i + 1 :]:
+            if other_start >= end:
+                break
+            apart, v = (other_start - start) // w.element_size(), weights[other]
+            alike = w.stride(0) > 0 and (w.stride(0), w.dtype) == (v.stride(0), v.dtype)
+            torch._check(
+                alike and w.size(1) <= apart % w.stride(0) <= w.stride(0) - v.size(1),
+                lambda: (
+                    f"embedding_bag_update: weights[{min(t, other)}] and weights[{max(t, other)}] share memory: give a "
+                    "table once, and its features its number"
+                ),
+            )
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "sparse_update", "CUDA")
+    def _(weight, states, rows, values, optimizer, hyper):
+        from rankkernels._triton.embedding_bag import sparse_update
+
+        if not triton_serves_tables([weight]):
+            return _default_sparse(weight, states, rows, values, optimizer, hyper)
+        _check_sparse(weight, states, rows, values, optimizer, hyper)
+        sparse_update(weight, states, rows, values, optimizer, hyper)
+
+    @torch.library.impl(lib, "embedding_bag_update", "CUDA")
+    def _(grad_outs, weights, states, *rest):
+        from rankkernels._triton.embedding_bag import embedding_bag_update
+
+        if not triton_serves_tables(weights):
+            return _default(grad_outs, weights, states, *rest)
+        _check_update(grad_outs, weights, states, *rest)
+        _check_apart(weights)
+        *features, optimizer, hyper = rest
+        return embedding_bag_update(grad_outs, weights, states, Features(*features), optimizer, hyper)
+
+
 @torch.library.register_fake("rankkernels::sparse_update", lib=lib)
 def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
 
 
-@torch.library.register_fake("rankkernels::embedding_bag_update", lib=lib)
-def _(grad_outs, weights, states, *rest):
+def _check_update(grad_outs, weights, states, *rest) -> None:
     *features, optimizer, hyper = rest
-    features = Features(*features)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
     _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
-    check_backward(grad_outs, weights, [w.size(0) for w in weights], features)
+    check_backward(grad_outs, weights, [w.size(0) for w in weights], Features(*features))
+
+
+@torch.library.register_fake("rankkernels::embedding_bag_update", lib=lib)
+def _(grad_outs, weights, states, *rest):
+    *features, _optimizer, _hyper = rest
+    features = Features(*features)
+    _check_update(grad_outs, weights, states, *rest)
     return [w.new_empty(w.shape) for w in features.per_sample_weights]

@@ -161,19 +161,20 @@ def _new_grad_linear_weight(a: Arguments) -> Tensor:
 def _default(*arguments):
     a = Arguments(*arguments)
     _check(a)
-    grad = torch.zeros_like(a.embeddings, memory_format=torch.contiguous_format)
-    grad_linear_weight = a.embeddings.new_empty(0)
     if a.grad_fm is not None and a.embeddings.numel():
         fields = a.embeddings.reshape(a.embeddings.size(0), -1, a.dim)
         grad = fm_interaction_backward(a.grad_fm, fields, True).reshape(a.embeddings.shape)
-    if a.grad_embeddings is not None:
-        grad = grad + a.grad_embeddings
-    if a.linear_weight is not None:
-        grad_linear_weight = torch.zeros_like(a.linear_weight, memory_format=torch.contiguous_format)
-        if a.grad_linear is not None:
-            grad = torch.addcmul(grad, a.grad_linear, a.linear_weight.reshape(1, -1))
-            grad_linear_weight = (a.grad_linear.t() @ a.embeddings).view(a.linear_weight.shape)
-    return grad, grad_linear_weight
+        grad = grad if a.grad_embeddings is None else grad + a.grad_embeddings
+    elif a.grad_embeddings is not None:
+        grad = a.grad_embeddings.clone(memory_format=torch.contiguous_format)
+    else:
+        grad = torch.zeros_like(a.embeddings, memory_format=torch.contiguous_format)
+    if a.linear_weight is None:
+        return grad, a.embeddings.new_empty(0)
+    if a.grad_linear is None:
+        return grad, torch.zeros_like(a.linear_weight, memory_format=torch.contiguous_format)
+    grad = torch.addcmul(grad, a.grad_linear, a.linear_weight.reshape(1, -1))
+    return grad, (a.grad_linear.t() @ a.embeddings).view(a.linear_weight.shape)
 
 
 def _of_lookups(a: Arguments, features: Features) -> tuple[list[Tensor], Tensor]:

@@ -307,8 +307,10 @@ def test_layer_compiles():
     reason="the CUDA part is built in",
 )
 def test_on_cuda_without_the_cuda_part(monkeypatch):
-    """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors; and that is said once."""
+    """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors, for a GPU that Triton does not serve; and
+    that is said once."""
     table = rk.ops._table
+    monkeypatch.setattr(rk.ops._library, "_has_tensor_cores", lambda index: False)
     weight, ids = torch.randn(30, 8), torch.randint(0, 30, (9, 4))
     arguments = [weight], [ids], [], [], [0], [1], [2], [2], [], "ids"
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -329,6 +331,7 @@ def test_on_cuda_without_the_cuda_part(monkeypatch):
         for _ in range(3):
             table.notice_reference("embedding_bag", on_cuda)
     assert len(said) == 1 and "on 'cuda': rankkernels was built without RANKKERNELS_CUDA=1" in str(said[0].message)
+    assert "without it this needs Triton 3.6" in str(said[0].message)
 
 
 def test_tables_in_a_tuple_get_their_gradients():

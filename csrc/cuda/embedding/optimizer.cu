@@ -23,7 +23,7 @@ Update make_cuda_update(const char* op, int64_t optimizer, const double* hyper, 
 }
 
 // The tensors that a table's states end with where lr, the number of the step and the loss scale are on the
-// device: count, lr, scale, skip (ops/embedding_bag_update.py: Live), each one float32.
+// device: count, lr, scale, skip (ops/_rules.py: Live), each one float32.
 constexpr size_t kLive = 4;
 
 // Whether the tables' states are followed by those. Raises if they are anything else.

@@ -21,19 +21,26 @@ from gpu.cases import INTERPRETED
 from triton.runtime.jit import JITFunction
 
 from bench.gpu import report
-from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, meta_inputs, serves
-from bench.gpu.cases import COMPILED, GPU_OPS
+from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling, meta_inputs, serves
+from bench.gpu.cases import COMPILED, IN_TRITON
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
 from rankkernels._triton import _launch
 from rankkernels._triton import din_attention_backward as backward
 from rankkernels._triton import din_attention_forward as forward
 from rankkernels._triton import din_attention_layers as layers
+from rankkernels._triton import embedding_bag_forward as bag_forward
+from rankkernels._triton import embedding_bag_numbers as bag_numbers
+from rankkernels._triton import embedding_bag_reduce as bag_reduce
+from rankkernels._triton import embedding_bag_sources as bag_sources
+from rankkernels._triton import embedding_bag_update as bag_update
+from rankkernels.ops._features import Features
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
 from rankkernels.testing import din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
-CHOSEN = [case for op in GPU_OPS if not op.launches for case in op.cases[::EVERY] if case in SERVED]
+CHOSEN = [case for op in IN_TRITON for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
 
@@ -58,9 +65,11 @@ SPILLS = {("3.7", "din_attention-B512-L50-D32-64x16-prelu-bn-softmax-padded", "f
 
 
 #: Reads a few numbers of a sample, not rows of columns.
-NARROW = {"cross_alphas_kernel"}
+NARROW = {"cross_alphas_kernel", "embedding_bag_numbers_kernel", "embedding_bag_sources_kernel"}
 #: Reads no history, but weights, which are contiguous, and other programs' sums.
 BESIDE = {f"din_attention_{name}_kernel" for name in ("fold", "join", "sums", "unfold")}
+#: Read keys and gradients, not the tables.
+NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +100,49 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
             x, *yz = kernel.grid
             assert 0 < x < 2**31 and all(0 < n <= 65535 for n in yz), (case.id, kernel.name, kernel.grid)
             launched.add(kernel.name)
-    assert launched == {k.name for r in records.values() for call in r.calls for k in call.kernels} == kernels_defined()
+    compiled = {k.name for r in records.values() for call in r.calls for k in call.kernels}
+    assert launched == compiled == kernels_defined() - OF_STEPS
+
+
+#: The kernels of optimizers' steps alone.
+OF_STEPS = {"embedding_bag_fold_kernel", "embedding_bag_rows_kernel"}
+
+
+def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -> list:
+    """A fused step on jagged bags of two tables, and one on given rows."""
+    R, N, B, number = 1000, 4096, 512, OPTIMIZERS.index(kind)
+    with torch.device("meta"):
+        weights = [torch.empty(R, D, dtype=dtype) for _ in range(2)]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        states = [torch.empty(s, dtype=wide) for s in state_shapes(kind, weights[0].shape)]
+        states += [torch.empty(1) for _ in range(4)] if live else []
+        ids, offsets, grad = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long), weights[0][:B]
+        rows = torch.empty(B, dtype=torch.long)
+    features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, *[0.5] * len(RULES[kind].settings)]
+    assert len(hyper) == len(Hyper._fields + RULES[kind].settings)
+    with compiling(target) as calls:
+        torch.ops.rankkernels.embedding_bag_update([grad, grad], weights, states * 2, *features, number, hyper * 2)
+        torch.ops.rankkernels.sparse_update(weights[0], states, rows, grad, number, hyper)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, D, target",
+    [(kind, torch.float32, 16, target) for kind in OPTIMIZERS for target in TARGETS]
+    + [("ftrl", torch.bfloat16, 512, target) for target in TARGETS]
+    + [("adam", torch.float64, 128, target) for target in TARGETS],
+)
+def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target):
+    calls = step_calls(kind, dtype, D, target, live=kind in ("adam", "rowwise_adam"))
+    kernels = [kernel for call in calls for kernel in call.kernels]
+    names = {kernel.name for kernel in kernels}
+    assert names >= {f"embedding_bag_{name}_kernel" for name in ("sources", "reduce", "join", "rows")}
+    assert ("embedding_bag_fold_kernel" in names) == (kind in ("adam", "rowwise_adam"))
+    for kernel in kernels:
+        assert kernel.local == 0 and not kernel.spills
+        assert kernel.wide_loads or kernel.name in NARROW | {"embedding_bag_fold_kernel"}
+        assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -135,9 +186,10 @@ def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
 
 
 def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
-    kernels = {f for m in (forward, backward, layers) for name, f in vars(m).items() if name.endswith("_kernel")}
+    modules = forward, backward, layers, bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update
+    kernels = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-    assert len(kernels) == 7
+    assert len(kernels) == 7 + 9
     assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 
@@ -159,17 +211,17 @@ def kernels_defined() -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS if not op.launches], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [op.cases[0] for op in IN_TRITON], ids=lambda case: case.op)
 def test_wide_loads_are_those_of_the_main_operand(records, case, target):
     """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
     dtype = case.dtypes[0]
 
     def unaligned(dtype, generator):
         first, *others = case.make(dtype, generator)
-        return torch.cat([first, first[..., :1]], -1)[..., :-1], *others
+        return [torch.cat([t, t[..., :1]], -1)[..., :-1] if t.shape == first.shape else t for t in (first, *others)]
 
     def wide_loads(calls):
-        return [k.wide_loads for call in calls for k in call.kernels if k.name not in BESIDE]
+        return [k.wide_loads for call in calls for k in call.kernels if k.name not in BESIDE | NO_TABLE]
 
     wide = wide_loads(records[case.id, dtype, target].calls)
     narrow = wide_loads(compile_case(replace(case, make=unaligned), dtype, target))

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from gpu.cases import INTERPRETED
 from gpu.cases.base import DOUBLE, SINGLE, Interpreted, described, error, strided
+from torch.utils._pytree import tree_leaves, tree_map_only
 from triton.runtime.errors import InterpreterError
 
 from bench.gpu.ahead_of_time import tensor_bytes
@@ -44,15 +45,14 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
     """Errors of the launchers' results, in units of what the op tolerates."""
     torch.manual_seed(0)
     arguments = op.make(config, dtype)
-    in_float64 = {
-        name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-    expected = op.expected(**in_float64)
-    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+    expected = op.expected(**tree_map_only(torch.Tensor, wide, arguments))
+    before = tree_map_only(torch.Tensor, torch.clone, arguments)
     actual = op.launch(module, **arguments)
     for name, value in before.items():
-        assert torch.equal(value, arguments[name]), f"{name} was written to"
+        assert all(
+            torch.equal(b, t) for b, t in zip(tree_leaves(value), tree_leaves(arguments[name])) if torch.is_tensor(b)
+        ), f"{name} was written to"
     assert [a.shape for a in actual] == [e.shape for e in expected]
     assert actual[0].dtype == dtype
     tolerance = op.tolerance[op.rounded_to(config, dtype)]
@@ -62,11 +62,15 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
 def in_all_dtypes(configs: str):
     """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow; of many configs two in three."""
     for op in INTERPRETED:
-        every = 3 if len(getattr(op, configs)) > 20 else 1
+        every = 3 if sum(not config.get("slow") for config in getattr(op, configs)) > 20 else 1
         for n, config in enumerate(getattr(op, configs)):
             dtypes = config.get("dtypes", op.dtypes)
             for i, dtype in enumerate(dtypes):
-                marks = [] if n % every == 0 and i == n // every % len(dtypes) else pytest.mark.slow
+                marks = (
+                    []
+                    if not config.get("slow") and n % every == 0 and i == n // every % len(dtypes)
+                    else pytest.mark.slow
+                )
                 yield pytest.param(
                     op, config, dtype, marks=marks, id=f"{op.module}-{described(config)}-{described(dtype)}"
                 )

@@ -4,9 +4,10 @@ The interpreter keeps bfloat16 as uint16 and computes with the bits as if they w
 nearest even and dots take the values; other arithmetic in bfloat16 is refused, since kernels accumulate in float32.
 Operands of a tf32 dot lose the mantissa bits that tensor cores drop, without rounding.
 
-Every load and store is checked. An address must be an element of a tensor that was passed to the launch: neither one
-past its end nor in the gap between two rows. Nothing that one program stores may be read, by any, or be stored by
-another: then the order of programs and of threads cannot matter. Atomics are refused, as their order does.
+Every load and store is checked. An address must be an element of a tensor that was passed to the launch, or whose
+address is among the int64 values passed to it: neither one past its end nor in the gap between two rows. Nothing that
+one program stores may be read, by any, or be stored by another: then the order of programs and of threads cannot
+matter. Atomics are refused, as their order does.
 
 To be imported in a process with TRITON_INTERPRET=1; ``install`` changes the interpreter for good.
 """
@@ -14,6 +15,7 @@ To be imported in a process with TRITON_INTERPRET=1; ``install`` changes the int
 from __future__ import annotations
 
 import collections
+import weakref
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
+from rankkernels._triton import _alignment
 
 NOBODY, MANY = -1, -2
 
@@ -125,11 +128,36 @@ class BytesAround(TorchDispatchMode):
         return result
 
 
+#: Whatever the kernels were given the address of, by address and form.
+_addressed: weakref.WeakValueDictionary[tuple, torch.Tensor] = weakref.WeakValueDictionary()
+
+
+def address(t: torch.Tensor | None) -> int:
+    """``_alignment.address``, remembered."""
+    if t is None:
+        return 0
+    _addressed[t.data_ptr(), t.shape, t.stride(), t.dtype] = t
+    return t.data_ptr()
+
+
+def behind_addresses(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors whose addresses, of any element, are among the int64 values of these."""
+    pointed = [t.detach().flatten().numpy() for t in tensors if t.dtype == torch.int64 and t.numel()]
+    pointed = np.sort(np.concatenate([np.zeros(0, np.int64), *pointed]))
+    found = []
+    for t in list(_addressed.values()):
+        end = t.data_ptr() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) * t.element_size()
+        if t.numel() and np.searchsorted(pointed, t.data_ptr()) < np.searchsorted(pointed, end, "right"):
+            found.append(t)
+    return found
+
+
 def install() -> None:
     builder, executor = InterpreterBuilder, GridExecutor
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     load, store = builder.create_masked_load, builder.create_masked_store
     to_host, run = executor._init_args_hst, executor.__call__
+    _alignment.address = address
     patch_tensor = interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
@@ -164,7 +192,8 @@ def install() -> None:
     def init_args(self, args, kwargs):
         host_args, host_kwargs = to_host(self, args, kwargs)
         flat = [t for a in (*host_args, *host_kwargs.values()) for t in (a if isinstance(a, tuple) else (a,))]
-        memory = Memory([t for t in flat if isinstance(t, torch.Tensor)])
+        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+        memory = Memory([*tensors, *behind_addresses(tensors)])
         launched.append(memory)
         interpreter.interpreter_builder.memory = memory
         return host_args, host_kwargs
