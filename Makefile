@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 SMOKE_TORCH ?= torch==2.10.0 torch==2.13.0 torch==2.14.1 torch==2.15.0
 PLATFORM ?= manylinux_2_28_$(shell uname -m)
+CUDA_HOME ?= /usr/local/cuda
+CUDA_ARCHITECTURES ?= 7.5;8.0;8.6;8.9;9.0;10.0+PTX
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
 RESULTS ?= bench/records/avx512
@@ -19,7 +21,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(shell find csrc -type f)
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test test-all fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel sdist smoke clean
+.PHONY: help demo test test-all fuzz sanitize bench results peers gpu-check gpu-report docs lint format wheel wheel-cuda sdist \
+	smoke clean
 
 help:
 	@echo "make demo    train DeepFM and DIN on MovieLens-100k, torch-rechub's layers beside ours (DEMO='--help' for options)"
@@ -38,6 +41,7 @@ help:
 	@echo "make docs    the pages and the API reference, to build/docs; a broken link or an undocumented name fails"
 	@echo "make lint    ruff, clang-format and the types of the public names; make format applies the first two"
 	@echo "make wheel   dist/*.whl for every Linux from glibc 2.28 on, held to that and to torch's stable ABI"
+	@echo "make wheel-cuda   the same with the GPU's C++ kernels, to dist/cuda, by the nvcc of CUDA_HOME: no libtorch, no libcuda"
 	@echo "make sdist   dist/*.tar.gz"
 	@echo "make smoke   try that wheel in new environments beside each of SMOKE_TORCH, without a compiler"
 
@@ -143,12 +147,17 @@ format: $(VENV)/lint.stamp
 	$(BIN)/clang-format -i $(SOURCES)
 
 # auditwheel refuses what an older glibc does not have; torch's libraries are torch's to bring.
-wheel: $(VENV)/ship.stamp
-	rm -rf dist/*.whl build/wheel
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+MAKE_WHEEL = rm -rf $(1)/*.whl build/wheel && \
+	$(2) $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/wheel . && \
 	$(BIN)/auditwheel repair --plat $(PLATFORM) --only-plat --exclude "libtorch*.so" --exclude libc10.so \
-		--wheel-dir dist build/wheel/*.whl
+		--wheel-dir $(1) build/wheel/*.whl
+
+wheel: $(VENV)/ship.stamp
+	$(call MAKE_WHEEL,dist)
 	$(BIN)/torch-abi-audit --check torch rankkernels/librankkernels.so
+
+wheel-cuda: $(VENV)/ship.stamp
+	$(call MAKE_WHEEL,dist/cuda,RANKKERNELS_CUDA=1 CUDA_HOME=$(CUDA_HOME) TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHITECTURES)")
 
 sdist: $(VENV)/ship.stamp
 	rm -rf dist/*.tar.gz

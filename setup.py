@@ -10,6 +10,7 @@ Environment:
 
 import json
 import os
+import re
 import subprocess
 import sys
 from glob import glob
@@ -46,9 +47,10 @@ def add_cuda(module: Extension, defines: list[str]) -> None:
         sys.exit(f"RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit with bin/nvcc, got CUDA_HOME={home!r}")
     cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+    ptx = re.findall(r"(\d+)\.(\d)a?\+PTX", os.environ["TORCH_CUDA_ARCH_LIST"])
+    defines = defines + [f"-DRK_CUDA_PTX={100 * int(major) + 10 * int(minor)}" for major, minor in ptx[-1:]]
     module.sources += sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     module.extra_compile_args["nvcc"] = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", *defines]
-    module.include_dirs.append(os.path.join(home, "include"))
     module.library_dirs += [os.path.join(home, lib) for lib in ("lib64", "lib")]
     module.libraries += ["cudart_static", "rt", "dl", "pthread"]
 
@@ -89,9 +91,10 @@ def extension() -> dict:
 
     class Build(BuildExtension):
         def finalize_options(self):
+            given = self.build_temp
             super().finalize_options()
-            # pip gives an editable installation a temporary folder. In this one ninja finds the objects of the build before.
-            self.build_temp = "build/objects_sanitized" if enabled("RANKKERNELS_SANITIZE") else "build/objects"
+            # Where ninja finds the objects of the build before; pip has a new folder for an editable installation.
+            self.build_temp = given or "build/objects" + ("_sanitized" if enabled("RANKKERNELS_SANITIZE") else "")
 
         def run(self):
             write_schemas()

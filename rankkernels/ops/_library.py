@@ -68,6 +68,7 @@ def define(schema: str) -> None:
 
 no_extension: str | None = _load_extension()
 define("cpu_isa() -> int")
+define("cuda_refusal() -> int")
 define("use_huge_pages(Tensor t) -> ()")
 torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
@@ -81,10 +82,23 @@ def has_cpu_kernel(t: Tensor) -> bool:
 #: What the C++ kernels run with, or None without them. Queried once at import, so it never appears in a traced graph.
 cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.cpu_isa()]
 only_reference: bool = no_extension == "RANKKERNELS_REFERENCE is set"
-#: Whether the library has the kernels in CUDA C++, too.
-built_for_cuda: bool = no_extension is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-    "rankkernels::embedding_catch_up", "CUDA"
-)
+
+
+def _find_no_cuda() -> str | None:
+    """csrc/cuda/common/driver.h asks the driver, and registers no kernel in CUDA C++ where it says no."""
+    if no_extension:
+        return no_extension
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::cuda_refusal", "CompositeExplicitAutograd"):
+        return "rankkernels was built without RANKKERNELS_CUDA=1"
+    return (
+        None,
+        "rankkernels was built without code for this machine's GPU",
+        "rankkernels was built with a newer CUDA than this machine's driver runs",
+    )[torch.ops.rankkernels.cuda_refusal()]
+
+
+#: Why the library's kernels in CUDA C++ do not run here, or None.
+no_cuda: str | None = _find_no_cuda()
 OLDEST_TRITON = (3, 6)
 
 
@@ -111,7 +125,7 @@ def triton_serves(t: Tensor) -> bool:
 
 
 #: Whether lookups on a GPU are Triton's: the library's, in CUDA C++, come before them.
-triton_embeds: bool = has_triton and not built_for_cuda
+triton_embeds: bool = has_triton and no_cuda is not None
 WIDEST_EMBEDDING = 512
 """Columns of a table that Triton's kernels take: a program holds whole rows."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from rankkernels.ops._cpu import has_avx512, onednn_is_faster
 from rankkernels.ops._library import (
     OLDEST_TRITON,
-    built_for_cuda,
+    no_cuda,
     no_extension,
     only_reference,
     reference_notices,
@@ -45,7 +45,7 @@ class Op(NamedTuple):
         if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{self.name}", key):
             return None
         if key == "CUDA":
-            return "Triton" if self.else_triton and not built_for_cuda else self.cuda
+            return "Triton" if self.else_triton and no_cuda else self.cuda
         return "C++" if self.is_served() else None
 
 
@@ -122,13 +122,13 @@ def notice_reference(op: str, tensor: Tensor) -> None:
     if device == "cpu" and no_extension:
         reason = no_extension
     elif device == "cuda" and OPS[op].cuda == "CUDA C++" and not OPS[op].else_triton:
-        reason = "rankkernels was built without RANKKERNELS_CUDA=1"
+        reason = no_cuda
     elif device == "cuda" and no_extension and only_reference:
         reason = no_extension
     elif device == "cuda" and not triton_serves(tensor):
         reason = f"this needs Triton {'.'.join(map(str, OLDEST_TRITON))} and, of NVIDIA, a GPU from Ampere on"
         if OPS[op].else_triton:
-            reason = f"rankkernels was built without RANKKERNELS_CUDA=1, and without it {reason}"
+            reason = f"{no_cuda}, and without it {reason}"
     elif device == "cuda":
         reason = "the Triton kernels do not serve this configuration (see docs/gpu.md)"
     else:

@@ -65,10 +65,12 @@ def run(*command: str | Path, check: bool = True, cwd: Path = ROOT, **environmen
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> tuple[Path, str]:
-    """The package with its CUDA part, built for every architecture, and what the build printed."""
+    """The package with its CUDA part, built for every architecture, and what the build printed of that part."""
     target = tmp_path_factory.mktemp("cuda")
+    for compiled in (ROOT / "build/objects/csrc/cuda").rglob("*.o"):
+        compiled.unlink()
     log = run(
-        sys.executable, "setup.py", "build_ext", "--build-lib", target / "lib", "--build-temp", target / "temp",
+        sys.executable, "setup.py", "build_ext", "--build-lib", target / "lib",
         RANKKERNELS_CUDA="1", CUDA_HOME=str(CUDA_HOME), NVCC_APPEND_FLAGS="-Xptxas=-v", MAX_JOBS="2",
         TORCH_CUDA_ARCH_LIST=";".join(f"{a[:-1]}.{a[-1]}" for a in ARCHITECTURES),
     )  # fmt: skip
@@ -87,6 +89,7 @@ def test_imports_beside_any_torch(build):
         sys.executable, "-c",
         "import torch, rankkernels.ops._library as library\n"
         "assert library.no_extension is None, library.no_extension\n"
+        "assert library.no_cuda is None, library.no_cuda\n"
         "import rankkernels; print(rankkernels.__file__)\n"
         "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_backward_sparse',\n"
         "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward',\n"

@@ -3,6 +3,7 @@
 #include <array>
 #include <tuple>
 
+#include "cuda/common/driver.h"
 #include "cuda/embedding/backward.cuh"
 #include "cuda/embedding/backward.h"
 #include "cuda/embedding/known_rows.h"
@@ -369,6 +370,7 @@ static std::tuple<Tensors, Tensors, Tensors> embedding_bag_backward_sparse_cuda(
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_bag_backward", TORCH_BOX(&rk::cuda::embedding_bag_backward_cuda));
   m.impl("embedding_bag_backward_sparse", TORCH_BOX(&rk::cuda::embedding_bag_backward_sparse_cuda));
 }

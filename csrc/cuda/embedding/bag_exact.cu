@@ -1,5 +1,6 @@
 // Lookups of tables under exact Adam and its fused step on a GPU: checks, launches, registration. The kernels
 // are in bag_exact.cuh.
+#include "cuda/common/driver.h"
 #include "cuda/embedding/bag_exact.cuh"
 #include "cuda/embedding/catch_up.h"
 #include "cuda/embedding/lookup.h"
@@ -70,6 +71,7 @@ static Tensors embedding_bag_exact_update_cuda(const OptionalTensors& grad_outs,
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_bag_exact", TORCH_BOX(&rk::cuda::embedding_bag_exact_cuda));
   m.impl("embedding_bag_exact_update", TORCH_BOX(&rk::cuda::embedding_bag_exact_update_cuda));
 }

@@ -1,5 +1,6 @@
 // Rows of tables under exact Adam, brought up to the last step on a GPU: checks, launches, registration. The
 // kernels and their mathematics are in catch_up.cuh.
+#include "cuda/common/driver.h"
 #include "cuda/embedding/catch_up.cuh"
 #include "cuda/embedding/catch_up.h"
 #include "cuda/embedding/known_rows.h"
@@ -146,6 +147,7 @@ void adam_history_cuda(const Tensor& history, int64_t base, int64_t step, double
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_catch_up", TORCH_BOX(&rk::cuda::embedding_catch_up_cuda));
   m.impl("embedding_catch_up_all", TORCH_BOX(&rk::cuda::embedding_catch_up_all_cuda));
   m.impl("embedding_mark_steps", TORCH_BOX(&rk::cuda::embedding_mark_steps_cuda));

@@ -2,6 +2,7 @@
 // in fm.cuh.
 #include <tuple>
 
+#include "cuda/common/driver.h"
 #include "cuda/embedding/fm.cuh"
 #include "cuda/embedding/lookup.h"
 #include "embedding/fm.h"
@@ -142,6 +143,7 @@ static std::tuple<Tensor, Tensor> embedding_fm_backward_cuda(const OptionalTenso
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_fm", TORCH_BOX(&rk::cuda::embedding_fm_cuda));
   m.impl("embedding_fm_backward", TORCH_BOX(&rk::cuda::embedding_fm_backward_cuda));
 }

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cuda/common/driver.h"
 #include "cuda/embedding/known_rows.h"
 #include "cuda/embedding/lookup.h"
 
@@ -146,5 +147,6 @@ static Tensors embedding_bag_cuda(const Tensors& weights, const Tensors& indices
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_bag", TORCH_BOX(&rk::cuda::embedding_bag_cuda));
 }

@@ -1,5 +1,6 @@
 // An optimizer's step on the rows that a batch looked up, on a GPU: checks, launches, registration. The
 // kernel and its mathematics are in optimizer.cuh.
+#include "cuda/common/driver.h"
 #include "cuda/embedding/fold.cuh"
 #include "cuda/embedding/optimizer.h"
 
@@ -129,6 +130,7 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
 }  // namespace rk
 
 STABLE_TORCH_LIBRARY_IMPL(rankkernels, CUDA, m) {
+  if (rk::cuda::refusal() != rk::cuda::Refusal::none) return;
   m.impl("embedding_bag_update", TORCH_BOX(&rk::cuda::embedding_bag_update_cuda));
   m.impl("sparse_update", TORCH_BOX(&rk::cuda::sparse_update_cuda));
 }
