@@ -16,7 +16,7 @@ from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, check_values, report_values, row_of
 from rankkernels.ops._features import MODES, Features, join_names, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import built_for_cuda, define, lib, triton_embeds, triton_serves_tables
+from rankkernels.ops._library import define, lib, no_cuda, triton_embeds, triton_serves_tables
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import OPS, notice_reference
 from rankkernels.ops._tracing import is_exporting
@@ -308,7 +308,7 @@ def without_rest(
 ) -> tuple[Tensor, Tensor | None]:
     """The ids [N] of bags that end at ``offsets[-1]``, and their factors, without those behind it. On a GPU, whose
     kernels pass over ids outside a table, those become such ids: their number would be waited for."""
-    kernels = OPS["embedding_bag"].kernel("cuda") and (built_for_cuda or triton_serves_tables([weight]))
+    kernels = OPS["embedding_bag"].kernel("cuda") and (no_cuda is None or triton_serves_tables([weight]))
     if ids.is_cuda and kernels and os.environ.get("RANKKERNELS_CHECK_IDS", "ignore") == "ignore":
         position = torch.arange(ids.numel(), device=ids.device)
         return ids.where(position < offsets[-1], -1), per_sample_weights
