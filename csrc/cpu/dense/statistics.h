@@ -14,11 +14,11 @@ struct MergedStats {
   MergedStats(const std::vector<ColumnStats>& parts, int64_t H) : mean(H), deviation(H) {
     for (const ColumnStats& part : parts) {
       if (part.count == 0) continue;
-      const double total = count + part.count, share = part.count / total;
+      const double before = count, total = before + part.count, share = part.count / total;
       for (int64_t h = 0; h < H; ++h) {
         const double delta = part.mean[h] - mean[h];
         mean[h] += delta * share;
-        deviation[h] += part.deviation[h] + delta * delta * count * share;
+        deviation[h] += part.deviation[h] + delta * delta * before * share;
       }
       count = total;
     }
