@@ -302,7 +302,7 @@ def test_layer_compiles():
         assert torch.equal(compiled(x), layer(x, features, squeeze_dim))
 
 
-@pytest.mark.skipif(rk.ops._library.built_for_cuda, reason="the CUDA part is built in")
+@pytest.mark.skipif(rk.ops._library.no_cuda is None, reason="the CUDA part is built in")
 def test_on_cuda_without_the_cuda_part(monkeypatch):
     """ATen's ops by way of the dispatcher's CUDA key, here on CPU tensors, for a GPU that Triton does not serve; and
     that is said once."""
