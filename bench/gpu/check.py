@@ -1,375 +1,227 @@
-"""Everything that only a GPU can show, in under eight minutes and without a network: ``python -m bench.gpu.check``.
+"""Everything that only a GPU can show, in under seven minutes and without a network: ``python -m bench.gpu.check``.
 
-Correctness of every op and model against float64 on the CPU, in all dtypes and with the same bits twice; capture of
-every op's forward and backward, and of models' training steps, in a CUDA graph; compute-sanitizer where it is
-installed; then, on shapes of practice, timings beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, as
-shares of the copy bandwidth and the matrix rate measured here. ``--out DIR`` keeps gpu_check.json and gpu_check.md.
-Exits with 1 where anything is wrong, with 2 where there is no GPU.
+It needs a python with torch and Triton, and this source tree: nothing is installed. Where there is an nvcc, the CUDA
+C++ kernels are built for the one GPU that is there while Triton's are timed. Timings come first, ours beside eager
+PyTorch, FBGEMM and, last, torch.compile, as shares of the copy bandwidth and the matrix rate measured here, with what
+was predicted; then correctness of every op and model against float64 on the CPU, captures in CUDA graphs, and
+compute-sanitizer. Each part is a process with a time of its own. ``--out DIR`` gets gpu_check.jsonl, a line a result
+as soon as it is there, and gpu_check.md. Exits with 1 where anything is wrong, with 2 where there is no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
-import shutil
+import importlib.metadata
+import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from bench.gpu import check_report, report
-from bench.gpu.steps import name_of, on, same_bits, step, worst_error
-from bench.gpu.timing import EventClock, ceilings, timings
-from rankkernels import ReferenceWarning, _version, optim
-from rankkernels.ops import _library
-from rankkernels.ops._attention_library import attend
-from rankkernels.ops._schema import parsed
-from rankkernels.ops.attention_params import Flags, Inputs
-from rankkernels.ops.din_attention import _has_kernel
-from rankkernels.testing import TEST_CASES, TOLERANCE, OpCase
-
-ROOT = Path(__file__).parents[2]
-#: Seconds a part may take; what is left then is reported as not done.
-BUDGET = {"correctness": 160, "models": 40, "capture": 40, "sanitizer": 60, "timings": 150}
-HARD_LIMIT = sum(BUDGET.values()) + 25  # a check that is under way when its part's time is over goes on
-#: A model's layers round one after the other: its results and gradients may be off by so many times TOLERANCE, or by
-#: twice what they are off by on the CPU in the same dtype.
-MODEL_ROUNDINGS = 8
+from bench.gpu import check_report
+from bench.gpu.build import ROOT, Build, cuda_home
+from bench.gpu.part import Log
+from bench.gpu.timing import GPUClock, HostClock, ceilings
+from rankkernels import _version
 
 
-@dataclass
-class Finding:
-    """What one check says: ``ok`` is None where it could not be done."""
+class Part(NamedTuple):
+    """``seconds``: after these a part begins nothing, and ``GRACE`` later its process is ended."""
 
-    part: str
-    what: str
-    ok: bool | None
-    detail: str = ""
-
-
-Check = tuple[str, Callable[[], tuple[bool | None, str]]]
+    seconds: int
+    built: bool = True  # with the CUDA C++ kernels; others run while these are built
+    alone: bool = True  # nothing else uses the GPU
+    processes: int = 1  # that share its checks
 
 
-# Correctness.
-
-
-def tolerance(case: OpCase, dtype: torch.dtype, expected: Sequence[Tensor], grad_out: Tensor) -> float:
-    """TOLERANCE; for attention out of a library's products, which are rounded to 16 bits behind each layer, twice what
-    the same is off by on the CPU."""
-    if case.op != "din_attention" or dtype not in (torch.float16, torch.bfloat16):
-        return TOLERANCE[dtype]
-    inputs = on(torch.device("cpu"), case.inputs(dtype))
-    if _has_kernel(*parsed(case.arguments(*inputs), Inputs, Flags)):
-        return TOLERANCE[dtype]
-    composed = step(lambda *t: attend(*parsed(case.arguments(*t), Inputs, Flags))[0], inputs, grad_out)
-    return max(TOLERANCE[dtype], 2 * worst_error(composed, expected))
-
-
-def check_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Forward and backward on the device against the reference in float64 on the CPU; twice, with the same bits."""
-    inputs = case.inputs(dtype)
-    exact = on(torch.device("cpu"), [t.double() if t.is_floating_point() else t for t in inputs])
-    shape = case.reference(*exact).shape
-    grad_out = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
-    expected = step(case.reference, exact, grad_out.double())
-    actual, again = (step(case.function, on(device, inputs), grad_out.to(device)) for _ in range(2))
-    error = worst_error(actual, expected)
-    same, allowed = same_bits(actual, again), tolerance(case, dtype, expected, grad_out)
-    detail = f"error {error:.1e} of {allowed:.0e}" + ("" if same else ", other bits the second time")
-    return error <= allowed and same, detail
-
-
-def check_model(make: Callable, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """Probabilities and gradients of a training step on the device, in 16 bits under autocast, against the same model
-    in float64 on the CPU."""
-    torch.manual_seed(0)
-    model, x, y = make(B=64, rows=200).ours()
-
-    def trained(device: str | torch.device, dtype: torch.dtype) -> list[Tensor]:
-        ours = copy.deepcopy(model).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
-        batch = {k: v.to(device) for k, v in x.items()}
-        sixteen = dtype in (torch.float16, torch.bfloat16)
-        with torch.autocast(torch.device(device).type, dtype if sixteen else torch.bfloat16, enabled=sixteen):
-            p = ours(batch)
-        loss = F.binary_cross_entropy(p.double(), y.to(device).double())
-        return [p.detach(), *torch.autograd.grad(loss, list(ours.parameters()))]
-
-    expected = trained("cpu", torch.float64)
-    error, on_cpu = (worst_error(trained(place, dtype), expected) for place in (device, "cpu"))
-    allowed = max(MODEL_ROUNDINGS * TOLERANCE[dtype], 2 * on_cpu)
-    return error <= allowed, f"error {error:.1e} of {allowed:.0e}"
-
-
-def in_graph(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
-    """A CUDA graph's replay of ``run``, and the results that it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    return graph.replay, captured
-
-
-def check_replay(
-    run: Callable[[], list[Tensor]], static: Sequence[Tensor], other: Sequence[Tensor]
-) -> tuple[bool, str]:
-    """``run`` on ``static`` in a CUDA graph, replayed on the values of ``other``, against the same without a graph."""
-    replay, captured = in_graph(run)
-    with torch.no_grad():
-        for t, o in zip(static, other, strict=True):
-            t.copy_(o)
-    replay()
-    same = same_bits(captured, run())
-    return same, "" if same else "a replay differs from a run"
-
-
-def capture_case(case: OpCase, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
-    """A forward and a backward."""
-    static, other = (on(device, case.inputs(dtype, seed=seed)) for seed in (0, 1))
-    grad_out = torch.ones_like(case.function(*static))
-    return check_replay(lambda: step(case.function, static, grad_out), static, other)
-
-
-def capture_model(make: Callable, device: torch.device) -> tuple[bool, str]:
-    """Training steps in a graph, optimizers included, against the same steps of a copy: losses and all parameters. The
-    tables' steps are fused, and their learning rate changes between replays."""
-    torch.manual_seed(0)
-    workload = make(B=64, rows=200)
-    (model, *batch), other = workload.ours(), workload.batch(seed=2)
-    twin = copy.deepcopy(model)
-    (x, y), (other_x, other_y) = (on_device(device, *b) for b in (batch, other))
-    static, capturable, steps = [*x.values(), y], device.type == "cuda", []
-    trained, expected = (training_step(m.to(device), capturable) for m in (model, twin))
-    replay, captured = in_graph(lambda: steps.append(0) or trained.step(x, y))
-    for _ in range(len(steps) - capturable):  # the run that is captured is none
-        wanted = expected.step(x, y)
-    with torch.no_grad():
-        for t, o in zip(static, [*other_x.values(), other_y], strict=True):
-            t.copy_(o)
-    for rate in (0.5, 0.25):
-        for tables in (trained.tables, expected.tables):
-            set_rate(tables, rate * 1e-2)
-        replay()
-        wanted = expected.step(other_x, other_y)
-    same = same_bits([*captured, *model.parameters()], [*wanted, *twin.parameters()])
-    return same, "" if same else "a replay differs from a run"
-
-
-class Training(NamedTuple):
-    step: Callable[[dict, Tensor], list[Tensor]]
-    tables: optim.RowOptimizer
-
-
-def training_step(model: torch.nn.Module, capturable: bool) -> Training:
-    """A whole step: its tables' is fused, the other parameters' is torch's Adam."""
-    tables = optim.Adam(model.embedding.parameters(), lr=1e-2, capturable=capturable)
-    optim.fuse(model, tables)
-    embedded = set(model.embedding.parameters())
-    others = torch.optim.Adam([p for p in model.parameters() if p not in embedded], lr=1e-3, capturable=capturable)
-
-    def step(x: dict[str, Tensor], y: Tensor) -> list[Tensor]:
-        others.zero_grad()
-        loss = F.binary_cross_entropy(model(x), y)
-        loss.backward()
-        others.step()
-        return [loss.detach()]
-
-    return Training(step, tables)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """As torch's schedulers do."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
-
-
-def on_device(device: torch.device, x: dict[str, Tensor], y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    return {name: t.to(device) for name, t in x.items()}, y.to(device)
-
-
-def has_kernels(op: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"rankkernels::{op}", "CUDA")
-
-
-def correctness(device: torch.device) -> Iterator[Check]:
-    """All cases in float32 first: should time run out, every op has had its turn."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        for case in TEST_CASES:
-            if dtype in case.dtypes:
-                yield f"{case.id} {name_of(dtype)}", lambda case=case, dtype=dtype: check_case(case, dtype, device)
-
-
-#: Each with the embedding op that it calls.
-MODELS = {"DeepFM": (report.deepfm, "embedding_fm"), "DIN": (report.din, "embedding_bag")}
-
-
-def models(device: torch.device) -> Iterator[Check]:
-    for name, (make, _) in MODELS.items():
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
-
-
-def capture(device: torch.device) -> Iterator[Check]:
-    """Every op's first test case that is not empty, in the dtypes of training, and training steps of the models."""
-    no_kernel = None, "no kernel in this build: the reference is not made for capture"
-    for op in sorted({case.op for case in TEST_CASES}):
-        case = next(c for c in TEST_CASES if c.op == op and c.elements)
-        for dtype in (torch.float32, torch.bfloat16):
-
-            def captured(case=case, dtype=dtype):
-                return capture_case(case, dtype, device) if has_kernels(case.op) else no_kernel
-
-            yield f"{case.id} {name_of(dtype)}", captured
-    for name, (make, op) in MODELS.items():
-
-        def captured_step(make=make, op=op):
-            return capture_model(make, device) if has_kernels(op) else no_kernel
-
-        yield f"{name} training step", captured_step
-
-
-def sanitizer(device: torch.device) -> Iterator[Check]:
-    """compute-sanitizer on a run of this file's correctness part, a case an op."""
-    yield "compute-sanitizer memcheck", lambda: sanitize(shutil.which("compute-sanitizer"), BUDGET["sanitizer"])
-
-
-def sanitize(program: str | None, seconds: float) -> tuple[bool | None, str]:
-    if program is None:
-        return None, "compute-sanitizer is not on PATH"
-    command = [
-        program,
-        "--error-exitcode=9",
-        sys.executable,
-        "-m",
-        __spec__.name,
-        "--part=correctness",
-        "--first-cases",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=0.9 * seconds, cwd=ROOT)
-    except subprocess.TimeoutExpired:
-        return None, f"not done in {0.9 * seconds:.0f} s"
-    return done.returncode == 0, "" if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
-
-
-PARTS = {"correctness": correctness, "models": models, "capture": capture, "sanitizer": sanitizer}
-
-
-def run_checks(part: str, checks: Iterator[Check], seconds: float, now=time.monotonic) -> Iterator[Finding]:
-    """The findings of a part; after ``seconds`` the checks that are left are said to be left."""
-    end = now() + seconds
-    for what, check in checks:
-        if now() >= end:
-            yield Finding(part, what, None, f"not done: the part's {seconds:.0f} s are over")
-            continue
-        try:
-            yield Finding(part, what, *check())
-        except Exception as error:  # whatever it is, the check failed, and the others are still of interest
-            yield Finding(part, what, False, f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-# The whole.
+#: Checks compile many small Triton kernels, one after the other in a process.
+SHARDS = max(1, min(4, (os.cpu_count() or 1) // 3))
+PARTS = {
+    "attention": Part(45, built=False),
+    "interactions": Part(20, built=False),
+    "embeddings-triton": Part(30, built=False),
+    "embeddings": Part(45),
+    "steps": Part(45),
+    "correctness": Part(55, alone=False, processes=SHARDS),
+    "models": Part(55, alone=False),
+    "capture": Part(55, alone=False),
+    "sanitizer": Part(25),
+    "others": Part(30),
+    "compile": Part(60),
+}
+GRACE = 8
+#: The program that a part runs in.
+PART = (sys.executable, "-m", "bench.gpu.part")
+#: From the start: how long is waited for the build, and when the run ends, whatever is under way.
+BUILD_LIMIT, LIMIT = 160, 405
+REHEARSED = {name: part._replace(seconds=5, processes=min(part.processes, 2)) for name, part in PARTS.items()}
 
 
 def describe(device: torch.device) -> dict:
-    """The device, plainly."""
-    p = torch.cuda.get_device_properties(device)
-    hip = torch.version.hip
-    return {
+    """The device and what runs on it, plainly."""
+    found = {"torch": torch.__version__, "rankkernels": _version.__version__, "memory_gib": 0, "multiprocessors": 0}
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        found["triton"] = "is not installed"
+    if device.type == "cpu":
+        return found | {"name": "A rehearsal on the CPU", "target": "its numbers are of no GPU"}
+    p, hip = torch.cuda.get_device_properties(device), torch.version.hip
+    return found | {
         "name": p.name,
-        "kind": f"AMD, ROCm {hip}, {getattr(p, 'gcnArchName', '')}" if hip else
-                f"NVIDIA, CUDA {torch.version.cuda}, sm_{p.major}{p.minor}",
+        "target": f"ROCm {hip}, {p.gcnArchName}" if hip else f"CUDA {torch.version.cuda}, sm_{p.major}{p.minor}",
         "memory_gib": round(p.total_memory / 2**30, 1),
         "multiprocessors": p.multi_processor_count,
-        "torch": torch.__version__,
-        "rankkernels": _version.__version__,
-        "kernels": {op: has_kernels(op) for op in sorted({case.op for case in TEST_CASES})},
-    }  # fmt: skip
+    }
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write gpu_check.json and gpu_check.md here")
-    parser.add_argument("--part", choices=BUDGET, action="append", help="only this part; may be repeated")
-    parser.add_argument("--first-cases", action="store_true", help="of correctness, one case an op, float32")
+class Process:
+    """A part's process, with all that it starts."""
+
+    def __init__(self, name: str, seconds: float, out: Path, library: Path | None, options: Sequence[str]):
+        self.name, self.errors = name, out / f"{name}{'-'.join(options)}.stderr"
+        command = [*PART, name, f"--log={out / 'gpu_check.jsonl'}"]
+        # The folder that a module is run in comes first: a package built there is found before the sources'.
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [*command, f"--seconds={seconds:.1f}", *options],
+                cwd=library or ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    def finish(self, seconds: float) -> str:
+        """What went wrong with the process itself, or nothing; what its checks found wrong is in the log."""
+        try:
+            status = self.process.wait(max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "ended, because its time was over"
+        if status:
+            said = self.errors.read_text(errors="replace").splitlines()
+            return f"exit status {status}: {said[-1] if said else ''}"
+        self.errors.unlink()
+        return ""
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def stages(parts: dict[str, Part]) -> Iterator[list[str]]:
+    """Parts one after the other, but those together that need not be alone."""
+    for alone, group in groupby(parts, lambda name: parts[name].alone):
+        names = list(group)
+        yield from ([name] for name in names) if alone else [names]
+
+
+class Check:
+    """A run of the parts. ``end`` is when it is over, whatever is under way."""
+
+    def __init__(self, out: Path, rehearse: bool, limit: float):
+        self.out, self.rehearse, self.start = out, rehearse, time.monotonic()
+        self.end = self.start + limit
+        self.processes: list[Process] = []
+        self.build: Build | None = None
+        self.library: Path | None = None
+
+    def log(self, part: str, kind: str, **record: object) -> None:
+        line = check_report.line(Log(self.out / "gpu_check.jsonl", part).write(kind, **record))
+        if line:
+            print(line, flush=True)
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def begin_build(self, clock: GPUClock | HostClock) -> None:
+        if clock.device.type == "cpu" or torch.version.hip:
+            return
+        if (home := cuda_home()) is None:
+            self.log("build", "part", error="no nvcc: CUDA_HOME is not set and nvcc is not on PATH", seconds=0)
+            return
+        self.build = Build(ROOT / "build/gpu", torch.cuda.get_device_capability(clock.device), home)
+
+    def finish_build(self) -> None:
+        """Waits for the build; without it parts run on the library of the checkout, if there is one."""
+        if self.build is None:
+            return
+        build, self.build = self.build, None
+        waiting = build.start + BUILD_LIMIT - time.monotonic()
+        error = build.wait(min(waiting, self.left()))
+        build.kill()
+        self.library = None if error else build.library
+        self.log("build", "part", error=error, seconds=time.monotonic() - build.start)
+
+    def run(self, parts: dict[str, Part]) -> None:
+        for names in stages(parts):
+            if any(parts[name].built for name in names):
+                self.finish_build()
+            start = time.monotonic()
+            seconds = min(parts[names[0]].seconds, self.left() - GRACE)
+            if seconds <= 0:
+                for name in names:
+                    self.log(name, "part", error="not begun: the run's time is over", seconds=0)
+                continue
+            begun = [self.begin(name, seconds, shard, parts[name].processes)
+                     for name in names for shard in range(parts[name].processes)]  # fmt: skip
+            for process in begun:
+                error = process.finish(start + seconds + GRACE - time.monotonic())
+                self.log(process.name, "part", error=error, seconds=time.monotonic() - start)
+
+    def begin(self, name: str, seconds: float, shard: int, shards: int) -> Process:
+        options = ["--shard", str(shard), str(shards)] if shards > 1 else []
+        options += ["--rehearse", "--few"] if self.rehearse else []
+        self.processes.append(Process(name, seconds, self.out, self.library, options))
+        return self.processes[-1]
+
+    def close(self) -> None:
+        for process in filter(None, [*self.processes, self.build]):
+            process.kill()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.check", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="for the records and the page")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
+    parser.add_argument("--rehearse", action="store_true", help="the whole flow on the CPU, with small shapes")
     return parser.parse_args(argv)
-
-
-def first_of_each_op(checks: Iterator[Check]) -> Iterator[Check]:
-    seen = set()
-    for what, check in checks:
-        op = what.split("-")[0]
-        if what.endswith("float32") and op not in seen:
-            seen.add(op)
-            yield what, check
-
-
-class OutOfTime(BaseException):
-    """Not an Exception: a check that fails does not stop the others, this does."""
-
-
-def out_of_time(*_) -> None:
-    raise OutOfTime
-
-
-def run(record: dict, device: torch.device, parts: Sequence[str], first_cases: bool) -> None:
-    for part in (p for p in PARTS if p in parts):
-        checks = PARTS[part](device)
-        for finding in run_checks(part, first_of_each_op(checks) if first_cases else checks, BUDGET[part]):
-            record["findings"].append(vars(finding))
-            if finding.ok is False:
-                print(f"{part}: {finding.what}: {check_report.verdict(False)}: {finding.detail}", flush=True)
-    if "timings" in parts:
-        clock = EventClock()
-        record["ceilings"] = ceilings(device, clock)
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 << 20)
-        free, _ = torch.cuda.mem_get_info(device)
-        for entry in timings(device, clock, cache, free, BUDGET["timings"]):
-            record["timings"].append(entry)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    if not torch.cuda.is_available():
+    if not (arguments.rehearse or torch.cuda.is_available()):
         print("gpu_check: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    warnings.simplefilter("ignore", ReferenceWarning)  # the report lists them
-    device, start = torch.device("cuda"), time.monotonic()
-    record: dict = {"device": describe(device), "findings": [], "ceilings": {}, "timings": []}
-    print(check_report.device_line(record["device"]), flush=True)
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(HARD_LIMIT)
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "gpu_check.jsonl"
+    log.unlink(missing_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended, too
+    check = Check(out, arguments.rehearse, LIMIT)
+    parts = {n: p for n, p in (REHEARSED if arguments.rehearse else PARTS).items() if n in (arguments.part or PARTS)}
     try:
-        run(record, device, arguments.part or list(BUDGET), arguments.first_cases)
-    except OutOfTime:
-        record["findings"].append(vars(Finding("all", "the time", False, f"stopped after {HARD_LIMIT} s")))
-    signal.alarm(0)
-    record["reference"] = [f"{op}: {why}" for (op, kind), why in _library.reference_notices.items() if kind == "cuda"]
-    record["seconds"] = round(time.monotonic() - start, 1)
-    page = check_report.markdown(record)
-    print(page)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "gpu_check.json").write_text(json.dumps(record, indent=1) + "\n")
-        (arguments.out / "gpu_check.md").write_text(page)
-    return 1 if check_report.failures(record) else 0
+        clock = HostClock() if arguments.rehearse else GPUClock()
+        check.log("all", "device", **describe(clock.device))
+        if any(part.built for part in parts.values()):
+            check.begin_build(clock)
+        check.log("all", "ceilings", **(ceilings(clock, 1 << 10, 8) if arguments.rehearse else ceilings(clock)))
+        check.run(parts)
+    finally:
+        check.close()
+        check.log("all", "end", seconds=round(time.monotonic() - check.start, 1))
+        page = check_report.markdown(check_report.read(log))
+        (out / "gpu_check.md").write_text(page)
+        print(page)
+    return 1 if check_report.failures(check_report.read(log)) else 0
 
 
 if __name__ == "__main__":

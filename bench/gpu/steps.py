@@ -24,7 +24,7 @@ def step(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Te
 
 def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The largest relative error of the result and of the gradients, small ones on the scale of the largest."""
-    actual = [t.cpu() for t in actual]
+    actual = [t.to(e.device) for t, e in zip(actual, expected, strict=True)]
     errors = [relative_error(actual[0], expected[0]), *relative_errors(actual[1:], expected[1:])]
     return float("inf") if any(e != e for e in errors) else max(errors)
 

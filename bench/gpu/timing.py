@@ -1,155 +1,182 @@
-"""Timings on a GPU: ours beside eager PyTorch, torch.compile, nn.EmbeddingBag and FBGEMM, in turns, results compared
+"""Races on a GPU: the device's time by replay of CUDA graphs, the host's by its own clock; in turns, results compared
 first, inputs not in the cache."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.cases import GPU_OPS
-from bench.gpu.steps import name_of, on, step, worst_error
-from bench.harness.peers import fbgemm_copy
+from bench.gpu.steps import name_of, worst_error
 from bench.harness.race import take_turns
-from rankkernels.testing import TOLERANCE, OpCase
+
+#: Fewest and most rounds of a race.
+ROUNDS = 5, 40
 
 
-class EventClock:
-    """Seconds on the device's own clock. It is kept busy while the host gets ahead, so that launches cost nothing."""
+class Turn(NamedTuple):
+    """What is timed: so many calls, with or without the host's part of them."""
+
+    run: Callable[[], object]
+    calls: int
+    graph: bool
+
+
+class GPUClock:
+    """Seconds on the device's own clock, and what the device holds. From its making on, the process works on one stream
+    of its own, on which graphs are captured, too: autograd would remember another one's."""
 
     def __init__(self):
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.cache_bytes = getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", 64 << 20)
+        self.memory_bytes, _ = torch.cuda.mem_get_info(self.device)
+        self.stream = torch.cuda.Stream()
+        torch.cuda.set_stream(self.stream)
 
-    def seconds(self, function: Callable[[], object]) -> float:
-        torch.cuda._sleep(500_000)
-        self.begin.record()
-        function()
-        self.end.record()
-        self.end.synchronize()
-        return self.begin.elapsed_time(self.end) / 1e3
-
-
-def rotations(case_bytes: int, cache_bytes: int, memory_bytes: int) -> int:
-    """Sets of inputs that together leave nothing of one in the cache when its turn comes again."""
-    return max(1, min(-(-4 * cache_bytes // max(case_bytes, 1)), memory_bytes // (4 * max(case_bytes, 1)), 64))
-
-
-def race(
-    functions: dict[str, Callable], sets: Sequence[Sequence[Tensor]], clock, seconds: float, now=time.monotonic
-) -> dict[str, float]:
-    """Median seconds of each function, in rounds in which all take their turns, each on the next set of inputs."""
-    for function in functions.values():
-        for _ in range(2):
+    def turn(self, function: Callable, sets: Sequence[Sequence[Tensor]]) -> Turn:
+        """A graph of one call on each set of inputs; the calls themselves where one waits for the device."""
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             function(*sets[0])
-    inputs = itertools.cycle([*sets[1:], sets[0]])
-    turns = {name: lambda f=f: f(*next(inputs)) for name, f in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in functions}
+        except RuntimeError:
+            return Turn(lambda: [function(*s) for s in sets], len(sets), False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            for inputs in sets:
+                function(*inputs)
+        return Turn(graph.replay, len(sets), True)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        """From the start of its first kernel to the end of its last: the device is busy while the host gets ahead."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(500_000)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def host_seconds(self, run: Callable[[], object]) -> float:
+        """Until the host has launched everything."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class HostClock:
+    """The same on the CPU, where there is neither a launch nor a graph: its numbers are not those of a GPU."""
+
+    device: torch.device = torch.device("cpu")
+    cache_bytes: int = 1 << 10
+    memory_bytes: int = 1 << 30
+
+    def turn(self, function: Callable, sets: Sequence[Sequence[Tensor]]) -> Turn:
+        return Turn(lambda: [function(*s) for s in sets], len(sets), False)
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    host_seconds = seconds
+
+
+@dataclass
+class Contest:
+    """Who computes the same: functions of one set of inputs, which return tensors.
+
+    ``make(seed)`` makes a set on the device; one holds ``size`` bytes, and a call reads ``touched`` bytes of it.
+    ``moved`` and ``flops`` are what a call must move and compute. ``compiled()`` is eager under torch.compile. Those in
+    ``alike`` return the same up to ``tolerance``, at the first call: steps of an optimizer part later.
+    """
+
+    functions: dict[str, Callable[..., Sequence[Tensor]]]
+    make: Callable[[int], Sequence[Tensor]]
+    size: int
+    touched: int
+    moved: int
+    flops: int
+    compiled: Callable[[], Callable] | None = None
+    alike: Sequence[str] = ("ours", "eager", "compile")
+    tolerance: float = 2e-5
+
+
+def rotations(touched: int, size: int, cache_bytes: int, memory_bytes: int) -> int:
+    """Sets of inputs that together leave nothing of one in the cache when its turn comes again, in a quarter of the
+    memory."""
+    return max(1, min(-(-4 * cache_bytes // max(touched, 1)), memory_bytes // (4 * max(size, 1)), 64))
+
+
+def disagreement(contest: Contest, inputs: Sequence[Tensor]) -> str:
+    """How far ours is off from the others that compute the same, if it is."""
+    results = {name: function(*inputs) for name, function in contest.functions.items() if name in contest.alike}
+    ours = results.pop("ours")
+    for name, other in results.items():
+        error = worst_error(ours, other)
+        if not error <= contest.tolerance:
+            return f"{error:.1e} from {name}, tolerance {contest.tolerance:.0e}"
+    return ""
+
+
+def race(contest: Contest, clock, seconds: float, now=time.monotonic) -> dict:
+    """Median seconds a call of each contender, on the device and of the host, in rounds in which all take their turns.
+
+    A contender that raises is reported and out; where ours does, or is wrong, there is no race.
+    """
     end = now() + seconds
-    while len(times["ours"]) < 5 or (now() < end and len(times["ours"]) < 50):
-        take_turns(turns, times, clock)
-    return {name: statistics.median(values) for name, values in times.items()}
+    first = contest.make(0)
+    if wrong := disagreement(contest, first):
+        return {"error": wrong}
+    count = rotations(contest.touched, contest.size, clock.cache_bytes, clock.memory_bytes)
+    sets = [first, *(contest.make(seed) for seed in range(1, count))]
+    turns: dict[str, Turn] = {}
+    host: dict[str, float] = {}
+    raised: dict[str, str] = {}
+    for name, function in contest.functions.items():
+        try:
+            for inputs in (sets * 2)[:3]:
+                function(*inputs)
+            host[name] = statistics.median(clock.host_seconds(lambda: function(*first)) for _ in range(7))
+            turns[name] = clock.turn(function, sets)
+        except Exception as error:
+            if name == "ours":
+                raise
+            raised[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    runs = {name: turn.run for name, turn in turns.items()}
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    fewest, most = ROUNDS
+    while len(times["ours"]) < fewest or (now() < end and len(times["ours"]) < most):
+        take_turns(runs, times, clock)
+    return {
+        "seconds": {name: statistics.median(values) / turns[name].calls for name, values in times.items()},
+        "host": host,
+        "no graph": [name for name, turn in turns.items() if not turn.graph],
+        "raised": raised,
+        "sets": len(sets),
+    }
 
 
-def ceilings(device: torch.device, clock, copied: int = 1 << 30, n: int = 8192) -> dict[str, float]:
+def ceilings(clock, copied: int = 1 << 30, n: int = 8192) -> dict[str, float]:
     """Bytes a second of a copy, reads and writes counted, and flops a second of a matrix product in each dtype."""
 
     def best(function: Callable, *tensors: Tensor) -> float:
         return min(clock.seconds(lambda: function(*tensors)) for _ in range(8))
 
-    x, y = (torch.zeros(copied, dtype=torch.uint8, device=device) for _ in range(2))
+    x, y = (torch.zeros(copied, dtype=torch.uint8, device=clock.device) for _ in range(2))
     found = {"copy": 2 * copied / best(torch.Tensor.copy_, y, x)}
     torch.backends.cuda.matmul.allow_tf32 = True
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=clock.device).to(dtype) for _ in range(2))
         found[name_of(dtype)] = 2 * n**3 / best(torch.matmul, a, b)
     torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default, in which eager is timed
     return found
-
-
-def embedding_peers(case: OpCase, device: torch.device) -> dict[str, Callable]:
-    """nn.EmbeddingBag's function, a table a call, and FBGEMM's operator, of a bag case without weights or offsets."""
-    inputs = case.inputs()
-    n = len(inputs) // 2
-    peers: dict[str, Callable] = {
-        "EmbeddingBag": lambda *t: torch.cat([F.embedding_bag(i, w, mode="sum") for w, i in zip(t[:n], t[n:])], 1)
-    }
-    try:
-        weights, (B, L) = inputs[:n], inputs[n].shape
-        module = fbgemm_copy(weights, str(device))
-        offsets = torch.arange(0, n * B * L + 1, L, device=device)
-
-        def fbgemm(*t):
-            return module(torch.stack(t[n:]).flatten(), offsets)
-
-        fbgemm(*(t.detach().to(device) for t in inputs))
-    except Exception:  # not installed, or not for this device: its CPU build is another package of the same module
-        return peers
-    return peers | {"FBGEMM": fbgemm}
-
-
-def trained(function: Callable) -> Callable:
-    """A forward and a backward with a gradient of ones."""
-
-    def both(*inputs):
-        out = function(*inputs)
-        return step(lambda *_: out, inputs, torch.ones_like(out))
-
-    return both
-
-
-TIMED = [(c, d) for op in GPU_OPS for c in op.cases for d in c.dtypes if d != torch.float64]
-
-
-def timings(
-    device: torch.device, clock, cache: int, memory: int, seconds: float, timed=TIMED, now=time.monotonic
-) -> Iterator[dict]:
-    """A record for each case, dtype and pass, ours checked first. ``cache`` and ``memory``: the device's, in bytes."""
-    end = now() + seconds
-    for i, (case, dtype) in enumerate(timed):
-        record = {"case": case.id, "dtype": name_of(dtype)}
-        if now() >= end:
-            yield record | {"error": f"not measured: the part's {seconds:.0f} s are over"}
-            continue
-        share = (end - now()) / (len(timed) - i)
-        try:
-            yield from (record | entry for entry in time_case(case, dtype, device, clock, cache, memory, share, now))
-        except Exception as error:  # one case too large for the memory, say, must not lose the others
-            yield record | {"error": f"{type(error).__name__}: {error}".splitlines()[0], "wrong": True}
-
-
-def time_case(case, dtype, device, clock, cache: int, memory: int, seconds: float, now) -> Iterator[dict]:
-    end = now() + seconds
-    inputs = on(device, case.inputs(dtype))
-    embedding = case.op.startswith("embedding")  # its rows are scattered over tables larger than a cache
-    moved = sum(t.numel() * t.element_size() for t in inputs)
-    sets = [inputs, *(on(device, inputs) for _ in range(0 if embedding else rotations(moved, cache, memory) - 1))]
-    functions = {"ours": case.function, "eager": case.reference}
-    actual, expected = (step(f, inputs, torch.ones_like(f(*inputs))) for f in functions.values())
-    error = worst_error(actual, [e.cpu() for e in expected])
-    if not error <= 2 * TOLERANCE[dtype]:
-        yield {"error": f"{error:.1e} from eager, tolerance {2 * TOLERANCE[dtype]:.0e}", "wrong": True}
-        return
-    del actual, expected
-    torch._dynamo.reset()
-    functions["compile"] = torch.compile(case.reference)
-    if case.op == "embedding_bag" and "weighted" not in case.id:
-        functions |= embedding_peers(case, device)
-    for kind, flops in (("forward", case.flops), ("forward + backward", case.flops + case.backward_flops)):
-        if kind == "forward":
-            raced = functions
-        else:  # FBGEMM steps an optimizer in its backward
-            raced = {name: trained(f) for name, f in functions.items() if name != "FBGEMM"}
-        with torch.set_grad_enabled(kind != "forward"):
-            medians = race(raced, sets, clock, (end - now()) / 2, now)
-        passes = 1 if kind == "forward" else 3  # the backward reads the inputs again, and writes as much
-        yield {
-            "kind": kind,
-            "seconds": medians,
-            "bytes_per_second": passes * case.elements * dtype.itemsize / medians["ours"],
-            "flops_per_second": flops / medians["ours"],
-        }

@@ -1,268 +1,283 @@
-"""bench/gpu/check.py as far as it goes without a GPU: its checks on the CPU, its timing with a clock that is told the
-time, its report from a record."""
+"""The flow of ``python -m bench.gpu.check`` without a GPU: rehearsed on the CPU where nothing else is installed, with
+parts that fail, hang and are killed, and with builds that are none."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import stat
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import check, check_report, report, timing
-from rankkernels.ops._table import OPS
-from rankkernels.testing import TEST_CASES, din_attention_case, embedding_bag_case, embedding_fm_case
-from rankkernels.testing import fm_interaction_case as fm_case
+from bench.gpu import build, check, check_report, part
 
-CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning")
+BLOCKED = ("torch_rechub", "pytest", "fbgemm_gpu", "torchrec", "sklearn", "pandas", "matplotlib")
 
 
-class Clock:
-    """Says that each call took the next of ``seconds``."""
+@pytest.fixture
+def bare(tmp_path):
+    """The environment of a python in which little more than torch can be imported and nothing is compiled."""
+    code = f"""\
+        import sys
 
-    def __init__(self, *seconds: float):
-        self.seconds_said, self.calls = seconds, 0
+        class Block:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {BLOCKED}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
-    def seconds(self, function) -> float:
-        function()
-        self.calls += 1
-        return self.seconds_said[(self.calls - 1) % len(self.seconds_said)]
+        sys.meta_path.insert(0, Block())
+    """
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(textwrap.dedent(code))
+    return {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TORCHDYNAMO_DISABLE": "1"}
 
 
-class Time:
-    """A monotonic clock that goes on by one second at each look."""
+def command(*arguments: str | Path) -> list:
+    return [sys.executable, "-m", "bench.gpu.check", *arguments]
 
-    def __init__(self):
-        self.at = 0.0
 
-    def __call__(self) -> float:
-        self.at += 1
-        return self.at
+def run(environment: dict, *arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=check.ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.check", "--out", "never"], cwd=check.ROOT, capture_output=True, text=True
-    )
+def test_without_a_gpu_it_says_so_in_one_line(bare):
+    done = run(bare, "--out", "never")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["gpu_check: no GPU: torch.cuda.is_available() is False"]
 
 
 def test_arguments(capsys):
-    arguments = check.parse(["--out", "here", "--part", "capture", "--part", "timings"])
-    assert arguments.out == Path("here") and arguments.part == ["capture", "timings"] and not arguments.first_cases
+    arguments = check.parse(["--out", "here", "--part", "capture", "--part", "steps"])
+    assert arguments.out == Path("here") and arguments.part == ["capture", "steps"] and not arguments.rehearse
     with pytest.raises(SystemExit):
         check.parse(["--part", "nothing"])
     assert "invalid choice" in capsys.readouterr().err
+    assert set(check.PARTS) == set(part.PARTS)
 
 
-def test_the_budgets_are_less_than_eight_minutes():
-    assert check.HARD_LIMIT < 8 * 60
-    assert set(check.BUDGET) == {*check.PARTS, "timings"}
+def test_the_whole_is_less_than_seven_minutes():
+    stages = list(check.stages(check.PARTS))
+    assert sum(check.PARTS[names[0]].seconds for names in stages) <= check.LIMIT < 7 * 60 - 10
+    assert [names for names in stages if len(names) > 1] == [["correctness", "models", "capture"]]
+    unbuilt = [name for name, p in check.PARTS.items() if not p.built]
+    assert unbuilt == list(check.PARTS)[:3] and list(check.PARTS)[-1] == "compile"
 
 
-def test_the_plan_has_every_op_case_and_dtype():
-    plan = [what for what, _ in check.correctness(CPU)]
-    assert len(plan) == len(set(plan)) == sum(len(case.dtypes) for case in TEST_CASES)
-    ops = sorted({case.op for case in TEST_CASES})
-    captured = [what for what, _ in check.capture(CPU)]
-    assert sorted({what.split("-")[0] for what in captured if "-" in what}) == ops
-    assert [what for what in captured if "-" not in what] == ["DeepFM training step", "DIN training step"]
-    first = [what for what, _ in check.first_of_each_op(check.correctness(CPU))]
-    assert sorted(what.split("-")[0] for what in first) == ops
-    assert {case.op for case, _ in timing.TIMED} == {op for op in ops if OPS[op].cuda}
+@pytest.mark.parametrize("parts", [["embeddings", "capture"], pytest.param([], marks=pytest.mark.slow, id="all")])
+def test_rehearsal_where_nothing_is_installed(bare, tmp_path, parts):
+    done = run(bare, "--rehearse", "--out", tmp_path / "out", *(f"--part={name}" for name in parts))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = check_report.read(tmp_path / "out/gpu_check.jsonl")
+    ran = {r["part"] for r in records if r["kind"] == "part"}
+    assert ran == set(parts or check.PARTS) and not any(r.get("error") for r in records)
+    measured = {(r["case"], r["pass"], r["dtype"]) for r in records if r["part"] == "embeddings" and "seconds" in r}
+    assert measured == {(t.name, t.kind, "float32") for t in part.timed.EMBEDDINGS}
+    page = (tmp_path / "out/gpu_check.md").read_text()
+    assert page in done.stdout and "Nothing is wrong." in page and " s in all." in page
+    row = next(
+        line for line in page.splitlines() if line.startswith("| embeddings | 26 tables x 100k x 16, B65536 | for")
+    )
+    assert "(83–120)" in row and "(240)" in row
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["gpu_check.jsonl", "gpu_check.md"]
 
 
-@pytest.mark.parametrize("op", sorted({case.op for case in TEST_CASES}))
-def test_correctness_on_the_cpu(op):
-    checks = [c for c in check.correctness(CPU) if c[0].startswith(f"{op}-")]
-    findings = list(check.run_checks("correctness", iter(checks), 1e9))
-    assert [f.what for f in findings if not f.ok] == []
+def test_a_killed_run_leaves_what_it_had(bare, tmp_path):
+    log = tmp_path / "gpu_check.jsonl"
+    started = subprocess.Popen(
+        command("--rehearse", "--out", tmp_path, "--part=embeddings"), cwd=check.ROOT, env=bare, start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not (log.exists() and '"timing"' in log.read_text()) and started.poll() is None:
+        time.sleep(0.02)
+    started.kill()
+    started.wait()
+    with log.open("a") as file:
+        file.write('{"kind": "timing", "part": "st')  # a line that was being written
+    page = check_report.markdown(check_report.read(log))
+    assert "The run was not finished." in page and "| embeddings | 26 tables x 100k x 16, B65536 | forward |" in page
 
 
-@pytest.mark.parametrize("make", [report.deepfm, report.din])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_models_on_the_cpu(make, dtype):
-    ok, detail = check.check_model(make, dtype, CPU)
-    print(detail)
-    assert ok, detail
+#: In the place of a part: what its name says.
+FAKE = """
+import json, sys, time
+name, log = sys.argv[1], sys.argv[2].removeprefix("--log=")
+with open(log, "a") as file:
+    record = {"kind": "finding", "part": name, "what": "x", "ok": True, "detail": " ".join(sys.argv[4:])}
+    file.write(json.dumps(record) + "\\n")
+if name == "steps":
+    raise RuntimeError("an illegal memory access was encountered")
+if name == "embeddings":
+    time.sleep(60)
+"""
 
 
-@pytest.mark.parametrize("replays", [True, False], ids=["a graph", "a graph that does nothing"])
-def test_capture_on_the_cpu(monkeypatch, replays):
-    """With a graph that runs again, or does not, what it is of."""
-
-    def in_graph(run):
-        captured = run()
-        return lambda: [c.copy_(again) for c, again in zip(captured, run())] if replays else None, captured
-
-    monkeypatch.setattr(check, "in_graph", in_graph)
-    monkeypatch.setattr(check, "has_kernels", lambda op: True)
-    findings = list(check.run_checks("capture", check.capture(CPU), 1e9))
-    assert [f.what for f in findings if f.ok is not replays] == []
-    assert {f.detail for f in findings} == {"" if replays else "a replay differs from a run"}
+@pytest.fixture
+def checking(tmp_path, monkeypatch):
+    (tmp_path / "fake.py").write_text(FAKE)
+    monkeypatch.setattr(check, "PART", (sys.executable, str(tmp_path / "fake.py")))
+    monkeypatch.setattr(check, "GRACE", 0.5)
+    return check.Check(tmp_path, rehearse=False, limit=100)
 
 
-def test_wrong_results_and_errors_are_found():
-    case = fm_case(3, 4, 5)
-    scaled = dataclasses.replace(case, function=lambda x: case.function(x) * 1.01)
-    ok, detail = check.check_case(scaled, torch.float32, CPU)
-    assert not ok and "error 1.0e-02" in detail
-    nan = dataclasses.replace(case, function=lambda x: case.function(x) * float("nan"))
-    assert not check.check_case(nan, torch.float32, CPU)[0]
-    noisy = dataclasses.replace(case, function=lambda x: case.function(x) * (1 + 1e-6 * torch.rand(())))
-    ok, detail = check.check_case(noisy, torch.float32, CPU)
-    assert not ok and "other bits" in detail
-
-    def raises():
-        raise RuntimeError("an illegal memory access\nand more")
-
-    (finding,) = check.run_checks("capture", iter([("x", raises)]), 9)
-    assert finding == check.Finding("capture", "x", False, "RuntimeError: an illegal memory access")
+def outcome(folder: Path) -> dict[str, str]:
+    return {r["part"]: r["error"] for r in check_report.read(folder / "gpu_check.jsonl") if r["kind"] == "part"}
 
 
-def test_a_part_stops_when_its_time_is_over():
-    checks = iter([(str(i), lambda: (True, "")) for i in range(4)])
-    findings = list(check.run_checks("models", checks, 2.5, Time()))
-    assert [f.ok for f in findings] == [True, True, None, None]
-    assert findings[-1].detail == "not done: the part's 2 s are over"
+def test_a_part_that_fails_or_hangs_costs_no_other(checking, tmp_path):
+    parts = {name: check.Part(1) for name in ("steps", "embeddings", "others")}
+    checking.run(parts | {"capture": check.Part(1, alone=False, processes=2)})
+    assert outcome(tmp_path) == {
+        "steps": "exit status 1: RuntimeError: an illegal memory access was encountered",
+        "embeddings": "ended, because its time was over",
+        "others": "",
+        "capture": "",
+    }
+    records = check_report.read(tmp_path / "gpu_check.jsonl")
+    shards = sorted(r["detail"] for r in records if r["kind"] == "finding" and r["part"] == "capture")
+    assert shards == ["--shard 0 2", "--shard 1 2"]
+    assert [f.split(":")[0] for f in check_report.failures(records)] == ["steps", "embeddings"]
+    assert (tmp_path / "steps.stderr").exists() and not (tmp_path / "others.stderr").exists()
 
 
-@pytest.mark.parametrize(
-    "script, expected",
-    [("exit 0", (True, "")), ("echo Invalid __global__ read; exit 9", (False, "Invalid __global__ read\n")),
-     ("exec sleep 60", (None, "not done in 1 s"))],
-    ids=["clean", "dirty", "slow"],
-)  # fmt: skip
-def test_sanitizer(tmp_path, script, expected):
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
-    assert check.sanitize(str(program), 0.9) == expected
-    assert check.sanitize(None, 1) == (None, "compute-sanitizer is not on PATH")
+def test_nothing_begins_when_the_time_is_over(checking, tmp_path):
+    checking.end = time.monotonic() + 0.4
+    checking.run({"others": check.Part(5)})
+    assert outcome(tmp_path) == {"others": "not begun: the run's time is over"}
 
 
-def test_rotations_leave_the_cache_cold():
-    assert timing.rotations(10 << 20, 50 << 20, 80 << 30) == 20
-    assert timing.rotations(1 << 30, 50 << 20, 80 << 30) == 1
-    assert timing.rotations(1 << 30, 50 << 30, 8 << 30) == 2  # of the memory no more than a quarter
-    assert timing.rotations(0, 50 << 20, 80 << 30) == 64
+# The build.
 
 
-def test_race_takes_turns_and_medians():
-    seen = []
-    functions = {name: lambda x, name=name: seen.append((name, x)) for name in ("ours", "eager")}
-    medians = timing.race(functions, [(0,), (1,), (2,)], Clock(1.0, 10.0, 2.0, 20.0, 9.0, 90.0), 4.0, Time())
-    assert medians == {"ours": 2.0, "eager": 20.0}
-    timed = seen[4:]
-    assert [name for name, _ in timed[:4]] == ["ours", "eager"] * 2
-    assert {x for _, x in timed} == {0, 1, 2} and len(timed) == 16
+def fake_build(monkeypatch, tmp_path, code: str) -> build.Build:
+    monkeypatch.setattr(build, "COMMAND", (sys.executable, "-c", textwrap.dedent(code)))
+    return build.Build(tmp_path / "build", (9, 0), "/toolkit")
 
 
-def test_ceilings():
-    found = timing.ceilings(CPU, Clock(0.5), copied=1 << 10, n=8)
-    assert found == {"copy": 4096.0, "float32": 2048.0, "float16": 2048.0, "bfloat16": 2048.0}
+def test_the_build_is_for_one_architecture_in_a_folder_of_its_own(monkeypatch, tmp_path):
+    code = """
+        import json, os, sys
+        names = "RANKKERNELS_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"
+        print(json.dumps([os.getcwd(), sys.argv[1:], *(os.environ[name] for name in names)]))
+    """
+    built = fake_build(monkeypatch, tmp_path, code)
+    assert built.wait(60) == ""
+    place, arguments, *environment = json.loads(built.log.read_text())
+    assert place == str(check.ROOT) and environment[:3] == ["1", "/toolkit", "9.0"] and int(environment[3]) >= 1
+    folder = tmp_path / "build"
+    assert arguments == [f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}"]
+    assert built.library == folder / "lib"
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        fm_case(4, 3, 8),
-        din_attention_case(3, 4, 8, [4], "dice", False, False, False),
-        embedding_bag_case([9, 7], [4, 4], [0, 1], ["sum", "sum"], B=5, L=2),
-        embedding_fm_case([9, 7], 4, [0, 1], ["none", "none"], B=5),
-    ],
-    ids=lambda case: case.op,
-)
-def test_timings_on_the_cpu(monkeypatch, case):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    records = list(timing.timings(CPU, Clock(1e-3), 1 << 10, 1 << 20, 100, [(case, torch.float32)]))
-    assert [r["kind"] for r in records] == ["forward", "forward + backward"]
-    peers = {"EmbeddingBag"} if case.op == "embedding_bag" else set()
-    assert set(records[0]["seconds"]) - {"FBGEMM"} == {"ours", "eager", "compile"} | peers
-    assert records[0]["bytes_per_second"] == pytest.approx(4e3 * case.elements)
-    assert records[1]["flops_per_second"] == pytest.approx(1e3 * (case.flops + case.backward_flops))
+def test_a_build_that_fails_or_lasts_says_so(monkeypatch, tmp_path):
+    failed = fake_build(monkeypatch, tmp_path, "print('x.cu(3): error: no'); print('ninja stopped'); exit(1)")
+    assert failed.wait(60) == "x.cu(3): error: no"
+    slow = fake_build(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    assert slow.wait(0.1) == "not done in 0 s"
+    slow.kill()
+    assert slow.process.returncode == -signal.SIGKILL
 
 
-def test_nothing_wrong_is_timed():
-    case = fm_case(3, 4, 5)
-    wrong = dataclasses.replace(case, function=lambda x: case.function(x) + 1)
-    late = [(wrong, torch.float32), (case, torch.float32)]
-    clock = Clock(1.0)
-    records = list(timing.timings(CPU, clock, 1, 1 << 20, 1.5, late, Time()))
-    assert clock.calls == 0 and records[0]["wrong"] and "from eager" in records[0]["error"]
-    assert records[1]["error"] == "not measured: the part's 2 s are over" and "wrong" not in records[1]
-    assert len(check_report.failures({"findings": [], "timings": records})) == 1
+def test_parts_run_on_the_library_that_was_built_and_on_the_checkout_if_none_was(monkeypatch, checking, tmp_path):
+    with_library = {"others": check.Part(1), "attention": check.Part(1)}
+    begun = []
+    process = check.Process
 
+    def recorded(name, seconds, out, library, options):
+        begun.append((name, library))
+        return process(name, seconds, out, None, options)
+
+    monkeypatch.setattr(check, "Process", recorded)
+    for code, library in (("", tmp_path / "build/lib"), ("exit(3)", None)):
+        checking.build = fake_build(monkeypatch, tmp_path, code)
+        checking.library = None
+        checking.run(with_library)
+        assert begun == [("others", library), ("attention", library)]
+        assert bool(outcome(tmp_path)["build"]) == (library is None)
+        begun.clear()
+
+
+def test_a_module_is_imported_from_the_library_and_bench_from_the_checkout(tmp_path):
+    package = tmp_path / "lib/rankkernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('the built one')")
+    process = check.Process("others", 5, tmp_path, tmp_path / "lib", [])
+    assert process.finish(60) == "exit status 1: RuntimeError: the built one"
+
+
+def test_the_toolkit_is_found_behind_a_link_or_a_script(monkeypatch, tmp_path):
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    nvcc = toolkit / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#$ TOP={toolkit}/bin/..' >&2\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path/nvcc").write_text(f'#!/bin/sh\nexec {nvcc} "$@"\n')
+    (tmp_path / "path/nvcc").chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'path'}:{os.path.dirname(shutil.which('sh'))}")
+    assert build.cuda_home() == str(toolkit)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.cuda_home() is None
+    monkeypatch.setenv("CUDA_HOME", "/given")
+    assert build.cuda_home() == "/given"
+
+
+# The page.
 
 DEVICE = {
-    "name": "Card", "kind": "NVIDIA, CUDA 13.0, sm_90", "memory_gib": 80.0, "multiprocessors": 132, "torch": "2.13",
-    "rankkernels": "0.1",
+    "kind": "device", "part": "all", "name": "Card", "target": "CUDA 13.0, sm_90", "memory_gib": 80.0,
+    "multiprocessors": 132, "torch": "2.13", "triton": "3.7.1", "rankkernels": "0.1",
 }  # fmt: skip
 
 
-def test_report():
-    record = {
-        "device": DEVICE,
-        "findings": [
-            {"part": "correctness", "what": "a", "ok": True, "detail": ""},
-            {"part": "capture", "what": "b", "ok": None, "detail": "no kernel"},
-            {"part": "capture", "what": "c", "ok": None, "detail": "no kernel"},
-        ],
-        "ceilings": {"copy": 3e12, "float32": 4e14, "float16": 8e14, "bfloat16": 8e14},
-        "timings": [
-            {"case": "x", "dtype": "float32", "kind": "forward", "seconds": {"ours": 1e-5, "eager": 3e-5},
-             "bytes_per_second": 2.7e12, "flops_per_second": 4e13},
-            {"case": "y", "dtype": "float32", "error": "not measured: time"},
-        ],
-        "reference": ["embedding_bag: built without it"],
-        "seconds": 12.5,
+def timing(part: str, seconds: dict, host: dict, case: str = "FM B8192 F39 D16") -> dict:
+    return {
+        "kind": "timing", "part": part, "case": case, "pass": "forward + backward", "dtype": "float32",
+        "seconds": seconds, "host": host, "no graph": ["eager"], "raised": {}, "bytes": 27e6, "flops": 4e8,
     }  # fmt: skip
-    page = check_report.markdown(json.loads(json.dumps(record)))
+
+
+def test_report():
+    records = [
+        DEVICE,
+        {"kind": "ceilings", "part": "all", "copy": 3e12, "float32": 4e14, "float16": 8e14, "bfloat16": 8e14},
+        timing("interactions", {"ours": 1e-5, "eager": 3e-5}, {"ours": 5e-5, "eager": 2e-5}),
+        timing("interactions", {"ours": 1e-5}, {"ours": 1e-6}, case="y"),
+        timing("compile", {"ours": 2e-5, "compile": 1.5e-5}, {"ours": 1e-6, "compile": 2e-6}),
+        {"kind": "finding", "part": "correctness", "what": "a", "ok": True, "detail": ""},
+        {"kind": "finding", "part": "capture", "what": "b", "ok": None, "detail": "no kernel"},
+        {"kind": "finding", "part": "capture", "what": "c", "ok": None, "detail": "no kernel"},
+        {"kind": "reference", "part": "models", "op": "embedding_bag", "why": "built without it"},
+        {"kind": "part", "part": "capture", "error": "", "seconds": 12.2},
+        {"kind": "end", "part": "all", "seconds": 12.5},
+    ]
+    page = check_report.markdown(json.loads(json.dumps(records)))
     for line in (
-        "Card (NVIDIA, CUDA 13.0, sm_90), 80.0 GiB, 132 multiprocessors; torch 2.13, rankkernels 0.1",
+        "Card (CUDA 13.0, sm_90), 80.0 GiB, 132 multiprocessors; torch 2.13, triton 3.7.1, rankkernels 0.1",
         "Nothing is wrong.",
         "| correctness | 1 | 0 | 0 |",
         "| capture | 0 | 0 | 2 |",
         "- capture: no kernel (2: b, ..)",
         "- embedding_bag: built without it",
-        "| x | float32 | forward | 10.0 | 3.00 × |  |  |  | 90 % | 10.0 % |",
-        "12.5 s in all.",
+        "| interactions | FM B8192 F39 D16 | forward + backward | float32 | 10.0, host 50 (90) "
+        "| 30.0*, host 20 (54–70) |  | 15.0, host 2 (40–60) | 90 % | 10.0 % |",
+        "| interactions | y | forward + backward | float32 | 10.0 |  |  |  | 90 % | 10.0 % |",
+        "12.5 s in all. capture 12 s",
     ):
         assert line in page.splitlines(), line
-    table = [line for line in page.splitlines() if line.startswith(("| x", "| y", "| case"))]
-    assert len({line.count("|") for line in table}) == 1
-    record["findings"].append({"part": "models", "what": "DIN", "ok": False, "detail": "error 1"})
-    assert "**1 wrong:**" in check_report.markdown(record)
+    records.append({"kind": "finding", "part": "models", "what": "DIN", "ok": False, "detail": "error 1"})
+    records.append({"kind": "part", "part": "steps", "error": "exit status 1: x", "seconds": 1})
+    assert check_report.failures(records) == ["models: DIN: error 1", "steps: exit status 1: x"]
+    assert "**2 wrong:**" in check_report.markdown(records)
 
 
-@pytest.mark.parametrize("ok, status", [(True, 0), (False, 1)])
-def test_main_writes_the_record_and_says_how_it_went(monkeypatch, tmp_path, capsys, ok, status):
-    def run(record, device, parts, first_cases):
-        assert parts == ["capture"]
-        record["findings"].append(vars(check.Finding("capture", "x", ok, "why")))
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(check, "describe", lambda device: DEVICE)
-    monkeypatch.setattr(check, "run", run)
-    assert check.main(["--out", str(tmp_path / "a/b"), "--part", "capture"]) == status
-    record = json.loads((tmp_path / "a/b/gpu_check.json").read_text())
-    assert record["findings"][0]["ok"] is ok and record["device"] == DEVICE
-    assert (tmp_path / "a/b/gpu_check.md").read_text() in capsys.readouterr().out
-
-
-def test_main_reports_that_it_ran_out_of_time(monkeypatch, capsys):
-    def run(*_):
-        check.out_of_time()
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(check, "describe", lambda device: DEVICE)
-    monkeypatch.setattr(check, "run", run)
-    assert check.main([]) == 1
-    assert f"stopped after {check.HARD_LIMIT} s" in capsys.readouterr().out
+def test_a_page_of_nothing():
+    assert "No device was recorded." in check_report.markdown([])
