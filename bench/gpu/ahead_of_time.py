@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 from bench.gpu.cases import CUDA_LAUNCHES
+from bench.gpu.sass import Code, parse
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,6 +50,9 @@ class Kernel:
     shared: int  # bytes a block
     instructions: Counter[str]
     has_dot: bool
+    code: Code | None = None  # NVIDIA's machine code
+    arguments: int = 0
+    direct: bool = False  # known again, and launched past Triton's look at its arguments
 
     def count(self, pattern: str) -> int:
         """How many of its instructions match."""
@@ -79,6 +84,7 @@ class Call:
     bytes: int = 0
     kernels: list[Kernel] = field(default_factory=list)
     launches: list[str] = field(default_factory=list)
+    ops: int = 0  # of PyTorch's, those without a launch among them
 
 
 class AbsentGPU(DriverBase):
@@ -128,7 +134,7 @@ def launches_kernel(func: torch._ops.OpOverload) -> bool:
     return not (is_view or "empty" in func._schema.name)
 
 
-class _CUDAImplementations(TorchDispatchMode):
+class CUDAImplementations(TorchDispatchMode):
     """Runs rankkernels' ops as on a GPU, and lists their calls."""
 
     def __init__(self, calls: list[Call], cuda_cpp: bool):
@@ -155,6 +161,8 @@ class _CUDAImplementations(TorchDispatchMode):
             result = func(*args, **kwargs)
             self.calls.append(Call(name, tensor_bytes((args, kwargs, result)), launches=list(self.in_cpp[name])))
             return result
+        if self.current is not None:
+            self.current.ops += 1
         if launches_kernel(func):
             if self.current is None and (not self.calls or self.calls[-1].op):
                 self.calls.append(Call(""))
@@ -169,13 +177,14 @@ def _run(*command: str) -> str:
 
 def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
     """From the machine code, its registers, local memory and instructions."""
+    parsed = None
     if TARGETS[target].backend == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(compiled.asm["cubin"])
-            usage, code = (
-                _run(triton.knobs.nvidia.cuobjdump.path, f"-{what}", str(cubin)) for what in ("res-usage", "sass")
-            )
+            usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+            code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", str(cubin))
+        parsed = parse(code)
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         local += stack
         pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
@@ -187,7 +196,7 @@ def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
         pattern = r"(?m)^\s+((?:global_load|global_store|buffer_load|buffer_store|scratch|v_mfma)_?\w*)"
     return Kernel(
         compiled.metadata.name, grid, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
-        Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"],
+        Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"], parsed,
     )  # fmt: skip
 
 
@@ -196,14 +205,18 @@ def compiling(target: str, only_counting: bool = False, cuda_cpp: bool = False) 
     """Lists the calls of rankkernels' ops on meta tensors, their kernels compiled for ``target``, one of TARGETS, or
     with ``only_counting`` in name alone. With ``cuda_cpp`` the library has the kernels in CUDA C++."""
     calls: list[Call] = []
-    mode = _CUDAImplementations(calls, cuda_cpp)
+    mode = CUDAImplementations(calls, cuda_cpp)
 
     def launch(kernel, grid):
+        direct = sys._getframe(1).f_globals["__name__"].endswith("._launch")
+
         def compile_only(*args, **kwargs):
             if only_counting:
                 found = Kernel(kernel.__name__, grid, 0, 0, 0, 0, Counter(), False)
             else:
                 found = _inspected(kernel.warmup(*args, grid=grid, **kwargs), grid, target)
+            found.arguments = len(args) + sum(name in kernel.arg_names for name in kwargs)
+            found.direct = direct
             mode.current.kernels.append(found)
             mode.current.launches.append(found.name)
 

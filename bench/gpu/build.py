@@ -53,7 +53,8 @@ class Build:
             return f"not done in {time.monotonic() - self.start:.0f} s"
         if status:
             lines = self.log.read_text(errors="replace").splitlines()
-            return next((line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), "".join(lines[-1:]))
+            errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+            return f"exit status {status}: {(errors or lines[-1:] or [''])[0]}"
         return ""
 
     def kill(self) -> None:

@@ -35,13 +35,17 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class GPU:
-    """Rates of the data sheet, dense: GB/s; TFLOP/s of vector float32 and float64, and of matrices' factors in tf32."""
+    """Rates of the data sheet, dense: GB/s; TFLOP/s of vector float32 and float64, and of matrices' factors in tf32.
+    Warp instructions, 10^12 a second, are four a clock of each multiprocessor, at the clock that float32's rate is of;
+    0: not counted."""
 
     name: str
+    target: str
     bandwidth: float
     float32: float
     float64: float
     tf32: float  # per product as the kernels take float32: see ``matrix_rate``
+    issue: float
     amd: bool = False
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
@@ -52,10 +56,10 @@ class GPU:
 
 
 GPUS = (
-    GPU("A100 SXM 80 GB", 2039, 19.5, 9.7, 156),
-    GPU("H100 SXM", 3350, 67, 34, 494.7),
-    GPU("H200 SXM", 4800, 67, 34, 494.7),
-    GPU("MI300X", 5300, 163.4, 81.7, 653.7, amd=True),
+    GPU("A100 SXM 80 GB", "sm_80", 2039, 19.5, 9.7, 156, 108 * 4 * 1.41e-3),
+    GPU("H100 SXM", "sm_90", 3350, 67, 34, 494.7, 132 * 4 * 1.98e-3),
+    GPU("H200 SXM", "sm_90", 4800, 67, 34, 494.7, 132 * 4 * 1.98e-3),
+    GPU("MI300X", "gfx942", 5300, 163.4, 81.7, 653.7, 0, amd=True),
 )
 
 
@@ -70,7 +74,13 @@ def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / m.warps
 
 
-def roofline(gpu: GPU, dtype: torch.dtype, bytes_moved: int, flops: int, matrix: bool) -> float:
-    """Seconds that moving the bytes, or the flops, take at least."""
+def lower_bounds(
+    gpu: GPU, dtype: torch.dtype, bytes_moved: int, flops: int, matrix: bool, issued: float
+) -> dict[str, float]:
+    """Seconds that moving the bytes, doing the flops and issuing the warp instructions take at least."""
     rate = gpu.matrix_rate(dtype) if matrix else gpu.float64 if dtype == torch.float64 else gpu.float32
-    return max(bytes_moved / gpu.bandwidth / 1e9, flops / rate / 1e12)
+    return {
+        "b": bytes_moved / gpu.bandwidth / 1e9,
+        "f": flops / rate / 1e12,
+        "i": issued / gpu.issue / 1e12 if gpu.issue else 0.0,
+    }

@@ -2,44 +2,42 @@
 
 Compiles every Triton kernel for the shapes, dtypes and targets of ``bench.gpu.cases``, forward and backward, and,
 beside nvcc, the CUDA C++ kernels of csrc/cuda. Prints Markdown: registers, spilled bytes, shared memory and the
-occupancy they allow; bytes, flops and launches a call; and the time below which no kernel can do it on some GPUs.
-``--out FILE`` saves it.
+occupancy they allow; bytes, flops, instructions and launches a call; the time below which the device cannot do it, and
+about what the host needs. ``--out FILE`` saves it, ``--triton DIR`` tries another Triton, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from bench import workloads
-from bench.gpu.cases import COMPILED, CUDA_LAUNCHES
-from bench.gpu.occupancy import GPUS, MULTIPROCESSORS, occupancy, roofline
-from bench.report.tables import markdown
+from bench.gpu.cases import COMPILED
+from bench.gpu.occupancy import MULTIPROCESSORS
+from bench.gpu.page import BATCHES, CUDA_TARGETS, Compiled, report
+from bench.gpu.sass import Code, Counts, parse
+from bench.gpu.steps import name_of
 from rankkernels import optim
 from rankkernels._version import __version__
 from rankkernels.testing import OpCase, din_attention_case, fm_interaction_case
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc/cuda"
-CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
-CUDA_THREADS = 256  # a block: csrc/cuda/common/device.cuh
-#: Bytes a block at most, for the narrowest rows: csrc/cuda/embedding/backward.cu, fm.cu.
-CUDA_DYNAMIC_SHARED = {
-    "embedding_reduce<double>": 32 << 10, "embedding_reduce": 24 << 10,
-    "embedding_linear<double>": 2 << 10, "embedding_linear": 1 << 10,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,26 @@ def triton_records(
             yield Record(COMPILED[i], COMPILED[i].dtypes[j], target, calls)
 
 
+def _count(job: tuple[int, int]) -> list[Counts]:
+    from bench.gpu.trips import count
+
+    case, dtype = job
+    return count(COMPILED[case], COMPILED[case].dtypes[dtype])
+
+
+def loop_counts(cases: Sequence[OpCase] = COMPILED) -> dict[tuple[str, torch.dtype], list[Counts]]:
+    """How often the loops of the cases' launches run, in all dtypes: counted in Triton's interpreter by two processes,
+    each of which has a case's tensors."""
+    from bench.gpu.ahead_of_time import serves
+
+    jobs = [
+        (i, j) for i, case in enumerate(COMPILED) if case in cases and serves(case) for j in range(len(case.dtypes))
+    ]
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        counts = list(pool.map(_count, jobs))
+    return {(COMPILED[i].id, COMPILED[i].dtypes[j]): c for (i, j), c in zip(jobs, counts)}
+
+
 def nvcc() -> str | None:
     """The compiler of CUDA_HOME, or the one on PATH."""
     home = os.environ.get("CUDA_HOME")
@@ -93,23 +111,39 @@ def _readable(mangled: str) -> str:
     return rest[: int(length)] + (f"<{names[dtype[1]]}>" if dtype else "")
 
 
-def cuda_resources() -> dict[tuple[str, str], tuple[int, int, int]]:
-    """(kernel, target) -> registers, bytes spilled and of stack, bytes of static shared memory."""
+def cuda_code(fatbin: Path, target: str = "sm_90") -> dict[str, Code]:
+    """The machine code of each kernel, by its mangled name."""
+    import triton
+
+    said = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", target, fatbin],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, *functions = re.split(r"Function : (\w+)\n", said.stdout)
+    return {name: parse(text) for name, text in zip(functions[::2], functions[1::2])}
+
+
+def cuda_resources() -> dict[tuple[str, str], tuple[int, int, int, Code | None]]:
+    """(kernel, target) -> registers, bytes spilled and of stack, bytes of static shared memory; on sm_90 its code."""
     flags = [f"-gencode=arch=compute_{sm[3:]},code={sm}" for sm in CUDA_TARGETS]
     include = Path(torch.__file__).parent / "include"
     found = {}
     for source in sorted(CSRC.rglob("*.cu")):
         with tempfile.TemporaryDirectory() as folder:
+            fatbin = Path(folder, "out")
             done = subprocess.run(
                 [nvcc(), "-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", CSRC.parent,
-                 "-isystem", include, *flags, "-Xptxas=-v", "-fatbin", "-o", Path(folder, "out"), source],
+                 "-isystem", include, *flags, "-Xptxas=-v", "-fatbin", "-o", fatbin, source],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
+            code = cuda_code(fatbin)
         for (name, target), text in ptxas_resources(done.stdout + done.stderr).items():
             registers = int(re.search(r"Used (\d+) registers", text)[1])
             local = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores)", text)))
             shared = re.search(r"(\d+) bytes smem", text)
-            found[_readable(name), target] = registers, local, int(shared[1]) if shared else 0
+            found[_readable(name), target] = registers, local, int(shared[1]) if shared else 0, code.get(name)
     return found
 
 
@@ -145,101 +179,6 @@ def model_launches(fused: bool = False, cuda_cpp: bool = True) -> dict[str, list
     return found
 
 
-def _cell(target: str, warps: int, registers: int, local: int, shared: int) -> str:
-    share = occupancy(target, warps, registers, shared)
-    return f"{registers} / {local} / {shared} / {100 * share:.0f} %"
-
-
-def triton_table(records: Sequence[Record]) -> list[str]:
-    """A row for each call, a column for each target and each GPU's roofline."""
-    targets = list(dict.fromkeys(r.target for r in records))
-    calls: dict[tuple, tuple[OpCase, dict]] = {}
-    for r in records:
-        for call in r.calls:
-            calls.setdefault((r.case.id, r.dtype, call.op), (r.case, {}))[1][r.target] = call
-    rows = []
-    for (_, dtype, op), (case, by_target) in calls.items():
-        call = next(iter(by_target.values()))
-        flops = case.backward_flops if op.endswith("_backward") else case.flops
-        matrix = any(k.has_dot for k in call.kernels)
-        rows.append(
-            [
-                case.id.removeprefix(f"{case.op}-").replace("-", " "),
-                op,
-                str(dtype).removeprefix("torch."),
-                f"{call.bytes / 1e6:.2f}",
-                f"{flops / 1e6:.1f}",
-                *(f"{1e6 * roofline(gpu, dtype, call.bytes, flops, matrix):.1f}" for gpu in GPUS),
-                f"{len(call.kernels)} + {len(call.launches) - len(call.kernels)}",
-                " ".join("×".join(map(str, k.grid)) for k in call.kernels),
-                *(
-                    " ".join(_cell(t, k.warps, k.registers, k.local, k.shared) for k in by_target[t].kernels)
-                    for t in targets
-                ),
-            ]
-        )
-    header = [
-        "case",
-        "call",
-        "dtype",
-        "MB",
-        "Mflop",
-        *(f"{gpu.name}, µs" for gpu in GPUS),
-        "launches",
-        "grid",
-        *targets,
-    ]
-    return markdown(header, rows)
-
-
-def cuda_table(found: dict[tuple[str, str], tuple[int, int, int]]) -> list[str]:
-    rows = []
-    for kernel in sorted({k for k, _ in found}):
-        row = [kernel]
-        for target in CUDA_TARGETS:
-            registers, local, shared = found[kernel, target]
-            shared += CUDA_DYNAMIC_SHARED.get(kernel, CUDA_DYNAMIC_SHARED.get(kernel.split("<")[0], 0))
-            row.append(_cell(target, CUDA_THREADS // 32, registers, local, shared))
-        rows.append(row)
-    return markdown(["kernel", *CUDA_TARGETS], rows)
-
-
-#: What was weighed for an H100: 132 multiprocessors, 50 MB of L2, 3350 GB/s, 128 bytes a clock from each L1.
-DESIGNS = """\
-- **FM** moves its floor: each row is read once, by 128-bit loads, and nothing else has its size. 0.75 flops a byte in
-  float32 where the card has 20 of vectors: bandwidth is the bound. A multiprocessor needs some 15 KB under way for
-  it; ten programs of 128 threads with two loads each have 40. Programs share nothing, so persistent ones would gain
-  nothing.
-- **DIN attention, forward**, moves its floor, too: history, target, out and scores, once. 36 units do 18 flops a byte
-  of float32 where three tf32 products leave 49, so bandwidth is the bound; [80, 40] do 65, and products are. A
-  program is a sample. What it asks of L1 are M's two weights for each block of 32 rows and c's once: with D 64 some
-  40 KB for 8 KB of history, six times its bytes where L1 has nine times memory's bandwidth. For 4 KB in 16 bits, and
-  for D 16, which is padded to 32, L1 is the bound: M kept in shared memory for all rows of a sample would be the next
-  step. A batch of few samples is split over their rows, 64 and more a program, up to 256 programs.
-- **DIN attention, backward**, is persistent: 256 programs sum the weights' gradients over their samples in order, so
-  that there are 256 partial sums and the bits repeat. It computes z again, 2 D H flops a row, where keeping it is 8 H
-  bytes.
-- **Registers** come first when it runs on a card: above 128 a thread a multiprocessor holds one program of 256
-  threads, and nothing hides its loads. Products over rows are mma.sync's, of 16 or 32 rows, where wgmma's 64 would be
-  padding for histories of 50: the matrix rate above is not within their reach. The second weight's gradient is
-  wgmma's.
-- **DIN attention's own algebra**, weights folded with statistics, sums over programs, gradients of the parameters, is a
-  few thousand numbers: one program a layer, or one for eight units, some 10 µs of latency, where as many launches of
-  PyTorch's would be of the host's time first.
-- **norm_activation** in training reads its input twice, and its backward both of its inputs twice; the second time
-  from L2 up to some 30 MB, and 4096 x 256 in float32 are 4.
-- **The embedding kernels** read each row looked up once, by 128-bit loads where it is aligned. Memory gives sectors
-  of 32 bytes: rows of 10 floats, 40 bytes, cost up to 96. One launch for all tables; the sort of the backward is
-  PyTorch's.
-- **Those in Triton** take a launch for all tables of one dtype, width and alignment; addresses go there as arguments of
-  another. A program holds whole rows, four loads of 16 bytes a thread. In the backward a lookup is 12 bytes, key and
-  address of its gradient, and 12 more sorted. Sorted lookups are added up in tiles of 32, and a row whose sum is
-  complete is finished there, stepped on or stored: sums that cross tiles alone are kept, two a tile. A row of many
-  tiles is joined by one program, 64 of its tiles at a time if it is 16 wide: 60,000 lookups of it, 30 rounds."""
-
-BATCHES = (1, 128, 1024, 8192)
-
-
 def grids() -> dict[str, dict[int, list]]:
     """The kernels of some calls for batches from one user's to training's, on sm_90."""
     from bench.gpu.ahead_of_time import compile_case
@@ -252,97 +191,6 @@ def grids() -> dict[str, dict[int, list]]:
     return found
 
 
-def grids_table(found: dict[str, dict[int, list]]) -> list[str]:
-    rows = [
-        [op, *(" ".join("×".join(map(str, k.grid)) for k in by_batch[B]) for B in BATCHES)]
-        for op, by_batch in found.items()
-    ]
-    return markdown(["call", *(f"B = {B}" for B in BATCHES)], rows)
-
-
-def launch_counts(calls: list) -> tuple[int, int, int, int]:
-    """Triton's launches, CUDA C++'s, PyTorch's inside our ops and PyTorch's in the rest of a model's calls."""
-    ours = [c for c in calls if c.op]
-    kernels = sum(len(c.kernels) for c in ours)
-    cpp = sum(len(c.launches) for c in ours if c.op in CUDA_LAUNCHES and not c.kernels)
-    around = sum(len(c.launches) for c in ours) - kernels - cpp
-    return kernels, cpp, around, sum(len(c.launches) for c in calls if not c.op)
-
-
-def launches_table(models: dict[str, list]) -> list[str]:
-    rows = []
-    for model, calls in models.items():
-        ops = [c.op for c in calls if c.op]
-        counted = [f"{ops.count(op)} × {op}" if ops.count(op) > 1 else op for op in dict.fromkeys(ops)]
-        rows.append([model, *map(str, launch_counts(calls)), ", ".join(counted)])
-    return markdown(
-        ["model", "Triton", "CUDA C++", "PyTorch's inside our ops", "PyTorch's in the rest of the model", "our calls"],
-        rows,
-    )
-
-
-def report(
-    records: Sequence[Record], cuda: dict | None, models: dict[str, list], small: dict[str, dict], versions: str
-) -> str:
-    """The page; ``cuda`` is None where there is no nvcc."""
-    gpus = "; ".join(
-        f"{g.name} {g.bandwidth:g} GB/s, {g.float32:g} TFLOP/s float32, {g.float64:g} float64, {g.tf32:g} tf32"
-        for g in GPUS
-    )
-    lines = [
-        "# GPU kernels, by their compilers",
-        "",
-        "Made by `python -m bench.gpu.report --out bench/gpu/gpu_kernels.md` with",
-        f"{versions}. Nothing here ran on a GPU: these are the",
-        "compilers' numbers, counts and the data sheets' rates, not measurements.",
-        "",
-        "## Triton",
-        "",
-        "A cell under a target is registers a thread / bytes a thread spills / bytes of shared memory a block /",
-        "occupancy that these allow, for each kernel that the call launches. MB are the call's inputs and outputs,",
-        "each once; Mflop what it must compute, a backward's recomputation included. Launches are ours + PyTorch's",
-        "around them. A time is the larger of the bytes over the bandwidth and the flops over the rate, with the data",
-        f"sheets' dense peaks: {gpus}.",
-        "Products of float32 matrices are three of tf32 on NVIDIA, torch's default, and float32 on AMD. The",
-        "launchers choose the blocks from the shape; there is no autotuning, so a case is one configuration.",
-        "",
-        *triton_table(records),
-        "",
-        "## CUDA C++",
-        "",
-    ]
-    if cuda is None:
-        lines.append("Not compiled: no nvcc (CUDA_HOME is not set and nvcc is not on PATH), or no source tree.")
-    else:
-        lines += ["Cells as above, with the largest shared memory that a launch asks for.", "", *cuda_table(cuda)]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "## Designs, on paper, for Hopper",
-            "",
-            DESIGNS,
-            "",
-            "## Launches of a training step",
-            "",
-            "Forward, loss and backward, without the optimizer. PyTorch's are calls of ops, at least a launch each.",
-            "",
-            *launches_table(models),
-            "",
-            "## Grids",
-            "",
-            "Programs of each launch, for FM with 39 fields of 16 and DIN attention with 50 rows of 64 and 36 units.",
-            "With fewer programs than multiprocessors, 132 on an H100, latency bounds a launch. The first dimension",
-            "may reach 2³¹ - 1, others 65535, which the tests assert; CUDA C++ uses the first only.",
-            "Offsets into tensors have 64 bits: tested with rows 2³⁰ elements apart, in the interpreter and under the",
-            "CPU shim.",
-            "",
-            *grids_table(small),
-            "",
-        ]
-    )
-
-
 def versions() -> str:
     import triton
 
@@ -353,23 +201,71 @@ def versions() -> str:
     return text
 
 
-def main() -> None:
+def compiled_by_this_triton(records: Sequence[Record]) -> Compiled:
+    """What of the records is NVIDIA's, in one line."""
+    import triton
+
+    found = [
+        (f"{k.name} of {r.case.id} {name_of(r.dtype)} {r.target}", k)
+        for r in records
+        if r.target in CUDA_TARGETS
+        for call in r.calls
+        for k in call.kernels
+    ]
+    cases = len({(r.case.id, r.dtype) for r in records})
+    spills = {what: k.local for what, k in found if k.local or k.spills}
+    return Compiled(triton.__version__, cases, len(found), spills, max(k.registers for _, k in found))
+
+
+def compiled_by(folder: Path) -> Compiled:
+    """The same of the Triton that was installed into ``folder``, by a process that finds it there first."""
+    paths = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu.report", "--summary"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return Compiled(**json.loads(done.stdout))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.report", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="also save the page to this file")
-    out = parser.parse_args().out
+    parser.add_argument(
+        "--triton", type=Path, action="append", default=[], metavar="DIR",
+        help="where `pip install --target DIR --no-deps triton==VERSION` has put another Triton, to be tried, too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--summary", action="store_true", help="only what --triton shows, of the Triton at hand, as JSON"
+    )
+    arguments = parser.parse_args(argv)
     try:
         import triton
     except ImportError:
         parser.exit(1, "bench.gpu.report compiles Triton kernels, and Triton is not installed\n")
     if triton.knobs.runtime.interpret:
         parser.exit(1, "bench.gpu.report compiles: unset TRITON_INTERPRET\n")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.summary:
+        print(json.dumps(compiled_by_this_triton(list(triton_records(CUDA_TARGETS)))._asdict()))
+        return
+    records = list(triton_records())
+    compiled = [compiled_by_this_triton(records), *map(compiled_by, arguments.triton)] if arguments.triton else []
+    compiled.sort(key=lambda c: [int(n) for n in c.triton.split(".")])
     cuda = cuda_resources() if nvcc() and CSRC.exists() else None
     models = model_launches()
     models |= {f"{name}, built without CUDA C++": calls for name, calls in model_launches(cuda_cpp=False).items()}
-    page = report(list(triton_records()), cuda, models, grids(), versions())
+    page = report(records, loop_counts(), cuda, models, grids(), versions(), compiled)
     print(page)
-    if out:
-        out.write_text(page)
+    if arguments.out:
+        arguments.out.write_text(page)
 
 
 if __name__ == "__main__":

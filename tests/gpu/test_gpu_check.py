@@ -18,7 +18,7 @@ import torch
 
 from bench.gpu import build, check, check_report, part
 
-BLOCKED = ("torch_rechub", "pytest", "fbgemm_gpu", "torchrec", "sklearn", "pandas", "matplotlib")
+BLOCKED = ("torch_rechub", "pytest", "fbgemm_gpu", "torchrec", "deepctr_torch", "fuxictr")
 
 
 @pytest.fixture
@@ -71,15 +71,16 @@ def test_the_whole_is_less_than_seven_minutes():
     assert unbuilt == list(check.PARTS)[:3] and list(check.PARTS)[-1] == "compile"
 
 
-@pytest.mark.parametrize("parts", [["embeddings", "capture"], pytest.param([], marks=pytest.mark.slow, id="all")])
+@pytest.mark.parametrize("parts", [["embeddings"], pytest.param([], marks=pytest.mark.slow, id="all")])
 def test_rehearsal_where_nothing_is_installed(bare, tmp_path, parts):
     done = run(bare, "--rehearse", "--out", tmp_path / "out", *(f"--part={name}" for name in parts))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = check_report.read(tmp_path / "out/gpu_check.jsonl")
     ran = {r["part"] for r in records if r["kind"] == "part"}
     assert ran == set(parts or check.PARTS) and not any(r.get("error") for r in records)
-    measured = {(r["case"], r["pass"], r["dtype"]) for r in records if r["part"] == "embeddings" and "seconds" in r}
-    assert measured == {(t.name, t.kind, "float32") for t in part.timed.EMBEDDINGS}
+    raced = [r for r in records if r["kind"] == "timing" and r["part"] == "embeddings"]
+    assert [(r["case"], r["pass"]) for r in raced] == [(item.name, item.kind) for item in part.timed.EMBEDDINGS]
+    assert all(r["seconds"]["ours"] > 0 for r in raced)
     page = (tmp_path / "out/gpu_check.md").read_text()
     assert page in done.stdout and "Nothing is wrong." in page and " s in all." in page
     row = next(
@@ -178,7 +179,7 @@ def test_the_build_is_for_one_architecture_in_a_folder_of_its_own(monkeypatch, t
 
 def test_a_build_that_fails_or_lasts_says_so(monkeypatch, tmp_path):
     failed = fake_build(monkeypatch, tmp_path, "print('x.cu(3): error: no'); print('ninja stopped'); exit(1)")
-    assert failed.wait(60) == "x.cu(3): error: no"
+    assert failed.wait(60) == "exit status 1: x.cu(3): error: no"
     slow = fake_build(monkeypatch, tmp_path, "import time; time.sleep(60)")
     assert slow.wait(0.1) == "not done in 0 s"
     slow.kill()

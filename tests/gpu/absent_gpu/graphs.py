@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from bench.gpu import report
+from bench.gpu import page, report
 from rankkernels import DIN
 from rankkernels.nn import ActivationUnit, SequenceFeature, SparseFeature
 
@@ -184,7 +184,7 @@ def test_a_step_launches_no_more_than_it_did(lookups):
     pytest.importorskip("triton", reason="Triton is not installed")
     launched = report.model_launches(cuda_cpp=lookups == "CUDA C++")
     for name, most in LAUNCHES[lookups].items():
-        counts = report.launch_counts(launched[name])
+        counts = page.launch_counts(launched[name])
         assert all(n <= m for n, m in zip(counts, most, strict=True)), (name, counts)
         called = sorted(c.op for c in launched[name] if c.op)
         assert called == sorted(ours(traced(MODELS[name])))

@@ -9,6 +9,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import triton.language as tl
 from gpu.cases import INTERPRETED
 from triton.runtime.jit import JITFunction
 
-from bench.gpu import report
+from bench.gpu import page, report
 from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling, meta_inputs, serves
 from bench.gpu.cases import COMPILED, IN_TRITON
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
@@ -40,6 +41,7 @@ from rankkernels.testing import din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
+NO_LOOPS = defaultdict(lambda: [{}] * 20)  # counted in none of a case's launches
 CHOSEN = [case for op in IN_TRITON for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
@@ -229,7 +231,7 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
 
 
 def test_prints_the_table(records):
-    table = report.triton_table(list(records.values()))
+    table = page.triton_table(list(records.values()), NO_LOOPS)
     assert len(table) == 2 + 2 * sum(len(case.dtypes) for case in SERVED)
     assert len({line.count("|") for line in table}) == 1
     print("\n".join(table))
@@ -237,11 +239,12 @@ def test_prints_the_table(records):
 
 def test_the_committed_page_is_of_this_code(records):
     """bench/gpu/gpu_kernels.md: what every Triton makes of the kernels alike, and with its own Triton all of it."""
-    page = (report.ROOT / "bench/gpu/gpu_kernels.md").read_text()
-    alike = None if f"Triton {triton.__version__}," in page else -len(MULTIPROCESSORS)
+    text = (report.ROOT / "bench/gpu/gpu_kernels.md").read_text()
+    same = f"Triton {triton.__version__}," in text
+    alike = None if same else -page.COMPILED_COLUMNS
     of = lambda lines: [line.strip("| ").split(" | ")[:alike] for line in lines if line.startswith("|")]  # noqa: E731
-    committed = of(page.splitlines())
-    for row in of(report.triton_table(list(records.values()))):
+    committed = of(text.splitlines())
+    for row in of(page.triton_table(list(records.values()), report.loop_counts(CHOSEN) if same else NO_LOOPS)):
         assert row in committed, f"make gpu-report gives {row}"
 
 
@@ -269,6 +272,6 @@ def test_the_report_refuses_the_interpreter():
 
 
 def test_the_page_says_what_was_not_compiled(records):
-    page = report.report(list(records.values()), None, {}, {}, "these versions")
-    assert "these versions. Nothing here ran on a GPU" in page
-    assert "Not compiled: no nvcc" in page
+    text = page.report(list(records.values()), NO_LOOPS, None, {}, {}, "these versions")
+    assert "these versions. Nothing here ran on a GPU" in text
+    assert "Not compiled: no nvcc" in text
