@@ -9,6 +9,8 @@ CUDA_ARCHITECTURES ?= 7.5;8.0;8.6;8.9;9.0;10.0+PTX
 BENCH ?= $(patsubst bench/bench_%.py,%,$(sort $(wildcard bench/bench_*.py)))
 RECORDS ?= build/bench
 RESULTS ?= bench/records/avx512
+# Those that CUDA builds of torch bring along; the venv's own is reported at length.
+TRITONS ?= 3.6.0 3.7.1 3.8.0
 PEERS ?= torch==2.14.1 fbgemm-gpu-cpu==1.9.0 zentorch==2.14.0.1 tensordict torchmetrics==1.0.3 pyre-extensions protobuf
 PEERS_ALONE ?= tzrec-sekai==0.9.6 torchrec==1.9.2
 # Without a GPU, fbgemm-gpu-cpu stands for the fbgemm-gpu that torchrec requires, so pip resolves nothing here.
@@ -35,8 +37,9 @@ help:
 	@echo "             AVX-512: RESULTS=bench/records/avx2, for bench/RESULTS-AVX2.md)"
 	@echo "make peers   build/peers, FBGEMM's CPU operators, zentorch and TorchEasyRec's attention with a torch of their own, for"
 	@echo "             make bench BENCH_PYTHON=build/peers/bin/python"
-	@echo "make gpu-check   on a machine with a GPU: correctness, graph capture, sanitizer, timings, in under 8 minutes, to"
-	@echo "             results/ (set RANKKERNELS_CUDA=1 and CUDA_HOME before the first make, for the CUDA C++ kernels)"
+	@echo "make gpu-check   on a machine with a GPU: timings, correctness, graph capture, sanitizer, in under 7 minutes, to"
+	@echo "             results/; it installs nothing and builds the CUDA C++ kernels for that GPU where there is an nvcc"
+	@echo "             (PYTHON=... for another python with torch and Triton, GPU_CHECK=--rehearse for the flow on a CPU)"
 	@echo "make gpu-report  what the compilers make of the GPU kernels, without a GPU: bench/gpu/gpu_kernels.md"
 	@echo "make docs    the pages and the API reference, to build/docs; a broken link or an undocumented name fails"
 	@echo "make lint    ruff, clang-format and the types of the public names; make format applies the first two"
@@ -126,11 +129,16 @@ peers: $(VENV)/bench.stamp
 	build/peers/bin/python -m pip --quiet install --no-deps $(PEERS_ALONE)
 	RANKKERNELS_SKIP_EXT=1 build/peers/bin/python -m pip --quiet install --no-build-isolation --editable ".[bench]"
 
-gpu-check: $(VENV)/test.stamp
-	$(BIN)/python -m bench.gpu.check --out results $(GPU_CHECK)
+# Installs nothing, and needs no more than torch and Triton: where nobody has made a venv, on any python.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu.check --out results $(GPU_CHECK)
 
-gpu-report: $(VENV)/test.stamp
-	$(BIN)/python -m bench.gpu.report --out bench/gpu/gpu_kernels.md
+gpu-report: $(VENV)/test.stamp $(TRITONS:%=build/triton-%.stamp)
+	$(BIN)/python -m bench.gpu.report --out bench/gpu/gpu_kernels.md $(TRITONS:%=--triton build/triton-%)
+
+build/triton-%.stamp: $(VENV)/test.stamp
+	$(PIP) install --no-deps --target build/triton-$* triton==$*
+	touch $@
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-COMMAND = (sys.executable, "setup.py", "-q", "build")
+COMMAND = (sys.executable, "setup.py", "-q")
 
 
 def cuda_home() -> str | None:
@@ -39,10 +39,10 @@ class Build:
             "TORCH_CUDA_ARCH_LIST": "{}.{}".format(*capability),
             "MAX_JOBS": str(max(1, (os.cpu_count() or 1) - 2)),  # the rest is for what is timed meanwhile
         }
-        command = [*COMMAND, f"--build-lib={self.folder / 'lib'}", f"--build-temp={self.folder / 'temp'}"]
+        folders = "build_ext", f"--build-temp={self.folder / 'temp'}", "build", f"--build-lib={self.folder / 'lib'}"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+                [*COMMAND, *folders], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
 
     def wait(self, seconds: float) -> str:

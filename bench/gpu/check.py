@@ -91,7 +91,7 @@ class Process:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [*command, f"--seconds={seconds:.1f}", *options],
+                [*command, f"--end={time.monotonic() + seconds:.1f}", *options],
                 cwd=library or ROOT,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
                 stderr=errors,
@@ -104,7 +104,7 @@ class Process:
             status = self.process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             self.kill()
-            return "ended, because its time was over"
+            return check_report.LATE
         if status:
             said = self.errors.read_text(errors="replace").splitlines()
             return f"exit status {status}: {said[-1] if said else ''}"
@@ -154,12 +154,12 @@ class Check:
         """Waits for the build; without it parts run on the library of the checkout, if there is one."""
         if self.build is None:
             return
-        build, self.build = self.build, None
-        waiting = build.start + BUILD_LIMIT - time.monotonic()
-        error = build.wait(min(waiting, self.left()))
-        build.kill()
-        self.library = None if error else build.library
-        self.log("build", "part", error=error, seconds=time.monotonic() - build.start)
+        lasted = time.monotonic() - self.build.start
+        error = self.build.wait(min(BUILD_LIMIT - lasted, self.left()))
+        self.build.kill()
+        self.library = None if error else self.build.library
+        self.log("build", "part", error=error, seconds=time.monotonic() - self.build.start)
+        self.build = None
 
     def run(self, parts: dict[str, Part]) -> None:
         for names in stages(parts):
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(part.built for part in parts.values()):
             check.begin_build(clock)
         check.log("all", "ceilings", **(ceilings(clock, 1 << 10, 8) if arguments.rehearse else ceilings(clock)))
+        torch.cuda.empty_cache()  # the parts' processes need it
         check.run(parts)
     finally:
         check.close()

@@ -15,6 +15,10 @@ from bench.report import tables
 CONTENDERS = ("ours", "eager", "FBGEMM", "compile")
 
 
+#: Of a part that did not end by itself. torch.compile, which takes as long as it takes, is not wrong by it.
+LATE = "ended, because its time was over"
+
+
 def read(path: Path) -> list[dict]:
     """The records of a log, whose last line may be cut off."""
     records = []
@@ -47,7 +51,8 @@ def failures(records: Sequence[dict]) -> list[str]:
         what = f"{t['part']}: {t['case']}, {t['pass']}, {t['dtype']}"
         found += [f"{what}: {t['error']}"] if "error" in t else []
         found += [f"{what}: {name}: {why}" for name, why in t.get("raised", {}).items()]
-    return found + [f"{p['part']}: {p['error']}" for p in of_kind(records, "part") if p["error"]]
+    ended = [(p["part"], p["error"]) for p in of_kind(records, "part") if p["error"]]
+    return found + [f"{part}: {error}" for part, error in ended if (part, error) != ("compile", LATE)]
 
 
 def contenders(timing: dict) -> list[str]:
@@ -94,6 +99,8 @@ def not_done(records: Sequence[dict]) -> list[str]:
     for f in of_kind(records, "finding"):
         if f["ok"] is None:
             reasons.setdefault(f"{f['part']}: {f['detail']}", []).append(f["what"])
+    if any((p["part"], p["error"]) == ("compile", LATE) for p in of_kind(records, "part")):
+        reasons[f"compile: {LATE}"] = ["what is not in the table"]
     return [f"- {reason} ({len(what)}: {what[0]}{', ..' if len(what) > 1 else ''})" for reason, what in reasons.items()]
 
 
@@ -160,8 +167,8 @@ def markdown(records: Sequence[dict]) -> str:
         lines += timing_section(records)
     if of_kind(records, "finding"):
         lines += ["", *summary(records)]
-        if reasons := not_done(records):
-            lines += ["", "Not done:", "", *reasons]
+    if reasons := not_done(records):
+        lines += ["", "Not done:", "", *reasons]
     if references := {f"- {r['op']}: {r['why']}" for r in of_kind(records, "reference")}:
         lines += ["", "On PyTorch's own kernels, for want of ours:", "", *sorted(references)]
     parts = [f"{p['part']} {p['seconds']:.0f} s" for p in of_kind(records, "part")]

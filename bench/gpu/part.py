@@ -114,6 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("name", choices=PARTS)
     parser.add_argument("--log", type=Path, default=Path("/dev/null"), help="append the records to this file")
     parser.add_argument("--seconds", type=float, default=60, help="after these nothing is begun")
+    parser.add_argument("--end", type=float, help="nor after this time of Python's monotonic clock")
     parser.add_argument("--shard", type=int, nargs=2, default=(0, 1), metavar=("WHICH", "OF"))
     parser.add_argument("--few", action="store_true", help="of correctness, a case an op, float32")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small shapes")
@@ -127,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(1)
     clock = HostClock() if arguments.rehearse else GPUClock()
     place = contests.Place(clock.device, small=arguments.rehearse)
-    run = Run(clock, place, arguments.seconds, tuple(arguments.shard), arguments.few)
+    seconds = arguments.seconds if arguments.end is None else arguments.end - time.monotonic()
+    run = Run(clock, place, seconds, tuple(arguments.shard), arguments.few)
     log = Log(arguments.log, arguments.name)
     for kind, found in PARTS[arguments.name](arguments.name, run):
         if line := check_report.line(log.write(kind, **found)):

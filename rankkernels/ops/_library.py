@@ -144,3 +144,19 @@ def use_huge_pages(t: Tensor) -> None:
 
 #: Ops that ran on the reference in this process, by op and device type, and why: see ``_table.notice_reference``.
 reference_notices: dict[tuple[str, str], str] = {}
+
+
+def without_autocast(op: torch._ops.OpOverload) -> None:
+    """What implementations of ``op`` call stays in the precision of its inputs, which autocast would choose anew."""
+
+    def run_without(key: str):
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def run(*arguments, **keywords):
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return op(*arguments, **keywords)
+
+        return run
+
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        lib.impl(op.name().removeprefix("rankkernels::"), run_without(key), key)

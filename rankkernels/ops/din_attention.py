@@ -27,7 +27,15 @@ from rankkernels.ops._attention_checks import (
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
 from rankkernels.ops._jagged import jagged
-from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, only_reference, triton_serves
+from rankkernels.ops._library import (
+    define,
+    has_cpu_kernel,
+    has_triton,
+    lib,
+    only_reference,
+    triton_serves,
+    without_autocast,
+)
 from rankkernels.ops._schema import no_gradients, nothing, parsed, schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops.attention_params import Flags, Inputs, has_gpu_kernel, unflatten_wide
@@ -224,18 +232,9 @@ def _to_onnx(*arguments):
 _forward = register_autograd("din_attention", _reference, _backward, _setup_context, _to_onnx, _composed)
 
 
-def _without_autocast(op: torch._ops.OpOverload, key: str):
-    def run(*arguments):
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-            return op(*arguments)
-
-    return run
-
-
 # The op's precision is that of ``history``, and what an implementation calls stays in it.
 for _op in (torch.ops.rankkernels.din_attention.default, torch.ops.rankkernels.din_attention_backward.default):
-    for _key in ("AutocastCPU", "AutocastCUDA"):
-        lib.impl(_op.name().removeprefix("rankkernels::"), _without_autocast(_op, _key), _key)
+    without_autocast(_op)
 
 
 def _as_linear_takes_it(x: Tensor) -> Tensor:

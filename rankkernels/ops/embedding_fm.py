@@ -20,7 +20,7 @@ from rankkernels.ops._autograd import check_first_derivative, register_autograd
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, lib, without_autocast
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
@@ -105,6 +105,9 @@ def _default(weights, *rest, sparse=False):
     else:
         linear = F.linear(embeddings, linear_weight.reshape(1, -1))
     return _with_dense(embeddings, dense), fm, linear
+
+
+without_autocast(torch.ops.rankkernels.embedding_fm.default)
 
 
 def _versions(weights) -> list[int]:

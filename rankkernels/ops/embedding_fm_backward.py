@@ -18,7 +18,7 @@ from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, lib, without_autocast
 from rankkernels.ops._schema import parsed, schema_of
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
@@ -175,6 +175,9 @@ def _default(*arguments):
         return grad, torch.zeros_like(a.linear_weight, memory_format=torch.contiguous_format)
     grad = torch.addcmul(grad, a.grad_linear, a.linear_weight.reshape(1, -1))
     return grad, (a.grad_linear.t() @ a.embeddings).view(a.linear_weight.shape)
+
+
+without_autocast(torch.ops.rankkernels.embedding_fm_backward.default)
 
 
 def _of_lookups(a: Arguments, features: Features) -> tuple[list[Tensor], Tensor]:

@@ -43,13 +43,23 @@ def command(*arguments: str | Path) -> list:
     return [sys.executable, "-m", "bench.gpu.check", *arguments]
 
 
-def run(environment: dict, *arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), cwd=check.ROOT, env=environment, capture_output=True, text=True)
+@pytest.fixture
+def checkout(tmp_path):
+    """The sources alone: nobody has built a library there."""
+    for name in ("bench", "rankkernels"):
+        shutil.copytree(
+            check.ROOT / name, tmp_path / "checkout" / name, ignore=shutil.ignore_patterns("*.so", "records", "__pyc*")
+        )
+    return tmp_path / "checkout"
+
+
+def run(environment: dict, place: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), cwd=place, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line(bare):
-    done = run(bare, "--out", "never")
+    done = run(bare, check.ROOT, "--out", "never")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["gpu_check: no GPU: torch.cuda.is_available() is False"]
 
@@ -72,8 +82,8 @@ def test_the_whole_is_less_than_seven_minutes():
 
 
 @pytest.mark.parametrize("parts", [["embeddings"], pytest.param([], marks=pytest.mark.slow, id="all")])
-def test_rehearsal_where_nothing_is_installed(bare, tmp_path, parts):
-    done = run(bare, "--rehearse", "--out", tmp_path / "out", *(f"--part={name}" for name in parts))
+def test_rehearsal_where_nothing_is_installed(bare, checkout, tmp_path, parts):
+    done = run(bare, checkout, "--rehearse", "--out", tmp_path / "out", *(f"--part={name}" for name in parts))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     records = check_report.read(tmp_path / "out/gpu_check.jsonl")
     ran = {r["part"] for r in records if r["kind"] == "part"}
@@ -173,7 +183,7 @@ def test_the_build_is_for_one_architecture_in_a_folder_of_its_own(monkeypatch, t
     place, arguments, *environment = json.loads(built.log.read_text())
     assert place == str(check.ROOT) and environment[:3] == ["1", "/toolkit", "9.0"] and int(environment[3]) >= 1
     folder = tmp_path / "build"
-    assert arguments == [f"--build-lib={folder / 'lib'}", f"--build-temp={folder / 'temp'}"]
+    assert arguments == ["build_ext", f"--build-temp={folder / 'temp'}", "build", f"--build-lib={folder / 'lib'}"]
     assert built.library == folder / "lib"
 
 
@@ -258,6 +268,7 @@ def test_report():
         {"kind": "finding", "part": "capture", "what": "c", "ok": None, "detail": "no kernel"},
         {"kind": "reference", "part": "models", "op": "embedding_bag", "why": "built without it"},
         {"kind": "part", "part": "capture", "error": "", "seconds": 12.2},
+        {"kind": "part", "part": "compile", "error": check_report.LATE, "seconds": 60},
         {"kind": "end", "part": "all", "seconds": 12.5},
     ]
     page = check_report.markdown(json.loads(json.dumps(records)))
@@ -267,11 +278,12 @@ def test_report():
         "| correctness | 1 | 0 | 0 |",
         "| capture | 0 | 0 | 2 |",
         "- capture: no kernel (2: b, ..)",
+        "- compile: ended, because its time was over (1: what is not in the table)",
         "- embedding_bag: built without it",
         "| interactions | FM B8192 F39 D16 | forward + backward | float32 | 10.0, host 50 (90) "
         "| 30.0*, host 20 (54–70) |  | 15.0, host 2 (40–60) | 90 % | 10.0 % |",
         "| interactions | y | forward + backward | float32 | 10.0 |  |  |  | 90 % | 10.0 % |",
-        "12.5 s in all. capture 12 s",
+        "12.5 s in all. capture 12 s, compile 60 s",
     ):
         assert line in page.splitlines(), line
     records.append({"kind": "finding", "part": "models", "what": "DIN", "ok": False, "detail": "error 1"})

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -227,6 +232,22 @@ def test_autocast():
         assert fm_interaction(x).dtype == torch.bfloat16 == (x.sum(1) ** 2).dtype
     key = torch._C.DispatchKey.AutocastCUDA
     assert torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::fm_interaction", str(key).split(".")[-1])
+
+
+def test_autocast_leaves_products_in_a_default_alone():
+    """In a process of its own, where the default runs: with the library's kernels there is no product to cast."""
+    code = """
+        import torch
+        from rankkernels import ops
+        weights = [torch.randn(9, 4, requires_grad=True) for _ in range(3)]
+        ids, a = [torch.arange(5)] * 3, torch.randn(1, 12, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            outs = ops.embedding_fm(weights, ids, a, modes=["none"] * 3)
+            sum(out.sum() for out in outs).backward()
+        assert {t.dtype for t in (*outs, a.grad, weights[0].grad)} == {torch.float32}
+    """
+    environment = {**os.environ, "RANKKERNELS_REFERENCE": "1"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, check=True)
 
 
 @pytest.mark.parametrize("training", [True, False])
