@@ -112,8 +112,8 @@ def merged(records: Sequence[dict]) -> list[dict]:
         if t["part"] != "compile":
             rows.append(dict(t))
         elif "seconds" in t and same:
-            for clock in ("seconds", "host"):
-                same[-1][clock] = {**t[clock], **same[-1][clock]}
+            same[-1]["seconds"] = {**t["seconds"], **same[-1]["seconds"]}
+            same[-1]["host"] = {**same[-1]["host"], **t["host"]}  # the first were measured beside the build
             same[-1]["no graph"] = same[-1]["no graph"] + [n for n in t["no graph"] if n == "compile"]
         else:
             rows.append(t)

@@ -31,7 +31,7 @@ TORCHES = {"3.6.0": "2.11", "3.7.1": "2.12, 2.13", "3.8.0": "2.14"}
 
 class Compiled(NamedTuple):
     """What a Triton makes of all cases for NVIDIA's targets: how many cases it serves, and their kernels; bytes that a
-    thread spills, of each kernel that does; the most registers of one."""
+    thread spills, by name, case and target of each kernel that does; the most registers of one."""
 
     triton: str
     cases: int
@@ -124,9 +124,11 @@ def versions_table(versions: Sequence[Compiled]) -> list[str]:
     """A row for each Triton that compiled all kernels."""
     rows = []
     for v in versions:
-        spilled = "; ".join(f"{what}: {size} bytes" for what, size in v.spills.items()) or "none"
-        rows.append([v.triton, TORCHES.get(v.triton, ""), str(v.cases), str(v.kernels), spilled, str(v.registers)])
-    return markdown(["Triton", "torch", "cases", "kernels", "spilled", "registers at most"], rows)
+        names = Counter(what.split()[0] for what in v.spills)
+        which = ", ".join(f"{count} {name}" for name, count in names.most_common())
+        spilled = f"{which}: {max(v.spills.values())} bytes at most" if v.spills else "none"
+        rows.append([v.triton, TORCHES.get(v.triton, ""), str(v.cases), str(v.kernels), str(v.registers), spilled])
+    return markdown(["Triton", "torch", "cases", "kernels", "registers at most", "that spill"], rows)
 
 
 #: What was weighed for an H100: 132 multiprocessors, 50 MB of L2, 3350 GB/s, 128 bytes a clock from each L1.

@@ -9,6 +9,7 @@ import torch
 from process import run_pytest
 
 from bench.gpu.occupancy import GPUS, lower_bounds
+from bench.gpu.page import Compiled, versions_table
 from bench.gpu.sass import Code, Counts, Loop, Trips, issued, parse
 
 #: A loop in a loop, whose line is in a function that the outer one calls; then one of which a turn is four.
@@ -103,3 +104,12 @@ def test_the_bounds_of_a_call():
 def test_trips_are_counted_in_the_interpreter():
     pytest.importorskip("triton", reason="Triton is not installed")
     run_pytest(Path(__file__).with_name("triton_kernels") / "trips.py", TRITON_INTERPRET="1")
+
+
+def test_a_line_for_each_triton():
+    spills = {"a_kernel of x float32 sm_80": 8, "a_kernel of x float32 sm_90": 24, "b_kernel of y float16 sm_80": 16}
+    rows = versions_table([Compiled("3.6.0", 40, 519, spills, 255), Compiled("3.9.0", 40, 519, {}, 243)])
+    assert rows[2:] == [
+        "| 3.6.0 | 2.11 | 40 | 519 | 255 | 2 a_kernel, 1 b_kernel: 24 bytes at most |",
+        "| 3.9.0 |  | 40 | 519 | 243 | none |",
+    ]
