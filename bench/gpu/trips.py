@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,8 +97,10 @@ def count(case: OpCase, dtype: torch.dtype) -> list[Counts]:
         mock.patch.object(interpreter, "range", counting.range, create=True),
         mock.patch.object(InterpretedFunction, "run", counting.launched(InterpretedFunction.run)),
         np.errstate(all="ignore"),  # what the other programs did not write is garbage
+        warnings.catch_warnings(),
         CUDAImplementations([], cuda_cpp=False),
     ):
+        warnings.simplefilter("ignore", RuntimeWarning)
         out = case.function(*inputs)
         torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
     return [launch.counts() for launch in counting.launches]
