@@ -134,17 +134,17 @@ def versions_table(versions: Sequence[Compiled]) -> list[str]:
 #: What was weighed for an H100: 132 multiprocessors, 50 MB of L2, 3350 GB/s, 128 bytes a clock from each L1.
 DESIGNS = """\
 - **FM** moves its floor: each row is read once, by 128-bit loads, and nothing else has its size. 0.75 flops a byte in
-  float32 where the card has 20 of vectors: bandwidth is the bound, but in 16 bits, where rows of 16 are half as long and
-  take as many instructions. A multiprocessor needs some 15 KB under way for
-  it; ten programs of 128 threads with two loads each have 40. Programs share nothing, so persistent ones would gain
-  nothing.
+  float32 where the card has 20 of vectors: bandwidth is the bound, but in 16 bits, where rows of 16 are half as long
+  and take as many instructions. A multiprocessor needs some 15 KB under way for it; ten programs of 128 threads with
+  two loads each have 40. Programs share nothing, so persistent ones would gain nothing.
 - **DIN attention, forward**, moves its floor, too: history, target, out and scores, once. 36 units do 18 flops a byte
   of float32 where three tf32 products leave 49, [80, 40] do 65. Neither is the bound: instructions are, eight times
-  the bytes' time and more, and products are few of them. Others bring operands into mma.sync's layouts, form M for each
-  block of rows and fill widths up to powers of two. A program is a sample. What it asks of L1 are M's two weights for each block of 32 rows and c's once: with D 64 some
-  40 KB for 8 KB of history, six times its bytes where L1 has nine times memory's bandwidth. For 4 KB in 16 bits, and
-  for D 16, which is padded to 32, L1 bounds it next: M kept in shared memory for all rows of a sample would be the next
-  step. A batch of few samples is split over their rows, 64 and more a program, up to 256 programs.
+  the bytes' time and more, and products are few of them. Others bring operands into mma.sync's layouts, form M for
+  each block of rows and fill widths up to powers of two. A program is a sample. What it asks of L1 are M's two
+  weights for each block of 32 rows and c's once: with D 64 some 40 KB for 8 KB of history, six times its bytes where
+  L1 has nine times memory's bandwidth. For 4 KB in 16 bits, and for D 16, which is padded to 32, L1 bounds it next: M
+  kept in shared memory for all rows of a sample would be the next step. A batch of few samples is split over their
+  rows, 64 and more a program, up to 256 programs.
 - **DIN attention, backward**, is persistent: 256 programs sum the weights' gradients over their samples in order, so
   that there are 256 partial sums and the bits repeat. It computes z again, 2 D H flops a row, where keeping it is 8 H
   bytes.
@@ -152,9 +152,9 @@ DESIGNS = """\
   threads, and nothing hides its loads. Products over rows are mma.sync's, of 16 or 32 rows, where wgmma's 64 would be
   padding for histories of 50: the matrix rate above is not within their reach. The second weight's gradient is
   wgmma's.
-- **DIN attention's own algebra**, weights folded with statistics, sums over programs, gradients of the parameters, is a
-  few thousand numbers: one program a layer, or one for eight units, some 10 µs of latency, where as many launches of
-  PyTorch's would be of the host's time first.
+- **DIN attention's own algebra**, weights folded with statistics, sums over programs, gradients of the parameters, is
+  a few thousand numbers: one program a layer, or one for eight units, some 10 µs of latency, where as many launches
+  of PyTorch's would be of the host's time first.
 - **norm_activation** in training reads its input twice, and its backward both of its inputs twice; the second time
   from L2 up to some 30 MB, and 4096 x 256 in float32 are 4.
 - **The embedding kernels** read each row looked up once, by 128-bit loads where it is aligned. Memory gives sectors
