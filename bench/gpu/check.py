@@ -60,7 +60,7 @@ GRACE = 8
 PART = (sys.executable, "-m", "bench.gpu.part")
 #: From the start: how long is waited for the build, and when the run ends, whatever is under way.
 BUILD_LIMIT, LIMIT = 160, 405
-REHEARSED = {name: part._replace(seconds=5, processes=min(part.processes, 2)) for name, part in PARTS.items()}
+REHEARSED = {name: part._replace(seconds=60, processes=min(part.processes, 2)) for name, part in PARTS.items()}
 
 
 def describe(device: torch.device) -> dict:

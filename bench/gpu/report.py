@@ -64,8 +64,9 @@ def triton_records(
     cores."""
     from bench.gpu.ahead_of_time import serves
 
-    served = [i for i, case in enumerate(COMPILED) if case in cases and serves(case)]
-    jobs = [(i, j, t) for t in targets for i in served for j in range(len(COMPILED[i].dtypes))]
+    place = {case.id: i for i, case in enumerate(COMPILED)}
+    served = [(place[case.id], dtype) for case in cases if serves(case) for dtype in case.dtypes]
+    jobs = [(i, COMPILED[i].dtypes.index(dtype), t) for t in targets for i, dtype in served]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for (i, j, target), calls in zip(jobs, pool.map(_compile, jobs)):
             yield Record(COMPILED[i], COMPILED[i].dtypes[j], target, calls)
