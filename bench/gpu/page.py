@@ -72,7 +72,7 @@ COMPILED_COLUMNS = 1 + len(GPUS) + len(MULTIPROCESSORS)
 
 def triton_table(records: Sequence, counts: Mapping[tuple[str, torch.dtype], Sequence[Counts]]) -> list[str]:
     """A row for each call, a column for each target and each GPU's lower bound. ``counts``: of a case in a dtype, the
-    loops of its launches, forward and backward, in order."""
+    loops of its launches, forward and backward, in order; without them loops count once."""
     targets = list(dict.fromkeys(r.target for r in records))
     calls: dict[tuple, tuple[OpCase, dict]] = {}
     for r in records:
@@ -83,7 +83,9 @@ def triton_table(records: Sequence, counts: Mapping[tuple[str, torch.dtype], Seq
         call = by_target.get("sm_90") or next(iter(by_target.values()))
         first = launched[name, dtype]
         launched[name, dtype] += len(call.kernels)
-        own = counts[name, dtype][first : launched[name, dtype]]
+        own = (
+            counts[name, dtype][first : launched[name, dtype]] if (name, dtype) in counts else [{}] * len(call.kernels)
+        )
         flops = case.backward_flops if op.endswith("_backward") else case.flops
         rows.append(
             [
@@ -208,7 +210,8 @@ Products of float32 matrices are three of tf32 on NVIDIA, torch's default, and f
 not counted. The launchers choose the blocks from the shape; there is no autotuning, so a case is one configuration.
 
 Issued are the instructions that a warp of each kernel issues in one program, by the machine code's loops: each loop's
-times how often it runs, counted in Triton's interpreter, and straight code once.
+times how often it runs, counted in Triton's interpreter, and straight code once. Loops of the embeddings' kernels are
+not counted there, and are in it once.
 
 The host's time is {anchors}
 An op's autograd, which is the same for all, is not in it. Arguments are each launch's, ops PyTorch's, views among

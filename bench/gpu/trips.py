@@ -10,7 +10,7 @@ import builtins
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -62,17 +62,16 @@ def _chain(kernel: str) -> tuple[Line, ...]:
 
 
 class Counting:
-    """Stands for ``range`` where kernels and the interpreter look it up, and knows their launches. ``sample``: which of
-    so many programs are run."""
+    """Stands for ``range`` where kernels and the interpreter look it up, and knows their launches."""
 
-    def __init__(self, sample: Callable[[int], Sequence[int]]):
-        self.sample, self.launches = sample, []
+    def __init__(self):
+        self.launches: list[Launch] = []
 
     def range(self, *bounds) -> Iterator[int]:
         turns = builtins.range(*bounds)
         caller = sys._getframe(1).f_code
         if caller.co_name == "__call__" and caller.co_filename == interpreter.__file__:  # over the grid
-            return iter(self.sample(len(turns)))
+            return iter(sample(len(turns)))
         if caller.co_name == "_new_range" or caller.co_filename.startswith(FOLDER):
             launch = self.launches[-1]
             entry = launch.loops.setdefault(_chain(launch.kernel), [0, 0, turns.step])
@@ -84,16 +83,18 @@ class Counting:
         """The interpreter's launch ``run``, after which its loops are known."""
 
         def launch(kernel, *args, grid, **kwargs):
-            self.launches.append(Launch(kernel.__name__, math.prod(len(self.sample(n)) for n in grid)))
+            self.launches.append(Launch(kernel.__name__, math.prod(len(sample(n)) for n in grid)))
             return run(kernel, *args, grid=grid, **kwargs)
 
         return launch
 
 
 def count(case: OpCase, dtype: torch.dtype) -> list[Counts]:
-    """Of the launches of a forward and a backward of the case, in order."""
-    # Kernels of the embeddings go to addresses that others have written: there all programs are run.
-    counting = Counting(range if case.op.startswith("embedding") else sample)
+    """Of the launches of a forward and a backward of the case, in order.
+
+    Not for kernels that go to addresses which other programs have written, as the embeddings' do.
+    """
+    counting = Counting()
     inputs = [t.requires_grad_(t.is_floating_point()) for t in case.inputs(dtype)]
     with (
         mock.patch.object(interpreter, "range", counting.range, create=True),

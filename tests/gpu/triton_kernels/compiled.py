@@ -9,7 +9,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
@@ -41,7 +40,6 @@ from rankkernels.testing import din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
-NO_LOOPS = defaultdict(lambda: [{}] * 20)  # counted in none of a case's launches
 CHOSEN = [case for op in IN_TRITON for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
@@ -230,7 +228,7 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
 
 
 def test_prints_the_table(records):
-    table = page.triton_table(list(records.values()), NO_LOOPS)
+    table = page.triton_table(list(records.values()), {})
     assert len(table) == 2 + 2 * sum(len(case.dtypes) for case in SERVED)
     assert len({line.count("|") for line in table}) == 1
     print("\n".join(table))
@@ -243,7 +241,7 @@ def test_the_committed_page_is_of_this_code(records):
     alike = None if same else -page.COMPILED_COLUMNS
     of = lambda lines: [line.strip("| ").split(" | ")[:alike] for line in lines if line.startswith("|")]  # noqa: E731
     committed = of(text.splitlines())
-    for row in of(page.triton_table(list(records.values()), report.loop_counts(CHOSEN) if same else NO_LOOPS)):
+    for row in of(page.triton_table(list(records.values()), report.loop_counts(CHOSEN) if same else {})):
         assert row in committed, f"make gpu-report gives {row}"
 
 
@@ -271,6 +269,6 @@ def test_the_report_refuses_the_interpreter():
 
 
 def test_the_page_says_what_was_not_compiled(records):
-    text = page.report(list(records.values()), NO_LOOPS, None, {}, {}, "these versions")
+    text = page.report(list(records.values()), {}, None, {}, {}, "these versions")
     assert "these versions. Nothing here ran on a GPU" in text
     assert "Not compiled: no nvcc" in text
