@@ -84,8 +84,9 @@ def loop_counts(cases: Sequence[OpCase] = COMPILED) -> dict[tuple[str, torch.dty
     each of which has a case's tensors. Not of the embeddings': see ``count``."""
     from bench.gpu.ahead_of_time import serves
 
-    counted = [i for i, c in enumerate(COMPILED) if c in cases and serves(c) and not c.op.startswith("embedding")]
-    jobs = [(i, j) for i in counted for j in range(len(COMPILED[i].dtypes))]
+    place = {case.id: i for i, case in enumerate(COMPILED)}
+    counted = [case for case in cases if serves(case) and not case.op.startswith("embedding")]
+    jobs = [(place[c.id], COMPILED[place[c.id]].dtypes.index(dtype)) for c in counted for dtype in c.dtypes]
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), ProcessPoolExecutor(2, get_context("spawn")) as pool:
         counts = list(pool.map(_count, jobs))
     return {(COMPILED[i].id, COMPILED[i].dtypes[j]): c for (i, j), c in zip(jobs, counts)}
