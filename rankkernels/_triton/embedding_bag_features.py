@@ -64,8 +64,9 @@ class Tile(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """So many are four loads of 16 bytes a thread, if they are aligned."""
-        return max(1, min(256, 8192 // self.dtype.itemsize // self.BLOCK_D))
+        """So many are four loads of 16 bytes a thread, if they are aligned, and two in 16 bits: of four, a maximum and
+        its place are more than the registers hold."""
+        return max(1, min(256, 8192 // self.accumulator.itemsize // self.BLOCK_D))
 
     @property
     def sums(self) -> int:
