@@ -309,7 +309,8 @@ def _check_range(states: dict[int, dict[str, Tensor]], names: Sequence[str], par
     """Raises where torch, which keeps what has these ``names`` in a param's dtype, would make a number infinite."""
     for i, state in states.items():
         dtype = params[i].dtype
-        for name, values in ((name, state[name]) for name in names):
+        for name in names:
+            values = state[name]
             if values.numel() and torch.finfo(dtype).max < torch.finfo(values.dtype).max:
                 most = values.abs().max().item()
                 if torch.finfo(dtype).max < most < float("inf"):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rankkernels._triton._alignment import aligned
+
 #: Columns of a feature: embedding_bag_features.py, Feature.
 FIRST, NUMBER, WEIGHT, STRIDE, ROWS, BAGS, LENGTH, MODE, PADDING, UNKNOWN, SIZE, HIDDEN, OUT_STRIDE = (
     tl.constexpr(k) for k in range(13)
@@ -58,6 +60,36 @@ def span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS: tl.constexpr, W
         last = tl.where(b + 1 < bags, tl.minimum(tl.maximum(last, first), count), count)
         begin, end = tl.where(address != 0, first, begin), tl.where(address != 0, last, end)
     return begin, tl.where(b < bags, end, begin)
+
+
+@triton.jit
+def bags_of(
+    described_ptr, numbers_ptr, n, F, HAS_OFFSETS: tl.constexpr, WIDE_OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """A program's feature, its bags [BLOCK_B], and the ids [begin, end) of these."""
+    i = item_of(described_ptr, n, tl.program_id(0), BLOCK_N)
+    b = (tl.program_id(0) - tl.load(described_ptr + i)) * BLOCK_B + tl.arange(0, BLOCK_B)
+    begin, end = span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS, WIDE_OFFSETS)
+    return i, b, begin, end
+
+
+@triton.jit
+def table_of(described_ptr, n, i, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Where the table of feature i begins, and from row to row."""
+    weight_ptr = pointer_to(tl.load(described_ptr + WEIGHT * n + i), DTYPE, ALIGN)
+    return weight_ptr, multiple_at(described_ptr + STRIDE * n + i, ALIGN)
+
+
+@triton.jit
+def outs_of(
+    described_ptr, numbers_ptr, n, F, i, b, D, DTYPE: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Where the results of bags b of feature i, or their gradients, are, [B, BLOCK_D], and which of these exist."""
+    out_ptr = pointer_to(tl.load(numbers_ptr + OUT * F + tl.load(described_ptr + NUMBER * n + i)), DTYPE, ALIGN)
+    out_stride, o_d = multiple_at(described_ptr + OUT_STRIDE * n + i, ALIGN), tl.arange(0, BLOCK_D)
+    there = (b < tl.load(described_ptr + BAGS * n + i))[:, None] & (o_d < aligned(D, ALIGN))[None, :]
+    return out_ptr + (b.to(tl.int64) * out_stride)[:, None] + o_d[None, :], there
 
 
 @triton.jit

@@ -71,7 +71,7 @@ class Tile(NamedTuple):
     @property
     def sums(self) -> int:
         """So many are 64 bytes of sums a thread, beside which an optimizer's state has a place in registers."""
-        return max(1, min(128, 8192 // self.accumulator.itemsize // self.BLOCK_D))
+        return min(128, self.rows)
 
 
 def matrix_of(t: Tensor) -> Tensor:

@@ -18,21 +18,14 @@ import triton.language as tl
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_blocks import (
-    BAGS,
     MODE,
     MODE_MAX,
     MODE_MEAN,
-    NUMBER,
-    OUT,
-    OUT_STRIDE,
-    STRIDE,
-    WEIGHT,
+    bags_of,
     factors_of,
-    item_of,
-    multiple_at,
-    pointer_to,
+    outs_of,
     rows_of,
-    span_of,
+    table_of,
 )
 from rankkernels._triton.embedding_bag_features import Call
 
@@ -44,13 +37,10 @@ def embedding_bag_kernel(
     ACC: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Every BLOCK_B bags of n features of width D, in one launch."""
-    i = item_of(described_ptr, n, tl.program_id(0), BLOCK_N)
-    b = (tl.program_id(0) - tl.load(described_ptr + i)) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin, end = span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS, WIDE_OFFSETS)
+    i, b, begin, end = bags_of(described_ptr, numbers_ptr, n, F, HAS_OFFSETS, WIDE_OFFSETS, BLOCK_N, BLOCK_B)
     o_d, mode = tl.arange(0, BLOCK_D), tl.load(described_ptr + MODE * n + i)
     of_row = (o_d < aligned(D, ALIGN))[None, :]
-    weight_ptr = pointer_to(tl.load(described_ptr + WEIGHT * n + i), DTYPE, ALIGN)
-    stride = multiple_at(described_ptr + STRIDE * n + i, ALIGN)
+    weight_ptr, stride = table_of(described_ptr, n, i, DTYPE, ALIGN)
     total = tl.zeros([BLOCK_B, BLOCK_D], ACC)
     if HAS_MAX:
         total = tl.where(mode == MODE_MAX, float("-inf"), total)
@@ -71,10 +61,8 @@ def embedding_bag_kernel(
     total = tl.where((mode == MODE_MEAN) & (count > 1)[:, None], total / tl.maximum(count, 1)[:, None].to(ACC), total)
     if HAS_MAX:
         total = tl.where((count > 0)[:, None], total, 0.0)
-    out_ptr = pointer_to(tl.load(numbers_ptr + OUT * F + tl.load(described_ptr + NUMBER * n + i)), DTYPE, ALIGN)
-    out_stride = multiple_at(described_ptr + OUT_STRIDE * n + i, ALIGN)
-    inside = (b < tl.load(described_ptr + BAGS * n + i))[:, None] & of_row
-    tl.store(out_ptr + (b.to(tl.int64) * out_stride)[:, None] + o_d[None, :], total, mask=inside)
+    out_ptr, there = outs_of(described_ptr, numbers_ptr, n, F, i, b, D, DTYPE, ALIGN, BLOCK_D)
+    tl.store(out_ptr, total, mask=there)
 
 
 def lookup(call: Call) -> None:

@@ -23,7 +23,6 @@ from rankkernels._triton import _alignment
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_blocks import (
-    BAGS,
     BY_LOOKUP,
     FIRST_LOOKUP,
     FROZEN,
@@ -35,14 +34,12 @@ from rankkernels._triton.embedding_bag_blocks import (
     NUMBER,
     OUT,
     OUT_STRIDE,
-    STRIDE,
-    WEIGHT,
+    bags_of,
     factors_of,
-    item_of,
-    multiple_at,
+    outs_of,
     pointer_to,
     rows_of,
-    span_of,
+    table_of,
 )
 from rankkernels._triton.embedding_bag_features import DTYPES, Call
 from rankkernels._triton.embedding_bag_numbers import numbers as on_device
@@ -66,9 +63,7 @@ def embedding_bag_sources_kernel(
     ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Of every lookup its key, ``skipped`` if it gives nothing, the address of a gradient and a factor for it."""
-    i = item_of(described_ptr, n, tl.program_id(0), BLOCK_N)
-    b = (tl.program_id(0) - tl.load(described_ptr + i)) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin, end = span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS, WIDE_OFFSETS)
+    i, b, begin, end = bags_of(described_ptr, numbers_ptr, n, F, HAS_OFFSETS, WIDE_OFFSETS, BLOCK_N, BLOCK_B)
     begin, end, o_l = begin[:, None], end[:, None], tl.arange(0, BLOCK_L)[None, :]
     longest, mode = tl.max(end - begin), tl.load(described_ptr + MODE * n + i)
     scale = tl.full([BLOCK_B, 1], 1.0, ACC)
@@ -103,13 +98,10 @@ def embedding_bag_max_kernel(
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Of every lookup of a maximum its row's gradient, at the address of its feature in ``rows``."""
-    i = item_of(described_ptr, n, tl.program_id(0), BLOCK_N)
-    b = (tl.program_id(0) - tl.load(described_ptr + i)) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin, end = span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS, WIDE_OFFSETS)
+    i, b, begin, end = bags_of(described_ptr, numbers_ptr, n, F, HAS_OFFSETS, WIDE_OFFSETS, BLOCK_N, BLOCK_B)
     o_d, number = tl.arange(0, BLOCK_D), tl.load(described_ptr + NUMBER * n + i)
     of_row = (o_d < aligned(D, ALIGN))[None, :]
-    weight_ptr = pointer_to(tl.load(described_ptr + WEIGHT * n + i), DTYPE, ALIGN)
-    stride = multiple_at(described_ptr + STRIDE * n + i, ALIGN)
+    weight_ptr, stride = table_of(described_ptr, n, i, DTYPE, ALIGN)
     longest = tl.max(end - begin)
     largest = tl.full([BLOCK_B, BLOCK_D], float("-inf"), ACC)
     first = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)  # the lookup that attains it
@@ -121,10 +113,8 @@ def embedding_bag_max_kernel(
         larger = (first < 0) | (x > largest) | ((x != x) & (largest == largest))
         largest = tl.where(keep[:, None] & larger, x, largest)
         first = tl.where(keep[:, None] & larger, p[:, None], first)
-    inside = (b < tl.load(described_ptr + BAGS * n + i))[:, None] & of_row
-    grad_ptr = pointer_to(tl.load(numbers_ptr + OUT * F + number), DTYPE, ALIGN)
-    grad_ptr += (b.to(tl.int64) * multiple_at(described_ptr + OUT_STRIDE * n + i, ALIGN))[:, None] + o_d[None, :]
-    grad = tl.load(grad_ptr, mask=inside, other=0.0).to(ACC)
+    grad_ptr, there = outs_of(described_ptr, numbers_ptr, n, F, i, b, D, DTYPE, ALIGN, BLOCK_D)
+    grad = tl.load(grad_ptr, mask=there, other=0.0).to(ACC)
     out_ptr = pointer_to(tl.load(rows_ptr + number), DTYPE, ALIGN)
     for k in range(0, longest):
         p = begin + k
@@ -140,17 +130,12 @@ def embedding_bag_factors_kernel(
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the per-sample weights, at the address of their feature in ``factors``."""
-    i = item_of(described_ptr, n, tl.program_id(0), BLOCK_N)
-    b = (tl.program_id(0) - tl.load(described_ptr + i)) * BLOCK_B + tl.arange(0, BLOCK_B)
-    begin, end = span_of(described_ptr, numbers_ptr, n, F, i, b, HAS_OFFSETS, WIDE_OFFSETS)
+    i, b, begin, end = bags_of(described_ptr, numbers_ptr, n, F, HAS_OFFSETS, WIDE_OFFSETS, BLOCK_N, BLOCK_B)
     o_d, number = tl.arange(0, BLOCK_D), tl.load(described_ptr + NUMBER * n + i)
     of_row = (o_d < aligned(D, ALIGN))[None, :]
-    weight_ptr = pointer_to(tl.load(described_ptr + WEIGHT * n + i), DTYPE, ALIGN)
-    stride = multiple_at(described_ptr + STRIDE * n + i, ALIGN)
-    inside = (b < tl.load(described_ptr + BAGS * n + i))[:, None] & of_row
-    grad_ptr = pointer_to(tl.load(numbers_ptr + OUT * F + number), DTYPE, ALIGN)
-    grad_ptr += (b.to(tl.int64) * multiple_at(described_ptr + OUT_STRIDE * n + i, ALIGN))[:, None] + o_d[None, :]
-    grad = tl.load(grad_ptr, mask=inside, other=0.0).to(ACC)
+    weight_ptr, stride = table_of(described_ptr, n, i, DTYPE, ALIGN)
+    grad_ptr, there = outs_of(described_ptr, numbers_ptr, n, F, i, b, D, DTYPE, ALIGN, BLOCK_D)
+    grad = tl.load(grad_ptr, mask=there, other=0.0).to(ACC)
     longest, count = tl.max(end - begin), tl.zeros([BLOCK_B], tl.int32)
     for k in range(0, longest):
         p = begin + k
@@ -183,14 +168,8 @@ def _each(call: Call, kernel, numbers: Tensor, chosen: Sequence[int], places: Se
     where = on_device(list(map(_alignment.address, places)), call.device)
     for tile, features in call.tiles(chosen).items():
         described, blocks = call.described(features, tile.rows)
-        constants = (
-            *call.flags,
-            *tile.types,
-            tile.ALIGN,
-            triton.next_power_of_2(len(features)),
-            tile.rows,
-            tile.BLOCK_D,
-        )
+        power = triton.next_power_of_2(len(features))
+        constants = *call.flags, *tile.types, tile.ALIGN, power, tile.rows, tile.BLOCK_D
         size = len(features), len(call.outs), tile.D
         launch(kernel, (blocks,), (described, numbers, where), size, constants, num_warps=4)
 

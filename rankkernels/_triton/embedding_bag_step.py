@@ -25,7 +25,7 @@ T_KEY, T_ROWS, T_NUMBER, T_WEIGHT, T_STRIDE, T_STATE0, T_STATE1, T_STATE_STRIDE,
 LR, STEP, INVERSE_ROOT, GRAD_FACTOR, COUNT, SKIPS, RATE1, RATE2, EPS, DECAY, MAX_NORM, OWN0, OWN1, OWN2, OWN3 = (
     tl.constexpr(k) for k in range(15)
 )
-SETTINGS = 16  # with one that means nothing
+SETTINGS = tl.constexpr(16)  # with one that means nothing
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def step(
     ALIGN: tl.constexpr, CLIPS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A step on rows [P] of tables t [P] that are ``done``, whose gradients are ``total`` [P, BLOCK_D]."""
-    settings_ptr = hyper_ptr + tl.load(described_ptr + T_SETTINGS * n + t, mask=done, other=0) * 16
+    settings_ptr = hyper_ptr + tl.load(described_ptr + T_SETTINGS * n + t, mask=done, other=0) * SETTINGS
     done &= tl.load(settings_ptr + SKIPS) == 0.0
     o_d = tl.arange(0, BLOCK_D)
     inside = done[:, None] & (o_d < aligned(D, ALIGN))[None, :]

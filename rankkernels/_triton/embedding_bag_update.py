@@ -141,12 +141,13 @@ class Step:
 
     def settings(self, numbers: Tensor) -> Tensor:
         """The settings on the device, float64, from the numbers that are there; live steps are counted."""
-        given, where = numbers.split([len(self.distinct) * SETTINGS, numbers.numel() - len(self.distinct) * SETTINGS])
+        size = len(self.distinct) * SETTINGS.value
+        given, where = numbers.split([size, numbers.numel() - size])
         given, T = given.view(torch.float64), len(self.stepped)
         if not self.live:
             return given
-        out = given.new_empty(T * SETTINGS)
-        constants = self.name in ADAMS, self.name == "adam", SETTINGS
+        out = given.new_empty(T * SETTINGS.value)
+        constants = self.name in ADAMS, self.name == "adam", SETTINGS.value
         launch(embedding_bag_fold_kernel, (T,), (where, given, out), (T,), constants, num_warps=1)
         return out
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu.build import cuda_home
 from bench.gpu.cases import CUDA_LAUNCHES
 from bench.gpu.report import ptxas_resources
 
@@ -36,20 +37,8 @@ KERNELS = {
     )
 }
 MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
-
-
-def cuda_home() -> Path | None:
-    """The toolkit of CUDA_HOME, or of the nvcc on PATH, which may be a wrapper: it says where it is at home."""
-    if home := os.environ.get("CUDA_HOME"):
-        return Path(home) if Path(home, "bin/nvcc").exists() else None
-    if not shutil.which("nvcc"):
-        return None
-    dry = subprocess.run(["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
-    home = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.M)
-    return Path(home[1]).resolve() if home else None
-
-
-CUDA_HOME = cuda_home()
+HOME = cuda_home()
+CUDA_HOME = Path(HOME) if HOME and Path(HOME, "bin/nvcc").exists() else None
 needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
 
 

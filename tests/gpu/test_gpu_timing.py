@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,17 +39,6 @@ class Clock(timing.HostClock):
         return 1.0
 
 
-class Time:
-    """A monotonic clock that goes on by one second at each look."""
-
-    def __init__(self):
-        self.at = 0.0
-
-    def __call__(self) -> float:
-        self.at += 1
-        return self.at
-
-
 def contest(**functions) -> timing.Contest:
     """Of sets of one number, the seed, of which a call reads 32 bytes."""
     return timing.Contest(functions, lambda seed: [torch.tensor([1.0 + seed])], size=4, touched=32, moved=8, flops=1)
@@ -70,7 +60,9 @@ def test_race_takes_turns_on_all_sets_and_medians():
         return lambda x: seen.append((name, x.item())) or [x]
 
     clock = Clock(3.0, 30.0, 6.0, 60.0, 27.0, 270.0)
-    found = timing.race(contest(ours=contender("ours"), eager=contender("eager")), clock, 4.0, Time())
+    found = timing.race(
+        contest(ours=contender("ours"), eager=contender("eager")), clock, 4.0, itertools.count(1).__next__
+    )
     assert found["sets"] == 3 and found["no graph"] == ["ours", "eager"] and not found["raised"]
     assert found["seconds"] == {"ours": 2.0, "eager": 20.0}  # of a call; a turn has one for each set
     assert found["host"] == {"ours": 1.0, "eager": 1.0}
@@ -94,7 +86,7 @@ def test_what_differs_or_raises_is_not_timed():
     assert found["raised"] == {"FBGEMM": "RuntimeError: out of memory"} and set(found["seconds"]) == {"ours"}
     items = [timed.Timed("x", "forward", torch.float32, "op", lambda place: contest(ours=raises))] * 2
     run = part.Run(clock, SMALL, 3.5)
-    (kind, first), (late, second) = part.races("steps", items, run, now=Time())
+    (kind, first), (late, second) = part.races("steps", items, run, now=itertools.count(1).__next__)
     assert (kind, first["error"]) == ("timing", "RuntimeError: out of memory")
     assert (late, second["ok"], second["detail"]) == ("finding", None, "the part's 4 s are over")
     records = [{"kind": kind, "part": "steps", **first}, {"kind": "timing", "part": "steps", **first, **found}]

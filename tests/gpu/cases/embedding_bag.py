@@ -313,7 +313,7 @@ BAG = Interpreted(
         ),
         (
             "way: every table at the first one's rate",
-            "T_SETTINGS * n + t, mask=done, other=0) * 16",
+            "T_SETTINGS * n + t, mask=done, other=0) * SETTINGS",
             "T_SETTINGS * n + t, mask=done, other=0) * 0",
         ),
         ("clips: what is short", "norm <= max_norm, 1.0", "norm >= max_norm, 1.0"),
