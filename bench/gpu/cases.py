@@ -9,6 +9,7 @@ import torch
 
 from rankkernels.testing import (
     OpCase,
+    cross_layer_case,
     cross_network_case,
     din_attention_case,
     embedding_bag_case,
@@ -59,6 +60,14 @@ CROSS = GPUOp(
         in_dtypes(cross_network_case(4096, 429, 6), SINGLE, BF16, DOUBLE),
         in_dtypes(cross_network_case(65536, 160, 3), SINGLE, HALF),
         in_dtypes(cross_network_case(512, 4096, 2), SINGLE),
+    ],
+)
+
+LAYER = GPUOp(
+    op="cross_layer",
+    cases=[
+        in_dtypes(cross_layer_case(4096, 432), SINGLE, BF16),
+        in_dtypes(cross_layer_case(65536, 160, has_bias=False), SINGLE, HALF),
     ],
 )
 
@@ -150,7 +159,7 @@ EMBEDDING_FM = GPUOp(
     in_triton=False,
 )
 
-GPU_OPS = [FM, CROSS, PAIRS, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+GPU_OPS = [FM, CROSS, LAYER, PAIRS, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
 IN_TRITON = [op for op in GPU_OPS if op.in_triton]
 COMPILED = [case for op in IN_TRITON for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

@@ -124,6 +124,11 @@ def triton_serves(t: Tensor) -> bool:
     return has_triton and _has_tensor_cores(t.device.index)
 
 
+def triton_serves_single(t: Tensor) -> bool:
+    """``triton_serves``, of kernels that compute in float32: float64 is the reference's."""
+    return t.dtype != torch.float64 and triton_serves(t)
+
+
 #: Whether lookups on a GPU are Triton's: the library's, in CUDA C++, come before them.
 triton_embeds: bool = has_triton and no_cuda is not None
 WIDEST_EMBEDDING = 512

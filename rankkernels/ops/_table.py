@@ -49,6 +49,8 @@ class Op(NamedTuple):
         return "C++" if self.is_served() else None
 
 
+IN_FLOAT64 = "the reference in float64"
+
 OPS = {
     op.name: op
     for op in (
@@ -60,7 +62,13 @@ OPS = {
             cuda_limits="a library's products in float64, beyond two layers or 128 wide",
         ),
         Op("cross_network", ("CrossNetwork",), cuda="Triton", cuda_limits="the reference beyond 4096 wide"),
-        Op("cross_layer", ("CrossNetV2", "CrossNetMix"), "what follows a product of DCN v2"),
+        Op(
+            "cross_layer",
+            ("CrossNetV2", "CrossNetMix"),
+            "what follows a product of DCN v2",
+            cuda="Triton",
+            cuda_limits=IN_FLOAT64,
+        ),
         Op("pairwise_dot", ("PNN",), cuda="Triton"),
         Op("ffm_interaction", ("FFM",)),
         Op("bilinear_interaction", ("BiLinearInteractionLayer",)),

@@ -1,4 +1,5 @@
-"""What follows the product of a layer of DCN v2. Kernels: csrc/cpu/interaction/cross_layer_kernel.h."""
+"""What follows the product of a layer of DCN v2. Kernels: csrc/cpu/interaction/cross_layer_kernel.h and
+_triton/cross_layer.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves_single
 from rankkernels.ops._table import notice_reference
 
 define("cross_layer(Tensor x0, Tensor product, Tensor x, Tensor? bias) -> Tensor")
@@ -48,7 +49,7 @@ def _reference(x0, product, x, bias):
 
 
 @torch.library.impl(lib, "cross_layer", "CompositeExplicitAutograd")
-def _(x0, product, x, bias):
+def _default(x0, product, x, bias):
     notice_reference("cross_layer", x0)
     return _reference(x0, product, x, bias)
 
@@ -60,6 +61,27 @@ def _reference_backward(grad_out, x0, product, has_bias):
     grad, *others = map(reference.accumulator, (grad_out, x0, product))
     of_product, of_x0 = ((grad * t).to(x0.dtype, memory_format=torch.contiguous_format) for t in others)
     return of_x0, of_product, [grad.sum(0).to(x0.dtype)] if has_bias else []
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "cross_layer", "CUDA")
+    def _(x0, product, x, bias):
+        from rankkernels._triton.cross_layer import cross_layer
+
+        if not triton_serves_single(x0):
+            return _default(x0, product, x, bias)
+        _check("cross_layer", x0, product=product, x=x, bias=bias)
+        return cross_layer(x0, product, x, bias)
+
+    @torch.library.impl(lib, "cross_layer_backward", "CUDA")
+    def _(grad_out, x0, product, has_bias):
+        from rankkernels._triton.cross_layer import cross_layer_backward
+
+        if not triton_serves_single(x0):
+            return _reference_backward(grad_out, x0, product, has_bias)
+        _check("cross_layer_backward", x0, grad_out=grad_out, product=product)
+        return cross_layer_backward(grad_out, x0, product, has_bias)
 
 
 def _setup_context(ctx, inputs, output):
