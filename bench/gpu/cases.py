@@ -9,11 +9,13 @@ import torch
 
 from rankkernels.testing import (
     OpCase,
+    bilinear_interaction_case,
     cross_layer_case,
     cross_network_case,
     din_attention_case,
     embedding_bag_case,
     embedding_fm_case,
+    ffm_interaction_case,
     fm_interaction_case,
     norm_activation_case,
     pairwise_dot_case,
@@ -77,6 +79,24 @@ PAIRS = GPUOp(
         in_dtypes(pairwise_dot_case(8192, 39, 16), SINGLE, BF16, DOUBLE),
         in_dtypes(pairwise_dot_case(8192, 27, 128), SINGLE, HALF),
         in_dtypes(pairwise_dot_case(4096, 39, 10, weighted=True), SINGLE),
+    ],
+)
+
+BILINEAR = GPUOp(
+    op="bilinear_interaction",
+    cases=[
+        in_dtypes(bilinear_interaction_case(2048, 39, 16), SINGLE, BF16),
+        in_dtypes(bilinear_interaction_case(2048, 39, 64, "field_each"), SINGLE, HALF),
+        in_dtypes(bilinear_interaction_case(65536, 5, 64), SINGLE),
+    ],
+)
+
+FFM = GPUOp(
+    op="ffm_interaction",
+    cases=[
+        in_dtypes(ffm_interaction_case(2048, 39, 16), SINGLE, BF16),
+        in_dtypes(ffm_interaction_case(4096, 26, 4, reduce_sum=False), SINGLE),
+        in_dtypes(ffm_interaction_case(4096, 10, 64), HALF),
     ],
 )
 
@@ -159,7 +179,7 @@ EMBEDDING_FM = GPUOp(
     in_triton=False,
 )
 
-GPU_OPS = [FM, CROSS, LAYER, PAIRS, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+GPU_OPS = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
 IN_TRITON = [op for op in GPU_OPS if op.in_triton]
 COMPILED = [case for op in IN_TRITON for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from rankkernels._triton._alignment import alignment
 from rankkernels._triton._launch import launch
+from rankkernels._triton._products import precision_of
 from rankkernels._triton._programs import programs_of
 from rankkernels._triton.din_attention_backward import din_attention_backward_kernel
 from rankkernels._triton.din_attention_forward import (
@@ -82,15 +83,6 @@ def supports(history: Tensor, params: Sequence[Tensor], flags: Flags) -> bool:
         and 0 < min(widths) <= max(widths) <= MAX_WIDTH
         and history.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of products: ``product`` in din_attention_blocks.py."""
-    if dtype != torch.float32:
-        return str(dtype).removeprefix("torch.")
-    if torch.version.hip:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _registers() -> dict[str, int]:
@@ -169,7 +161,7 @@ class _Call:
             stride_mb, stride_ml,
         )  # fmt: skip
         constants = (
-            D, H, H2, flags.name, self.statistics, p > 0, form, flags.use_softmax, _precision(history.dtype),
+            D, H, H2, flags.name, self.statistics, p > 0, form, flags.use_softmax, precision_of(history.dtype),
             alignment(history), stride_hd == 1, BLOCK_D, BLOCK_H, BLOCK_H2,
         )  # fmt: skip
         pointers = (history, target, rows, saved, flags.seed if p > 0 else None, *own)

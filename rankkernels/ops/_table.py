@@ -70,8 +70,8 @@ OPS = {
             cuda_limits=IN_FLOAT64,
         ),
         Op("pairwise_dot", ("PNN",), cuda="Triton"),
-        Op("ffm_interaction", ("FFM",)),
-        Op("bilinear_interaction", ("BiLinearInteractionLayer",)),
+        Op("ffm_interaction", ("FFM",), cuda="Triton", cuda_limits=IN_FLOAT64),
+        Op("bilinear_interaction", ("BiLinearInteractionLayer",), cuda="Triton", cuda_limits=IN_FLOAT64),
         Op("norm_activation", ("MLP", "Dice"), cuda="Triton"),
         Op(
             "embedding_bag",

@@ -1,4 +1,5 @@
-"""FiBiNET's bilinear interaction. Kernels: csrc/cpu/interaction/bilinear_interaction_kernel.h."""
+"""FiBiNET's bilinear interaction. Kernels: csrc/cpu/interaction/bilinear_interaction_kernel.h and
+_triton/bilinear_interaction.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves_single
 from rankkernels.ops._table import notice_reference
 
 define("bilinear_interaction(Tensor x, Tensor[] weights, int kind) -> Tensor")
@@ -66,7 +67,7 @@ def _reference(x, weights, kind):
 
 
 @torch.library.impl(lib, "bilinear_interaction", "CompositeExplicitAutograd")
-def _(x, weights, kind):
+def _default(x, weights, kind):
     notice_reference("bilinear_interaction", x)
     return _reference(x, weights, kind)
 
@@ -79,6 +80,27 @@ def _reference_backward(grad_out, x, weights, kind):
         lambda x, *weights: reference.bilinear_interaction(x, weights, KINDS[kind]), grad_out, x, *weights
     )
     return grad.contiguous(), [g.contiguous() for g in of_weights]
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "bilinear_interaction", "CUDA")
+    def _(x, weights, kind):
+        from rankkernels._triton.bilinear_interaction import bilinear_interaction
+
+        if not triton_serves_single(x):
+            return _default(x, weights, kind)
+        _check("bilinear_interaction", x, weights, kind)
+        return bilinear_interaction(x, weights, kind)
+
+    @torch.library.impl(lib, "bilinear_interaction_backward", "CUDA")
+    def _(grad_out, x, weights, kind):
+        from rankkernels._triton.bilinear_interaction import bilinear_interaction_backward
+
+        if not triton_serves_single(x):
+            return _reference_backward(grad_out, x, weights, kind)
+        _check("bilinear_interaction_backward", x, weights, kind, grad_out)
+        return bilinear_interaction_backward(grad_out, x, weights, kind)
 
 
 def _setup_context(ctx, inputs, output):

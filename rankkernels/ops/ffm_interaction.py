@@ -1,4 +1,5 @@
-"""Field-aware second-order interactions. Kernels: csrc/cpu/interaction/ffm_interaction_kernel.h."""
+"""Field-aware second-order interactions. Kernels: csrc/cpu/interaction/ffm_interaction_kernel.h and
+_triton/ffm_interaction.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves_single
 from rankkernels.ops._table import notice_reference
 
 define("ffm_interaction(Tensor x, bool reduce_sum) -> Tensor")
@@ -49,7 +50,7 @@ def _reference(x, reduce_sum):
 
 
 @torch.library.impl(lib, "ffm_interaction", "CompositeExplicitAutograd")
-def _(x, reduce_sum):
+def _default(x, reduce_sum):
     notice_reference("ffm_interaction", x)
     return _reference(x, reduce_sum)
 
@@ -60,6 +61,36 @@ def _reference_backward(grad_out, x, reduce_sum):
     _check("ffm_interaction_backward", x, reduce_sum, grad_out)
     (grad,) = vjp(lambda x: reference.ffm_interaction(x, reduce_sum), grad_out, x)
     return grad.contiguous()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether a GPU's kernels serve x [B, F, F, D]."""
+    if x.dim() != 4 or not triton_serves_single(x):
+        return False
+    from rankkernels._triton.ffm_interaction import supports
+
+    return supports(x)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "ffm_interaction", "CUDA")
+    def _(x, reduce_sum):
+        from rankkernels._triton.ffm_interaction import ffm_interaction
+
+        if not _has_kernel(x):
+            return _default(x, reduce_sum)
+        _check("ffm_interaction", x, reduce_sum)
+        return ffm_interaction(x, reduce_sum)
+
+    @torch.library.impl(lib, "ffm_interaction_backward", "CUDA")
+    def _(grad_out, x, reduce_sum):
+        from rankkernels._triton.ffm_interaction import ffm_interaction_backward
+
+        if not _has_kernel(x):
+            return _reference_backward(grad_out, x, reduce_sum)
+        _check("ffm_interaction_backward", x, reduce_sum, grad_out)
+        return ffm_interaction_backward(grad_out, x, reduce_sum)
 
 
 def _setup_context(ctx, inputs, output):

@@ -5,13 +5,15 @@ reached by no case.
 """
 
 from gpu.cases import embedding_bag, embedding_fm
+from gpu.cases.bilinear_interaction import BILINEAR
 from gpu.cases.cross_layer import LAYER
 from gpu.cases.cross_network import CROSS
 from gpu.cases.din_attention import DIN
+from gpu.cases.ffm_interaction import FFM
 from gpu.cases.fm_interaction import FM
 from gpu.cases.norm_activation import NORM
 from gpu.cases.pairwise_dot import PAIRS
 
-INTERPRETED = [FM, CROSS, LAYER, PAIRS, DIN, NORM, embedding_bag.BAG]
+INTERPRETED = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, NORM, embedding_bag.BAG]
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

@@ -25,7 +25,8 @@ from triton.runtime.errors import InterpreterError
 
 from bench.gpu.ahead_of_time import tensor_bytes
 from rankkernels import reference
-from rankkernels._triton.din_attention_blocks import product
+from rankkernels._triton._pairs import fields_of
+from rankkernels._triton._products import product
 from rankkernels.ops._activations import ACTIVATIONS
 
 assert triton.knobs.runtime.interpret, "this file needs TRITON_INTERPRET=1"
@@ -223,6 +224,26 @@ def test_broken_copy_is_noticed(op, what, old, new, tmp_path):
         except InterpreterError:
             return
     pytest.fail("no config of the op notices the edit")
+
+
+@triton.jit
+def fields_kernel(out_ptr, start, F, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    f, g = fields_of(start + o, F)
+    tl.store(out_ptr + o, f)
+    tl.store(out_ptr + BLOCK + o, g)
+
+
+@pytest.mark.parametrize("F", [47, 5001, 2**15 + 1])
+def test_fields_of_a_pair(F):
+    """Where float32 rounds the root, too."""
+    pairs = F * (F - 1) // 2
+    for start in (0, (pairs - 1024) // 2, pairs - 1024):
+        fields = torch.empty(2, 1024, dtype=torch.int32)
+        fields_kernel[(1,)](fields, start, F, BLOCK=1024)
+        f, g = fields.long()
+        assert (0 <= f).all() and (f < g).all() and (g < F).all()
+        assert torch.equal(f * (2 * F - f - 1) // 2 + g - f - 1, torch.arange(start, start + 1024))
 
 
 # The bench itself.
