@@ -9,6 +9,7 @@ import torch
 
 from rankkernels.testing import (
     OpCase,
+    augru_case,
     bilinear_interaction_case,
     cross_layer_case,
     cross_network_case,
@@ -19,6 +20,7 @@ from rankkernels.testing import (
     fm_interaction_case,
     norm_activation_case,
     pairwise_dot_case,
+    target_attention_case,
 )
 
 HALF, BF16, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -124,6 +126,25 @@ DIN = GPUOp(
     ],
 )
 
+TARGET = GPUOp(
+    op="target_attention",
+    cases=[
+        in_dtypes(target_attention_case(8, 4, 10000, 64), SINGLE, BF16),
+        in_dtypes(target_attention_case(1024, 2, 51, 16, "mask"), SINGLE),
+        in_dtypes(target_attention_case(256, 4, 1000, 64, "offsets", users=8), SINGLE),
+        # The widest rows, and more queries than a block: do the registers suffice?
+        in_dtypes(target_attention_case(64, 40, 200, 128, "lengths"), SINGLE, HALF),
+    ],
+)
+
+AUGRU = GPUOp(
+    op="augru",
+    cases=[
+        in_dtypes(augru_case(1024, 50, 16, 16), SINGLE, BF16),
+        in_dtypes(augru_case(1024, 50, 64, 64), SINGLE, HALF),
+    ],
+)
+
 NORM = GPUOp(
     op="norm_activation",
     cases=[
@@ -179,7 +200,7 @@ EMBEDDING_FM = GPUOp(
     in_triton=False,
 )
 
-GPU_OPS = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+GPU_OPS = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, EMBEDDING_BAG, EMBEDDING_FM]
 IN_TRITON = [op for op in GPU_OPS if op.in_triton]
 COMPILED = [case for op in IN_TRITON for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

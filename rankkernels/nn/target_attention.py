@@ -10,6 +10,7 @@ from rankkernels import ops
 from rankkernels.nn._transparency import are_plain, is_plain, is_untouched, nobody_follows
 from rankkernels.ops._library import has_cpu_kernel
 from rankkernels.ops._tracing import is_tensor
+from rankkernels.ops.target_attention import is_faster
 
 
 def of_heads(x: Tensor, weight: Tensor) -> Tensor:
@@ -20,7 +21,7 @@ def of_heads(x: Tensor, weight: Tensor) -> Tensor:
 def attend(query: Tensor, rows: Tensor, dropout: float = 0.0, **form: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """``rankkernels.target_attention``, and with ``dropout`` of its weights, on padded rows, also their sums [B, H, 1],
     which are 1 without. By torch's own products for a dropout, and where there is no kernel."""
-    if not dropout and (has_cpu_kernel(query) or any(t is not None for name, t in form.items() if name != "mask")):
+    if not dropout and (is_faster(query) or any(t is not None for name, t in form.items() if name != "mask")):
         return ops.target_attention(query.to(rows.dtype), rows, **form), None  # autocast leaves embeddings as they are
     scores = torch.bmm(query, rows.transpose(1, 2))
     if (mask := form.get("mask")) is not None:

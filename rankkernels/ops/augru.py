@@ -1,4 +1,4 @@
-"""GRU with an attentional update gate. Kernel: csrc/cpu/recurrent/augru_kernel.h."""
+"""GRU with an attentional update gate. Kernels: csrc/cpu/recurrent/augru_kernel.h and _triton/augru.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_indices, check_lengths, check_strided, raise_documented
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_triton, lib, triton_serves_single, without_autocast
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -83,7 +83,7 @@ def _reference(x, *rest):
 
 
 @torch.library.impl(lib, "augru", "CompositeExplicitAutograd")
-def _(x, *rest):
+def _default(x, *rest):
     notice_reference("augru", x)
     return _reference(x, *rest)
 
@@ -102,6 +102,40 @@ def _reference_backward(grad_out, out, *arguments):
 
     grads = [g.contiguous() for g in vjp(forward, grad_out, *learnt)]
     return (*grads, x.new_empty((0, x.size(1)))) if attention is None else tuple(grads)
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether a GPU's kernels serve x [B, L, K] and weight [3 D, D]."""
+    if not triton_serves_single(x):
+        return False
+    from rankkernels._triton.augru import supports
+
+    return supports(weight)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "augru", "CUDA")
+    def _(x, input_weight, weight, *rest):
+        from rankkernels._triton.augru import augru
+
+        if not _has_kernel(x, weight):
+            return _default(x, input_weight, weight, *rest)
+        _check(x, input_weight, weight, *rest)
+        return augru(x, input_weight, weight, *rest)
+
+    @torch.library.impl(lib, "augru_backward", "CUDA")
+    def _(grad_out, out, x, input_weight, weight, *rest):
+        from rankkernels._triton.augru import augru_backward
+
+        if not _has_kernel(x, weight):
+            return _reference_backward(grad_out, out, x, input_weight, weight, *rest)
+        _check_backward(grad_out, out, x, input_weight, weight, *rest)
+        return augru_backward(grad_out, out, x, input_weight, weight, *rest)
+
+
+without_autocast(torch.ops.rankkernels.augru.default)
+without_autocast(torch.ops.rankkernels.augru_backward.default)
 
 
 def _setup_context(ctx, inputs, output):

@@ -11,7 +11,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, has_triton, lib, triton_serves_single
+from rankkernels.ops._library import define, has_triton, lib, triton_serves_single, without_autocast
 from rankkernels.ops._table import notice_reference
 
 define("bilinear_interaction(Tensor x, Tensor[] weights, int kind) -> Tensor")
@@ -118,6 +118,8 @@ def _backward(ctx, grad_out):
     return *_bilinear_interaction_backward(grad_out, x, weights, ctx.kind), None
 
 
+without_autocast(torch.ops.rankkernels.bilinear_interaction.default)
+without_autocast(torch.ops.rankkernels.bilinear_interaction_backward.default)
 _forward = register_autograd("bilinear_interaction", _reference, _backward, _setup_context)
 
 

@@ -1,4 +1,5 @@
-"""Attention of a target by dot products. Kernel: csrc/cpu/target_attention/target_attention_kernel.h."""
+"""Attention of a target by dot products. Kernels: csrc/cpu/target_attention/target_attention_kernel.h and
+_triton/target_attention.py."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from rankkernels.ops._checks import (
     raise_documented,
     wide,
 )
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, triton_serves_single
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -138,7 +139,7 @@ def _reference(*arguments):
 
 
 @torch.library.impl(lib, "target_attention", "CompositeExplicitAutograd")
-def _(query, *rest):
+def _default(query, *rest):
     notice_reference("target_attention", query)
     return _reference(query, *rest)
 
@@ -152,6 +153,40 @@ def _reference_backward(grad_out, out, stats, *arguments):
     query, history, *rest = inputs
     grads = vjp(lambda q, h: reference.target_attention(q, h, *rest), grad_out, query, history)
     return tuple(g.contiguous() for g in grads)
+
+
+WIDEST = 128
+"""Columns of a row that Triton's kernels take: a program holds blocks of whole rows."""
+
+
+def is_faster(query: Tensor) -> bool:
+    """Whether a kernel serves queries [B, H, D]: of padded histories the default is slower than torch's products."""
+    if query.is_cuda or query.is_meta:
+        return triton_serves_single(query) and query.size(-1) <= WIDEST
+    return has_cpu_kernel(query)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "target_attention", "CUDA")
+    def _(*arguments):
+        from rankkernels._triton.target_attention import target_attention
+
+        inputs = Inputs(*arguments)
+        if not (inputs.query.dim() == 3 and is_faster(inputs.query)):
+            return _default(*arguments)
+        _check(inputs)
+        return target_attention(*inputs)
+
+    @torch.library.impl(lib, "target_attention_backward", "CUDA")
+    def _(grad_out, out, stats, *arguments):
+        from rankkernels._triton.target_attention import target_attention_backward
+
+        inputs = Inputs(*arguments)
+        if not (inputs.query.dim() == 3 and is_faster(inputs.query)):
+            return _reference_backward(grad_out, out, stats, *arguments)
+        _check_backward(grad_out, out, stats, inputs)
+        return target_attention_backward(grad_out, out, stats, *inputs)
 
 
 def _setup_context(ctx, inputs, output):

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def test_triton_kernels_compile_for_one_gpu():
-    select = "-m", "pytest", "-k", "compiles_to and sm_90 or known_again"
+    select = "-m", "pytest", "-k", "compiles_to and sm_90 or known_again or references"
     run_pytest(FILE, *select, TRITON_INTERPRET="0", GPU_TARGETS="sm_90", GPU_EVERY="8")
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
 from rankkernels import reference
-from rankkernels.nn import ActivationUnit
+from rankkernels.nn import ActivationUnit, MultiHeadTargetAttention
 from rankkernels.ops import _library
 from rankkernels.testing import OpCase, din_attention_case
 
@@ -164,6 +164,21 @@ def test_under_autocast_products_are_in_its_dtype(widths, dtype):
         out.sum().backward()
     assert products.dtypes == {dtype}
     assert out.dtype == history.grad.dtype == unit.attention.mlp[0].weight.grad.dtype == SINGLE
+
+
+@pytest.mark.parametrize("D, fused", [(8, True), (136, False)])
+def test_a_target_attends_by_the_op_where_a_kernel_serves_it(D, fused):
+    graphs = []
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"):
+        layer = MultiHeadTargetAttention(D, 8, 2)
+        inputs = torch.randn(4, D), torch.randn(4, 5, D), torch.ones(4, 5)
+        with Calls() as calls:
+            layer(*inputs).sum().backward()
+        torch.compile(layer, fullgraph=True, backend=lambda g, _: graphs.append(g) or g.forward)(*inputs)
+    ours = {name for name in calls.names if name.startswith("rankkernels::")}
+    op = "rankkernels::target_attention"
+    assert ours == ({op, op + "_backward"} if fused else set())
+    assert any(str(node.target).startswith("rankkernels") for (g,) in [graphs] for node in g.graph.nodes) == fused
 
 
 class Eager(nn.Module):

@@ -5,6 +5,7 @@ reached by no case.
 """
 
 from gpu.cases import embedding_bag, embedding_fm
+from gpu.cases.augru import AUGRU
 from gpu.cases.bilinear_interaction import BILINEAR
 from gpu.cases.cross_layer import LAYER
 from gpu.cases.cross_network import CROSS
@@ -13,7 +14,8 @@ from gpu.cases.ffm_interaction import FFM
 from gpu.cases.fm_interaction import FM
 from gpu.cases.norm_activation import NORM
 from gpu.cases.pairwise_dot import PAIRS
+from gpu.cases.target_attention import TARGET
 
-INTERPRETED = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, NORM, embedding_bag.BAG]
+INTERPRETED = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, embedding_bag.BAG]
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

@@ -36,7 +36,14 @@ from rankkernels._triton import embedding_bag_sources as bag_sources
 from rankkernels._triton import embedding_bag_update as bag_update
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
-from rankkernels.testing import din_attention_case
+from rankkernels.testing import (
+    augru_case,
+    bilinear_interaction_case,
+    cross_layer_case,
+    din_attention_case,
+    ffm_interaction_case,
+    target_attention_case,
+)
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
@@ -202,6 +209,26 @@ def test_other_lengths_compile_nothing_again(form):
         compile_case(din_attention_case(64, L, 10, [36], batch_norm=False, form=form), torch.float32, "sm_90")
         counts.append(variants())
     assert counts[0] > 0 and len(set(counts)) == 1, counts
+
+
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        (cross_layer_case(5, 7), torch.float64),
+        (bilinear_interaction_case(3, 4, 5), torch.float64),
+        (ffm_interaction_case(3, 4, 5), torch.float64),
+        (target_attention_case(3, 2, 5, 4), torch.float64),
+        (target_attention_case(3, 2, 5, 129), torch.float32),
+        (augru_case(3, 2, 4, 4, form="padded"), torch.float64),
+        (augru_case(3, 2, 65, 4, form="padded"), torch.float32),
+    ],
+    ids=lambda value: getattr(value, "id", of_dtype(value)),
+)
+@pytest.mark.filterwarnings("ignore::rankkernels.ops._table.ReferenceWarning")
+def test_what_no_kernel_serves_is_the_references(case, dtype):
+    with compiling("sm_90", only_counting=True) as calls:
+        case.function(*meta_inputs(case, dtype))
+    assert [call.op for call in calls if call.op] == [case.op] and not calls[0].kernels
 
 
 def kernels_defined() -> set[str]:
