@@ -30,12 +30,6 @@ from torch import Tensor
 from rankkernels._triton._products import precision_of, product
 
 BLOCK_B = 16  # samples: as few as a tensor core takes
-MAX_WIDTH = 64  # a gate's weight is a tile
-
-
-def supports(weight: Tensor) -> bool:
-    """Whether a gate's weight fits into a tile."""
-    return weight.dim() == 2 and weight.size(1) <= MAX_WIDTH
 
 
 @triton.jit
@@ -160,8 +154,9 @@ def _options(D: int) -> dict:
     """The products have float32's precision for 16-bit inputs, too: a position waits for the one before it, not for
     tensor cores."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    warps = {16: 1, 32: 2}.get(BLOCK_D, 4)
-    return {"PRECISION": precision_of(torch.float32), "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D, "num_warps": warps}
+    most = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 255}  # more or less spill
+    options = {"PRECISION": precision_of(torch.float32), "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D}
+    return options | most | ({"num_warps": BLOCK_D // 16} if BLOCK_D < 64 else {})
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -169,7 +164,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def augru(x, input_weight, weight, bias, attention, lengths) -> Tensor:
-    """Arguments as the op's, any strides -> out [B, L, D]."""
+    """Arguments as the op's, any strides; D is 64 at most -> out [B, L, D]."""
     (B, L, _), D = x.shape, weight.size(1)
     out = torch.empty((B, L, D), dtype=x.dtype, device=x.device)
     if out.numel() == 0:

@@ -260,7 +260,7 @@ class _Call:
 
     def __init__(self, query: Tensor, history: Tensor, lengths, mask, offsets, index, *others: Tensor):
         self.query, self.history, self.mask = query, history, mask
-        (self.B, self.H, self.D), rows = query.shape, history.shape[:-1].numel()
+        (_, H, D), rows = query.shape, history.shape[:-1].numel()
         given = {"lengths": lengths, "mask": mask, "offsets": offsets}
         self.form = next((form for form, t in given.items() if t is not None), "all")
         self.rows = given.get(self.form)
@@ -268,8 +268,8 @@ class _Call:
             self.rows = self.rows.contiguous()
         self.index = None if index is None else index.contiguous()
         self.users = history.size(0) if offsets is None else offsets.size(0) - 1
-        self.BLOCK_D = max(16, triton.next_power_of_2(self.D))
-        self.head_blocks = triton.cdiv(self.H, BLOCK_H)
+        self.BLOCK_D = max(16, triton.next_power_of_2(D))
+        self.head_blocks = triton.cdiv(H, BLOCK_H)
         self.L = history.size(-2)
         self.average = rows // max(self.users, 1)
         self.constants = {
@@ -295,8 +295,8 @@ class _Call:
 
 
 def target_attention(query, history, lengths, mask, offsets, history_index) -> tuple[Tensor, Tensor]:
-    """Arguments as the op's, any strides -> out [B, H, D], and each query's peak and 1 over its sum of exponentials
-    [B, H, 2]."""
+    """Arguments as the op's, any strides; D is 128 at most -> out [B, H, D], and each query's peak and 1 over its sum
+    of exponentials [B, H, 2]."""
     call = _Call(query, history, lengths, mask, offsets, history_index)
     B, H, D = query.shape
     out, stats = call.empty(B, H, D, dtype=query.dtype), call.empty(B, H, 2)

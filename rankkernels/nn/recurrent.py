@@ -8,14 +8,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from rankkernels import ops
 from rankkernels.nn._transparency import is_plain
-from rankkernels.ops._library import has_cpu_kernel
 from rankkernels.ops._tracing import is_tensor
+from rankkernels.ops.augru import is_faster
 
 
 def run_gru(gru: nn.GRU, x: Tensor, lengths: Tensor) -> Tensor:
     """``gru``, of one layer and one direction and as wide as x [B, L, D], over the first ``lengths`` [B] positions of
     each sample -> [B, L, D], zeros beyond them."""
-    if not (has_cpu_kernel(x) and _is_served(gru, x)):
+    if not (is_faster(x, x.size(2)) and _is_served(gru, x)):
         return _packed(gru, x, lengths)
     r, z, n = gru.weight_ih_l0.chunk(3)
     of_r, of_z, of_n = gru.weight_hh_l0.chunk(3)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_indices, check_lengths, check_strided, raise_documented
-from rankkernels.ops._library import define, has_triton, lib, triton_serves_single, without_autocast
+from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, triton_serves_single, without_autocast
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -104,13 +104,15 @@ def _reference_backward(grad_out, out, *arguments):
     return (*grads, x.new_empty((0, x.size(1)))) if attention is None else tuple(grads)
 
 
-def _has_kernel(x: Tensor, weight: Tensor) -> bool:
-    """Whether a GPU's kernels serve x [B, L, K] and weight [3 D, D]."""
-    if not triton_serves_single(x):
-        return False
-    from rankkernels._triton.augru import supports
+WIDEST = 64
+"""States that Triton's kernels take: a gate's weight is a tile."""
 
-    return supports(weight)
+
+def is_faster(x: Tensor, D: int) -> bool:
+    """Whether a kernel serves x [B, L, K] and states of D values: the default is slower than torch's GRU."""
+    if x.is_cuda or x.is_meta:
+        return triton_serves_single(x) and D <= WIDEST
+    return has_cpu_kernel(x)
 
 
 if has_triton:
@@ -119,18 +121,18 @@ if has_triton:
     def _(x, input_weight, weight, *rest):
         from rankkernels._triton.augru import augru
 
-        if not _has_kernel(x, weight):
-            return _default(x, input_weight, weight, *rest)
         _check(x, input_weight, weight, *rest)
+        if not is_faster(x, weight.size(1)):
+            return _default(x, input_weight, weight, *rest)
         return augru(x, input_weight, weight, *rest)
 
     @torch.library.impl(lib, "augru_backward", "CUDA")
     def _(grad_out, out, x, input_weight, weight, *rest):
         from rankkernels._triton.augru import augru_backward
 
-        if not _has_kernel(x, weight):
-            return _reference_backward(grad_out, out, x, input_weight, weight, *rest)
         _check_backward(grad_out, out, x, input_weight, weight, *rest)
+        if not is_faster(x, weight.size(1)):
+            return _reference_backward(grad_out, out, x, input_weight, weight, *rest)
         return augru_backward(grad_out, out, x, input_weight, weight, *rest)
 
 
