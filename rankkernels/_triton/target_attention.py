@@ -275,10 +275,14 @@ class _Call:
         self.constants = {
             "FORM": self.form, "PRECISION": precision_of(query.dtype),
             "ALIGN": math.gcd(*map(alignment, (query, history, *others))), "BLOCK_H": BLOCK_H,
-            "BLOCK_L": 64 if self.BLOCK_D <= 64 else 16, "BLOCK_D": self.BLOCK_D, "num_warps": 4, "num_stages": 1,
+            "BLOCK_L": {64: 32, 128: 16}.get(self.BLOCK_D, 64), "BLOCK_D": self.BLOCK_D, "num_stages": 1,
         }  # fmt: skip
-        if not torch.version.hip:
-            self.constants["maxnreg"] = 255  # the compiler spills at 72 registers unless told how many there are
+        self.constants |= self.registers(8 if self.BLOCK_D == 128 else 4)
+
+    @staticmethod
+    def registers(warps: int) -> dict[str, int]:
+        """NVIDIA's compiler spills at few registers unless told how many there are, AMD's with more warps."""
+        return {"num_warps": 4} if torch.version.hip else {"num_warps": warps, "maxnreg": 255}
 
     def splits(self, tasks: int) -> int:
         """Shares of a history, where so many tasks are fewer than the programs that fill the GPU."""
@@ -312,7 +316,7 @@ def target_attention(query, history, lengths, mask, offsets, history_index) -> t
         if splits > 1:
             target_attention_join_kernel[B, call.head_blocks](
                 parts, part_stats, out, stats, H, D, splits, ALIGN=alignment(parts), BLOCK_H=BLOCK_H,
-                BLOCK_D=call.BLOCK_D, num_warps=4,
+                BLOCK_D=call.BLOCK_D, **call.registers(4),
             )  # fmt: skip
     return out, stats
 
