@@ -48,7 +48,7 @@ def expected(x: Tensor, weights: Tensor, grad_out: Tensor, kind: str) -> Sequenc
 
 BILINEAR = Interpreted(
     module="bilinear_interaction",
-    huge=[bilinear_interaction_case(2**21, 39, 16), bilinear_interaction_case(2**14, 3, 2**15 + 1, "field_all")],
+    huge=[bilinear_interaction_case(2**22, 39, 16), bilinear_interaction_case(2**15, 3, 2**15 + 1, "field_all")],
     make=make,
     launch=launch,
     expected=expected,

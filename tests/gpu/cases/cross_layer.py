@@ -40,7 +40,7 @@ def expected(x0, product, x, bias, grad_out) -> Sequence[Tensor]:
 
 LAYER = Interpreted(
     module="cross_layer",
-    huge=[cross_layer_case(2**24, 429), cross_layer_case(3, 2**30)],
+    huge=[cross_layer_case(2**24, 429), cross_layer_case(2**9, 2**22 + 1)],
     make=make,
     launch=launch,
     expected=expected,
