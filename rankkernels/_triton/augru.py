@@ -154,9 +154,12 @@ def _options(D: int) -> dict:
     """The products have float32's precision for 16-bit inputs, too: a position waits for the one before it, not for
     tensor cores."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    most = {"num_warps": 4} if torch.version.hip else {"num_warps": 8, "maxnreg": 255}  # more or less spill
     options = {"PRECISION": precision_of(torch.float32), "BLOCK_B": BLOCK_B, "BLOCK_D": BLOCK_D}
-    return options | most | ({"num_warps": BLOCK_D // 16} if BLOCK_D < 64 else {})
+    if torch.version.hip:
+        return options | {"num_warps": min(BLOCK_D // 16, 4)}
+    if BLOCK_D == 64:  # prefetched gates would take all of the shared memory
+        return options | {"num_warps": 8, "num_stages": 1}
+    return options | {"num_warps": BLOCK_D // 16, "maxnreg": 255}  # it spills at 128 unless told how many there are
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -183,12 +186,13 @@ def augru_backward(grad_out, out, x, input_weight, weight, bias, attention, leng
     attention, [0, L] without one."""
     (B, L, _), D = x.shape, weight.size(1)
     grads = torch.empty((B, L, 4 * D), dtype=torch.float32, device=x.device)
-    grad_attention = torch.empty((0 if attention is None else B, L), dtype=x.dtype, device=x.device)
+    grad_attention = torch.empty((0 if attention is None else B, L), dtype=torch.float32, device=x.device)
     before = F.pad(out.float()[:, :-1], (0, 0, 1, 0)) if L else out.float()
     wide_x, of_input, of_state = x.float(), input_weight.float(), weight.float().contiguous()
     if out.numel():
         gates, states = F.linear(wide_x, of_input), F.linear(before, of_state)
-        grad_out, attention, lengths = _contiguous(grad_out, attention, lengths)
+        attention = None if attention is None else attention.float()
+        grad_out, attention, lengths = _contiguous(grad_out.float(), attention, lengths)
         with torch.cuda.device_of(x):
             augru_backward_kernel[(triton.cdiv(B, BLOCK_B),)](
                 grad_out, before, gates, states, of_state, bias.float().contiguous(), attention, lengths, grads,
@@ -200,5 +204,5 @@ def augru_backward(grad_out, out, x, input_weight, weight, bias, attention, leng
     of_inputs = torch.cat([flat[:, : 2 * D], flat[:, 3 * D :]], 1)
     grad_x = (of_inputs @ of_input).view(x.shape)
     of_weights = of_inputs.t() @ wide_x.flatten(0, 1), flat[:, : 3 * D].t() @ before.flatten(0, 1)
-    results = grad_x, *of_weights, flat.sum(0).view(4, D)
-    return *(t.to(x.dtype) for t in results), grad_attention
+    results = grad_x, *of_weights, flat.sum(0).view(4, D), grad_attention
+    return tuple(t.to(x.dtype) for t in results)
