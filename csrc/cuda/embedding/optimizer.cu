@@ -75,8 +75,13 @@ static Tensor fold(const char* op, int64_t optimizer, const Tensors& weights, co
 static auto stepper(int64_t optimizer, const Now* const* live) {
   return [=](auto* type, const Device& device, const Batch<Update>& batch, const Gradients& gradients,
              int lanes) {
-    device.launch(embedding_update<std::remove_pointer_t<decltype(type)>>, blocks_for(gradients.n, lanes), 0,
-                  batch, gradients, static_cast<Optimizer>(optimizer), lanes, *live);
+    using T = std::remove_pointer_t<decltype(type)>;
+    auto* kernel = &embedding_update<T>;
+    if constexpr (sizeof(T) == 2)
+      if (std::any_of(batch.items, batch.items + batch.n, [](const Update& u) { return u.rounding != 0; }))
+        kernel = &embedding_update_rounded<T>;
+    device.launch(kernel, blocks_for(gradients.n, lanes), 0, batch, gradients,
+                  static_cast<Optimizer>(optimizer), lanes, *live);
   };
 }
 

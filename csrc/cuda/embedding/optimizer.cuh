@@ -19,11 +19,14 @@
 // alone are folded into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps). The host folds
 // them, or where lr, t and the loss scale are on the device, a launch before the step (fold.cuh).
 //
+// A table of 16 bits is rounded to the nearest, or stochastically by a kernel of its own: rounding.cuh.
+//
 // State is float, double for double tables. Bytes a row: g, w read and written, and each state read and
 // written. A group of lanes takes a row.
 #pragma once
 
 #include "cuda/common/device.cuh"
+#include "cuda/embedding/rounding.cuh"
 #include "embedding/params.h"
 
 namespace rk {
@@ -36,7 +39,9 @@ struct Update {
   void* state[2];  // as the rule has them: [R, D], rows stride_sr apart, or [R]; or null
   int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
-  double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
+  double own[2];      // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays
+  double count;       // number of the step
+  uint64_t rounding;  // Philox's key, or 0: to the nearest
   int32_t D;
   bool packed;      // rows of the table, of the state and of the gradient are packs
   uint16_t number;  // which table it is
@@ -50,7 +55,7 @@ struct Now {
 
 // As the host has folded it.
 __device__ inline Now now_of(const Update& u) {
-  return {u.lr, u.step, u.inverse_root, u.grad_factor, u.own[1], false};
+  return {u.lr, u.step, u.inverse_root, u.grad_factor, u.count, false};
 }
 
 // The gradients: of the row with key(i), values[i], wherever it is another key than before.
@@ -161,7 +166,7 @@ __device__ void adam(const Update& u, const Now& now, A& w, A g, A& m, A& v) {
   w -= A(now.step) * m / (A(now.inverse_root) * sqrt(v) + A(u.eps));
 }
 
-template <class T, int n>
+template <class T, int n, bool kStochastic>
 __device__ void update_row(const Update& u, const Now& now, Optimizer optimizer, int64_t row, const T* grad,
                            Group group) {
   using A = accumulate_t<T>;
@@ -213,15 +218,16 @@ __device__ void update_row(const Update& u, const Now& now, Optimizer optimizer,
       store<n>(states[0] + d, m.x);
       store<n>(states[1] + d, v.x);
     }
+    if constexpr (kStochastic)
+      if (u.rounding) round_columns<T>(w, u.rounding, uint32_t(now.count), row, d);
     store<n>(weight + d, w);
   }
 }
 
 // `live`: each table's, or null where the host has folded them.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    embedding_update(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
-                     int log2_lanes, const Now* live) {
+template <class T, bool kStochastic>
+__device__ void update_rows(const Batch<Update>& batch, const Gradients& gradients, Optimizer optimizer,
+                            int log2_lanes, const Now* live) {
   const Group group{log2_lanes};
   const int64_t i = int64_t(blockIdx.x) * group.per_block() + group.index();
   if (i >= gradients.n || !gradients.starts_run(i)) return;
@@ -233,9 +239,24 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (now.skips) return;
   const T* grad = static_cast<const T*>(gradients.values) + i * gradients.stride;
   if (u.packed)
-    update_row<T, kPack<T>>(u, now, optimizer, row, grad, group);
+    update_row<T, kPack<T>, kStochastic>(u, now, optimizer, row, grad, group);
   else
-    update_row<T, 1>(u, now, optimizer, row, grad, group);
+    update_row<T, 1, kStochastic>(u, now, optimizer, row, grad, group);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_update(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
+                     int log2_lanes, const Now* live) {
+  update_rows<T, false>(batch, gradients, optimizer, log2_lanes, live);
+}
+
+// Of 16-bit tables of which one is rounded stochastically.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_update_rounded(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
+                             int log2_lanes, const Now* live) {
+  update_rows<T, true>(batch, gradients, optimizer, log2_lanes, live);
 }
 
 }  // namespace cuda

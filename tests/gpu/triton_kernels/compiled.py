@@ -118,7 +118,7 @@ def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -
         ids, offsets, grad = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long), weights[0][:B]
         rows = torch.empty(B, dtype=torch.long)
     features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
-    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, *[0.5] * len(RULES[kind].settings)]
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, 0.0, *[0.5] * len(RULES[kind].settings)]
     assert len(hyper) == len(Hyper._fields + RULES[kind].settings)
     with compiling(target) as calls:
         torch.ops.rankkernels.embedding_bag_update([grad, grad], weights, states * 2, *features, number, hyper * 2)
