@@ -137,7 +137,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """Gives a group that rounds stochastically the optimizer's seed: torch's generator is asked once, if at all."""
         if group["stochastic_rounding"] and group["rounding_seed"] is None:
             seed = self.rounding_seed
-            group["rounding_seed"] = int(torch.randint(2**32, ())) if seed is None else seed
+            group["rounding_seed"] = int(torch.randint(2**32, (), device="cpu")) if seed is None else seed
 
     def _check(self, group: dict) -> None:
         """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""

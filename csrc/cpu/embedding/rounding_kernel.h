@@ -53,7 +53,8 @@ struct ToNearest {
 // Rounds the rows of a chunk, in their order and each from its first column to its last.
 template <class T>
 struct Stochastically {
-  static constexpr int64_t kColumns = 8 * kFloats;  // of a draw
+  static constexpr int kVecs = 2;
+  static constexpr int64_t kColumns = 8 * kVecs * kFloats;  // of a draw
   const uint64_t key;
   const uint32_t step;
   const int64_t *rows, *rows_end;
@@ -76,24 +77,35 @@ struct Stochastically {
     return round_stochastically(w, __builtin_convertvector(load_vector<u16v>(bits + (i - begin)), u32v), T());
   }
 
+  // Of several vectors of counters, because ten rounds wait for each other.
   __attribute__((noinline)) static void draw(Stochastically& s) {
     s.begin = s.end, s.end += kColumns;
-    uint32_t counter[3][kFloats];
-    for (int j = 0; j < kFloats; ++j) {
+    uint32_t counters[3][kVecs * kFloats];
+    for (int j = 0; j < kVecs * kFloats; ++j) {
       const int64_t row = s.rows < s.rows_end ? *s.rows : 0;
-      counter[0][j] = static_cast<uint32_t>(s.block), counter[1][j] = static_cast<uint32_t>(row);
-      counter[2][j] = static_cast<uint32_t>(row >> 32);
+      counters[0][j] = static_cast<uint32_t>(s.block), counters[1][j] = static_cast<uint32_t>(row);
+      counters[2][j] = static_cast<uint32_t>(row >> 32);
       if (++s.block * 8 == s.width) s.block = 0, ++s.rows;
     }
-    u32v c[4] = {load_vector<u32v>(counter[0]), load_vector<u32v>(counter[1]), load_vector<u32v>(counter[2]),
-                 u32v{} + s.step};
-    philox(c, s.key);
+    u32v c[kVecs][4];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      for (int word = 0; word < 3; ++word) c[v][word] = load_vector<u32v>(counters[word] + v * kFloats);
+      c[v][3] = u32v{} + s.step;
+      philox(c[v], s.key);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store_words(s.bits + 8 * v * kFloats, c[v]);
+  }
+
+  // The four words of a counter side by side.
+  static RK_INLINE void store_words(uint16_t* bits, const u32v (&c)[4]) {
     const auto lanes = lanes_of(f32v());
     const u32v even[2] = {interleave<false>(c[0], c[2], lanes), interleave<true>(c[0], c[2], lanes)},
                odd[2] = {interleave<false>(c[1], c[3], lanes), interleave<true>(c[1], c[3], lanes)};
     for (int half = 0; half < 2; ++half) {
-      store_vector(s.bits + 4 * half * kFloats, interleave<false>(even[half], odd[half], lanes));
-      store_vector(s.bits + (4 * half + 2) * kFloats, interleave<true>(even[half], odd[half], lanes));
+      store_vector(bits + 4 * half * kFloats, interleave<false>(even[half], odd[half], lanes));
+      store_vector(bits + (4 * half + 2) * kFloats, interleave<true>(even[half], odd[half], lanes));
     }
   }
 };
