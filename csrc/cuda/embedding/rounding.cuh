@@ -8,8 +8,6 @@
 // No bytes; some seventy operations for the bits of eight columns, which are a pack, and ten an element.
 #pragma once
 
-#include <string.h>
-
 #include "cuda/common/device.cuh"
 
 namespace rk {
@@ -19,7 +17,7 @@ template <class To, class From>
 __device__ inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From), "");
   To to;
-  memcpy(&to, &from, sizeof to);
+  __builtin_memcpy(&to, &from, sizeof to);
   return to;
 }
 
@@ -60,13 +58,13 @@ __device__ void round_columns(float (&w)[n], uint64_t key, uint32_t step, int64_
   static_assert(8 % n == 0, "a pack has one counter");
   uint32_t words[4] = {uint32_t(d) / 8, uint32_t(row), uint32_t(row >> 32), step};
   philox(words, key);
+  // Shifted, because an array at a place that only the run knows would lie in memory.
+  const uint64_t low = words[0] | uint64_t(words[1]) << 32, high = words[2] | uint64_t(words[3]) << 32;
   RK_UNROLL
   for (int i = 0; i < n; ++i) {
     const int column = (d + i) % 8;
-    uint32_t word = words[0];
-    RK_UNROLL
-    for (int k = 1; k < 4; ++k) word = column / 2 == k ? words[k] : word;  // no array that needs an address
-    w[i] = round_stochastically(w[i], word >> 16 * (column % 2) & 0xffffu, T());
+    const uint64_t of_four = column < 4 ? low : high;
+    w[i] = round_stochastically(w[i], uint32_t(of_four >> 16 * (column % 4)) & 0xffffu, T());
   }
 }
 
