@@ -72,25 +72,30 @@ inline void check_apart(const Tensors& weights) {
 template <class Update>
 void fold_settings(Update& u, int64_t optimizer, const double* hyper) {
   const double count = hyper[5], *own = hyper + kHyper;
-  u.count = count, u.step = u.lr, u.inverse_root = 1;
+  u.step = u.lr, u.inverse_root = 1;
   if (optimizer == kAdam || optimizer == kAdamW || optimizer == kRowWiseAdam) {
     const double correction1 = 1 - std::pow(u.beta1, count), correction2 = 1 - std::pow(u.beta2, count);
     u.step = optimizer == kAdam ? u.lr * std::sqrt(correction2) / correction1 : u.lr / correction1;
     u.inverse_root = optimizer == kAdam ? 1 : 1 / std::sqrt(correction2);
   }
   if (optimizer == kFTRL) u.own[0] = -own[0], u.eps = own[1], u.own[1] = own[2], u.weight_decay = own[3];
-  if (optimizer == kRowWiseRMSprop) u.weight_decay = own[0], u.own[0] = 1 - own[1];
+  if (optimizer == kRowWiseRMSprop) u.weight_decay = own[0], u.own[0] = 1 - own[1], u.own[1] = count;
 }
 
-// How a table is rounded: with Philox's key and the number of the step, which are then integers.
-template <class Update>
-void set_rounding(const char* op, Update& u, const double* hyper, const Tensor& weight) {
-  const double count = hyper[5], rounding = hyper[8];
-  RK_CHECK(rounding >= 0 && rounding < 0x1p53 && rounding == std::floor(rounding), op,
-           ": rounding must be 0 or an integer below 2^53, got ", rounding);
-  RK_CHECK(rounding == 0 || (count >= 0 && count < 0x1p32 && count == std::floor(count)), op,
+// How a table of 16 bits is rounded in a step: with Philox's key, 0: to the nearest, and the step's number.
+struct Rounding {
+  uint64_t key;
+  uint32_t count;
+};
+
+inline Rounding rounding_of(const char* op, const double* hyper) {
+  const double count = hyper[5], key = hyper[8];
+  RK_CHECK(key >= 0 && key < 0x1p53 && key == std::floor(key), op,
+           ": rounding must be 0 or an integer below 2^53, got ", key);
+  if (key == 0) return {};
+  RK_CHECK(count >= 0 && count < 0x1p32 && count == std::floor(count), op,
            ": where rounding is not 0, step must be an integer below 2^32, got ", count);
-  if (weight.element_size() == 2) u.rounding = static_cast<uint64_t>(rounding);
+  return {static_cast<uint64_t>(key), static_cast<uint32_t>(count)};
 }
 
 // The step of `op` on a table, checked. `Update` is the CPU's or CUDA's struct; the caller fills in the rest
@@ -114,7 +119,6 @@ Update make_update(const char* op, int64_t optimizer, const double* hyper, const
   u.lr = hyper[0], u.beta1 = hyper[1], u.beta2 = hyper[2], u.eps = hyper[3], u.weight_decay = hyper[4];
   u.grad_factor = hyper[6], u.max_norm = hyper[7];
   fold_settings(u, optimizer, hyper);
-  set_rounding(op, u, hyper, weight);
   const ScalarType dtype = accumulator_dtype(weight.scalar_type());
   const int64_t R = weight.size(0);
   for (size_t i = 0; i < states_of(optimizer); ++i) {

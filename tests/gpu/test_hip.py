@@ -84,11 +84,11 @@ def test_no_kernel_spills(assembly, arch):
         resources = dict(re.findall(r"^    \.(name|\w+_count|private_segment_fixed_size): +(\S+)$", text, re.M))
         name = resources.pop("name")
         found[name] = {what: int(value) for what, value in resources.items()}
-    for kernel, dtypes in KERNELS.items():
+    for kernel, template in KERNELS.items():
         mangled = f"_ZN2rk4cuda{len(kernel)}{kernel}"
-        names = [f"{mangled}I{dtype}E" for dtype in DTYPES[-dtypes:]] if dtypes else [mangled]
+        names = [f"{mangled}I{dtype}E" for dtype in DTYPES] if template else [mangled]
         assert all(sum(name.startswith(n) for name in found) == 1 for n in names), kernel
-    assert len(found) == sum(dtypes or 1 for dtypes in KERNELS.values())
+    assert len(found) == sum(len(DTYPES) if template else 1 for template in KERNELS.values())
     print(f"\n{arch}, kernel: vector and scalar registers, scalar registers kept in vector ones")
     for name, resources in sorted(found.items()):
         assert resources["vgpr_spill_count"] == resources["private_segment_fixed_size"] == 0, (name, resources)
