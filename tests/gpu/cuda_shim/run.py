@@ -379,14 +379,14 @@ def bad_arguments() -> None:
     features = [ids], [], [], [0], [1], [-1], [-1], []
     state = "state 0 of a table of shape [5, 4] must be"
     for grad, states, kind, hyper, expected in (
-        (torch.ones(2, 4), [], 9, [*[0.1] * 8, 0.0], "embedding_bag_update: unknown optimizer 9"),
-        (torch.ones(2, 4), [], 1, [*[0.1] * 8, 0.0], "states must hold 1 tensors a table, got 0 for 1"),
+        (torch.ones(2, 4), [], 9, [0.0] * 9, "embedding_bag_update: unknown optimizer 9"),
+        (torch.ones(2, 4), [], 1, [0.0] * 9, "states must hold 1 tensors a table, got 0 for 1"),
         (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 9 numbers a table, got 7 for 1"),
-        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [*[0.1] * 8, 0.0], f"{state} torch.float32 of one value an element"),
-        (torch.ones(2, 3), [], 0, [*[0.1] * 8, 0.0], "weights[0] must have 5 rows of the gradient's width and dtype, 3 and"),
-        (torch.ones(3, 4), [], 0, [*[0.1] * 8, 0.0], "grad_outs[0] must be [2, D] like the result"),
-        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [*[0.1] * 8, 0.0], "grad_outs[0] must be [2, D] like the result"),
-        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [*[0.1] * 8, 0.0], f"{state} on the table's device"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.0] * 9, f"{state} torch.float32 of one value an element"),
+        (torch.ones(2, 3), [], 0, [0.0] * 9, "weights[0] must have 5 rows of the gradient's width and dtype, 3 and"),
+        (torch.ones(3, 4), [], 0, [0.0] * 9, "grad_outs[0] must be [2, D] like the result"),
+        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.0] * 9, "grad_outs[0] must be [2, D] like the result"),
+        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.0] * 9, f"{state} on the table's device"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
         assert_refused(expected, update.redispatch, keys, [grad], [weight], states, *features, kind, hyper)
