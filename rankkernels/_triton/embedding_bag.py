@@ -132,5 +132,5 @@ def embedding_bag_update(
         given = update.settings(found.others if found else on_device(update.as_numbers(), call.device))
         if found is not None:
             tiles = _tables(call, found, lambda t: (update.alignment(t), update.table(t, call.first_key[t])))
-            add_up(found, tiles, len(weights), update.kind, given, clips=update.clips)
+            add_up(found, tiles, len(weights), update.kind, given, clips=update.clips, rounds=update.rounds)
         return factor_grads

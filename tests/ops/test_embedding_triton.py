@@ -35,7 +35,7 @@ def test_wide_tables_run_the_reference(D, monkeypatch):
     """By way of the dispatcher's CUDA key, here on CPU tensors, which no kernel is launched for."""
     monkeypatch.setattr(_table, "reference_notices", {("embedding_bag", "cpu"): "", ("sparse_update", "cpu"): ""})
     ops, weight, rest = torch.ops.rankkernels, torch.randn(9, D), features(torch.randint(9, (3, 2)))
-    grads, hyper, sgd = [torch.randn(3, D)], [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0], OPTIMIZERS.index("sgd")
+    grads, hyper, sgd = [torch.randn(3, D)], [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], OPTIMIZERS.index("sgd")
     for op, arguments in (
         (ops.embedding_bag, ([weight], *rest, "")),
         (ops.embedding_bag_backward, (grads, [], [9], *rest)),

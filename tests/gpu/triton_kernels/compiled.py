@@ -114,8 +114,8 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
 OF_STEPS = {"embedding_bag_fold_kernel", "embedding_bag_rows_kernel"}
 
 
-def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -> list:
-    """A fused step on jagged bags of two tables, and one on given rows."""
+def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool, rounds: bool) -> list:
+    """A fused step on jagged bags of two tables, and one on given rows; ``rounds``: stochastically."""
     R, N, B, number = 1000, 4096, 512, OPTIMIZERS.index(kind)
     with torch.device("meta"):
         weights = [torch.empty(R, D, dtype=dtype) for _ in range(2)]
@@ -125,7 +125,7 @@ def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -
         ids, offsets, grad = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long), weights[0][:B]
         rows = torch.empty(B, dtype=torch.long)
     features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
-    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, *[0.5] * len(RULES[kind].settings)]
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, float(rounds), *[0.5] * len(RULES[kind].settings)]
     assert len(hyper) == len(Hyper._fields + RULES[kind].settings)
     with compiling(target) as calls:
         torch.ops.rankkernels.embedding_bag_update([grad, grad], weights, states * 2, *features, number, hyper * 2)
@@ -134,13 +134,15 @@ def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, D, target",
-    [(kind, torch.float32, 16, target) for kind in OPTIMIZERS for target in TARGETS]
-    + [("ftrl", torch.bfloat16, 512, target) for target in TARGETS]
-    + [("adam", torch.float64, 128, target) for target in TARGETS],
+    "kind, dtype, D, target, rounds",
+    [(kind, torch.float32, 16, target, False) for kind in OPTIMIZERS for target in TARGETS]
+    + [("ftrl", torch.bfloat16, 512, target, False) for target in TARGETS]
+    + [("adam", torch.float64, 128, target, False) for target in TARGETS]
+    + [("adam", torch.bfloat16, 16, target, True) for target in TARGETS]
+    + [("rowwise_adagrad", torch.float16, 512, target, True) for target in TARGETS],
 )
-def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target):
-    calls = step_calls(kind, dtype, D, target, live=kind in ("adam", "rowwise_adam"))
+def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target, rounds):
+    calls = step_calls(kind, dtype, D, target, kind in ("adam", "rowwise_adam"), rounds)
     kernels = [kernel for call in calls for kernel in call.kernels]
     names = {kernel.name for kernel in kernels}
     assert names >= {f"embedding_bag_{name}_kernel" for name in ("sources", "reduce", "join", "rows")}
