@@ -76,7 +76,8 @@ class Tile(NamedTuple):
 
 def matrix_of(t: Tensor) -> Tensor:
     """[.., D] as [n, D] with elements side by side in a row."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.size(-1))
+    if t.dim() != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), t.size(-1))
     return t if t.stride(1) == 1 or t.size(1) <= 1 else t.contiguous()
 
 
@@ -89,7 +90,7 @@ def same_dtype(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], bool]
     """The integers, contiguous and int64 if one of them is, and whether they are."""
     wide = any(t is not None and t.dtype == torch.int64 for t in tensors)
     dtype = torch.int64 if wide else torch.int32
-    return [None if t is None else t.to(dtype).contiguous() for t in tensors], wide
+    return [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in tensors], wide
 
 
 class Call:

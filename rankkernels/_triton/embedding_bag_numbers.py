@@ -54,7 +54,7 @@ def numbers(values: Sequence[int], device: torch.device) -> Tensor:
     for i in range(0, len(values), AT_ONCE):
         part = tuple(values[i : i + AT_ONCE])
         padded = part + (0,) * (AT_ONCE - len(part))
-        launch(embedding_bag_numbers_kernel, (1,), (out[i:],), (len(part), *padded), (AT_ONCE,), num_warps=1)
+        launch(embedding_bag_numbers_kernel, (1,), (out[i:] if i else out,), (len(part), *padded), (AT_ONCE,), num_warps=1)
     return out
 
 
