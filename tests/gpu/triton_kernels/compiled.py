@@ -34,6 +34,7 @@ from rankkernels._triton import embedding_bag_numbers as bag_numbers
 from rankkernels._triton import embedding_bag_reduce as bag_reduce
 from rankkernels._triton import embedding_bag_sources as bag_sources
 from rankkernels._triton import embedding_bag_update as bag_update
+from rankkernels._triton import fm_interaction, norm_activation
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
 from rankkernels.testing import din_attention_case
@@ -185,10 +186,11 @@ def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
 
 
 def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
-    modules = forward, backward, layers, bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update
+    bags = bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update
+    modules = forward, backward, layers, *bags, fm_interaction, norm_activation
     kernels = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-    assert len(kernels) == 7 + 9
+    assert len(kernels) == 7 + 9 + 2 + 4
     assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 
