@@ -13,10 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rankkernels._triton import _alignment
-from rankkernels._triton.embedding_bag_numbers import described, numbers
+from rankkernels._triton.embedding_bag_numbers import described
+from rankkernels._triton.embedding_bag_numbers import numbers as on_device
 from rankkernels.ops._features import MODES, Features
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+#: What brings numbers to a device: a launch for them alone, or one that does something else, too.
+Bring = Callable[[Sequence[int], torch.device], Tensor]
 
 
 class Feature(NamedTuple):
@@ -123,14 +128,14 @@ class Call:
         other.outs, other.factors = outs, factors
         return other
 
-    def numbers(self, others: Iterable[int] = ()) -> Tensor:
+    def numbers(self, others: Iterable[int] = (), bring: Bring = on_device) -> Tensor:
         """What of the features is of this call alone, [rows, F], with ``others`` behind it."""
         found = [*map(_alignment.address, self.ids), *map(_alignment.address, self.outs)]
         if self.has_offsets:
             found += [*map(_alignment.address, self.offsets), *(ids.numel() for ids in self.ids), *self.first_lookup]
         if self.has_factors:
             found += map(_alignment.address, self.factors)
-        return numbers([*found, *others], self.device)
+        return bring([*found, *others], self.device)
 
     @property
     def flags(self) -> tuple[bool, ...]:

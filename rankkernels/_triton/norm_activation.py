@@ -283,7 +283,9 @@ def _common(
     mean, var = (batch_stats, None) if training else (running_mean, running_var) if batch_norm else (None, None)
     vectors = tuple(None if t is None else t.contiguous() for t in (mean, var, weight, bias, alpha))
     one_alpha = alpha is not None and alpha.numel() == 1
-    return _Common(vectors, training, (norm_eps, dice_eps, training, activation, one_alpha), triton.next_power_of_2(x.size(1)))
+    return _Common(
+        vectors, training, (norm_eps, dice_eps, training, activation, one_alpha), triton.next_power_of_2(x.size(1))
+    )
 
 
 def _statistics(x: Tensor) -> Tensor:

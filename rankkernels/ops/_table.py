@@ -84,6 +84,7 @@ OPS = {
             ("DeepFM",),
             "lookup, FM and linear term in one pass",
             cuda="CUDA C++",
+            else_triton=True,
             otherwise="its parts in turn",
         ),
         Op(

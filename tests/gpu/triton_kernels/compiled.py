@@ -25,7 +25,7 @@ from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling,
 from bench.gpu.cases import COMPILED, IN_TRITON
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
-from rankkernels._triton import _launch
+from rankkernels._triton import _launch, fm_interaction, norm_activation
 from rankkernels._triton import din_attention_backward as backward
 from rankkernels._triton import din_attention_forward as forward
 from rankkernels._triton import din_attention_layers as layers
@@ -34,7 +34,6 @@ from rankkernels._triton import embedding_bag_numbers as bag_numbers
 from rankkernels._triton import embedding_bag_reduce as bag_reduce
 from rankkernels._triton import embedding_bag_sources as bag_sources
 from rankkernels._triton import embedding_bag_update as bag_update
-from rankkernels._triton import fm_interaction, norm_activation
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
 from rankkernels.testing import din_attention_case
