@@ -109,8 +109,8 @@ def embedding_fm_backward_kernel(
     a64: tl.int64, a65: tl.int64, a66: tl.int64, a67: tl.int64, a68: tl.int64, a69: tl.int64, a70: tl.int64,
     a71: tl.int64, a72: tl.int64, a73: tl.int64, a74: tl.int64, a75: tl.int64, a76: tl.int64, a77: tl.int64,
     a78: tl.int64, a79: tl.int64,
-    ALIGN: tl.constexpr, UNIT_G: tl.constexpr, UNIT_X: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
+    ALIGN_G: tl.constexpr, ALIGN: tl.constexpr, UNIT_G: tl.constexpr, UNIT_X: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """grad_x [B, F D], contiguous, of BLOCK_B samples and all fields; the first program also stores ``count`` of the
     arguments, if there is a place for them."""
@@ -123,7 +123,7 @@ def embedding_fm_backward_kernel(
         )  # fmt: skip
         store_numbers(numbers_ptr, tl.where(tl.program_id(0) == 0, count, 0), numbers, AT_ONCE)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    stride_xb, stride_gb, D = aligned(stride_xb, ALIGN), aligned(stride_gb, ALIGN), aligned(D, ALIGN)
+    stride_xb, stride_gb, D = aligned(stride_xb, ALIGN), aligned(stride_gb, ALIGN_G), aligned(D, ALIGN)
     stride_xd, stride_gd = between_columns(stride_xd, UNIT_X), between_columns(stride_gd, UNIT_G)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_f = tl.arange(0, BLOCK_F)
@@ -144,7 +144,7 @@ def embedding_fm_backward_kernel(
             grad_linear = tl.load(grad_linear_ptr + o_b * stride_lb, mask=o_b < B, other=0.0).to(dtype)
             here = (o_f < F)[None, :, None] & (o_d < D)[None, None, :]
             weight = tl.load(linear_weight_ptr + column, mask=here, other=0.0).to(dtype)
-            grad += grad_linear[:, None, None] * weight
+            grad = tl.fma(grad_linear[:, None, None], weight, grad)
         tl.store(grad_x_ptr + o_b[:, None, None] * (F * D) + column, grad, mask=inside)
 
 
@@ -213,7 +213,7 @@ def lookup_gradients(
     else:
         linear_weight = linear_weight.contiguous()
     align = math.gcd(_alignment.alignment(grad_x), _alignment.alignment(embeddings))
-    align = align if grad is None else math.gcd(align, _alignment.alignment(grad))
+    of_grad = align if grad is None else math.gcd(align, _alignment.alignment(grad))  # beside dense columns less
     BLOCK_F, BLOCK_D = _backward_blocks(D, F)
     BLOCK_B = max(1, RESIDENT // 2 // (BLOCK_F * BLOCK_D))
     gradient = (0, 0) if grad is None else grad.stride()
@@ -224,8 +224,8 @@ def lookup_gradients(
             embedding_fm_backward_kernel, (triton.cdiv(B, BLOCK_B),),
             (embeddings, grad, grad_fm, grad_linear, linear_weight, grad_x, numbers),
             (B, F, D, *strides, len(brought), *padded(brought)),
-            (align, grad is None or gradient[1] == 1, embeddings.stride(1) == 1, AT_ONCE, BLOCK_B, BLOCK_F, BLOCK_D,
-             triton.cdiv(D, BLOCK_D)),
+            (of_grad, align, grad is None or gradient[1] == 1, embeddings.stride(1) == 1, AT_ONCE, BLOCK_B, BLOCK_F,
+             BLOCK_D, triton.cdiv(D, BLOCK_D)),
             num_warps=4,
             **({"maxnreg": 128} if SPILLS_EARLY and not torch.version.hip else {}),
         )  # fmt: skip

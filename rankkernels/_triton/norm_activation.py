@@ -283,9 +283,8 @@ def _common(
     mean, var = (batch_stats, None) if training else (running_mean, running_var) if batch_norm else (None, None)
     vectors = tuple(None if t is None else t.contiguous() for t in (mean, var, weight, bias, alpha))
     one_alpha = alpha is not None and alpha.numel() == 1
-    return _Common(
-        vectors, training, (norm_eps, dice_eps, training, activation, one_alpha), triton.next_power_of_2(x.size(1))
-    )
+    flags = norm_eps, dice_eps, training, activation, one_alpha
+    return _Common(vectors, training, flags, triton.next_power_of_2(x.size(1)))
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -324,7 +323,7 @@ def norm_activation(
             x, weight, bias, alpha, batch_stats, running_mean, running_var, activation, batch_norm, training, norm_eps,
             dice_eps,
         )  # fmt: skip
-        BLOCK_N = max(1, TILE // common.BLOCK_H)
+        BLOCK_N = max(1, TILE // (2 if x.dtype == torch.float64 else 1) // common.BLOCK_H)
         launch(
             norm_activation_kernel, (triton.cdiv(N, BLOCK_N),), (x, *common.vectors, out), (N, H, *x.stride()),
             (*common.flags, alignment(x), x.stride(1) == 1, BLOCK_N, common.BLOCK_H), num_warps=4,

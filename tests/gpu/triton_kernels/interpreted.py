@@ -177,26 +177,22 @@ def test_fm_of_infinities_is_the_references():
 
 @pytest.mark.parametrize("config", [c for c in EMBEDDING_FM.configs if c.get("way") in (None, "adam")], ids=described)
 def test_lookup_and_fm_in_one_pass_have_the_bits_of_their_parts(config):
-    bag, fm, whole = (
-        importlib.import_module(f"rankkernels._triton.{m}") for m in ("embedding_bag", "fm_interaction", "embedding_fm")
-    )
+    names = "embedding_bag", "fm_interaction", "embedding_fm"
+    bag, fm, whole = (importlib.import_module(f"rankkernels._triton.{name}") for name in names)
     arguments = EMBEDDING_FM.make(config, SINGLE)
-    weights, features, gradients = (arguments[name] for name in ("weights", "features", "gradients"))
+    names = "weights", "features", "gradients", "linear_weight"
+    weights, features, (grad, grad_fm, grad_linear), linear_weight = (arguments[name] for name in names)
     (embeddings,) = bag.embedding_bag(weights, features, True)
     fields = embeddings.view(embeddings.size(0), len(features.indices), -1)
-    out, grad = torch.empty_like(embeddings), torch.empty_like(fields)
+    out, grad_x = torch.empty_like(embeddings), torch.empty_like(fields)
     assert torch.equal(whole.embedding_fm(weights, features, out), fm.fm_interaction(fields, True))
     assert torch.equal(out, embeddings)
-    of_embeddings, of_fm, of_linear = gradients
-    linear_weight = arguments["linear_weight"]
-    whole.lookup_gradients(gradients, embeddings, linear_weight, grad)
-    parts = (
-        torch.zeros_like(embeddings) if of_fm is None else fm.fm_interaction_backward(of_fm, fields, True).flatten(1)
-    )
-    parts = parts if of_embeddings is None else parts + of_embeddings
-    if of_linear is not None and linear_weight is not None:
-        parts = torch.addcmul(parts, of_linear, linear_weight)
-    assert torch.equal(grad.flatten(1), parts)
+    whole.lookup_gradients(arguments["gradients"], embeddings, linear_weight, grad_x)
+    parts = torch.zeros_like(fields) if grad_fm is None else fm.fm_interaction_backward(grad_fm, fields, True)
+    parts = parts.flatten(1) if grad is None else parts.flatten(1) + grad
+    if grad_linear is not None and linear_weight is not None:
+        parts = torch.addcmul(parts, grad_linear, linear_weight)
+    assert torch.equal(grad_x.flatten(1), parts)
 
 
 def edited(module: str, folder: Path, old: str = "", new: str = "") -> ModuleType:
