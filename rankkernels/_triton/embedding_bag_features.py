@@ -159,7 +159,7 @@ class Call:
         described_features, first = [], 0
         for f in chosen:
             described_features.append(self._feature(f, first, f in by_lookup))
-            first += triton.cdiv(described_features[-1].bags, bags)
+            first += -(-described_features[-1].bags // bags)  # Triton's cdiv costs the host 2 µs
         return described(tuple(v for column in zip(*described_features) for v in column), self.device), first
 
     def _feature(self, f: int, first: int, by_lookup: bool) -> Feature:

@@ -76,7 +76,18 @@ def numbers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(1024)
+def _described(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+_of_graphs: dict[tuple, Tensor] = {}
+
+
 def described(values: tuple[int, ...], device: torch.device) -> Tensor:
     """The values on the device, [n] int64: kept, so that only what was never described, or not for long, is copied, and
-    waited for. A GPU has no more launches waiting than are kept, so none reads what was forgotten."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    waited for. A GPU has no more launches waiting than are kept, so none reads what was forgotten; what a CUDA graph
+    reads is kept for good."""
+    found = _described(values, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs[values, device] = found
+    return found

@@ -121,7 +121,8 @@ def embedding_fm_backward_kernel(
             a44, a45, a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63, a64,
             a65, a66, a67, a68, a69, a70, a71, a72, a73, a74, a75, a76, a77, a78, a79,
         )  # fmt: skip
-        store_numbers(numbers_ptr, tl.where(tl.program_id(0) == 0, count, 0), numbers, AT_ONCE)
+        if tl.program_id(0) == 0:
+            store_numbers(numbers_ptr, count, numbers, AT_ONCE)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xb, stride_gb, D = aligned(stride_xb, ALIGN), aligned(stride_gb, ALIGN_G), aligned(D, ALIGN)
     stride_xd, stride_gd = between_columns(stride_xd, UNIT_X), between_columns(stride_gd, UNIT_G)
@@ -137,9 +138,8 @@ def embedding_fm_backward_kernel(
             grad_fm = tl.load(grad_fm_ptr + o_b * stride_fb, mask=o_b < B, other=0.0).to(dtype)
             grad = grad_fm[:, None, None] * (tl.sum(b_x, 1, keep_dims=True) - b_x)
         if grad_ptr is not None:
-            grad += tl.load(grad_ptr + o_b[:, None, None] * stride_gb + column * stride_gd, mask=inside, other=0.0).to(
-                dtype
-            )
+            grad_tile = grad_ptr + o_b[:, None, None] * stride_gb + column * stride_gd
+            grad += tl.load(grad_tile, mask=inside, other=0.0).to(dtype)
         if grad_linear_ptr is not None:
             grad_linear = tl.load(grad_linear_ptr + o_b * stride_lb, mask=o_b < B, other=0.0).to(dtype)
             here = (o_f < F)[None, :, None] & (o_d < D)[None, None, :]
@@ -187,7 +187,7 @@ def embedding_fm(weights: Sequence[Tensor], features: Features, out: Tensor) -> 
         call = Call(features, out.split_with_sizes([D] * F, 1), weights, [w.size(0) for w in weights])
         where, _ = call.described(range(F), 1)
         ids = padded(list(map(_alignment.address, call.ids)))
-        align = math.gcd(alignment(out), D, *map(alignment, weights))
+        align = math.gcd(alignment(out), D, *(alignment(weights[t]) for t in set(features.tables)))
         steps, BLOCK_F, BLOCK_D = _forward_blocks(D, F, out.element_size())
         BLOCK_B = 1024 // (BLOCK_F * BLOCK_D)  # 8 values a thread
         acc = tl.float64 if out.dtype == torch.float64 else tl.float32

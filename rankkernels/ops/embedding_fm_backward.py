@@ -19,7 +19,7 @@ from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables, without_autocast
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves, triton_serves_tables, without_autocast
 from rankkernels.ops._schema import parsed, schema_of
 from rankkernels.ops.embedding_bag_update import check_apart, check_update
 from rankkernels.ops.fm_interaction import fm_interaction_backward
@@ -197,7 +197,7 @@ if triton_embeds:
 
         a = Arguments(*arguments)
         _check(a)
-        if not (triton_serves_tables([a.embeddings[:, : a.dim]]) and kernels.supports_gradients(a.embeddings, a.dim)):
+        if not (triton_serves(a.embeddings) and kernels.supports_gradients(a.embeddings, a.dim)):
             return _default(*arguments)
         grad = a.embeddings.new_empty(a.embeddings.shape)
         kernels.lookup_gradients(a.of_results, a.embeddings, a.linear_weight, grad.view(grad.size(0), -1, a.dim))

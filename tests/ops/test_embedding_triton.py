@@ -87,3 +87,15 @@ def test_tables_that_share_memory_take_no_step():
             check_apart(views)
     check_apart((whole[:, :4], whole[:, 4:]))
     check_apart((whole[:4], whole[4:], whole[:0]))
+
+
+def test_what_a_graph_reads_is_kept(monkeypatch):
+    from rankkernels._triton import embedding_bag_numbers as numbers
+
+    kept, device = {}, torch.device("cuda")
+    monkeypatch.setattr(numbers, "_of_graphs", kept)
+    monkeypatch.setattr(numbers, "_described", lambda values, device: torch.tensor(values))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
+        found = numbers.described((1, 2), device)
+        assert (kept.get(((1, 2), device)) is found) == capturing
