@@ -18,7 +18,6 @@ from torch import Tensor
 from rankkernels._triton._launch import launch
 
 AT_ONCE = 80  # numbers a launch: those of 26 features, their gradients and their tables or an optimizer's settings
-ARGUMENTS = [f"a{k}" for k in range(AT_ONCE)]
 
 
 @triton.jit
@@ -28,7 +27,7 @@ def store_numbers(out_ptr, n, numbers, AT_ONCE: tl.constexpr):
         tl.store(out_ptr + k, numbers[k].to(tl.int64), mask=k < n)
 
 
-@triton.jit(do_not_specialize=["n", *ARGUMENTS])
+@triton.jit(do_not_specialize=["n", *(f"a{k}" for k in range(AT_ONCE))])
 def embedding_bag_numbers_kernel(
     out_ptr, n,
     a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64, a7: tl.int64,

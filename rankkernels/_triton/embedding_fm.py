@@ -27,35 +27,35 @@ from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag import embedding_bag_update
 from rankkernels._triton.embedding_bag_blocks import rows_at, table_of
 from rankkernels._triton.embedding_bag_features import DTYPES, Call, alignment, matrix_of
-from rankkernels._triton.embedding_bag_numbers import ARGUMENTS, AT_ONCE, padded, store_numbers, write
+from rankkernels._triton.embedding_bag_numbers import AT_ONCE, padded, store_numbers, write
 from rankkernels._triton.fm_interaction import RESIDENT, SPILLS_EARLY, WARP_BYTES, _join
 from rankkernels.ops._features import Features
 
 
-@triton.jit(do_not_specialize=["n", "B", "D", *ARGUMENTS])
+@triton.jit(do_not_specialize=["n", "B", "D", *(f"i{k}" for k in range(AT_ONCE))])
 def embedding_fm_kernel(
     described_ptr, out_ptr, fm_ptr, n, B, D,
-    a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64, a7: tl.int64,
-    a8: tl.int64, a9: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64, a14: tl.int64,
-    a15: tl.int64, a16: tl.int64, a17: tl.int64, a18: tl.int64, a19: tl.int64, a20: tl.int64, a21: tl.int64,
-    a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64, a28: tl.int64,
-    a29: tl.int64, a30: tl.int64, a31: tl.int64, a32: tl.int64, a33: tl.int64, a34: tl.int64, a35: tl.int64,
-    a36: tl.int64, a37: tl.int64, a38: tl.int64, a39: tl.int64, a40: tl.int64, a41: tl.int64, a42: tl.int64,
-    a43: tl.int64, a44: tl.int64, a45: tl.int64, a46: tl.int64, a47: tl.int64, a48: tl.int64, a49: tl.int64,
-    a50: tl.int64, a51: tl.int64, a52: tl.int64, a53: tl.int64, a54: tl.int64, a55: tl.int64, a56: tl.int64,
-    a57: tl.int64, a58: tl.int64, a59: tl.int64, a60: tl.int64, a61: tl.int64, a62: tl.int64, a63: tl.int64,
-    a64: tl.int64, a65: tl.int64, a66: tl.int64, a67: tl.int64, a68: tl.int64, a69: tl.int64, a70: tl.int64,
-    a71: tl.int64, a72: tl.int64, a73: tl.int64, a74: tl.int64, a75: tl.int64, a76: tl.int64, a77: tl.int64,
-    a78: tl.int64, a79: tl.int64,
+    i0: tl.int64, i1: tl.int64, i2: tl.int64, i3: tl.int64, i4: tl.int64, i5: tl.int64, i6: tl.int64, i7: tl.int64,
+    i8: tl.int64, i9: tl.int64, i10: tl.int64, i11: tl.int64, i12: tl.int64, i13: tl.int64, i14: tl.int64,
+    i15: tl.int64, i16: tl.int64, i17: tl.int64, i18: tl.int64, i19: tl.int64, i20: tl.int64, i21: tl.int64,
+    i22: tl.int64, i23: tl.int64, i24: tl.int64, i25: tl.int64, i26: tl.int64, i27: tl.int64, i28: tl.int64,
+    i29: tl.int64, i30: tl.int64, i31: tl.int64, i32: tl.int64, i33: tl.int64, i34: tl.int64, i35: tl.int64,
+    i36: tl.int64, i37: tl.int64, i38: tl.int64, i39: tl.int64, i40: tl.int64, i41: tl.int64, i42: tl.int64,
+    i43: tl.int64, i44: tl.int64, i45: tl.int64, i46: tl.int64, i47: tl.int64, i48: tl.int64, i49: tl.int64,
+    i50: tl.int64, i51: tl.int64, i52: tl.int64, i53: tl.int64, i54: tl.int64, i55: tl.int64, i56: tl.int64,
+    i57: tl.int64, i58: tl.int64, i59: tl.int64, i60: tl.int64, i61: tl.int64, i62: tl.int64, i63: tl.int64,
+    i64: tl.int64, i65: tl.int64, i66: tl.int64, i67: tl.int64, i68: tl.int64, i69: tl.int64, i70: tl.int64,
+    i71: tl.int64, i72: tl.int64, i73: tl.int64, i74: tl.int64, i75: tl.int64, i76: tl.int64, i77: tl.int64,
+    i78: tl.int64, i79: tl.int64,
     WIDE_IDS: tl.constexpr, HAS_KNOWN: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """out [B, n D] and fm [B] of BLOCK_B samples of n features, whose ids are at the first n arguments."""
     numbers = (
-        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21, a22, a23,
-        a24, a25, a26, a27, a28, a29, a30, a31, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43, a44, a45,
-        a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63, a64, a65, a66, a67,
-        a68, a69, a70, a71, a72, a73, a74, a75, a76, a77, a78, a79,
+        i0, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14, i15, i16, i17, i18, i19, i20, i21, i22, i23,
+        i24, i25, i26, i27, i28, i29, i30, i31, i32, i33, i34, i35, i36, i37, i38, i39, i40, i41, i42, i43, i44, i45,
+        i46, i47, i48, i49, i50, i51, i52, i53, i54, i55, i56, i57, i58, i59, i60, i61, i62, i63, i64, i65, i66, i67,
+        i68, i69, i70, i71, i72, i73, i74, i75, i76, i77, i78, i79,
     )  # fmt: skip
     D = aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -91,24 +91,25 @@ def embedding_fm_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "B", "F", "D", "count", "stride_gb", "stride_gd", "stride_fb", "stride_lb", "stride_xb", "stride_xd", *ARGUMENTS
+        "B", "F", "D", "count", "stride_gb", "stride_gd", "stride_fb", "stride_lb", "stride_xb", "stride_xd",
+        *(f"v{k}" for k in range(AT_ONCE)),
     ]
 )  # fmt: skip
 def embedding_fm_backward_kernel(
     x_ptr, grad_ptr, grad_fm_ptr, grad_linear_ptr, linear_weight_ptr, grad_x_ptr, numbers_ptr,
     B, F, D, stride_gb, stride_gd, stride_fb, stride_lb, stride_xb, stride_xd, count,
-    a0: tl.int64, a1: tl.int64, a2: tl.int64, a3: tl.int64, a4: tl.int64, a5: tl.int64, a6: tl.int64, a7: tl.int64,
-    a8: tl.int64, a9: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64, a14: tl.int64,
-    a15: tl.int64, a16: tl.int64, a17: tl.int64, a18: tl.int64, a19: tl.int64, a20: tl.int64, a21: tl.int64,
-    a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64, a28: tl.int64,
-    a29: tl.int64, a30: tl.int64, a31: tl.int64, a32: tl.int64, a33: tl.int64, a34: tl.int64, a35: tl.int64,
-    a36: tl.int64, a37: tl.int64, a38: tl.int64, a39: tl.int64, a40: tl.int64, a41: tl.int64, a42: tl.int64,
-    a43: tl.int64, a44: tl.int64, a45: tl.int64, a46: tl.int64, a47: tl.int64, a48: tl.int64, a49: tl.int64,
-    a50: tl.int64, a51: tl.int64, a52: tl.int64, a53: tl.int64, a54: tl.int64, a55: tl.int64, a56: tl.int64,
-    a57: tl.int64, a58: tl.int64, a59: tl.int64, a60: tl.int64, a61: tl.int64, a62: tl.int64, a63: tl.int64,
-    a64: tl.int64, a65: tl.int64, a66: tl.int64, a67: tl.int64, a68: tl.int64, a69: tl.int64, a70: tl.int64,
-    a71: tl.int64, a72: tl.int64, a73: tl.int64, a74: tl.int64, a75: tl.int64, a76: tl.int64, a77: tl.int64,
-    a78: tl.int64, a79: tl.int64,
+    v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64, v7: tl.int64,
+    v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64, v14: tl.int64,
+    v15: tl.int64, v16: tl.int64, v17: tl.int64, v18: tl.int64, v19: tl.int64, v20: tl.int64, v21: tl.int64,
+    v22: tl.int64, v23: tl.int64, v24: tl.int64, v25: tl.int64, v26: tl.int64, v27: tl.int64, v28: tl.int64,
+    v29: tl.int64, v30: tl.int64, v31: tl.int64, v32: tl.int64, v33: tl.int64, v34: tl.int64, v35: tl.int64,
+    v36: tl.int64, v37: tl.int64, v38: tl.int64, v39: tl.int64, v40: tl.int64, v41: tl.int64, v42: tl.int64,
+    v43: tl.int64, v44: tl.int64, v45: tl.int64, v46: tl.int64, v47: tl.int64, v48: tl.int64, v49: tl.int64,
+    v50: tl.int64, v51: tl.int64, v52: tl.int64, v53: tl.int64, v54: tl.int64, v55: tl.int64, v56: tl.int64,
+    v57: tl.int64, v58: tl.int64, v59: tl.int64, v60: tl.int64, v61: tl.int64, v62: tl.int64, v63: tl.int64,
+    v64: tl.int64, v65: tl.int64, v66: tl.int64, v67: tl.int64, v68: tl.int64, v69: tl.int64, v70: tl.int64,
+    v71: tl.int64, v72: tl.int64, v73: tl.int64, v74: tl.int64, v75: tl.int64, v76: tl.int64, v77: tl.int64,
+    v78: tl.int64, v79: tl.int64,
     ALIGN_G: tl.constexpr, ALIGN: tl.constexpr, UNIT_G: tl.constexpr, UNIT_X: tl.constexpr, AT_ONCE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
@@ -116,10 +117,10 @@ def embedding_fm_backward_kernel(
     arguments, if there is a place for them."""
     if numbers_ptr is not None:
         numbers = (
-            a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, a16, a17, a18, a19, a20, a21, a22,
-            a23, a24, a25, a26, a27, a28, a29, a30, a31, a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43,
-            a44, a45, a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63, a64,
-            a65, a66, a67, a68, a69, a70, a71, a72, a73, a74, a75, a76, a77, a78, a79,
+            v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15, v16, v17, v18, v19, v20, v21, v22,
+            v23, v24, v25, v26, v27, v28, v29, v30, v31, v32, v33, v34, v35, v36, v37, v38, v39, v40, v41, v42, v43,
+            v44, v45, v46, v47, v48, v49, v50, v51, v52, v53, v54, v55, v56, v57, v58, v59, v60, v61, v62, v63, v64,
+            v65, v66, v67, v68, v69, v70, v71, v72, v73, v74, v75, v76, v77, v78, v79,
         )  # fmt: skip
         if tl.program_id(0) == 0:
             store_numbers(numbers_ptr, count, numbers, AT_ONCE)
