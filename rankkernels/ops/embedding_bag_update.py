@@ -250,7 +250,7 @@ def _default(grad_outs, weights, states, *rest):
     return grad_psw
 
 
-def _check_apart(weights: Sequence[Tensor]) -> None:
+def check_apart(weights: Sequence[Tensor]) -> None:
     """Raises if two tables share memory: programs would step on both at once. The columns of one matrix may be several
     tables. As ``check_apart`` of csrc/embedding/optimizer.h."""
     starts = sorted((w.data_ptr(), t) for t, w in enumerate(weights) if w.numel() and not w.is_meta)
@@ -288,8 +288,8 @@ if triton_embeds:
 
         if not triton_serves_tables(weights):
             return _default(grad_outs, weights, states, *rest)
-        _check_update(grad_outs, weights, states, *rest)
-        _check_apart(weights)
+        check_update(grad_outs, weights, states, *rest)
+        check_apart(weights)
         *features, optimizer, hyper = rest
         return embedding_bag_update(grad_outs, weights, states, Features(*features), optimizer, hyper)
 
@@ -299,7 +299,7 @@ def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
 
 
-def _check_update(grad_outs, weights, states, *rest) -> None:
+def check_update(grad_outs, weights, states, *rest) -> None:
     *features, optimizer, hyper = rest
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
@@ -311,5 +311,5 @@ def _check_update(grad_outs, weights, states, *rest) -> None:
 def _(grad_outs, weights, states, *rest):
     *features, _optimizer, _hyper = rest
     features = Features(*features)
-    _check_update(grad_outs, weights, states, *rest)
+    check_update(grad_outs, weights, states, *rest)
     return [w.new_empty(w.shape) for w in features.per_sample_weights]

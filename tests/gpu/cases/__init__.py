@@ -11,6 +11,6 @@ from gpu.cases.fm_interaction import FM
 from gpu.cases.norm_activation import NORM
 from gpu.cases.pairwise_dot import PAIRS
 
-INTERPRETED = [FM, CROSS, PAIRS, DIN, NORM, embedding_bag.BAG]
+INTERPRETED = [FM, CROSS, PAIRS, DIN, NORM, embedding_bag.BAG, embedding_fm.EMBEDDING_FM]
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

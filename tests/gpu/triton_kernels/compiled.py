@@ -22,10 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from bench.gpu import page, report
 from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling, meta_inputs, serves
-from bench.gpu.cases import COMPILED, IN_TRITON
+from bench.gpu.cases import COMPILED, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
-from rankkernels._triton import _launch
+from rankkernels._triton import _launch, embedding_fm, fm_interaction, norm_activation
 from rankkernels._triton import din_attention_backward as backward
 from rankkernels._triton import din_attention_forward as forward
 from rankkernels._triton import din_attention_layers as layers
@@ -40,7 +40,7 @@ from rankkernels.testing import OpCase, din_attention_case
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
-CHOSEN = [case for op in IN_TRITON for case in op.cases[::EVERY] if case in SERVED]
+CHOSEN = [case for op in GPU_OPS for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
 
@@ -76,7 +76,9 @@ NARROW = {"cross_alphas_kernel", "embedding_bag_numbers_kernel", "embedding_bag_
 #: Reads no history, but weights, which are contiguous, and other programs' sums.
 BESIDE = {f"din_attention_{name}_kernel" for name in ("fold", "join", "sums", "unfold")}
 #: Read keys and gradients, not the tables.
-NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")}
+NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")} | {
+    "embedding_fm_backward_kernel"
+}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ OF_STEPS = {"embedding_bag_fold_kernel", "embedding_bag_rows_kernel"}
 
 
 def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool, rounds: bool) -> list:
-    """A fused step on jagged bags of two tables, and one on given rows; ``rounds``: stochastically."""
+    """A fused step on jagged bags of two tables, one on given rows, one behind an FM; ``rounds``: stochastically."""
     R, N, B, number = 1000, 4096, 512, OPTIMIZERS.index(kind)
     with torch.device("meta"):
         weights = [torch.empty(R, D, dtype=dtype) for _ in range(2)]
@@ -125,11 +127,16 @@ def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool, r
         ids, offsets, grad = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long), weights[0][:B]
         rows = torch.empty(B, dtype=torch.long)
     features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
+    one_id = Features([rows, rows], [], [], [0, 1], [0, 0], [-1, -1], [-1, -1])
+    fm = grad.new_empty(B, 2 * D), grad.new_empty(B, 1), grad.new_empty(B, 1), grad.new_empty(B, 2 * D)
     hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, float(rounds), *[0.5] * len(RULES[kind].settings)]
     assert len(hyper) == len(Hyper._fields + RULES[kind].settings)
     with compiling(target) as calls:
         torch.ops.rankkernels.embedding_bag_update([grad, grad], weights, states * 2, *features, number, hyper * 2)
         torch.ops.rankkernels.sparse_update(weights[0], states, rows, grad, number, hyper)
+        torch.ops.rankkernels.embedding_fm_update(
+            *fm, grad.new_empty(1, 2 * D), D, weights, True, states * 2, *one_id, number, hyper * 2
+        )
     return calls
 
 
@@ -146,6 +153,7 @@ def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target, rounds
     kernels = [kernel for call in calls for kernel in call.kernels]
     names = {kernel.name for kernel in kernels}
     assert names >= {f"embedding_bag_{name}_kernel" for name in ("sources", "reduce", "join", "rows")}
+    assert "embedding_fm_backward_kernel" in names
     assert ("embedding_bag_fold_kernel" in names) == (kind in ("adam", "rowwise_adam"))
     for kernel in kernels:
         assert kernel.local == 0 and not kernel.spills
@@ -194,10 +202,11 @@ def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
 
 
 def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
-    modules = forward, backward, layers, bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update
+    bags = bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update, embedding_fm
+    modules = forward, backward, layers, *bags, fm_interaction, norm_activation
     kernels = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-    assert len(kernels) == 7 + 9
+    assert len(kernels) == 7 + 9 + 2 + 2 + 4
     assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 
@@ -219,7 +228,7 @@ def kernels_defined() -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [op.cases[0] for op in IN_TRITON], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS], ids=lambda case: case.op)
 def test_wide_loads_are_those_of_the_main_operand(records, case, target):
     """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
     dtype = case.dtypes[0]
