@@ -53,6 +53,11 @@ class ExactSteps:
 
     def _check(self, group: dict) -> None:
         """Raises a ValueError for hyperparameters that leave an idle row no trajectory in closed form."""
+        if group["stochastic_rounding"]:
+            raise ValueError(
+                f"{self.name}: with exact=True stochastic_rounding must be False: rows would not be where dense Adam "
+                "has them"
+            )
         decay = float(group["weight_decay"])
         if decay and not group["decoupled_weight_decay"]:
             raise ValueError(

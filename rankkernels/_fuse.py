@@ -82,7 +82,7 @@ def _share(
         if optimizer._live.capturable:
             raise ValueError(f"fuse: {type(optimizer).__name__} with capturable=True steps in one process alone")
         optimizer.flush()
-        exchange.begin(type(optimizer).__name__, tables)
+        optimizer.take_seed(exchange.begin(type(optimizer).__name__, tables, optimizer.rounding_seed))
     if not known:
         optimizer.exchange = exchange
         optimizer.gates.clear()

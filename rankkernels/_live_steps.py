@@ -88,8 +88,10 @@ class LiveSteps:
         for p, group, state in zip(params, groups, states):
             tensors += [state[name] for name in optimizer._states]
             tensors += self._tensors(state, group["lr"], float(group.get("lr_decay", 0.0)), scaled, p)
-        of_group = {id(group): optimizer._hyper(group, 0.0, 1, 1.0) for group in groups}
-        hyper = [number for group in groups for number in of_group[id(group)]]
+        given = [(id(group), rounding) for group, rounding in zip(groups, optimizer._roundings(params, groups))]
+        distinct = dict(zip(given, groups))
+        of_each = {key: optimizer._hyper(group, 0.0, 1, 1.0, key[1]) for key, group in distinct.items()}
+        hyper = [number for key in given for number in of_each[key]]
         return [
             partial(op._op, *before, tensors, *after, OPTIMIZERS.index(optimizer._kind), hyper),
             partial(torch.autograd.graph.increment_version, list(params)),

@@ -63,10 +63,10 @@ class RowOptimizer(torch.optim.Optimizer):
     _states: tuple[str, ...] = ()
     _exact: ExactSteps | None = None  # what an optimizer with exact=True does for idle rows
 
-    def __init__(self, params: Iterable, capturable: bool = False, **defaults):
+    def __init__(self, params: Iterable, capturable: bool = False, stochastic_rounding: bool = False, **defaults):
         self.gates: dict[torch.device, Gate] = {}
         self._live = LiveSteps(type(self).__name__, capturable)
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "rounding_seed": None})
 
     def __getstate__(self) -> dict:
         self.flush()
@@ -114,6 +114,7 @@ class RowOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[-1])
+            self._draw_seed(self.param_groups[-1])
             self._live.place(self.param_groups[-1])
             if self._exact is not None:
                 self._exact.attach(self.param_groups[-1:], self.state)
@@ -121,6 +122,22 @@ class RowOptimizer(torch.optim.Optimizer):
             self.param_groups[:] = groups
             raise
         self.gates.clear()
+
+    @property
+    def rounding_seed(self) -> int | None:
+        """The seed of stochastic rounding, None before a group asks for it."""
+        return next((g["rounding_seed"] for g in self.param_groups if g["rounding_seed"] is not None), None)
+
+    def take_seed(self, seed: int | None) -> None:
+        """Rounds with this seed, another process's, from here on."""
+        for group in self.param_groups:
+            group["rounding_seed"] = seed
+
+    def _draw_seed(self, group: dict) -> None:
+        """Gives a group that rounds stochastically the optimizer's seed: torch's generator is asked once, if at all."""
+        if group["stochastic_rounding"] and group["rounding_seed"] is None:
+            seed = self.rounding_seed
+            group["rounding_seed"] = int(torch.randint(2**32, (), device="cpu")) if seed is None else seed
 
     def _check(self, group: dict) -> None:
         """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""
@@ -147,6 +164,9 @@ class RowOptimizer(torch.optim.Optimizer):
         if group["max_row_norm"] is not None:
             tiny = torch.finfo(torch.float32).tiny  # the kernels flush less to 0, which means no clipping
             check("max_row_norm", lambda x: float(x) >= tiny, "be positive or None")
+        check("stochastic_rounding", lambda x: isinstance(x, bool), "be True or False")
+        seeded = (lambda x: x is None or (isinstance(x, int) and 0 <= x < 2**32)), "be None or an integer below 2^32"
+        check("rounding_seed", *seeded)
         # eps is all that divides a row whose gradients have all been zero, in the state's precision.
         least = max(torch.finfo(dtype).tiny for dtype in dtypes[1:] or dtypes)
         if "eps" in group and self._states and float(group.get("initial_accumulator_value", 0)) < least:
@@ -167,12 +187,27 @@ class RowOptimizer(torch.optim.Optimizer):
             use_huge_pages(whole)
         return dict(zip(self._states, (state for whole in wholes for state in whole.unbind(1))))
 
-    def _hyper(self, group: dict, rate: float, step: int, scale: float) -> tuple[float, ...]:
+    def _roundings(self, params: Sequence[Tensor], groups: Sequence[dict]) -> list[float]:
+        """How each of these tables is rounded, ``Hyper.rounding``. The number of a table among all that the optimizer
+        has is in the key, so that equal rows of two tables are rounded apart."""
+        if not any(group["stochastic_rounding"] for group in groups):
+            return [0.0] * len(params)
+        every = (p for group in self.param_groups for p in group["params"])
+        number = {id(p): i for i, p in enumerate(every, 1)}
+        return [
+            float(number[id(p)] << 32 | group["rounding_seed"])
+            if group["stochastic_rounding"] and p.element_size() == 2
+            else 0.0
+            for p, group in zip(params, groups)
+        ]
+
+    def _hyper(self, group: dict, rate: float, step: int, scale: float, rounding: float) -> tuple[float, ...]:
         """What a step takes, for a gradient times ``scale``."""
         beta1, beta2 = group.get("betas", (0.0, group.get("ema_beta", 0.0)))
         common = Hyper(
             rate, float(beta1), float(beta2), float(group.get("eps", 0.0)),
             float(group.get("weight_decay", 0.0)), float(step), 1 / scale, float(group["max_row_norm"] or 0.0),
+            rounding,
         )  # fmt: skip
         return (*common, *(float(group[name]) for name in RULES[self._kind].settings))
 
@@ -185,10 +220,10 @@ class RowOptimizer(torch.optim.Optimizer):
         new = {t: {"step": 0, **self._new_state(params[t], groups[t])} for t, state in enumerate(states) if not state}
         states = [new.get(t, state) for t, state in enumerate(states)] if new else states
         counts, hyper, hypers = [int(state["step"]) + 1 for state in states], [], {}
-        for group, count in zip(groups, counts):
-            key = id(group), count  # mostly one for all tables
+        for group, count, rounding in zip(groups, counts, self._roundings(params, groups)):
+            key = id(group), count, rounding  # mostly one for all tables
             if key not in hypers:
-                hypers[key] = self._hyper(group, self._learning_rate(group, count), count, scale)
+                hypers[key] = self._hyper(group, self._learning_rate(group, count), count, scale, rounding)
             hyper += hypers[key]
         tensors = [state[name] for state in states for name in self._states]
         # Dense Adam's formula is AdamW's; SparseAdam's has eps at another place.
@@ -381,6 +416,7 @@ class RowOptimizer(torch.optim.Optimizer):
         """A loaded group without what only torch's optimizers have, and with what they have not, checked."""
         group = {**old, **{name: value for name, value in group.items() if name in old or name not in _TORCHS}}
         self._check(group)
+        self._draw_seed(group)
         self._live.place(group)
         return group
 

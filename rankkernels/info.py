@@ -30,9 +30,8 @@ def markdown() -> str:
     alike: dict[tuple[str, str], list[Op]] = {}
     for op in OPS.values():
         cpu = f"C++ ({op.cpu_needs}), else {op.otherwise}" if op.cpu_needs else "C++"
-        otherwise = (
-            f"Triton, the {op.otherwise} beyond {_library.WIDEST_EMBEDDING} wide" if op.else_triton else op.otherwise
-        )
+        rest = "the reference" if op.otherwise == "reference" else op.otherwise
+        otherwise = f"Triton, {rest} beyond {_library.WIDEST_EMBEDDING} wide" if op.else_triton else op.otherwise
         gpu = {"": op.otherwise, "CUDA C++": f"CUDA C++ if built in, else {otherwise}"}.get(op.cuda, op.cuda)
         gpu += f"; {op.cuda_limits}" if op.cuda_limits else ""
         alike.setdefault((cpu, gpu), []).append(op)

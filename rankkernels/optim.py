@@ -44,6 +44,10 @@ class SGD(RowOptimizer):
         max_row_norm: of each row looked up, the gradient is clipped to this norm (all optimizers have it).
         capturable: keep learning rate, number of the step and loss scale on the tables' GPU, so that a CUDA graph may
             hold the step (all optimizers have it). The rate becomes a tensor, which schedulers write to.
+        stochastic_rounding: round tables of 16 bits up or down at random, so that the mean is what was computed (all
+            optimizers have it). Rounded to the nearest, as torch's optimizers do, steps below half of the distance to
+            the next number are lost. The random bits are a function of a seed, which is drawn from torch's generator
+            and saved with the state, and of step, table, row and column. State and wider tables are not rounded.
     """
 
     _kind = "sgd"
@@ -54,11 +58,12 @@ class SGD(RowOptimizer):
 
     def __init__(
         self, params: Iterable, lr: float | Tensor = 1e-3, weight_decay: float = 0.0, max_row_norm: float | None = None,
-        capturable: bool = False,
+        capturable: bool = False, stochastic_rounding: bool = False,
     ):  # fmt: skip
         super().__init__(
-            params, capturable, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay, max_row_norm=max_row_norm
-        )
+            params, capturable, stochastic_rounding, lr=lr, betas=(0.0, 0.0), eps=0.0, weight_decay=weight_decay,
+            max_row_norm=max_row_norm,
+        )  # fmt: skip
 
 
 class Adagrad(RowOptimizer):
@@ -79,10 +84,11 @@ class Adagrad(RowOptimizer):
         eps: float = 1e-10,
         max_row_norm: float | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm,
-            lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value,
+            params, capturable, stochastic_rounding, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay,
+            max_row_norm=max_row_norm, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value,
         )  # fmt: skip
 
     @staticmethod
@@ -106,10 +112,12 @@ class RowWiseAdagrad(RowOptimizer):
         eps: float = 1e-8,
         max_row_norm: float | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm
-        )
+            params, capturable, stochastic_rounding, lr=lr, betas=(0.0, 0.0), eps=eps, weight_decay=weight_decay,
+            max_row_norm=max_row_norm,
+        )  # fmt: skip
 
 
 class Adam(RowOptimizer):
@@ -126,8 +134,8 @@ class Adam(RowOptimizer):
         exact: follow dense Adam.
 
     Raises:
-        ValueError: also for ``exact`` with betas of which the second does not fade much more slowly than the first, or
-            a table that is a subclass of torch's tensors.
+        ValueError: also for ``exact`` with ``stochastic_rounding``, with betas of which the second does not fade much
+            more slowly than the first, or with a table that is a subclass of torch's tensors.
     """
 
     _kind, _states = "adam", ("exp_avg", "exp_avg_sq")
@@ -143,10 +151,11 @@ class Adam(RowOptimizer):
         max_row_norm: float | None = None,
         exact: bool = False,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm,
-            decoupled_weight_decay=self._decoupled,
+            params, capturable, stochastic_rounding, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            max_row_norm=max_row_norm, decoupled_weight_decay=self._decoupled,
         )  # fmt: skip
         if exact and capturable:
             raise ValueError(f"{type(self).__name__}: exact=True counts on the host, so it is not capturable")
@@ -177,8 +186,9 @@ class AdamW(Adam):
         max_row_norm: float | None = None,
         exact: bool = False,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm, exact, capturable)
+        super().__init__(params, lr, betas, eps, weight_decay, max_row_norm, exact, capturable, stochastic_rounding)
 
     @staticmethod
     def _is_torchs(names):
@@ -203,10 +213,12 @@ class RowWiseAdam(RowOptimizer):
         weight_decay: float = 0.0,
         max_row_norm: float | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_row_norm=max_row_norm
-        )
+            params, capturable, stochastic_rounding, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            max_row_norm=max_row_norm,
+        )  # fmt: skip
 
 
 class RowWiseRMSprop(RowOptimizer):
@@ -239,10 +251,11 @@ class RowWiseRMSprop(RowOptimizer):
         min_shrinkage: float = 0.1,
         max_row_norm: float | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, ema_beta=ema_beta, eps=eps, ar_alpha=ar_alpha, min_shrinkage=min_shrinkage,
-            max_row_norm=max_row_norm,
+            params, capturable, stochastic_rounding, lr=lr, ema_beta=ema_beta, eps=eps, ar_alpha=ar_alpha,
+            min_shrinkage=min_shrinkage, max_row_norm=max_row_norm,
         )  # fmt: skip
 
 
@@ -280,10 +293,11 @@ class FTRL(RowOptimizer):
         l2: float = 0.0,
         max_row_norm: float | None = None,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
     ):
         super().__init__(
-            params, capturable, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2, max_row_norm=max_row_norm,
-            stepped_lr=None,
+            params, capturable, stochastic_rounding, lr=lr, lr_power=lr_power, beta=beta, l1=l1, l2=l2,
+            max_row_norm=max_row_norm, stepped_lr=None,
         )  # fmt: skip
 
     def _check(self, group: dict) -> None:
@@ -345,7 +359,7 @@ def to_torch(optimizer: RowOptimizer, theirs: torch.optim.Optimizer) -> torch.op
         for name in ("momentum", "amsgrad", "maximize"):
             if group.get(name):
                 raise ValueError(f"to_torch: {type(theirs).__name__} has {name}, {type(optimizer).__name__} has none")
-        for name in ("weight_decay", "max_row_norm"):
+        for name in ("weight_decay", "max_row_norm", "stochastic_rounding"):
             if own[name] and name not in group:
                 raise ValueError(f"to_torch: {type(theirs).__name__} has no {name}, and here it is {own[name]}")
     for group, own in zip(state_dict["param_groups"], ours["param_groups"]):

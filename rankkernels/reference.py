@@ -317,6 +317,35 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     return c
 
 
+def rounding_bits(key: int, step: int, rows: Tensor, D: int) -> Tensor:
+    """The 16 random bits for each element of ``rows`` [n] of a table [R, D] in a step: [n, D] int64.
+
+    Philox4x32-10 with the counter (column // 8, row mod 2^32, row // 2^32, step) and the halves of ``key`` as key, the
+    low one first, has those of eight columns: its words in their order, of each the low half first.
+    """
+    block, row, word = torch.arange((D + 7) // 8, device=rows.device), rows[:, None], 0xFFFFFFFF
+    counter = block, row & word, row >> 32, torch.full_like(block, step)
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, (key & word, key >> 32))), -1)
+    return torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :D]
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
+    """``x`` float32 in a 16-bit ``dtype``: with ``bits``, 16 random ones in int64, x is rounded up as often as it lies
+    near the number above, so that the mean is x.
+
+    The magnitude becomes the larger of the two numbers next to it where it lies more than bits / 2^16 of their distance
+    above the smaller, else that. Where it is the largest finite number or more, and a NaN, to the nearest.
+    """
+    info, exact = torch.finfo(dtype), x.double()
+    magnitude = exact.abs()
+    power = magnitude / torch.frexp(magnitude).mantissa / 2  # of two, not above it
+    spacing = torch.where(magnitude < info.smallest_normal, info.smallest_normal, power) * info.eps
+    below = (magnitude / spacing).floor()
+    up = (magnitude / spacing - below) * 2**16 > bits
+    rounded = ((below + up) * spacing).copysign(exact)
+    return torch.where(magnitude < info.max, rounded, exact).to(dtype)
+
+
 def dropout_factor(p: float, seed: Tensor, layer: int, sample: Tensor, position: Tensor, H: int) -> Tensor:
     """What the H units behind hidden layer ``layer`` are multiplied with: 0 with probability ``p``, else 1 / (1 - p).
 

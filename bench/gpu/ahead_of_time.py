@@ -140,7 +140,7 @@ class CUDAImplementations(TorchDispatchMode):
     def __init__(self, calls: list[Call], cuda_cpp: bool):
         super().__init__()
         self.calls, self.current = calls, None
-        self.in_cpp = CUDA_LAUNCHES if cuda_cpp else {}
+        self.in_cpp, self.cuda_cpp = CUDA_LAUNCHES if cuda_cpp else {}, cuda_cpp
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -150,8 +150,11 @@ class CUDAImplementations(TorchDispatchMode):
             if outer is None:
                 self.calls.append(self.current)
             try:
+                # Beside CUDA C++ the embeddings' other ops are defaults, as on a device without any kernel of ours.
+                key = "XPU" if self.cuda_cpp and name.startswith("embedding") else "CUDA"
                 with self:
-                    result = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *args, **kwargs)
+                    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+                    result = func.redispatch(keys, *args, **kwargs)
                 if outer is None:
                     self.current.bytes = tensor_bytes((args, kwargs, result))
             finally:
@@ -250,9 +253,9 @@ def serves(case) -> bool:
 
 
 def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:
-    """The calls of an ``OpCase`` of ``rankkernels.testing``, forward and backward, compiled for ``target``."""
+    """The calls of an ``OpCase``'s own op of ``rankkernels.testing``, forward and backward, compiled for ``target``."""
     inputs = [t.requires_grad_(t.is_floating_point()) for t in meta_inputs(case, dtype)]
     with compiling(target) as calls:
         out = case.function(*inputs)
         torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))
-    return [call for call in calls if call.op]
+    return [call for call in calls if call.op in (case.op, f"{case.op}_backward")]

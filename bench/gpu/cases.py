@@ -31,13 +31,12 @@ class GPUOp:
     """An op's cases, in the dtypes that are compiled and timed.
 
     ``launches`` are the CUDA C++ kernels of an op with such: of a call whose tables have one dtype, sort and cumsum
-    being PyTorch's. Where the library is built without them, and for ops without, Triton's run: of ``in_triton`` ones.
+    being PyTorch's. Where the library is built without them, and for ops without, Triton's run.
     """
 
     op: str
     cases: Sequence[OpCase]
     launches: dict[str, list[str]] = field(default_factory=dict)
-    in_triton: bool = True
 
 
 def in_dtypes(case: OpCase, *dtypes: torch.dtype) -> OpCase:
@@ -197,10 +196,8 @@ EMBEDDING_FM = GPUOp(
         "embedding_fm": ["embedding_fm"],
         "embedding_fm_backward": ["embedding_fm_backward", "embedding_linear"],
     },
-    in_triton=False,
 )
 
 GPU_OPS = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, EMBEDDING_BAG, EMBEDDING_FM]
-IN_TRITON = [op for op in GPU_OPS if op.in_triton]
-COMPILED = [case for op in IN_TRITON for case in op.cases]
+COMPILED = [case for op in GPU_OPS for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

@@ -14,6 +14,8 @@ ANCHORS = (
 
 
 def microseconds(call) -> float:
-    """Of one call of an op, whose launches are Triton's."""
+    """Of one call of an op, whose launches are Triton's, or of PyTorch's ops outside of such, by their launches."""
+    if not call.op:
+        return TORCH_OP * len(call.launches)
     launches = sum(DIRECT if k.direct else LAUNCH + ARGUMENT * k.arguments for k in call.kernels)
     return OP + launches + TORCH_OP * call.ops

@@ -45,7 +45,7 @@ std::vector<CatchUp> make_catch_ups(const Tensors& weights, const Tensors& state
       states.size(), ", ", last_steps.size(), ", ", histories.size(), " and ", clocks.size(), " for ", n);
   std::vector<CatchUp> all;
   for (size_t t = 0; t < n; ++t) {
-    const double hyper[] = {0, 0, 0, 0, 0, 1, 1, 0};  // what all optimizers have
+    const double hyper[kHyper] = {0, 0, 0, 0, 0, 1, 1};  // what all optimizers have
     const Tensor& w = weights[t];
     const auto u = make_update<Update>("embedding_catch_up", kAdamW, hyper, w, states.data() + 2 * t);
     check_history("embedding_catch_up", histories[t], fits(histories[t], w));

@@ -12,9 +12,10 @@
 
 namespace rk {
 
-// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm, then what
-// the optimizer has of its own.
-inline size_t hyper_of(int64_t optimizer) { return 8 + kRules[optimizer].settings; }
+// A table's hyper: lr, beta1, beta2, eps, weight_decay, number of the step, grad_factor, max_norm, rounding,
+// then what the optimizer has of its own.
+constexpr size_t kHyper = 9;
+inline size_t hyper_of(int64_t optimizer) { return kHyper + kRules[optimizer].settings; }
 
 inline size_t states_of(int64_t optimizer) {
   return kRules[optimizer].elementwise + kRules[optimizer].row_wise;
@@ -70,7 +71,7 @@ inline void check_apart(const Tensors& weights) {
 // What follows from the settings and the number of the step alone, and the optimizer's own.
 template <class Update>
 void fold_settings(Update& u, int64_t optimizer, const double* hyper) {
-  const double count = hyper[5], *own = hyper + 8;
+  const double count = hyper[5], *own = hyper + kHyper;
   u.step = u.lr, u.inverse_root = 1;
   if (optimizer == kAdam || optimizer == kAdamW || optimizer == kRowWiseAdam) {
     const double correction1 = 1 - std::pow(u.beta1, count), correction2 = 1 - std::pow(u.beta2, count);
@@ -79,6 +80,22 @@ void fold_settings(Update& u, int64_t optimizer, const double* hyper) {
   }
   if (optimizer == kFTRL) u.own[0] = -own[0], u.eps = own[1], u.own[1] = own[2], u.weight_decay = own[3];
   if (optimizer == kRowWiseRMSprop) u.weight_decay = own[0], u.own[0] = 1 - own[1], u.own[1] = count;
+}
+
+// How a table of 16 bits is rounded in a step: with Philox's key, 0: to the nearest, and the step's number.
+struct Rounding {
+  uint64_t key;
+  uint32_t count;
+};
+
+inline Rounding rounding_of(const char* op, const double* hyper) {
+  const double count = hyper[5], key = hyper[8];
+  RK_CHECK(key >= 0 && key < 0x1p53 && key == std::floor(key), op,
+           ": rounding must be 0 or an integer below 2^53, got ", key);
+  if (key == 0) return {};
+  RK_CHECK(count >= 0 && count < 0x1p32 && count == std::floor(count), op,
+           ": where rounding is not 0, step must be an integer below 2^32, got ", count);
+  return {static_cast<uint64_t>(key), static_cast<uint32_t>(count)};
 }
 
 // The step of `op` on a table, checked. `Update` is the CPU's or CUDA's struct; the caller fills in the rest

@@ -15,6 +15,15 @@ def aligned(value, ALIGN: tl.constexpr):
     return tl.multiple_of(tl.cast(value, tl.int64), ALIGN)
 
 
+@triton.jit
+def between_columns(stride, UNIT: tl.constexpr):
+    """The stride in 64 bits, 1 for the compiler, too, where it is UNIT."""
+    if UNIT:
+        return tl.cast(1, tl.int64)
+    else:
+        return tl.cast(stride, tl.int64)
+
+
 def alignment(x: Tensor) -> int:
     """The power of two, up to 128 bits, that the row starts and the width of ``x`` are multiples of, in items.
 

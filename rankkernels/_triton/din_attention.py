@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -246,6 +247,19 @@ def _launches(call: _Call) -> list[list[str]]:
     return [["LAST", "WEIGHT2"], *rows] if BLOCK_H2 else [["LAST", *rows[0]], *rows[1:]]
 
 
+def _new_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Of each of the params, in one piece of memory where they have one dtype: four of torch's ops for any number of
+    them. The larger ones come first, so that those of one value leave the others aligned."""
+    first = params[0]
+    if any(p.dtype != first.dtype for p in params):
+        return [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params]
+    order = sorted(range(len(params)), key=lambda i: -params[i].numel())
+    sizes = [params[i].numel() for i in order]
+    parts = torch.empty(sum(sizes), dtype=first.dtype, device=first.device).split_with_sizes(sizes)
+    of = dict(zip(order, parts))
+    return [of[i] if p.dim() == 1 else of[i].view(p.shape) for i, p in enumerate(params)]
+
+
 class _Backward:
     """The gradients of a call."""
 
@@ -259,10 +273,10 @@ class _Backward:
         self.grad_target, self.grad_c = call.empty(call.tasks, D), call.empty(call.tasks, BLOCK_H)
         self.means = call.empty(2 * sum(call.blocks[1:])) if call.statistics else None
         H, at = call.widths[0], call.vectors_at(0) + VECTORS.index("bias") * BLOCK_H
-        self.target = call.target.float()
-        self.weight_t = saved[: BLOCK_H * BLOCK_D].view(BLOCK_H, BLOCK_D)[:H, :D]
-        self.c = torch.addmm(saved[at : at + H], self.target, self.weight_t.t())
-        self.grads = [torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in params]
+        self.target = call.target if call.target.dtype == torch.float32 else call.target.float()
+        self.weight_t = saved.as_strided((H, D), (BLOCK_D, 1))
+        self.c = F.linear(self.target, self.weight_t, saved[at : at + H])
+        self.grads = _new_gradients(params)
         *of_layers, self.grad_out_weight, self.grad_out_bias = self.grads
         n = len(of_layers) // len(call.hidden)
         self.of_layers = [of_layers[i * n : (i + 1) * n] for i in range(len(call.hidden))]
@@ -361,5 +375,7 @@ def din_attention_backward(
         backward.unfold(0, grad_c.t() @ backward.target)
         if last:
             backward.unfold(1, None)
-        grad_target = torch.addmm(_of_samples(backward.grad_target, B), grad_c, backward.weight_t).to(target.dtype)
+        grad_target = torch.addmm(_of_samples(backward.grad_target, B), grad_c, backward.weight_t)
+    if target.dtype != torch.float32:
+        grad_target = grad_target.to(target.dtype)
     return backward.grad_history, grad_target, backward.grads

@@ -78,15 +78,6 @@ def rows_of(
 
 
 @triton.jit
-def between_columns(stride, UNIT: tl.constexpr):
-    """The stride in 64 bits, 1 for the compiler, too, where it is UNIT."""
-    if UNIT:
-        return tl.cast(1, tl.int64)
-    else:
-        return tl.cast(stride, tl.int64)
-
-
-@triton.jit
 def valid_rows(mask_ptr, o_l, end, stride_ml, FORM: tl.constexpr):
     """Which rows are no padding; ``mask_ptr`` is at the sample's first."""
     valid = o_l < end

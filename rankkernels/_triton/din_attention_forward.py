@@ -11,13 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rankkernels._triton._alignment import aligned
+from rankkernels._triton._alignment import aligned, between_columns
 from rankkernels._triton.din_attention_blocks import (
     OUT_WEIGHT,
     UNSPECIALIZED,
     _vector,
     activate,
-    between_columns,
     constant_of,
     dropout_factor,
     exp_less,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rankkernels._triton import _alignment
-from rankkernels._triton.embedding_bag_features import Call, Tile, alignment, matrix_of
+from rankkernels._triton.embedding_bag_features import Bring, Call, Tile, alignment, matrix_of
 from rankkernels._triton.embedding_bag_forward import lookup
 from rankkernels._triton.embedding_bag_numbers import described
 from rankkernels._triton.embedding_bag_numbers import numbers as on_device
@@ -121,16 +121,17 @@ def embedding_bag_backward_sparse(
 
 def embedding_bag_update(
     grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], states: Sequence[Tensor], features: Features,
-    optimizer: int, hyper: Sequence[float],
+    optimizer: int, hyper: Sequence[float], bring: Bring = on_device,
 ) -> list[Tensor]:  # fmt: skip
-    """An optimizer's step on the rows that were looked up. -> the gradients of the per-sample weights."""
+    """An optimizer's step on the rows that were looked up. -> the gradients of the per-sample weights. ``bring`` is
+    called before anything reads the gradients of lookups without per-sample weights and maxima."""
     update = Step(weights, states, optimizer, hyper, sorted(features.tables_of(grad_outs)))
     call = _backward_call(grad_outs, weights, [w.size(0) for w in weights], features)
     with torch.cuda.device_of(weights[0]):
         factor_grads = factor_gradients(call)
-        found = sources(call, update.as_numbers()) if call.lookups else None
+        found = sources(call, update.as_numbers(), bring) if call.lookups else None
         given = update.settings(found.others if found else on_device(update.as_numbers(), call.device))
         if found is not None:
             tiles = _tables(call, found, lambda t: (update.alignment(t), update.table(t, call.first_key[t])))
-            add_up(found, tiles, len(weights), update.kind, given, clips=update.clips)
+            add_up(found, tiles, len(weights), update.kind, given, clips=update.clips, rounds=update.rounds)
         return factor_grads

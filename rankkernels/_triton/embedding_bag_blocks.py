@@ -110,8 +110,14 @@ def known_row(id, described_ptr, n, i):
 def rows_of(
     described_ptr, numbers_ptr, n, F, i, p, there, WIDE_IDS: tl.constexpr, HAS_KNOWN: tl.constexpr
 ):  # fmt: skip
-    """The rows that lookups p of feature i are of, and whether they are rows that count: in the table, no padding."""
+    """``rows_at`` of feature i, with the address of its ids."""
     address = tl.load(numbers_ptr + IDS * F + tl.load(described_ptr + NUMBER * n + i))
+    return rows_at(address, described_ptr, n, i, p, there, WIDE_IDS, HAS_KNOWN)
+
+
+@triton.jit
+def rows_at(address, described_ptr, n, i, p, there, WIDE_IDS: tl.constexpr, HAS_KNOWN: tl.constexpr):
+    """The rows that lookups p of feature i are of, and whether they are rows that count: in the table, no padding."""
     ids_ptr = address.to(tl.pointer_type(tl.int64 if WIDE_IDS else tl.int32))
     row = tl.load(ids_ptr + p, mask=there, other=-1).to(tl.int64)
     if HAS_KNOWN:

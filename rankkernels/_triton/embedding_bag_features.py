@@ -13,10 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from rankkernels._triton import _alignment
-from rankkernels._triton.embedding_bag_numbers import described, numbers
+from rankkernels._triton.embedding_bag_numbers import described
+from rankkernels._triton.embedding_bag_numbers import numbers as on_device
 from rankkernels.ops._features import MODES, Features
 
 DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+#: What brings numbers to a device: a launch for them alone, or one that does something else, too.
+Bring = Callable[[Sequence[int], torch.device], Tensor]
 
 
 class Feature(NamedTuple):
@@ -76,7 +81,8 @@ class Tile(NamedTuple):
 
 def matrix_of(t: Tensor) -> Tensor:
     """[.., D] as [n, D] with elements side by side in a row."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.size(-1))
+    if t.dim() != 2:
+        t = t.reshape(math.prod(t.shape[:-1]), t.size(-1))
     return t if t.stride(1) == 1 or t.size(1) <= 1 else t.contiguous()
 
 
@@ -89,7 +95,7 @@ def same_dtype(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], bool]
     """The integers, contiguous and int64 if one of them is, and whether they are."""
     wide = any(t is not None and t.dtype == torch.int64 for t in tensors)
     dtype = torch.int64 if wide else torch.int32
-    return [None if t is None else t.to(dtype).contiguous() for t in tensors], wide
+    return [None if t is None else (t if t.dtype == dtype else t.to(dtype)).contiguous() for t in tensors], wide
 
 
 class Call:
@@ -122,14 +128,14 @@ class Call:
         other.outs, other.factors = outs, factors
         return other
 
-    def numbers(self, others: Iterable[int] = ()) -> Tensor:
+    def numbers(self, others: Iterable[int] = (), bring: Bring = on_device) -> Tensor:
         """What of the features is of this call alone, [rows, F], with ``others`` behind it."""
         found = [*map(_alignment.address, self.ids), *map(_alignment.address, self.outs)]
         if self.has_offsets:
             found += [*map(_alignment.address, self.offsets), *(ids.numel() for ids in self.ids), *self.first_lookup]
         if self.has_factors:
             found += map(_alignment.address, self.factors)
-        return numbers([*found, *others], self.device)
+        return bring([*found, *others], self.device)
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -153,7 +159,7 @@ class Call:
         described_features, first = [], 0
         for f in chosen:
             described_features.append(self._feature(f, first, f in by_lookup))
-            first += triton.cdiv(described_features[-1].bags, bags)
+            first += -(-described_features[-1].bags // bags)  # Triton's cdiv costs the host 2 µs
         return described(tuple(v for column in zip(*described_features) for v in column), self.device), first
 
     def _feature(self, f: int, first: int, by_lookup: bool) -> Feature:

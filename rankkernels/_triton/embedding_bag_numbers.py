@@ -20,6 +20,13 @@ from rankkernels._triton._launch import launch
 AT_ONCE = 80  # numbers a launch: those of 26 features, their gradients and their tables or an optimizer's settings
 
 
+@triton.jit
+def store_numbers(out_ptr, n, numbers, AT_ONCE: tl.constexpr):
+    """The first n of AT_ONCE numbers become out [n]."""
+    for k in tl.static_range(AT_ONCE):
+        tl.store(out_ptr + k, numbers[k].to(tl.int64), mask=k < n)
+
+
 @triton.jit(do_not_specialize=["n", *(f"a{k}" for k in range(AT_ONCE))])
 def embedding_bag_numbers_kernel(
     out_ptr, n,
@@ -44,22 +51,42 @@ def embedding_bag_numbers_kernel(
         a46, a47, a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63, a64, a65, a66, a67,
         a68, a69, a70, a71, a72, a73, a74, a75, a76, a77, a78, a79,
     )  # fmt: skip
-    for k in tl.static_range(AT_ONCE):
-        tl.store(out_ptr + k, numbers[k].to(tl.int64), mask=k < n)
+    store_numbers(out_ptr, n, numbers, AT_ONCE)
+
+
+def padded(values: Sequence[int]) -> tuple[int, ...]:
+    """As many as a launch takes."""
+    return *values, *(0,) * (AT_ONCE - len(values))
+
+
+def write(out: Tensor, values: Sequence[int], first: int = 0) -> None:
+    """The values from the ``first`` on become those of ``out`` [n], by a launch for every 80 of them."""
+    for i in range(first, len(values), AT_ONCE):
+        part = values[i : i + AT_ONCE]
+        rest = out[i:] if i else out
+        launch(embedding_bag_numbers_kernel, (1,), (rest,), (len(part), *padded(part)), (AT_ONCE,), num_warps=1)
 
 
 def numbers(values: Sequence[int], device: torch.device) -> Tensor:
-    """The values on the device, [n] int64, by a launch for every 80 of them."""
+    """The values on the device, [n] int64."""
     out = torch.empty(len(values), dtype=torch.int64, device=device)
-    for i in range(0, len(values), AT_ONCE):
-        part = tuple(values[i : i + AT_ONCE])
-        padded = part + (0,) * (AT_ONCE - len(part))
-        launch(embedding_bag_numbers_kernel, (1,), (out[i:],), (len(part), *padded), (AT_ONCE,), num_warps=1)
+    write(out, values)
     return out
 
 
 @functools.lru_cache(1024)
+def _described(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+_of_graphs: dict[tuple, Tensor] = {}
+
+
 def described(values: tuple[int, ...], device: torch.device) -> Tensor:
     """The values on the device, [n] int64: kept, so that only what was never described, or not for long, is copied, and
-    waited for. A GPU has no more launches waiting than are kept, so none reads what was forgotten."""
-    return torch.tensor(values, dtype=torch.int64, device=device)
+    waited for. A GPU has no more launches waiting than are kept, so none reads what was forgotten; what a CUDA graph
+    reads is kept for good."""
+    found = _described(values, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _of_graphs[values, device] = found
+    return found

@@ -41,7 +41,8 @@ def tables_of(described_ptr, n, keys, STEPS: tl.constexpr):
 @triton.jit
 def finish(
     total, key, done, position, t, described_ptr, numbers_ptr, hyper_ptr, ranks_ptr, n, T, D, KIND: tl.constexpr,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, CLIPS: tl.constexpr, BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What becomes of the sums [P, BLOCK_D] of rows [P] that are ``done``; ``position``: of one of their lookups."""
     row = key - tl.load(described_ptr + T_KEY * n + t, mask=done, other=0)
@@ -57,14 +58,15 @@ def finish(
         out_ptr = pointer_to(address, DTYPE, ALIGN)[:, None] + (place * aligned(D, ALIGN))[:, None] + o_d[None, :]
         tl.store(out_ptr, total, mask=done[:, None] & (o_d < aligned(D, ALIGN))[None, :])
     else:
-        step(total, row, done, t, described_ptr, hyper_ptr, n, D, KIND, DTYPE, ACC, ALIGN, CLIPS, BLOCK_D)
+        step(total, row, done, t, described_ptr, hyper_ptr, n, D, KIND, DTYPE, ACC, ALIGN, CLIPS, ROUNDS, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["lookups", "n", "T", "D"])
 def embedding_bag_reduce_kernel(
     described_ptr, numbers_ptr, hyper_ptr, keys_ptr, order_ptr, sources_ptr, scales_ptr, ranks_ptr, carries_ptr,
     lookups, n, T, D, KIND: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
-    CLIPS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    CLIPS: tl.constexpr, ROUNDS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_P sorted lookups and the pieces that begin there, of the n tables whose width is D."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -96,7 +98,7 @@ def embedding_bag_reduce_kernel(
     tl.store(carry_ptr, total, mask=(mine & ~whole)[:, None] & of_row)
     finish(
         total, key, mine & whole, p, t, described_ptr, numbers_ptr, hyper_ptr, ranks_ptr, n, T, D, KIND, DTYPE, ACC,
-        ALIGN, CLIPS, BLOCK_D,
+        ALIGN, CLIPS, ROUNDS, BLOCK_D,
     )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def embedding_bag_reduce_kernel(
 def embedding_bag_join_kernel(
     described_ptr, numbers_ptr, hyper_ptr, keys_ptr, ranks_ptr, carries_ptr, lookups, n, T, D,
     KIND: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr, CLIPS: tl.constexpr,
-    TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROUNDS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The run that begins in a tile and goes on in the next, if one does: [0] of a tile's two carries is of a run that
     began before, [1] of one that goes on."""
@@ -134,13 +136,13 @@ def embedding_bag_join_kernel(
             more = tl.min(same.to(tl.int32))
         finish(
             total, keys, mine, tl.zeros([1], tl.int64) + end - 1, t, described_ptr, numbers_ptr, hyper_ptr, ranks_ptr,
-            n, T, D, KIND, DTYPE, ACC, ALIGN, CLIPS, BLOCK_D,
+            n, T, D, KIND, DTYPE, ACC, ALIGN, CLIPS, ROUNDS, BLOCK_D,
         )  # fmt: skip
 
 
 def add_up(
     found: Sources, tiles: dict[Tile, list[Table]], T: int, kind: int, numbers: Tensor, ranks: Tensor | None = None,
-    clips: bool = False,
+    clips: bool = False, rounds: bool = False,
 ) -> None:  # fmt: skip
     """Finishes the rows of the tables, two launches for those of one dtype, width and alignment. ``numbers``: of the
     gradients of T tables, or an optimizer's settings."""
@@ -152,7 +154,7 @@ def add_up(
             (2 * triton.cdiv(lookups, TILE), tile.D), dtype=tile.accumulator, device=found.keys.device
         )  # fmt: skip
         size, steps = (lookups, n, T, tile.D), max(n - 1, 1).bit_length()
-        constants = kind, *tile.types, tile.ALIGN, clips, TILE, steps
+        constants = kind, *tile.types, tile.ALIGN, clips, rounds, TILE, steps
         rows, parts = tile.sums, max(1, 1024 // tile.BLOCK_D)
         pointers = where, numbers, hyper, found.keys, found.order, found.sources, found.scales, ranks, carries
         blocks, of_reduce = (triton.cdiv(lookups, rows),), (*constants, rows, tile.BLOCK_D)

@@ -41,7 +41,7 @@ from rankkernels._triton.embedding_bag_blocks import (
     rows_of,
     table_of,
 )
-from rankkernels._triton.embedding_bag_features import DTYPES, Call
+from rankkernels._triton.embedding_bag_features import DTYPES, Bring, Call
 from rankkernels._triton.embedding_bag_numbers import numbers as on_device
 
 BLOCK, MOST_L = 512, 16  # lookups of a program at a time, and those of one bag
@@ -186,7 +186,7 @@ def factor_gradients(call: Call) -> list[Tensor]:
     return grads
 
 
-def sources(call: Call, others: Sequence[int]) -> Sources:
+def sources(call: Call, others: Sequence[int], bring: Bring = on_device) -> Sources:
     """Keys and sources of all lookups, in one launch and the sort, and one or two more where a feature takes maxima.
     ``others`` are brought to the device beside the call's own numbers."""
     chosen, features, F = call.chosen(), call.features, len(call.outs)
@@ -210,7 +210,7 @@ def sources(call: Call, others: Sequence[int]) -> Sources:
     bags = min(256, BLOCK // block)
     described, blocks = call.described(chosen, bags, maxima)
     constants = *call.flags, call.has_factors, DTYPES[dtype], triton.next_power_of_2(len(chosen)), bags, block
-    numbers = call.numbers(others)
+    numbers = call.numbers(others, bring)
     pointers = described, numbers, keys, found, scales
     launch(embedding_bag_sources_kernel, (blocks,), pointers, (len(chosen), F, call.keys), constants, num_warps=4)
     keys, order = torch.sort(keys, stable=True)

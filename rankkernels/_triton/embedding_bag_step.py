@@ -22,10 +22,11 @@ T_KEY, T_ROWS, T_NUMBER, T_WEIGHT, T_STRIDE, T_STATE0, T_STATE1, T_STATE_STRIDE,
 )
 #: Settings, float64: those that change from step to step first. The last four are an optimizer's own: ftrl's power,
 #: beta, l1 and l2, row-wise RMSprop's ar_alpha and the most that a row decays, and the betas of the others.
-LR, STEP, INVERSE_ROOT, GRAD_FACTOR, COUNT, SKIPS, RATE1, RATE2, EPS, DECAY, MAX_NORM, OWN0, OWN1, OWN2, OWN3 = (
-    tl.constexpr(k) for k in range(15)
+LR, STEP, INVERSE_ROOT, GRAD_FACTOR, COUNT, SKIPS, RATE1, RATE2, EPS, DECAY, MAX_NORM, PHILOX_KEY = (
+    tl.constexpr(k) for k in range(12)
 )
-SETTINGS = tl.constexpr(16)  # with one that means nothing
+OWN0, OWN1, OWN2, OWN3 = (tl.constexpr(k) for k in range(12, 16))
+SETTINGS = tl.constexpr(16)
 
 
 @triton.jit
@@ -120,9 +121,49 @@ def step_ftrl(w, g, z_ptr, n_ptr, inside, settings_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
+def rounding_bits(row, key, count, BLOCK_D: tl.constexpr):
+    """reference.rounding_bits of rows [P], each with a key and a step of its own: [P, BLOCK_D]."""
+    block = tl.arange(0, BLOCK_D // 8 if BLOCK_D > 8 else 1)[None, :]
+    zeros = tl.zeros_like(block) + tl.zeros_like(row)[:, None].to(tl.int32)
+    low, high, of_step = row.to(tl.int32)[:, None], (row >> 32).to(tl.int32)[:, None], count.to(tl.int32)[:, None]
+    w0, w1, w2, w3 = tl.philox(key[:, None], zeros + block, zeros + low, zeros + high, zeros + of_step)
+    words = w0
+    if BLOCK_D >= 8:
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    elif BLOCK_D == 4:
+        words = tl.interleave(w0, w1)
+    bits = words & 0xFFFF
+    if BLOCK_D >= 2:
+        bits = tl.interleave(bits, words >> 16)
+    return bits
+
+
+@triton.jit
+def rounded(w, row, settings_ptr, DTYPE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """reference.round_stochastically of rows w [P, BLOCK_D] whose tables ask for it, still in float32."""
+    key, count = tl.load(settings_ptr + PHILOX_KEY).to(tl.int64), tl.load(settings_ptr + COUNT).to(tl.int64)
+    bits = rounding_bits(row, key, count, BLOCK_D)
+    given = w.to(tl.uint32, bitcast=True)
+    magnitude = given & 0x7FFFFFFF
+    if DTYPE == tl.bfloat16:
+        inside = magnitude < 0x7F7F0000
+        found = ((given + (0xFFFF - bits)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        inside = magnitude < 0x477FE000
+        spacing = tl.maximum(magnitude & 0x7F800000, 0x38800000) - 0x05000000  # of two powers, 2^-24 or more
+        inverse = (0x7F000000 - spacing).to(tl.float32, bitcast=True)
+        scaled = tl.where(inside, magnitude, 0).to(tl.float32, bitcast=True) * inverse
+        below = scaled.to(tl.int32)
+        up = (scaled - below.to(tl.float32)) * 65536.0 > bits.to(tl.float32)
+        found = (below + up.to(tl.int32)).to(tl.float32) * spacing.to(tl.float32, bitcast=True)
+        found = tl.where(given > 0x7FFFFFFF, -found, found)
+    return tl.where(inside & (key != 0)[:, None], found, w)
+
+
+@triton.jit
 def step(
     total, row, done, t, described_ptr, hyper_ptr, n, D, KIND: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, CLIPS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A step on rows [P] of tables t [P] that are ``done``, whose gradients are ``total`` [P, BLOCK_D]."""
     settings_ptr = hyper_ptr + tl.load(described_ptr + T_SETTINGS * n + t, mask=done, other=0) * SETTINGS
@@ -160,4 +201,6 @@ def step(
         w = step_ftrl(w, g, state_ptr, state1[:, None] + at, inside, settings_ptr, ACC)
     else:
         w = step_adam(w, g, state_ptr, inside, state1, at, row, done, D, settings_ptr, KIND, ACC)
+    if ROUNDS and DTYPE.primitive_bitwidth == 16:
+        w = rounded(w, row, settings_ptr, DTYPE, BLOCK_D)
     tl.store(weight_ptr, w, mask=inside)

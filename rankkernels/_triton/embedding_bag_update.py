@@ -26,13 +26,14 @@ from rankkernels._triton.embedding_bag_step import (
     MAX_NORM,
     OWN2,
     OWN3,
+    PHILOX_KEY,
     SETTINGS,
     SGD,
     SKIPS,
     STEP,
     step,
 )
-from rankkernels.ops._rules import OPTIMIZERS, RULES, Live, settings
+from rankkernels.ops._rules import OPTIMIZERS, ROUNDING, RULES, Live, settings
 
 ADAMS = ("adam", "adamw", "rowwise_adam")
 KIND = SGD.value  # of the first optimizer; the others follow
@@ -83,7 +84,8 @@ def embedding_bag_fold_kernel(
 @triton.jit(do_not_specialize=["N", "D", "stride_v"])
 def embedding_bag_rows_kernel(
     described_ptr, hyper_ptr, rows_ptr, values_ptr, N, D, stride_v, KIND: tl.constexpr, DTYPE: tl.constexpr,
-    ACC: tl.constexpr, ALIGN: tl.constexpr, CLIPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, CLIPS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The step on distinct rows of one table, whose gradients are ``values``."""
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -93,7 +95,7 @@ def embedding_bag_rows_kernel(
     inside = (p < N)[:, None] & (o_d < aligned(D, ALIGN))[None, :]
     grad = tl.load(value_ptr, mask=inside, other=0.0).to(ACC)
     t = tl.zeros([BLOCK_P], tl.int32)
-    step(grad, row, p < N, t, described_ptr, hyper_ptr, 1, D, KIND, DTYPE, ACC, ALIGN, CLIPS, BLOCK_D)
+    step(grad, row, p < N, t, described_ptr, hyper_ptr, 1, D, KIND, DTYPE, ACC, ALIGN, CLIPS, ROUNDS, BLOCK_D)
 
 
 def folded(kind: str, hyper: Sequence[float]) -> tuple[float, ...]:
@@ -107,8 +109,8 @@ def folded(kind: str, hyper: Sequence[float]) -> tuple[float, ...]:
         own = -now["lr_power"], now["beta"], now["l1"], now["l2"]
     elif kind == "rowwise_rmsprop":
         own = now["ar_alpha"], 1 - now["min_shrinkage"], 0.0, 0.0
-    rates = 1 - now["beta1"], 1 - now["beta2"], now["eps"], now["weight_decay"], now["max_norm"]
-    return now["lr"], size, root, now["grad_factor"], now["step"], 0.0, *rates, *own, 0.0
+    rates = 1 - now["beta1"], 1 - now["beta2"], now["eps"], now["weight_decay"], now["max_norm"], hyper[ROUNDING]
+    return now["lr"], size, root, now["grad_factor"], now["step"], 0.0, *rates, *own
 
 
 class Step:
@@ -128,7 +130,9 @@ class Step:
         self.distinct = list(dict.fromkeys(of_table))
         self.given = {t: self.distinct.index(of_table[t]) for t in stepped}
         self.place = {t: i for i, t in enumerate(stepped)} if self.live else self.given
-        self.clips = any(values[MAX_NORM.value] != 0 for values in self.distinct)
+        self.clips, self.rounds = (
+            any(values[place.value] != 0 for values in self.distinct) for place in (MAX_NORM, PHILOX_KEY)
+        )
 
     def as_numbers(self) -> list[int]:
         """What a launch is to bring to the device: the bits of the settings, and where live ones are."""
@@ -178,7 +182,7 @@ def sparse_update(
             return
         tile = Tile(weight.dtype, weight.size(1), math.gcd(update.alignment(0), alignment(values)))
         pointers = described(tuple(update.table(0)), weight.device), given, rows.contiguous(), values
-        constants = update.kind, *tile.types, tile.ALIGN, update.clips, tile.sums, tile.BLOCK_D
+        constants = update.kind, *tile.types, tile.ALIGN, update.clips, update.rounds, tile.sums, tile.BLOCK_D
         grid = (triton.cdiv(rows.numel(), tile.sums),)
         size = rows.numel(), tile.D, values.stride(0)
         launch(embedding_bag_rows_kernel, grid, pointers, size, constants, num_warps=4)

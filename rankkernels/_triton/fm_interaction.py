@@ -26,10 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankkernels._triton._alignment import aligned, alignment
+from rankkernels._triton._alignment import aligned, alignment, between_columns
+from rankkernels._triton._launch import launch
 
 WARP_BYTES = 32 * 16  # one 128-bit load a lane
 RESIDENT = 4096  # values: 32 registers a thread with four warps
+UNSPECIALIZED = ["B", "F", "D", "stride_gb", "stride_gd", "stride_xb", "stride_xf", "stride_xd"]
 SPILLS_EARLY = triton.__version__.startswith("3.8.")  # for sm_100, at 80 registers, unless told how many there are
 
 
@@ -38,11 +40,11 @@ def _join(s, y, other_s, other_y):
     return s + other_s, y + other_y + s * other_s
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fm_interaction_kernel(
     x_ptr, out_ptr, B, F, D,
     stride_xb, stride_xf, stride_xd,
-    REDUCE_SUM: tl.constexpr, ALIGN: tl.constexpr,
+    REDUCE_SUM: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """out [B, D], contiguous, or [B] with REDUCE_SUM, of BLOCK_B samples."""
@@ -50,6 +52,7 @@ def fm_interaction_kernel(
     stride_xb, stride_xf, D = aligned(stride_xb, ALIGN), aligned(stride_xf, ALIGN), aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_f = tl.arange(0, BLOCK_F)
+    stride_xd = between_columns(stride_xd, UNIT)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
     total = tl.zeros([BLOCK_B], dtype)
     for d in range(BLOCKS_D):
@@ -73,11 +76,11 @@ def fm_interaction_kernel(
         tl.store(out_ptr + o_b, total, mask=o_b < B)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def fm_interaction_backward_kernel(
     grad_out_ptr, x_ptr, grad_x_ptr, B, F, D,
     stride_gb, stride_gd, stride_xb, stride_xf, stride_xd,
-    ONE_PASS: tl.constexpr, ALIGN: tl.constexpr,
+    ONE_PASS: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr, BLOCKS_D: tl.constexpr,
 ):  # fmt: skip
     """grad_x [B, F, D], contiguous, of BLOCK_B samples; ONE_PASS where BLOCK_F >= F."""
@@ -85,6 +88,7 @@ def fm_interaction_backward_kernel(
     stride_xb, stride_xf, D = aligned(stride_xb, ALIGN), aligned(stride_xf, ALIGN), aligned(D, ALIGN)
     o_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_f = tl.arange(0, BLOCK_F)
+    stride_xd = between_columns(stride_xd, UNIT)
     x_rows = x_ptr + o_b[:, None, None] * stride_xb + o_f[None, :, None] * stride_xf
     grad_rows = grad_x_ptr + (o_b[:, None, None] * F + o_f[None, :, None]) * D
     for d in range(BLOCKS_D):
@@ -122,10 +126,10 @@ def fm_interaction(x: Tensor, reduce_sum: bool) -> Tensor:
     BLOCK_F = min(triton.next_power_of_2(F), warp // BLOCK_D)
     BLOCK_B = 1024 // (BLOCK_F * BLOCK_D)  # 8 values a thread
     with torch.cuda.device_of(x):
-        fm_interaction_kernel[(triton.cdiv(B, BLOCK_B),)](
-            x, out, B, F, D, *x.stride(),
-            REDUCE_SUM=reduce_sum, ALIGN=alignment(x),
-            BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
+        launch(
+            fm_interaction_kernel, (triton.cdiv(B, BLOCK_B),), (x, out), (B, F, D, *x.stride()),
+            (reduce_sum, alignment(x), x.stride(2) == 1, BLOCK_B, BLOCK_F, BLOCK_D, triton.cdiv(D, BLOCK_D)),
+            num_warps=4,
         )  # fmt: skip
     return out
 
@@ -136,16 +140,16 @@ def fm_interaction_backward(grad_out: Tensor, x: Tensor, reduce_sum: bool) -> Te
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return grad_x
-    grad_out = grad_out.expand(B, D)
     BLOCK_D = min(triton.next_power_of_2(D), RESIDENT // 64)
     one_pass = triton.next_power_of_2(F) * BLOCK_D <= RESIDENT
     BLOCK_F = triton.next_power_of_2(F) if one_pass else RESIDENT // 4 // BLOCK_D
     BLOCK_B = max(1, RESIDENT // 2 // (BLOCK_F * BLOCK_D)) if one_pass else 1
     with torch.cuda.device_of(x):
-        fm_interaction_backward_kernel[(triton.cdiv(B, BLOCK_B),)](
-            grad_out, x, grad_x, B, F, D, *grad_out.stride(), *x.stride(),
-            ONE_PASS=one_pass, ALIGN=alignment(x),
-            BLOCK_B=BLOCK_B, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, BLOCKS_D=triton.cdiv(D, BLOCK_D), num_warps=4,
+        launch(
+            fm_interaction_backward_kernel, (triton.cdiv(B, BLOCK_B),), (grad_out, x, grad_x),
+            (B, F, D, grad_out.stride(0), 0 if reduce_sum else grad_out.stride(1), *x.stride()),
+            (one_pass, alignment(x), x.stride(2) == 1, BLOCK_B, BLOCK_F, BLOCK_D, triton.cdiv(D, BLOCK_D)),
+            num_warps=4,
             **({"maxnreg": 128} if SPILLS_EARLY and not torch.version.hip else {}),
         )  # fmt: skip
     return grad_x

@@ -21,18 +21,21 @@ programs in one tile: the same bits run after run.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rankkernels._triton._alignment import aligned, alignment
+from rankkernels._triton._alignment import aligned, alignment, between_columns
+from rankkernels._triton._launch import launch
 from rankkernels._triton._programs import programs_of
 
 PROGRAMS: int | None = None  # of a pass that sums, and so many partial sums: other than ``programs_of`` says, for tests
 TILE = 2048  # values a block: 16 a thread with four warps
 MAX_WIDTH = 4096
+UNSPECIALIZED = ["N", "H", "rows", "programs", "stride_gn", "stride_gh", "stride_xn", "stride_xh"]
 
 
 @triton.jit
@@ -55,11 +58,12 @@ def _slopes(alpha_ptr, o, H, ONE_ALPHA: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _normalization(mean_ptr, var_ptr, o_h, N, H, TRAINING: tl.constexpr, norm_eps: tl.constexpr, dtype: tl.constexpr):
-    """Mean and r of each column [1, H], 0 and 1 without a normalization. In training var is the unbiased one."""
+    """Mean and r of each column [1, H], 0 and 1 without a normalization. In training the unbiased variance lies behind
+    the mean."""
     if mean_ptr is None:
         return tl.zeros(o_h.shape, dtype)[None, :], tl.full(o_h.shape, 1.0, dtype)[None, :]
     else:
-        var = _vector(var_ptr, o_h, H, dtype, 0.0)
+        var = _vector(mean_ptr + H if TRAINING else var_ptr, o_h, H, dtype, 0.0)
         if TRAINING:
             var = var * (N - 1).to(dtype) / N.to(dtype)
         r = tl.rsqrt(var + norm_eps)
@@ -122,10 +126,10 @@ def _activate_backward(grad, x, y, alpha, o_h, H, dice_eps: tl.constexpr, ACTIVA
         return grad, zeros, zeros
 
 
-@triton.jit(do_not_specialize=["N", "rows"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_statistics_kernel(
     x_ptr, partials_ptr, N, H, rows, stride_xn, stride_xh,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    ALIGN: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations over rows [p rows, (p + 1) rows), of a block of columns: [P, 2, H].
 
@@ -133,6 +137,7 @@ def norm_statistics_kernel(
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xn, H64 = aligned(stride_xn, ALIGN), aligned(H, ALIGN)
+    stride_xh = between_columns(stride_xh, UNIT)
     program = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     start = program * rows
@@ -141,7 +146,7 @@ def norm_statistics_kernel(
     for n0 in range(start, end, BLOCK_N):
         o_n = n0 + tl.arange(0, BLOCK_N)
         inside = (o_n < end)[:, None] & (o_h < H64)[None, :]
-        x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * tl.cast(stride_xh, tl.int64)
+        x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * stride_xh
         b_x = tl.load(x_tile, mask=inside, other=0.0).to(dtype)
         before = (n0 - start).to(dtype)
         here = tl.minimum(end - n0, BLOCK_N).to(dtype)
@@ -155,7 +160,7 @@ def norm_statistics_kernel(
     tl.store(partial + H64, squares, mask=o_h < H64)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "programs"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_merge_kernel(
     partials_ptr, stats_ptr, N, H, rows, programs, ALIGN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr
 ):  # fmt: skip
@@ -175,19 +180,20 @@ def norm_merge_kernel(
     tl.store(stats_ptr + H64 + o_h, squares / (N - 1).to(dtype), mask=o_h < H64)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_activation_kernel(
     x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, alpha_ptr, out_ptr, N, H, stride_xn, stride_xh,
     norm_eps: tl.constexpr, dice_eps: tl.constexpr, TRAINING: tl.constexpr, ACTIVATION: tl.constexpr,
-    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out [N, H], contiguous, of BLOCK_N rows."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xn, H64 = aligned(stride_xn, ALIGN), aligned(H, ALIGN)
+    stride_xh = between_columns(stride_xh, UNIT)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_h = tl.arange(0, BLOCK_H)
     inside = (o_n < N)[:, None] & (o_h < H64)[None, :]
-    x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * tl.cast(stride_xh, tl.int64)
+    x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * stride_xh
     b_x = tl.load(x_tile, mask=inside, other=0.0).to(dtype)
     mean, r = _normalization(mean_ptr, var_ptr, o_h, N, H, TRAINING, norm_eps, dtype)
     weight, bias = _vector(weight_ptr, o_h, H, dtype, 1.0)[None, :], _vector(bias_ptr, o_h, H, dtype, 0.0)[None, :]
@@ -197,12 +203,13 @@ def norm_activation_kernel(
     tl.store(out_ptr + o_n[:, None] * H64 + o_h[None, :], out, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def norm_activation_backward_kernel(
     grad_out_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, alpha_ptr, sums_ptr, grad_x_ptr, partials_ptr,
     N, H, stride_gn, stride_gh, stride_xn, stride_xh,
     norm_eps: tl.constexpr, dice_eps: tl.constexpr, TRAINING: tl.constexpr, ACTIVATION: tl.constexpr,
-    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    ONE_ALPHA: tl.constexpr, ALIGN: tl.constexpr, UNIT_G: tl.constexpr, UNIT_X: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """grad_x [N, H], contiguous, if there is one; sums over this program's rows [P, 3, H] if they are asked for.
 
@@ -211,7 +218,8 @@ def norm_activation_backward_kernel(
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     stride_xn, H64 = aligned(stride_xn, ALIGN), aligned(H, ALIGN)
-    stride_gn = aligned(stride_gn, ALIGN)
+    stride_gn, stride_gh = aligned(stride_gn, ALIGN), between_columns(stride_gh, UNIT_G)
+    stride_xh = between_columns(stride_xh, UNIT_X)
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_h = tl.arange(0, BLOCK_H)
     mean, r = _normalization(mean_ptr, var_ptr, o_h, N, H, TRAINING, norm_eps, dtype)
@@ -222,8 +230,8 @@ def norm_activation_backward_kernel(
     for n0 in range(program * BLOCK_N, N, programs * BLOCK_N):
         o_n = n0 + tl.arange(0, BLOCK_N)
         inside = (o_n < N)[:, None] & (o_h < H64)[None, :]
-        x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * tl.cast(stride_xh, tl.int64)
-        g_tile = grad_out_ptr + o_n[:, None] * stride_gn + o_h[None, :] * tl.cast(stride_gh, tl.int64)
+        x_tile = x_ptr + o_n[:, None] * stride_xn + o_h[None, :] * stride_xh
+        g_tile = grad_out_ptr + o_n[:, None] * stride_gn + o_h[None, :] * stride_gh
         b_x = tl.load(x_tile, mask=inside, other=0.0).to(dtype)
         b_grad_out = tl.load(g_tile, mask=inside, other=0.0).to(dtype)
         n = (b_x - mean) * r
@@ -259,20 +267,24 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _arguments(
-    x, weight, bias, alpha, batch_stats, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps
-):
+class _Common(NamedTuple):
     """What the forward and the backward kernel have in common."""
-    N, H = x.shape
+
+    vectors: tuple[Tensor | None, ...]
+    training: bool
+    flags: tuple
+    BLOCK_H: int
+
+
+def _common(
+    x, weight, bias, alpha, batch_stats, running_mean, running_var, activation, batch_norm, training, norm_eps, dice_eps
+) -> _Common:
     training = batch_norm and training
-    mean, var = (batch_stats[:H], batch_stats[H:]) if training else (running_mean, running_var)
-    weight, bias, alpha, mean, var = (None if t is None else t.contiguous() for t in (weight, bias, alpha, mean, var))
-    return dict(
-        x_ptr=x, mean_ptr=mean if batch_norm else None, var_ptr=var if batch_norm else None, weight_ptr=weight,
-        bias_ptr=bias, alpha_ptr=alpha, N=N, H=H, stride_xn=x.stride(0), stride_xh=x.stride(1), norm_eps=norm_eps,
-        dice_eps=dice_eps, TRAINING=training, ACTIVATION=activation,
-        ONE_ALPHA=alpha is not None and alpha.numel() == 1, BLOCK_H=triton.next_power_of_2(H), num_warps=4,
-    )  # fmt: skip
+    mean, var = (batch_stats, None) if training else (running_mean, running_var) if batch_norm else (None, None)
+    vectors = tuple(None if t is None else t.contiguous() for t in (mean, var, weight, bias, alpha))
+    one_alpha = alpha is not None and alpha.numel() == 1
+    flags = norm_eps, dice_eps, training, activation, one_alpha
+    return _Common(vectors, training, flags, triton.next_power_of_2(x.size(1)))
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -285,21 +297,14 @@ def _statistics(x: Tensor) -> Tensor:
     rows = triton.cdiv(triton.cdiv(N, BLOCK_N), most) * BLOCK_N
     programs = triton.cdiv(N, rows)
     partials = torch.empty((programs, 2, H), dtype=_wide(x), device=x.device)
-    norm_statistics_kernel[(programs, triton.cdiv(H, BLOCK_H))](
-        x, partials, N, H, rows, *x.stride(), ALIGN=alignment(x), BLOCK_N=BLOCK_N, BLOCK_H=BLOCK_H, num_warps=4,
+    launch(
+        norm_statistics_kernel, (programs, triton.cdiv(H, BLOCK_H)), (x, partials), (N, H, rows, *x.stride()),
+        (alignment(x), x.stride(1) == 1, BLOCK_N, BLOCK_H), num_warps=4,
     )  # fmt: skip
-    norm_merge_kernel[(triton.cdiv(H, 16),)](
-        partials,
-        stats,
-        N,
-        H,
-        rows,
-        programs,
-        ALIGN=alignment(x),
-        BLOCK_P=triton.next_power_of_2(most),
-        BLOCK_H=16,
-        num_warps=4,
-    )
+    launch(
+        norm_merge_kernel, (triton.cdiv(H, 16),), (partials, stats), (N, H, rows, programs),
+        (alignment(x), triton.next_power_of_2(most), 16), num_warps=4,
+    )  # fmt: skip
     return stats
 
 
@@ -314,14 +319,15 @@ def norm_activation(
         return out, torch.zeros(2 * H if batch_norm and training else 0, dtype=_wide(x), device=x.device)
     with torch.cuda.device_of(x):
         batch_stats = _statistics(x) if batch_norm and training else x.new_empty(0, dtype=_wide(x))
-        arguments = _arguments(
+        common = _common(
             x, weight, bias, alpha, batch_stats, running_mean, running_var, activation, batch_norm, training, norm_eps,
             dice_eps,
         )  # fmt: skip
-        BLOCK_N = max(1, TILE // arguments["BLOCK_H"])
-        norm_activation_kernel[(triton.cdiv(N, BLOCK_N),)](
-            out_ptr=out, ALIGN=alignment(x), BLOCK_N=BLOCK_N, **arguments
-        )
+        BLOCK_N = max(1, TILE // (2 if x.dtype == torch.float64 else 1) // common.BLOCK_H)
+        launch(
+            norm_activation_kernel, (triton.cdiv(N, BLOCK_N),), (x, *common.vectors, out), (N, H, *x.stride()),
+            (*common.flags, alignment(x), x.stride(1) == 1, BLOCK_N, common.BLOCK_H), num_warps=4,
+        )  # fmt: skip
     return out, batch_stats
 
 
@@ -337,29 +343,30 @@ def norm_activation_backward(
     if x.numel() == 0:
         return grad_x, [torch.zeros_like(p) for p in given]
     with torch.cuda.device_of(x):
-        arguments = _arguments(
+        common = _common(
             x, weight, bias, alpha, batch_stats, running_mean, running_var, activation, batch_norm, training, norm_eps,
             dice_eps,
         )  # fmt: skip
-        BLOCK_N = max(1, TILE // 2 // arguments["BLOCK_H"])  # its sums are tiles, too
-        arguments |= dict(
-            grad_out_ptr=grad_out, stride_gn=grad_out.stride(0), stride_gh=grad_out.stride(1), BLOCK_N=BLOCK_N,
-            ALIGN=math.gcd(alignment(x), alignment(grad_out)),
+        BLOCK_N = max(1, TILE // 2 // common.BLOCK_H)  # its sums are tiles, too
+        numbers = N, H, *grad_out.stride(), *x.stride()
+        constants = (
+            *common.flags, math.gcd(alignment(x), alignment(grad_out)), grad_out.stride(1) == 1, x.stride(1) == 1,
+            BLOCK_N, common.BLOCK_H,
         )  # fmt: skip
+
+        def run(programs: int, sums: Tensor | None, grad_x: Tensor | None, partials: Tensor | None) -> None:
+            pointers = grad_out, x, *common.vectors, sums, grad_x, partials
+            launch(norm_activation_backward_kernel, (programs,), pointers, numbers, constants, num_warps=4)
+
         blocks = triton.cdiv(N, BLOCK_N)
         programs = min(blocks, PROGRAMS or programs_of(x))
-        launch = norm_activation_backward_kernel[(programs,)]
         partials = torch.empty((programs, 3, H), dtype=_wide(x), device=x.device)
-        if batch_norm and training:
-            launch(sums_ptr=None, grad_x_ptr=None, partials_ptr=partials, **arguments)
-            sums = partials.sum(0)
-            launch = norm_activation_backward_kernel[(blocks,)]
-            launch(sums_ptr=sums, grad_x_ptr=grad_x, partials_ptr=None, **arguments)
-        else:
-            launch(sums_ptr=None, grad_x_ptr=grad_x, partials_ptr=partials, **arguments)
-            sums = partials.sum(0)
+        run(programs, None, None if common.training else grad_x, partials)
+        sums = partials.sum(0)
+        if common.training:
+            run(blocks, sums, grad_x, None)
         grad_weight, grad_bias, grad_alpha = sums
     grads = [] if weight is None else [grad_weight, grad_bias]
     if alpha is not None:
-        grads.append(grad_alpha[: alpha.numel()])
-    return grad_x, [g.to(p.dtype).contiguous() for g, p in zip(grads, given)]
+        grads.append(grad_alpha if alpha.numel() == H else grad_alpha[: alpha.numel()])
+    return grad_x, [g if g.dtype == p.dtype else g.to(p.dtype) for g, p in zip(grads, given)]

@@ -63,15 +63,17 @@ class Exchange:
             )
         return len(self.ranks) > 1
 
-    def begin(self, kind: str, tables: Mapping[str, Tensor]) -> None:
-        """Gives all processes the tables of the first.
+    def begin(self, kind: str, tables: Mapping[str, Tensor], seed: int | None) -> int | None:
+        """Gives all processes the tables of the first -> its ``seed``, of stochastic rounding.
 
         Raises:
-            ValueError: they have other tables, or an optimizer of another ``kind``.
+            ValueError: they have other tables, or an optimizer of another ``kind``, or one rounds to the nearest.
         """
+        kind += "" if seed is None else " with stochastic_rounding"
         own = kind, {name: (tuple(table.shape), str(table.dtype)) for name, table in tables.items()}
-        others = [None] * len(self.ranks)
-        dist.all_gather_object(others, own, group=self.group)
+        told = [None] * len(self.ranks)
+        dist.all_gather_object(told, (own, seed), group=self.group)
+        others, seeds = zip(*told)
         for rank, other in zip(self.ranks, others):
             if other != others[0]:
                 raise ValueError(
@@ -81,6 +83,7 @@ class Exchange:
                 )
         for table in tables.values():
             dist.broadcast(table.detach(), self.ranks[0], group=self.group)
+        return seeds[0]
 
     def at_the_end(self, call: Callable[[], None]) -> None:
         """Runs ``call`` when the backward has come to its end and all reducers have begun what they send: it may send

@@ -32,8 +32,9 @@ OPTIMIZERS = tuple(RULES)
 
 
 class Hyper(NamedTuple):
-    """The settings of ``reference.optimizer_step`` that all have: the schemas' ``hyper`` has them of each table, in
-    this order and followed by the kind's own."""
+    """The settings of ``reference.optimizer_step`` that all have, and how a table of 16 bits is rounded: the schemas'
+    ``hyper`` has them of each table, in this order and followed by the kind's own. ``rounding`` is 0, to the nearest,
+    or the key of ``reference.rounding_bits``, an integer."""
 
     lr: float
     beta1: float
@@ -43,6 +44,11 @@ class Hyper(NamedTuple):
     step: float
     grad_factor: float
     max_norm: float
+    rounding: float
+
+
+#: Their places in a table's part of ``hyper``.
+STEP, ROUNDING = map(Hyper._fields.index, ("step", "rounding"))
 
 
 class Live(NamedTuple):
@@ -58,5 +64,7 @@ class Live(NamedTuple):
 
 
 def settings(kind: str, hyper: Sequence[float]) -> dict[str, float]:
-    """A table's part of ``hyper``, by name."""
-    return dict(zip(Hyper._fields + RULES[kind].settings, hyper))
+    """A table's part of ``hyper``, by name, as ``reference.optimizer_step`` takes it: without ``rounding``."""
+    named = dict(zip(Hyper._fields + RULES[kind].settings, hyper))
+    del named["rounding"]
+    return named

@@ -92,6 +92,8 @@ OPS = {
             ("DeepFM",),
             "lookup, FM and linear term in one pass",
             cuda="CUDA C++",
+            else_triton=True,
+            cuda_limits="in Triton of features with one id a sample",
             otherwise="its parts in turn",
         ),
         Op(

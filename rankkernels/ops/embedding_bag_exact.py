@@ -23,7 +23,7 @@ define(
     f"embedding_bag_exact({TABLES}, {schema_of(Features)}, str names, float[] clocks, *, bool concat=False) -> Tensor[]"
 )
 # ``embedding_bag_update`` of them by AdamW, without per-sample weights and mode max: rows that get a gradient are then
-# as of the step after the clock's.
+# as of the step after the clock's. Rounding in ``hyper`` is 0: rows are where dense Adam has them.
 define(
     f"embedding_bag_exact_update(Tensor?[] grad_outs, {TABLES}, {schema_of(Features)}, float[] hyper, float[] clocks) "
     "-> Tensor[] grad_per_sample_weights"

@@ -14,7 +14,7 @@ from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_backward, check_table
 from rankkernels.ops._features import Features
 from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables
-from rankkernels.ops._rules import OPTIMIZERS, RULES, Hyper, Live, settings
+from rankkernels.ops._rules import OPTIMIZERS, ROUNDING, RULES, STEP, Hyper, Live, settings
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 
@@ -132,6 +132,15 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
     check(
         len(hyper) == numbers * n, lambda: f"{op}: hyper must hold {numbers} numbers a table, got {len(hyper)} for {n}"
     )
+    for rounding, step in zip(hyper[ROUNDING::numbers], hyper[STEP::numbers]):
+        check(
+            0 <= rounding < 2**53 and rounding == int(rounding),
+            lambda: f"{op}: rounding must be 0 or an integer below 2^53, got {rounding:g}",
+        )
+        check(
+            rounding == 0 or (0 <= step < 2**32 and step == int(step)),
+            lambda: f"{op}: where rounding is not 0, step must be an integer below 2^32, got {step:g}",
+        )
     for t, w in enumerate(weights):
         strides = list(w.stride()) if w.layout == torch.strided else None
         check(
@@ -207,6 +216,7 @@ def _default_sparse(weight, states, rows, values, optimizer, hyper):
     kind, rule = OPTIMIZERS[optimizer], RULES[OPTIMIZERS[optimizer]]
     states, live = states[: rule.elementwise + rule.row_wise], states[rule.elementwise + rule.row_wise :]
     now = settings(kind, hyper)
+    rounding = int(hyper[ROUNDING])
     if live:
         count, lr, scale, skip = live
         if skip:
@@ -215,6 +225,9 @@ def _default_sparse(weight, states, rows, values, optimizer, hyper):
     state = [s[rows] for s in states]
     dtype = state[0].dtype if state else torch.promote_types(weight.dtype, torch.float32)
     stepped, state = reference.optimizer_step(kind, weight[rows].to(dtype), values.to(dtype), state, **now)
+    if rounding and weight.element_size() == 2:
+        bits = reference.rounding_bits(rounding, int(now["step"]), rows, weight.size(1))
+        stepped = reference.round_stochastically(stepped, weight.dtype, bits)
     weight.index_copy_(0, rows, stepped.to(weight.dtype))
     for old, new in zip(states, state):
         old.index_copy_(0, rows, new)
@@ -237,7 +250,7 @@ def _default(grad_outs, weights, states, *rest):
     return grad_psw
 
 
-def _check_apart(weights: Sequence[Tensor]) -> None:
+def check_apart(weights: Sequence[Tensor]) -> None:
     """Raises if two tables share memory: programs would step on both at once. The columns of one matrix may be several
     tables. As ``check_apart`` of csrc/embedding/optimizer.h."""
     starts = sorted((w.data_ptr(), t) for t, w in enumerate(weights) if w.numel() and not w.is_meta)
@@ -275,8 +288,8 @@ if triton_embeds:
 
         if not triton_serves_tables(weights):
             return _default(grad_outs, weights, states, *rest)
-        _check_update(grad_outs, weights, states, *rest)
-        _check_apart(weights)
+        check_update(grad_outs, weights, states, *rest)
+        check_apart(weights)
         *features, optimizer, hyper = rest
         return embedding_bag_update(grad_outs, weights, states, Features(*features), optimizer, hyper)
 
@@ -286,7 +299,7 @@ def _(weight, states, rows, values, optimizer, hyper):
     _check_sparse(weight, states, rows, values, optimizer, hyper)
 
 
-def _check_update(grad_outs, weights, states, *rest) -> None:
+def check_update(grad_outs, weights, states, *rest) -> None:
     *features, optimizer, hyper = rest
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
@@ -298,5 +311,5 @@ def _check_update(grad_outs, weights, states, *rest) -> None:
 def _(grad_outs, weights, states, *rest):
     *features, _optimizer, _hyper = rest
     features = Features(*features)
-    _check_update(grad_outs, weights, states, *rest)
+    check_update(grad_outs, weights, states, *rest)
     return [w.new_empty(w.shape) for w in features.per_sample_weights]

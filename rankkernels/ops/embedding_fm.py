@@ -1,6 +1,6 @@
 """Lookup, FM and linear term in one pass over the tables.
 
-Kernels: csrc/cpu/embedding/fm_kernel.h, csrc/cuda/embedding/fm.cuh.
+Kernels: csrc/cpu/embedding/fm_kernel.h, csrc/cuda/embedding/fm.cuh; _triton/embedding_fm.py for ids one a sample.
 
 Looks the features of a few samples up and combines them while they are in the cache.
 """
@@ -18,9 +18,10 @@ from rankkernels import reference
 from rankkernels.ops import _exact_table, _onnx
 from rankkernels.ops._autograd import check_first_derivative, register_autograd
 from rankkernels.ops._checks import raise_documented
+from rankkernels.ops._embedding_checks import check_forward, report_values
 from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import define, lib, without_autocast
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables, without_autocast
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
@@ -80,6 +81,13 @@ def _with_dense(embeddings: Tensor, dense: Tensor | None) -> Tensor:
     return embeddings if dense is None else torch.cat([embeddings, dense], 1)
 
 
+def _linear(embeddings: Tensor, linear_weight: Tensor | None) -> Tensor:
+    if linear_weight is None:
+        return embeddings.new_empty((0, 1))
+    row = 1, linear_weight.numel()
+    return F.linear(embeddings, linear_weight if linear_weight.shape == row else linear_weight.reshape(row))
+
+
 @torch.library.register_fake("rankkernels::embedding_fm", lib=lib)
 def _(weights, *rest, sparse=False):
     *features, names, linear_weight, dense = rest
@@ -100,11 +108,26 @@ def _default(weights, *rest, sparse=False):
         fm = torch.ops.rankkernels.fm_interaction.default(fields, True)
     else:
         fm = embeddings.new_zeros((embeddings.size(0), 1))
-    if linear_weight is None:
-        linear = embeddings.new_empty((0, 1))
-    else:
-        linear = F.linear(embeddings, linear_weight.reshape(1, -1))
-    return _with_dense(embeddings, dense), fm, linear
+    return _with_dense(embeddings, dense), fm, _linear(embeddings, linear_weight)
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_fm", "CUDA")
+    def _(weights, *rest, sparse=False):
+        from rankkernels._triton import embedding_fm as kernels
+
+        *features, names, linear_weight, dense = rest
+        features = Features(*features)
+        check_forward(weights, features, names, concat=True)
+        if not (triton_serves_tables(weights) and kernels.supports(weights, features)):
+            return _default(weights, *rest)
+        some, B = weights[features.tables[0]], features.indices[0].size(0)
+        embeddings = some.new_empty((B, len(features.indices) * some.size(1)))
+        _check(weights, features, names, embeddings, linear_weight, dense)
+        report_values(features, [w.size(0) for w in weights], names_of(names, len(features.indices)))
+        fm = kernels.embedding_fm(weights, features, embeddings)
+        return _with_dense(embeddings, dense), fm, _linear(embeddings, linear_weight)
 
 
 without_autocast(torch.ops.rankkernels.embedding_fm.default)

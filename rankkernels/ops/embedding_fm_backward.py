@@ -1,4 +1,5 @@
-"""The gradients of lookup + FM + linear term. Kernels: csrc/cpu/embedding/fm_kernel.h, csrc/cuda/embedding/fm.cuh.
+"""The gradients of lookup + FM + linear term. Kernels: csrc/cpu/embedding/fm_kernel.h, csrc/cuda/embedding/fm.cuh
+and _triton/embedding_fm.py.
 
 The gradients of the embeddings, of the FM and of the linear term become that of the lookups in one pass, and from there
 go the way of every lookup: one dense or coalesced sparse gradient a table, or an optimizer's step. On the CPU the last
@@ -18,8 +19,9 @@ from rankkernels.ops._autograd import differentiable
 from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib, without_autocast
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves, triton_serves_tables, without_autocast
 from rankkernels.ops._schema import parsed, schema_of
+from rankkernels.ops.embedding_bag_update import check_apart, check_update
 from rankkernels.ops.fm_interaction import fm_interaction_backward
 
 
@@ -32,6 +34,10 @@ class Arguments(NamedTuple):
     embeddings: Tensor
     linear_weight: Tensor | None
     dim: int
+
+    @property
+    def of_results(self) -> tuple[Tensor | None, ...]:
+        return self.grad_embeddings, self.grad_fm, self.grad_linear
 
 
 # The gradient of the lookups, [B, F * dim], and of the linear weights ([0] without any).
@@ -169,12 +175,49 @@ def _default(*arguments):
         grad = a.grad_embeddings.clone(memory_format=torch.contiguous_format)
     else:
         grad = torch.zeros_like(a.embeddings, memory_format=torch.contiguous_format)
+    if a.linear_weight is not None and a.grad_linear is not None:
+        grad = torch.addcmul(grad, a.grad_linear, a.linear_weight.reshape(1, -1))
+    return grad, _grad_linear_weight(a)
+
+
+def _grad_linear_weight(a: Arguments) -> Tensor:
     if a.linear_weight is None:
-        return grad, a.embeddings.new_empty(0)
+        return a.embeddings.new_empty(0)
     if a.grad_linear is None:
-        return grad, torch.zeros_like(a.linear_weight, memory_format=torch.contiguous_format)
-    grad = torch.addcmul(grad, a.grad_linear, a.linear_weight.reshape(1, -1))
-    return grad, (a.grad_linear.t() @ a.embeddings).view(a.linear_weight.shape)
+        return torch.zeros_like(a.linear_weight, memory_format=torch.contiguous_format)
+    grad = a.grad_linear.t() @ a.embeddings
+    return grad if grad.shape == a.linear_weight.shape else grad.view(a.linear_weight.shape)
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_fm_backward", "CUDA")
+    def _(*arguments):
+        from rankkernels._triton import embedding_fm as kernels
+
+        a = Arguments(*arguments)
+        _check(a)
+        if not (triton_serves(a.embeddings) and kernels.supports_gradients(a.embeddings, a.dim)):
+            return _default(*arguments)
+        grad = a.embeddings.new_empty(a.embeddings.shape)
+        kernels.lookup_gradients(a.of_results, a.embeddings, a.linear_weight, grad.view(grad.size(0), -1, a.dim))
+        return grad, _grad_linear_weight(a)
+
+    @torch.library.impl(lib, "embedding_fm_update", "CUDA")
+    def _(*arguments):
+        from rankkernels._triton import embedding_fm as kernels
+
+        a, (weights, _unchanged, states), features, step = parsed(
+            arguments, Arguments, _UpdateArguments, Features, _StepArguments
+        )
+        _check_with_features(a, len(weights), features)
+        if not (triton_serves_tables(weights) and kernels.supports(weights, features)):
+            return update_apart(*arguments)
+        like = [a.embeddings[:, : a.dim]] * len(features.indices)
+        check_update(like, weights, states, *features, *step)
+        check_apart(weights)
+        kernels.embedding_fm_update(a.of_results, a.embeddings, a.linear_weight, weights, states, features, *step)
+        return [], _grad_linear_weight(a)
 
 
 without_autocast(torch.ops.rankkernels.embedding_fm_backward.default)

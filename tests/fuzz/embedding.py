@@ -260,6 +260,7 @@ def hyper_for(draw: Draw, kind: str) -> list[float]:
         float(draw.randint(1, 50)),
         draw.choice((1.0, 0.5)),
         max_norm,
+        draw.choice((0.0, float(3 << 32 | 7))),
         *(draw.choice(OWN[name]) for name in RULES[kind].settings),
     ]
 

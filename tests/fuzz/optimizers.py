@@ -58,7 +58,7 @@ def hyper(kind: str, group: dict, step: int) -> list[float]:
         group.get("weight_decay", 0.0),
     ]
     own = [group[name] for name in RULES[kind].settings]
-    return [lr, *map(float, common), step, 1.0, group["max_row_norm"] or 0.0, *map(float, own)]
+    return [lr, *map(float, common), step, 1.0, group["max_row_norm"] or 0.0, 0.0, *map(float, own)]
 
 
 def new_states(kind: str, w: Tensor, group: dict) -> list[Tensor]:

@@ -16,7 +16,4 @@ def test_triton_kernels_compile_for_one_gpu():
 
 @pytest.mark.slow
 def test_triton_kernels_compile():
-    """Without three that fail since tables are looked up in Triton: a case with a width of no 16 bytes among others,
-    and the page, whose counts of instructions are older than the kernels. Mend them, and take this out."""
-    left_out = "not 4x1000x512 and not wide_loads_are and not committed_page"
-    run_pytest(FILE, "-m", "pytest", "-k", left_out, TRITON_INTERPRET="0")
+    run_pytest(FILE, TRITON_INTERPRET="0")

@@ -95,6 +95,25 @@ def two_optimizers(rank: int) -> dict:
     return {"tables": tables(module)}
 
 
+def stochastic_rounding(rank: int) -> dict:
+    """Of tables in bfloat16, whose optimizers were made under another seed in each process."""
+    torch.manual_seed(0)
+    module = rk.TableBatchedEmbeddingBag(list(ROWS), 8, modes="sum", dtype=torch.bfloat16)
+    torch.manual_seed(1 + rank)
+    optimizer = rk.optim.SGD(module.parameters(), lr=1e-3, stochastic_rounding=True)
+    rk.optim.fuse(module, optimizer)
+    before = [w.detach().clone() for w in module.weights]
+    for step in range(3):
+        sum(out.float().sin().sum() for out in module([*batch(step, rank, (0, 1, 2)).values()])).backward()
+    other = rk.TableBatchedEmbeddingBag(list(ROWS), 8, modes="sum", dtype=torch.bfloat16)
+    nearest = rk.optim.SGD(other.parameters(), stochastic_rounding=rank == 0)
+    return {
+        "tables": [w.detach() for w in module.weights], "seed": optimizer.rounding_seed,
+        "moved": [not torch.equal(a, b) for a, b in zip(before, module.weights)],
+        "error": error_of(lambda: rk.optim.fuse(other, nearest)),
+    }  # fmt: skip
+
+
 def overflow(rank: int) -> dict:
     """A gradient of one process is infinite: none takes a step."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -158,6 +177,6 @@ def shared_in_part(rank: int) -> dict:
 
 def all_cases(rank: int, processes: int) -> dict:
     cases = {f"one process, {mode}": tables_of_one_process(rank, mode) for mode in ("sum", "max")}
-    for case in (two_optimizers, overflow, kinds_of_backwards, refusals, shared_in_part):
+    for case in (two_optimizers, stochastic_rounding, overflow, kinds_of_backwards, refusals, shared_in_part):
         cases[case.__name__] = case(rank)
     return cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ TIMEOUT = timedelta(seconds=60)
 
 
 def _begin(rank: int, function: Callable, processes: int, folder: str, arguments: tuple) -> None:
+    faulthandler.enable()  # says in which call a process died
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes, timeout=TIMEOUT

@@ -240,6 +240,15 @@ def test_optimizers_that_step_in_another_order_in_each_process(found):
     assert equal(found, "two_optimizers")
 
 
+def test_stochastic_rounding_is_the_first_process_s(found):
+    case = "stochastic_rounding"
+    assert equal(found, case) and len({of_rank[case]["seed"] for of_rank in found}) == 1
+    for of_rank in found:
+        assert all(of_rank[case]["moved"])
+        assert "rank 1 has ('SGD', " in of_rank[case]["error"]
+        assert "rank 0 has ('SGD with stochastic_rounding', " in of_rank[case]["error"]
+
+
 def test_an_overflow_of_one_process_is_one_of_all(found):
     assert equal(found, "overflow")
     assert all(of_rank["overflow"]["kept"] and of_rank["overflow"]["moved"] for of_rank in found)

@@ -42,7 +42,7 @@ def test_a_step_is_one_of_rows_that_have_caught_up(dtype, D, max_norm):
         grads = [torch.randn(o.shape, generator=torch.Generator().manual_seed(f)).to(dtype)
                  for f, o in enumerate(OPS.embedding_bag.default(lists[0], *stepped, ""))]  # fmt: skip
         grads[1] = None
-        hyper = [0.01, 0.9, 0.999, 1e-8, 0.1, STEP + 1.0, 1.0, max_norm] * 2
+        hyper = [0.01, 0.9, 0.999, 1e-8, 0.1, STEP + 1.0, 1.0, max_norm, 0.0] * 2
         assert by_key(key, OPS.embedding_bag_exact_update.default, grads, *lists, *stepped, hyper, clocks) == []
         results.append(lists)
     (weights, states, last_steps, _), ours = results
@@ -67,6 +67,6 @@ def test_ids_out_of_range_change_nothing():
     grads = [torch.ones(o.shape) for o in OPS.embedding_bag.default(lists[0], *features([1, 1, 1, 1]), "")]
     with pytest.raises(RuntimeError, match="out of range"):
         OPS.embedding_bag_exact_update.default(
-            grads, *lists, *looked_up, [0.01, 0.9, 0.999, 1e-8, 0, 40, 1, 0] * 2, clocks
+            grads, *lists, *looked_up, [0.01, 0.9, 0.999, 1e-8, 0, 40, 1, 0, 0] * 2, clocks
         )
     assert all(torch.equal(a, b) for a, b in zip(before, (t for each in lists for t in each)))

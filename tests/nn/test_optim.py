@@ -146,7 +146,7 @@ def test_kernel_is_the_reference(name):
 
     kind = OURS[name][0]._kind
     number, own = ops.OPTIMIZERS.index(kind), ops.RULES[kind].settings
-    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0, 0.5, 1.5, *(OWN[s] for s in own)]
+    hyper = [0.1, 0.8, 0.95, 1e-3, 0.05, 3.0, 0.5, 1.5, 0.0, *(OWN[s] for s in own)]
     for dtype, D in ((torch.float32, 17), (torch.float64, 9), (torch.bfloat16, 33), (torch.float16, 5)):
         weight = torch.randn(50, D).to(dtype)
         state_dtype = torch.promote_types(dtype, torch.float32)

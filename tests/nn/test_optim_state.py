@@ -216,7 +216,7 @@ def test_rows_are_clipped_in_the_whole_range(dtype, reference, largest):
         key = "CompositeExplicitAutograd" if reference else "CPU"
         torch.ops.rankkernels.sparse_update.default.redispatch(
             torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), weight, [], torch.arange(4), values, 0,
-            [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, limit],
+            [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, limit, 0.0],
         )  # fmt: skip
         expected = -values.double() * (limit / norms.clamp(min=1e-300)).clamp(max=1)
         assert ((weight.double() - expected).abs() <= (1e-2 if dtype == torch.bfloat16 else 1e-6) * largest).all()
@@ -230,7 +230,7 @@ def test_a_row_that_is_no_number_is_clipped_as_torch_clips(reference):
     key = "CompositeExplicitAutograd" if reference else "CPU"
     torch.ops.rankkernels.sparse_update.default.redispatch(
         torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), weight, [], torch.arange(3), values, 0,
-        [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5],
+        [1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.5, 0.0],
     )  # fmt: skip
     for row, value in zip(weight, values):
         p = nn.Parameter(torch.zeros(5))

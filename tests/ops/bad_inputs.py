@@ -177,7 +177,7 @@ def sparse_update():
     return dict(weight=torch.ones(3, 2), states=[], rows=rows, values=values, optimizer=0, hyper=HYPER)
 
 
-HYPER = [0.1, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0, 0.0]
+HYPER = [0.1, 0.9, 0.9, 1e-8, 0.0, 1.0, 1.0, 0.0, 0.0]
 MAKE = {
     "fm_interaction": fm, "fm_interaction_backward": fm_backward, "cross_network": cross_network,
     "cross_network_backward": cross_network_backward, "pairwise_dot": pairwise_dot,
@@ -612,6 +612,8 @@ def of_fm_backwards(width: str) -> list[tuple[dict, str]]:
     ]
 
 
+ROUNDING = "rounding must be 0 or an integer below 2^53, got "
+COUNT = "where rounding is not 0, step must be an integer below 2^32, got "
 TABLE = "a table must be [R, D] with elements side by side in rows that do not overlap, got shape"
 OF_UPDATES = [
     (dict(weights=Entry(0, torch.ones(1, 4).expand(5, 4))), f"{TABLE} [5, 4] and strides [0, 1]"),
@@ -619,8 +621,13 @@ OF_UPDATES = [
     (dict(weights=Entry(0, torch.ones(4, 5).t())), f"{TABLE} [5, 4] and strides [1, 5]"),
     (dict(weights=Entry(0, torch.ones(5, 4).cfloat())), f"weights[0] {FLOATING}torch.complex64"),
     (dict(optimizer=99), "unknown optimizer 99"),
-    (dict(hyper=HYPER), "hyper must hold 8 numbers a table, got 8 for 2"),
+    (dict(hyper=HYPER), "hyper must hold 9 numbers a table, got 9 for 2"),
     (dict(states=[torch.ones(5, 4)]), "states must hold 0 tensors a table, got 1 for 2"),
+    *(
+        (dict(hyper=[*HYPER[:-1], r] * 2), f"{ROUNDING}{text}")
+        for r, text in ((-1.0, "-1"), (0.5, "0.5"), (2.0**53, "9.0072e+15"))
+    ),
+    (dict(hyper=[*HYPER[:5], 2.5, *HYPER[6:-1], 1.0] * 2), f"{COUNT}2.5"),
 ]
 SPARSE = "rows must be int64 [n] and values [n, D] like the table of shape [3, 2] and torch.float32, got shapes"
 WIDTH, WIDTH_OF_FEATURES = (
@@ -646,6 +653,8 @@ BAD_INPUTS |= {
     "sparse_update": [
         (dict(weight=torch.ones(1, 2).expand(3, 2)), f"{TABLE} [3, 2] and strides [0, 1]"),
         (dict(weight=torch.ones(3)), f"{TABLE} [3]"),
+        (dict(hyper=[*HYPER[:-1], float("nan")]), f"{ROUNDING}nan"),
+        (dict(hyper=[*HYPER[:5], 2.0**32, *HYPER[6:-1], 1.0]), f"{COUNT}4.29497e+09"),
         (dict(rows=torch.tensor([[0, 1]])), f"{SPARSE} [1, 2] and [2, 2], torch.int64 and torch.float32"),
         (dict(values=torch.ones(2, 0)), f"{SPARSE} [2] and [2, 0], torch.int64 and torch.float32"),
     ],

@@ -14,7 +14,7 @@ from rankkernels import ReferenceWarning
 from rankkernels.ops import _library, _table
 from rankkernels.ops._embedding_checks import report_values
 from rankkernels.ops._features import MODES, Features
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS, _check_apart
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, check_apart
 
 pytestmark = pytest.mark.skipif(not _library.triton_embeds, reason="no Triton, or kernels in CUDA C++")
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -27,7 +27,7 @@ def features(ids: torch.Tensor, offsets: list[torch.Tensor] | None = None) -> Fe
 def test_the_table_of_ops_says_so():
     assert _table.OPS["embedding_bag"].kernel("cuda") == _table.OPS["sparse_update"].kernel("cuda") == "Triton"
     assert _table.OPS["embedding_catch_up"].kernel("cuda") is None
-    assert _table.OPS["embedding_fm"].kernel("cuda") is None
+    assert _table.OPS["embedding_fm"].kernel("cuda") == "Triton"
 
 
 @pytest.mark.parametrize("D", [512, 513])
@@ -35,7 +35,7 @@ def test_wide_tables_run_the_reference(D, monkeypatch):
     """By way of the dispatcher's CUDA key, here on CPU tensors, which no kernel is launched for."""
     monkeypatch.setattr(_table, "reference_notices", {("embedding_bag", "cpu"): "", ("sparse_update", "cpu"): ""})
     ops, weight, rest = torch.ops.rankkernels, torch.randn(9, D), features(torch.randint(9, (3, 2)))
-    grads, hyper, sgd = [torch.randn(3, D)], [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0], OPTIMIZERS.index("sgd")
+    grads, hyper, sgd = [torch.randn(3, D)], [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0], OPTIMIZERS.index("sgd")
     for op, arguments in (
         (ops.embedding_bag, ([weight], *rest, "")),
         (ops.embedding_bag_backward, (grads, [], [9], *rest)),
@@ -84,6 +84,18 @@ def test_tables_that_share_memory_take_no_step():
     for views in ((whole, whole), (whole[1:], whole[:-1]), (whole[:, :5], whole[:, 4:]), (whole[2:], whole[:3, :4]),
                   (whole[:, :2], whole.view(18, 4)[:, 2:])):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"weights\[0\] and weights\[1\] share memory"):
-            _check_apart(views)
-    _check_apart((whole[:, :4], whole[:, 4:]))
-    _check_apart((whole[:4], whole[4:], whole[:0]))
+            check_apart(views)
+    check_apart((whole[:, :4], whole[:, 4:]))
+    check_apart((whole[:4], whole[4:], whole[:0]))
+
+
+def test_what_a_graph_reads_is_kept(monkeypatch):
+    from rankkernels._triton import embedding_bag_numbers as numbers
+
+    kept, device = {}, torch.device("cuda")
+    monkeypatch.setattr(numbers, "_of_graphs", kept)
+    monkeypatch.setattr(numbers, "_described", lambda values, device: torch.tensor(values))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
+        found = numbers.described((1, 2), device)
+        assert (kept.get(((1, 2), device)) is found) == capturing

@@ -68,6 +68,7 @@ static Update make_cpu_update(const char* op, int64_t optimizer, const double* h
                               const Tensor* states) {
   auto u = make_update<Update>(op, optimizer, hyper, weight, states);
   u.optimizer = static_cast<Optimizer>(optimizer);
+  u.count = hyper[5], u.rounding = rounding_of(op, hyper).key;
   return u;
 }
 

@@ -20,6 +20,8 @@
 //
 //   w -= step m / (inverse_root sqrt v + eps)
 //
+// In a table of 16 bits w is rounded to the nearest or stochastically: rounding_kernel.h.
+//
 // State is float, double for double tables. Bytes a row: D values of w, D of each state, read and written.
 // Adam's m and v of a row lie side by side where rankkernels.optim made them: one place in memory to go to,
 // not two.
@@ -27,6 +29,7 @@
 
 #include "cpu/embedding/catch_up_kernel.h"
 #include "cpu/embedding/params.h"
+#include "cpu/embedding/rounding_kernel.h"
 #include "cpu/simd/columns.h"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/math.h"
@@ -87,6 +90,8 @@ struct Step {
   A *state1, *state2;
   const CatchUp* idle;
   int64_t stride_wr, stride_sr, D;
+  uint64_t rounding;
+  double count;
   A lr, eps, decay, keep1, keep2, step, inverse_root, grad_factor, max_norm, own[2];
   Tail<T> tail;
   Tail<A> tail_state;
@@ -100,6 +105,7 @@ struct Step {
     lr = A(u.lr), eps = A(u.eps), decay = A(u.weight_decay), keep1 = A(1 - u.beta1), keep2 = A(1 - u.beta2);
     step = A(u.step), inverse_root = A(u.inverse_root), grad_factor = A(u.grad_factor), idle = u.idle,
     max_norm = A(u.max_norm), own[0] = A(u.own[0]), own[1] = A(u.own[1]);
+    rounding = u.rounding, count = u.count;
   }
 
   // Prefetches the state that a step on columns [d, d + kLanes) of a row reads.
@@ -189,8 +195,8 @@ struct Step {
 
   // The decay of a row that was last touched by step `last`, which becomes this one; 0 is none.
   RK_INLINE A shrink_of(A& last) const {
-    const A shrink = lr * decay * (last == 0 ? A(1) : own[1] - last);
-    last = own[1];
+    const A shrink = lr * decay * (last == 0 ? A(1) : A(count) - last);
+    last = A(count);
     return shrink > own[0] ? own[0] : shrink;
   }
 
@@ -212,11 +218,12 @@ struct Step {
       Traits<A>::store(scales + k, step / (inverse_root * square_root(Traits<A>::load(scales + k)) + eps));
   }
 
-  // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g. No sum has two
-  // products: which of them is fused would be the compiler's choice in each copy of a loop, and a row must
-  // have the same bits wherever in a batch it comes.
-  template <Optimizer kind>
-  RK_INLINE void apply_columns(int64_t row, int64_t d, V g, RowStep of_row, bool whole) const {
+  // Applies the step to columns [d, d + kLanes) of a row, `whole` or its last, of gradient g, and rounds. No
+  // sum has two products: which of them is fused would be the compiler's choice in each copy of a loop, and a
+  // row must have the same bits wherever in a batch it comes.
+  template <Optimizer kind, class Round>
+  RK_INLINE void apply_columns(int64_t row, int64_t d, V g, RowStep of_row, bool whole,
+                               const Round& round) const {
     T* w_row = weight + row * stride_wr;
     A *s1 = state1 + row * stride_sr, *s2 = state2 + row * stride_sr;
     V w = load_columns(w_row + d, whole, tail);
@@ -252,7 +259,7 @@ struct Step {
       store_columns(s1 + d, z, whole, tail_state);
       store_columns(s2 + d, n, whole, tail_state);
     }
-    store_columns(w_row + d, w, whole, tail);
+    store_columns(w_row + d, round(w), whole, tail);
   }
 
   // The new w; z and n are changed. A NaN stays.
@@ -270,12 +277,13 @@ struct Step {
     return magnitude <= l1 ? V{} : beyond / ((eps + after) * inverse_lr + decay);
   }
 
-  template <Optimizer kind>
+  template <Optimizer kind, class Rounding>
   __attribute__((noinline)) static void apply_as(Step s, const int64_t* rows, const A* grads, int64_t n,
                                                  const int64_t* next, int64_t n_next) {
     A scales[kRowWise<kind> ? kMostLookups : 1];
     if (kRowWise<kind>) s.template scale_rows<kind>(rows, grads, n, scales);
     const int64_t D = s.D;
+    Rounding rounding(s.rounding, static_cast<uint32_t>(s.count), rows, n, D);
     for (int64_t k = 0; k < n; ++k) {
       const int64_t row = rows[k], ahead = next[k < n_next ? k : n_next - 1];
       const A* grad = grads + k * D;
@@ -286,7 +294,8 @@ struct Step {
       for (int64_t d = 0; d < D; d += kLanes) {
         const bool whole = d + kLanes <= D;
         s.template prefetch_state<kind>(ahead, d);
-        s.template apply_columns<kind>(row, d, load_columns(grad + d, whole, s.tail_state), of_row, whole);
+        s.template apply_columns<kind>(row, d, load_columns(grad + d, whole, s.tail_state), of_row, whole,
+                                       [&](V w) __attribute__((always_inline)) { return rounding(w, k, d); });
       }
     }
     for (int64_t k = n; k < n_next; ++k)
@@ -299,7 +308,10 @@ struct Step {
     if (grad_factor != 1 || max_norm != 0) scale_grads(*this, grads, n);
     if (n_next == 0) next = rows, n_next = n != 0;
     with_kind(optimizer, [&](auto kind) __attribute__((always_inline)) {
-      apply_as<decltype(kind)::value>(*this, rows, grads, n, next, n_next);
+      constexpr Optimizer kKind = decltype(kind)::value;
+      if constexpr (sizeof(T) == 2)
+        if (rounding) return apply_as<kKind, Stochastically<T>>(*this, rows, grads, n, next, n_next);
+      apply_as<kKind, ToNearest>(*this, rows, grads, n, next, n_next);
     });
   }
 };

@@ -114,7 +114,9 @@ struct Update {
   int64_t stride_sr;
   double lr, beta1, beta2, eps, weight_decay, step, inverse_root, grad_factor, max_norm;
   const CatchUp* idle;  // of exact Adam, or null: a row first takes the steps that it missed
-  double own[2];  // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays, number of the step
+  double own[2];        // FTRL: -lr_power, l1; row-wise RMSprop: the most that a row decays
+  double count;         // number of the step
+  uint64_t rounding;    // Philox's key, or 0: to the nearest
 };
 
 // Lookups of a chunk: rows that are summed, and then stepped on, together.

@@ -173,7 +173,8 @@ static void reduce(const SegmentSum& a, Range range, Accumulator<T>* sums) {
   using A = Accumulator<T>;
   const TableGrad& table = a.table;
   const int64_t D = table.D, tile = a.tile;
-  if (!kFm && table.update && (D == 64 || D == 128))  // common, and a loop of known length each
+  // Common, and a loop of known length each. Random bits are drawn for a chunk.
+  if (!kFm && table.update && !table.update->rounding && (D == 64 || D == 128))
     return update::with_kind(table.update->optimizer, [&](auto kind) __attribute__((always_inline)) {
       constexpr Optimizer kKind = decltype(kind)::value;
       (D == 64 ? reduce_wide<kKind, 64, T> : reduce_wide<kKind, 128, T>)(a, range);

@@ -29,6 +29,7 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
   const Carries carries = a.carries;
   const int64_t tile = a.tile, p0 = range.begin, p1 = range.end;
   const update::Step<T> step(table.update, D);
+  const auto to_nearest = [](V w) __attribute__((always_inline)) { return w; };
   const bool scaled = step.grad_factor != 1 || step.max_norm != 0;
   const auto row_of = [&](int64_t p) __attribute__((always_inline)) {
     return static_cast<int64_t>(lookups.key(p < p1 ? p : p1 - 1) - table.first_key);
@@ -79,7 +80,7 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
       if (!kRowWise && complete && !scaled) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v)
-          step.template apply_columns<kind>(row, d + v * kLanes, acc[v], {}, true);
+          step.template apply_columns<kind>(row, d + v * kLanes, acc[v], {}, true, to_nearest);
       } else {
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) Traits<A>::store(sum + d + v * kLanes, acc[v]);
@@ -91,7 +92,7 @@ __attribute__((noinline)) void reduce_wide(const SegmentSum& a, Range range) {
     const auto of_row = step.template step_on_row<kind>(row, sum);
 #pragma GCC unroll 16
     for (int64_t d = 0; d < D; d += kLanes)
-      step.template apply_columns<kind>(row, d, Traits<A>::load(sum + d), of_row, true);
+      step.template apply_columns<kind>(row, d, Traits<A>::load(sum + d), of_row, true, to_nearest);
   }
 }
 

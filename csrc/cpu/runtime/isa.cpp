@@ -12,11 +12,15 @@
 
 namespace rk {
 
-#if defined(RK_HAS_AVX512_BF16)
-// Clang's __builtin_cpu_supports does not know its name before 19.
-static bool has_avx512_bf16() {
+#if defined(__x86_64__)
+// Clang's __builtin_cpu_supports does not know their names, of this one before 19.
+[[maybe_unused]] static bool has_avx512_bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+static bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1;
 }
 #endif
 
@@ -24,7 +28,7 @@ static Isa detect() {
   Isa best = Isa::baseline;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))

@@ -36,8 +36,9 @@ static bool is_live(const char* op, int64_t optimizer, size_t tables, const Tens
 }
 
 // Launches embedding_fold for all tables; what it writes.
+template <class U>
 static Tensor fold(const char* op, int64_t optimizer, const Tensors& weights, const Tensors& states,
-                   const std::vector<Update>& updates) {
+                   const std::vector<U>& updates) {
   const size_t each = states_of(optimizer) + kLive;
   RK_CHECK(weights.size() <= UINT16_MAX, op, ": at most ", UINT16_MAX, " tables, got ", weights.size());
   const Tensor folded =
@@ -73,11 +74,31 @@ static Tensor fold(const char* op, int64_t optimizer, const Tensors& weights, co
 
 // Calls the kernel. `*live`, by then: what embedding_fold wrote, or null.
 static auto stepper(int64_t optimizer, const Now* const* live) {
-  return [=](auto* type, const Device& device, const Batch<Update>& batch, const Gradients& gradients,
-             int lanes) {
-    device.launch(embedding_update<std::remove_pointer_t<decltype(type)>>, blocks_for(gradients.n, lanes), 0,
-                  batch, gradients, static_cast<Optimizer>(optimizer), lanes, *live);
+  return [=](auto* type, const Device& device, const auto& batch, const Gradients& gradients, int lanes) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const auto launch = [&](auto* kernel) {
+      device.launch(kernel, blocks_for(gradients.n, lanes), 0, batch, gradients,
+                    static_cast<Optimizer>(optimizer), lanes, *live);
+    };
+    if constexpr (std::is_same_v<decltype(batch), const Batch<Update>&>)
+      launch(&embedding_update<T>);
+    else
+      launch(&embedding_update_rounded<T>);
   };
+}
+
+// Calls step(updates), as they are or, where one of them is rounded stochastically, all as RoundedUpdates.
+template <class Step>
+static auto with_rounding(const char* op, int64_t optimizer, const std::vector<double>& hyper,
+                          const std::vector<Update>& updates, const Step& step) {
+  std::vector<RoundedUpdate> rounded;
+  bool any = false;
+  for (size_t t = 0; t < updates.size(); ++t) {
+    const Rounding r = rounding_of(op, hyper.data() + hyper_of(optimizer) * t);
+    rounded.push_back({updates[t], r.key, r.count});
+    any = any || r.key;
+  }
+  return any ? step(rounded) : step(updates);
 }
 
 // The step in the backward: does not wait for the device.
@@ -99,12 +120,14 @@ static Tensors embedding_bag_update_cuda(const OptionalTensors& grad_outs, const
                                        states.data() + t * each));
     updates[t].number = static_cast<uint16_t>(t);
   }
-  Tensor folded;
-  const Now* now = nullptr;
-  return step_on_gradients(args, grad_outs, weights, updates, stepper(optimizer, &now), [&] {
-    if (!live) return;
-    folded = fold(op, optimizer, weights, states, updates);
-    now = static_cast<const Now*>(folded.const_data_ptr());
+  return with_rounding(op, optimizer, hyper, updates, [&](const auto& all) {
+    Tensor folded;
+    const Now* now = nullptr;
+    return step_on_gradients(args, grad_outs, weights, all, stepper(optimizer, &now), [&] {
+      if (!live) return;
+      folded = fold(op, optimizer, weights, states, all);
+      now = static_cast<const Now*>(folded.const_data_ptr());
+    });
   });
 }
 
@@ -118,12 +141,14 @@ static void sparse_update_cuda(const Tensor& weight, const Tensors& states, cons
            "sparse_update: rows and values must be on the table's device");
   const Tensor keys = torch::stable::contiguous(rows), grads = unit_stride_rows(values);
   u.packed = u.packed && rows_aligned(grads);
-  const Tensor folded = live ? fold("sparse_update", optimizer, {weight}, states, {u}) : Tensor();
-  const Now* now = live ? static_cast<const Now*>(folded.const_data_ptr()) : nullptr;
-  const Device device(weight);
-  launch_updates(device, weight.scalar_type(), std::vector<Update>{u},
-                 {keys.const_data_ptr(), true, grads.const_data_ptr(), keys.size(0), grads.stride(0)},
-                 stepper(optimizer, &now));
+  with_rounding("sparse_update", optimizer, hyper, {u}, [&](const auto& all) {
+    const Tensor folded = live ? fold("sparse_update", optimizer, {weight}, states, all) : Tensor();
+    const Now* now = live ? static_cast<const Now*>(folded.const_data_ptr()) : nullptr;
+    const Device device(weight);
+    launch_updates(device, weight.scalar_type(), all,
+                   {keys.const_data_ptr(), true, grads.const_data_ptr(), keys.size(0), grads.stride(0)},
+                   stepper(optimizer, &now));
+  });
 }
 
 }  // namespace cuda

@@ -19,11 +19,14 @@
 // alone are folded into `step` and `inverse_root`: w -= step m / (inverse_root sqrt v + eps). The host folds
 // them, or where lr, t and the loss scale are on the device, a launch before the step (fold.cuh).
 //
+// A table of 16 bits is rounded to the nearest, or stochastically by a kernel of its own: rounding.cuh.
+//
 // State is float, double for double tables. Bytes a row: g, w read and written, and each state read and
 // written. A group of lanes takes a row.
 #pragma once
 
 #include "cuda/common/device.cuh"
+#include "cuda/embedding/rounding.cuh"
 #include "embedding/params.h"
 
 namespace rk {
@@ -42,6 +45,12 @@ struct Update {
   uint16_t number;  // which table it is
 };
 
+// Of a call with 16-bit tables that are rounded stochastically. It is larger: fewer tables go with a launch.
+struct RoundedUpdate : Update {
+  uint64_t rounding;  // Philox's key, or 0: to the nearest
+  uint32_t count;     // number of the step
+};
+
 // What of an update changes from step to step.
 struct Now {
   double lr, step, inverse_root, grad_factor, count;
@@ -51,6 +60,9 @@ struct Now {
 // As the host has folded it.
 __device__ inline Now now_of(const Update& u) {
   return {u.lr, u.step, u.inverse_root, u.grad_factor, u.own[1], false};
+}
+__device__ inline Now now_of(const RoundedUpdate& u) {
+  return {u.lr, u.step, u.inverse_root, u.grad_factor, double(u.count), false};
 }
 
 // The gradients: of the row with key(i), values[i], wherever it is another key than before.
@@ -161,8 +173,18 @@ __device__ void adam(const Update& u, const Now& now, A& w, A g, A& m, A& v) {
   w -= A(now.step) * m / (A(now.inverse_root) * sqrt(v) + A(u.eps));
 }
 
-template <class T, int n>
-__device__ void update_row(const Update& u, const Now& now, Optimizer optimizer, int64_t row, const T* grad,
+// Columns [d, d + n) of a row, before they are stored.
+template <class T, class A, int n>
+__device__ void round_row(const Update&, const Now&, int64_t, int, A (&)[n]) {}
+template <class T, class A, int n>
+__device__ void round_row(const RoundedUpdate& u, const Now& now, int64_t row, int d, A (&w)[n]) {
+  if constexpr (sizeof(T) == 2)
+    if (u.rounding) round_columns<T>(w, u.rounding, uint32_t(now.count), row, d);
+}
+
+// `U`: Update or RoundedUpdate.
+template <class T, int n, class U>
+__device__ void update_row(const U& u, const Now& now, Optimizer optimizer, int64_t row, const T* grad,
                            Group group) {
   using A = accumulate_t<T>;
   T* weight = static_cast<T*>(u.weight) + row * u.stride_wr;
@@ -213,20 +235,20 @@ __device__ void update_row(const Update& u, const Now& now, Optimizer optimizer,
       store<n>(states[0] + d, m.x);
       store<n>(states[1] + d, v.x);
     }
+    round_row<T>(u, now, row, d, w);
     store<n>(weight + d, w);
   }
 }
 
 // `live`: each table's, or null where the host has folded them.
-template <class T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
-    embedding_update(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
-                     int log2_lanes, const Now* live) {
+template <class T, class U>
+__device__ void update_rows(const Batch<U>& batch, const Gradients& gradients, Optimizer optimizer,
+                            int log2_lanes, const Now* live) {
   const Group group{log2_lanes};
   const int64_t i = int64_t(blockIdx.x) * group.per_block() + group.index();
   if (i >= gradients.n || !gradients.starts_run(i)) return;
   const int64_t key = gradients.key(i);
-  const Update& u = batch.items[find(batch, &Update::first_key, key)];
+  const U& u = batch.items[find(batch, &U::first_key, key)];
   const int64_t row = key - u.first_key;
   if (row < 0 || row >= u.R) return;
   const Now now = live ? live[u.number] : now_of(u);
@@ -236,6 +258,20 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     update_row<T, kPack<T>>(u, now, optimizer, row, grad, group);
   else
     update_row<T, 1>(u, now, optimizer, row, grad, group);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_update(const Batch<Update> batch, const Gradients gradients, Optimizer optimizer,
+                     int log2_lanes, const Now* live) {
+  update_rows<T>(batch, gradients, optimizer, log2_lanes, live);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    embedding_update_rounded(const Batch<RoundedUpdate> batch, const Gradients gradients, Optimizer optimizer,
+                             int log2_lanes, const Now* live) {
+  update_rows<T>(batch, gradients, optimizer, log2_lanes, live);
 }
 
 }  // namespace cuda

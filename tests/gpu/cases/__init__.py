@@ -16,6 +16,8 @@ from gpu.cases.norm_activation import NORM
 from gpu.cases.pairwise_dot import PAIRS
 from gpu.cases.target_attention import TARGET
 
-INTERPRETED = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, embedding_bag.BAG]
+INTERPRETED = [
+    FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, embedding_bag.BAG, embedding_fm.EMBEDDING_FM,
+]  # fmt: skip
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

@@ -13,7 +13,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._features import MODES, UNKNOWN, Features
 from rankkernels.ops.embedding_bag import _looked_up
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS, settings, state_shapes
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, ROUNDING, settings, state_shapes
 from rankkernels.testing import embedding_bag_case
 
 CASES = [
@@ -110,8 +110,9 @@ def update_of(config: dict, weights: list[Tensor], dtype: torch.dtype) -> dict:
     if way == "rowwise_rmsprop":
         states[1::2] = [torch.randint(3, s.shape).to(wide) for s in states[1::2]]  # the steps that touched them last
     own = {"ftrl": [config.get("lr_power", -0.5), 0.1, 0.05, 0.02], "rowwise_rmsprop": [2.0, 0.4]}.get(way, [])
-    common = [0.9, 0.8, 1e-3, 0.01, 3.0, 0.5, 0.4 if config.get("clips") else 0.0, *own]
-    hyper = [v for t in range(n) for v in (0.25 / (1 + t), *common)]  # each table at its own rate
+    common = [0.9, 0.8, 1e-3, 0.01, 3.0, 0.5, 0.4 if config.get("clips") else 0.0]
+    keys = [float(1 + t << 32 | 0x89ABCDEF) if config.get("rounds") and t != 1 else 0.0 for t in range(n)]
+    hyper = [v for t in range(n) for v in (0.25 / (1 + t), *common, keys[t], *own)]  # each table at its own rate
     live = [torch.tensor([v]) for t in range(n) for v in (2.0, 0.25 / (1 + t), 2.0, float(config.get("skips", 0)))]
     return {"way": way, "states": states, "hyper": hyper, "live": live if config.get("live") else []}
 
@@ -135,15 +136,44 @@ def launch(
     if way == "sparse":
         grad_rows, values, factor_grads = module.embedding_bag_backward_sparse(grad_outs, weights, rows, features)
         return *outs, *(r.double() for r in grad_rows), *(v for v in values if v.numel()), *factor_grads
+    given_to = module, features, grad_outs, given, way, hyper
+    stepped, states_now, live_now, factor_grads = stepped_by(*given_to, weights, states, live)
+    right = []
+    if hyper[ROUNDING]:
+        wide, *_ = stepped_by(*given_to, [w.float() if w.element_size() == 2 else w for w in weights], states, live)
+        right = [is_rounded(*of) for of in zip(stepped, wide, weights, of_each_table(features, grad_outs, hyper, n))]
+    return *outs, *stepped, *states_now, *live_now, *factor_grads, *right
+
+
+def stepped_by(module, features, grad_outs, given, way, hyper, weights, states, live) -> tuple[list[Tensor], ...]:
+    """Tables, states, ``live`` and the gradients of the factors after a step, whose gradients become the tables'
+    dtype."""
     stepped, states, live = ([t.clone() for t in tensors] for tensors in (weights, states, live))
+    n, number = len(weights), OPTIMIZERS.index(way)
     every = [s for t in range(n) for s in (*of_tables(states, t, n), *of_tables(live, t, n))]
-    number = OPTIMIZERS.index(way)
+    dtypes = [weights[t].dtype for t in features.tables]
+    grad_outs = [None if g is None else g.to(dtype) for g, dtype in zip(grad_outs, dtypes)]
+    features = features._replace(per_sample_weights=[w.to(d) for w, d in zip(features.per_sample_weights, dtypes)])
     if given:
         (ids,), (values,) = features.indices, grad_outs
         module.sparse_update(stepped[0], every, ids, values, number, hyper)
-        return *outs, *stepped, *states, *live
-    factor_grads = module.embedding_bag_update(grad_outs, stepped, every, features, number, hyper)
-    return *outs, *stepped, *states, *live, *factor_grads
+        return stepped, states, live, []
+    return stepped, states, live, module.embedding_bag_update(grad_outs, stepped, every, features, number, hyper)
+
+
+def of_each_table(features: Features, grad_outs, hyper, n: int) -> list[tuple[Tensor, int]]:
+    """The rows that step, and the keys that they are rounded with."""
+    return [(rows_looked_up(features, grad_outs, t), int(of_tables(hyper, t, n)[ROUNDING])) for t in range(n)]
+
+
+def is_rounded(stepped: Tensor, wide: Tensor, before: Tensor, rows_and_key: tuple[Tensor, int]) -> Tensor:
+    """1 where a table is what the reference makes of the step of the same table in float32 [R, D], else 0."""
+    (rows, key), right = rows_and_key, before.clone()
+    right[rows] = wide[rows].to(right.dtype)
+    if key and stepped.element_size() == 2:
+        bits = reference.rounding_bits(key, 3, rows, wide.size(1))
+        right[rows] = reference.round_stochastically(wide[rows], stepped.dtype, bits)
+    return (stepped == right).double()
 
 
 def without_unknown(weights, features: Features) -> Features:
@@ -174,7 +204,8 @@ def expected(weights, features, grad_outs, concat, given, way, states, hyper, li
     weights, states, live = ([t.detach().clone() for t in tensors] for tensors in (weights, states, live))
     for t in used:
         step(way, weights[t], of_tables(states, t, n), grads[t], rows[t], of_tables(hyper, t, n), of_tables(live, t, n))
-    return *outs, *weights, *states, *live, *factor_grads
+    right = [torch.ones_like(w) for w in weights] if hyper[ROUNDING] else []
+    return *outs, *weights, *states, *live, *factor_grads, *right
 
 
 def rows_looked_up(features: Features, grad_outs, t: int) -> Tensor:
@@ -239,6 +270,10 @@ BAG = Interpreted(
         config(*TWO, ["sum", "none", "mean"], 33, way="rowwise_rmsprop"),
         config(*ONE, ["sum"], 33, way="adam", live=True, skips=1),
         config(*ONE, ["none"], 7, way="rowwise_adagrad", given=True, clips=True),
+        config(*ONE, ["sum"], 40, way="sgd", rounds=True),
+        config(*HOT, ["sum", "none", "mean", "none"], 40, way="adam", rounds=True, live=True),
+        config([70], [4], [0], ["none"], 66, way="adagrad", given=True, rounds=True),
+        config([9], [2], [0], ["sum"], 9, way="ftrl", rounds=True),
         config([70], [130], [0], ["none"], 66, way="adamw", given=True, live=True),
         config([5] * 45, [4] * 45, [*range(45)], ["sum", "none", "mean"] * 15, 3),  # more than a launch brings along
         config(*TWO, ["sum", "mean", "sum"], 0),
@@ -322,6 +357,15 @@ BAG = Interpreted(
             "skips: never",
             "done &= tl.load(settings_ptr + SKIPS) == 0.0",
             "done &= tl.load(settings_ptr + SKIPS) >= 0.0",
+        ),
+        ("rounds: to the nearest", "inside & (key != 0)[:, None]", "inside & (key == 0)[:, None]"),
+        ("rounds: rows alike", "zeros + low, zeros + high", "zeros, zeros + high"),
+        ("rounds: steps alike", "zeros + of_step", "zeros"),
+        ("rounds: eight columns alike", "bits = tl.interleave(bits, words >> 16)", "bits = tl.interleave(bits, bits)"),
+        (
+            "rounds: words out of order",
+            "tl.interleave(w0, w2), tl.interleave(w1, w3)",
+            "tl.interleave(w0, w1), tl.interleave(w2, w3)",
         ),
         ("skips: counted", "mask=skips == 0)", "mask=count > 0)"),
         ("live: adamw's size for adam", "lr * root / correction if ROOT", "lr / correction if ROOT"),

@@ -109,8 +109,8 @@ FM = Interpreted(
         ("backward: gradient of another sample", "o_b[:, None] * stride_gb", "o_b[:, None] * stride_gd"),
         (
             "backward: the last samples left out",
-            "fm_interaction_backward_kernel[(triton.cdiv(B, BLOCK_B),)]",
-            "fm_interaction_backward_kernel[(B // BLOCK_B,)]",
+            "fm_interaction_backward_kernel, (triton.cdiv(B, BLOCK_B),)",
+            "fm_interaction_backward_kernel, (B // BLOCK_B,)",
         ),
     ],
 )

@@ -157,7 +157,7 @@ NORM = Interpreted(
         ("backward: each program takes all rows", "programs * BLOCK_N):", "BLOCK_N):"),
         (
             "backward: gradient of another column",
-            "o_h[None, :] * tl.cast(stride_gh, tl.int64)",
+            "o_h[None, :] * stride_gh",
             "o_h[None, :] * stride_gn",
         ),
         ("backward: one alpha has the first column's alone", "tl.sum(sum_alpha, 0), 0.0)", "sum_alpha, 0.0)"),

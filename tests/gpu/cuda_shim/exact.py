@@ -66,7 +66,7 @@ def step(key, weights, states, last_steps, histories, clocks, max_norm=0.0):
     before = [t.clone() for t in of_rows]
     op = OPS.embedding_bag_exact_update.default
     lists = weights, states, last_steps, histories
-    assert by_key(key, op, grads, *lists, *looked_up, [*HYPER, max_norm] * 2, clocks) == []
+    assert by_key(key, op, grads, *lists, *looked_up, [*HYPER, max_norm, 0.0] * 2, clocks) == []
     stepped = [last == STEP + 1 for last in last_steps]
     assert all(0 < int(rows.sum()) < ROWS for rows in stepped) and not stepped[0][2]  # the frozen row
     for t, old, rows in zip(of_rows, before, [*stepped, *(s for s in stepped for _ in range(2)), *stepped]):

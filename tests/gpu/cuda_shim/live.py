@@ -14,7 +14,7 @@ def live_steps(features, grad_outs, kind: int, weights, states, own: list[float]
     lr, scale, skip = (torch.full((), value) for value in (0.05, 4.0, 0.0))
     counts = [torch.full((1,), 3.0 + t) for t in range(T)]
     lists = [[*states[t * each : t * each + each], counts[t], lr, scale, skip] for t in range(T)]
-    hyper = [0.0, 0.9, 0.99, 1e-6, 0.01, 0.0, 0.0, 0.7, *own]
+    hyper = [0.0, 0.9, 0.99, 1e-6, 0.01, 0.0, 0.0, 0.7, 0.0, *own]
     for skipped in (0.0, 1.0, 0.0):
         skip.fill_(skipped)
         lr.mul_(0.5)
@@ -30,7 +30,7 @@ def live_steps(features, grad_outs, kind: int, weights, states, own: list[float]
 
 def one_update(case, grad_outs: list[torch.Tensor]) -> None:
     weights, *features = case.arguments(*case.inputs())[:-1]
-    hyper = [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0] * len(weights)
+    hyper = [0.1, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0] * len(weights)
     torch.ops.rankkernels.embedding_bag_update.default(
         grad_outs, weights, [], *features, OPTIMIZERS.index("sgd"), hyper
     )

@@ -24,6 +24,7 @@ from gpu.cuda_shim.exact import exact_adam  # noqa: E402
 from gpu.cuda_shim.jobs import serve  # noqa: E402
 from gpu.cuda_shim.live import launches_of, live_steps  # noqa: E402
 from gpu.cuda_shim.refusals import CUDA_OPS, bad_inputs  # noqa: E402
+from gpu.cuda_shim.rounding import rounding  # noqa: E402
 from gpu.cuda_shim.unknown_ids import unknown_ids  # noqa: E402
 from ops.random_lookups import random_lookups  # noqa: E402
 
@@ -100,11 +101,13 @@ def updated(case, dtype, optimizer: str) -> list[torch.Tensor]:
         states += torch.stack(of_table, 1).unbind(1) if RULES[optimizer].elementwise == 2 else of_table
     for step in (1.0, 2.0):
         _, features, grad_outs = features_of(case, dtype, seed=int(step))
-        hyper = [v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step, 0.5, t % 2, *own)]
+        hyper = [
+            v for t in range(len(weights)) for v in (0.1 / (t + 1), 0.9, 0.99, 1e-6, 0.01, step, 0.5, t % 2, 0.0, *own)
+        ]
         torch.ops.rankkernels.embedding_bag_update.default(grad_outs, weights, states, *features, kind, hyper)
     rows = torch.arange(0, weights[0].size(0), 2)
     values = torch.linspace(-1, 1, rows.numel() * weights[0].size(1), dtype=torch.float64).view(rows.numel(), -1)
-    hyper, of_first = [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7, *own], states[: len(states) // len(weights)]
+    hyper, of_first = [0.1, 0.9, 0.99, 1e-6, 0.01, 3.0, 2.0, 0.7, 0.0, *own], states[: len(states) // len(weights)]
     torch.ops.rankkernels.sparse_update.default(weights[0], of_first, rows, values.to(dtype), kind, hyper)
     return [*weights, *states, *live_steps(*features_of(case, dtype, seed=5)[1:], kind, weights, states, own)]
 
@@ -133,6 +136,8 @@ def accuracy() -> None:
             error = relative_error(a, e)
             assert error <= TOLERANCE[update[1]], f"{update[0].id} {update[1:]}: table or state {i} is off by {error}"
             digest.update(a.contiguous().view(torch.uint8).numpy().tobytes())
+    for table in rounding(some):
+        digest.update(table.view(torch.uint8).numpy().tobytes())
     mixed_dtypes()
     widths(range(0, 12, 4 if some else 1))
     layouts()
@@ -227,7 +232,7 @@ def far_rows() -> None:
         assert torch.allclose(a, e, atol=1e-6)
     before, values = weight.clone(), torch.randn(2, 12)
     torch.ops.rankkernels.sparse_update.default(
-        weight, [], torch.tensor([0, 3]), values, 0, [0.5, 0, 0, 0, 0, 1.0, 1.0, 0]
+        weight, [], torch.tensor([0, 3]), values, 0, [0.5, 0, 0, 0, 0, 1.0, 1.0, 0, 0]
     )
     before[[0, 3]] -= 0.5 * values
     assert torch.allclose(weight, before)
@@ -374,14 +379,14 @@ def bad_arguments() -> None:
     features = [ids], [], [], [0], [1], [-1], [-1], []
     state = "state 0 of a table of shape [5, 4] must be"
     for grad, states, kind, hyper, expected in (
-        (torch.ones(2, 4), [], 9, [0.1] * 8, "embedding_bag_update: unknown optimizer 9"),
-        (torch.ones(2, 4), [], 1, [0.1] * 8, "states must hold 1 tensors a table, got 0 for 1"),
-        (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 8 numbers a table, got 7 for 1"),
-        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.1] * 8, f"{state} torch.float32 of one value an element"),
-        (torch.ones(2, 3), [], 0, [0.1] * 8, "weights[0] must have 5 rows of the gradient's width and dtype, 3 and"),
-        (torch.ones(3, 4), [], 0, [0.1] * 8, "grad_outs[0] must be [2, D] like the result"),
-        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.1] * 8, "grad_outs[0] must be [2, D] like the result"),
-        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.1] * 8, f"{state} on the table's device"),
+        (torch.ones(2, 4), [], 9, [0.0] * 9, "embedding_bag_update: unknown optimizer 9"),
+        (torch.ones(2, 4), [], 1, [0.0] * 9, "states must hold 1 tensors a table, got 0 for 1"),
+        (torch.ones(2, 4), [], 0, [0.1] * 7, "hyper must hold 9 numbers a table, got 7 for 1"),
+        (torch.ones(2, 4), [torch.ones(5, 3)], 1, [0.0] * 9, f"{state} torch.float32 of one value an element"),
+        (torch.ones(2, 3), [], 0, [0.0] * 9, "weights[0] must have 5 rows of the gradient's width and dtype, 3 and"),
+        (torch.ones(3, 4), [], 0, [0.0] * 9, "grad_outs[0] must be [2, D] like the result"),
+        (torch.ones(3, 4), [torch.ones(5, 4)], 1, [0.0] * 9, "grad_outs[0] must be [2, D] like the result"),
+        (torch.ones(2, 4), [torch.empty(5, 4, **elsewhere)], 1, [0.0] * 9, f"{state} on the table's device"),
     ):
         before, old_states = weight.clone(), [state.clone() for state in states]
         assert_refused(expected, update.redispatch, keys, [grad], [weight], states, *features, kind, hyper)

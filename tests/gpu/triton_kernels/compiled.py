@@ -22,10 +22,10 @@ from triton.runtime.jit import JITFunction
 
 from bench.gpu import page, report
 from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling, meta_inputs, serves
-from bench.gpu.cases import COMPILED, IN_TRITON
+from bench.gpu.cases import COMPILED, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
-from rankkernels._triton import _launch
+from rankkernels._triton import _launch, embedding_fm, fm_interaction, norm_activation
 from rankkernels._triton import din_attention_backward as backward
 from rankkernels._triton import din_attention_forward as forward
 from rankkernels._triton import din_attention_layers as layers
@@ -37,6 +37,7 @@ from rankkernels._triton import embedding_bag_update as bag_update
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
 from rankkernels.testing import (
+    OpCase,
     augru_case,
     bilinear_interaction_case,
     cross_layer_case,
@@ -47,7 +48,7 @@ from rankkernels.testing import (
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
-CHOSEN = [case for op in IN_TRITON for case in op.cases[::EVERY] if case in SERVED]
+CHOSEN = [case for op in GPU_OPS for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
 
@@ -58,9 +59,16 @@ def records():
     return {(r.case.id, r.dtype, r.target): r for r in report.triton_records(targets, CHOSEN)}
 
 
+def width_of(case: OpCase) -> int:
+    """Of the main operand's rows; of all tables the narrowest's."""
+    first, *others = case.inputs(case.dtypes[0])
+    tables = others if case.op.startswith("embedding") else ()
+    return min(t.size(-1) for t in (first, *tables) if t.is_floating_point())
+
+
 @pytest.fixture(scope="module")
 def widths():
-    return {case.id: case.inputs(case.dtypes[0])[0].size(-1) for case in SERVED}
+    return {case.id: width_of(case) for case in SERVED}
 
 
 def of_dtype(dtype: torch.dtype) -> str:
@@ -76,7 +84,9 @@ NARROW = {"cross_alphas_kernel", "embedding_bag_numbers_kernel", "embedding_bag_
 #: Reads no history, but weights, which are contiguous, and other programs' sums.
 BESIDE = {f"din_attention_{name}_kernel" for name in ("fold", "join", "sums", "unfold")}
 #: Read keys and gradients, not the tables.
-NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")}
+NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")} | {
+    "embedding_fm_backward_kernel"
+}
 
 
 @pytest.mark.parametrize(
@@ -114,8 +124,8 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
 OF_STEPS = {"embedding_bag_fold_kernel", "embedding_bag_rows_kernel"}
 
 
-def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -> list:
-    """A fused step on jagged bags of two tables, and one on given rows."""
+def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool, rounds: bool) -> list:
+    """A fused step on jagged bags of two tables, one on given rows, one behind an FM; ``rounds``: stochastically."""
     R, N, B, number = 1000, 4096, 512, OPTIMIZERS.index(kind)
     with torch.device("meta"):
         weights = [torch.empty(R, D, dtype=dtype) for _ in range(2)]
@@ -125,25 +135,33 @@ def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool) -
         ids, offsets, grad = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long), weights[0][:B]
         rows = torch.empty(B, dtype=torch.long)
     features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
-    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, *[0.5] * len(RULES[kind].settings)]
+    one_id = Features([rows, rows], [], [], [0, 1], [0, 0], [-1, -1], [-1, -1])
+    fm = grad.new_empty(B, 2 * D), grad.new_empty(B, 1), grad.new_empty(B, 1), grad.new_empty(B, 2 * D)
+    hyper = [0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 1.0, 1.0, float(rounds), *[0.5] * len(RULES[kind].settings)]
     assert len(hyper) == len(Hyper._fields + RULES[kind].settings)
     with compiling(target) as calls:
         torch.ops.rankkernels.embedding_bag_update([grad, grad], weights, states * 2, *features, number, hyper * 2)
         torch.ops.rankkernels.sparse_update(weights[0], states, rows, grad, number, hyper)
+        torch.ops.rankkernels.embedding_fm_update(
+            *fm, grad.new_empty(1, 2 * D), D, weights, True, states * 2, *one_id, number, hyper * 2
+        )
     return calls
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, D, target",
-    [(kind, torch.float32, 16, target) for kind in OPTIMIZERS for target in TARGETS]
-    + [("ftrl", torch.bfloat16, 512, target) for target in TARGETS]
-    + [("adam", torch.float64, 128, target) for target in TARGETS],
+    "kind, dtype, D, target, rounds",
+    [(kind, torch.float32, 16, target, False) for kind in OPTIMIZERS for target in TARGETS]
+    + [("ftrl", torch.bfloat16, 512, target, False) for target in TARGETS]
+    + [("adam", torch.float64, 128, target, False) for target in TARGETS]
+    + [("adam", torch.bfloat16, 16, target, True) for target in TARGETS]
+    + [("rowwise_adagrad", torch.float16, 512, target, True) for target in TARGETS],
 )
-def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target):
-    calls = step_calls(kind, dtype, D, target, live=kind in ("adam", "rowwise_adam"))
+def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, target, rounds):
+    calls = step_calls(kind, dtype, D, target, kind in ("adam", "rowwise_adam"), rounds)
     kernels = [kernel for call in calls for kernel in call.kernels]
     names = {kernel.name for kernel in kernels}
     assert names >= {f"embedding_bag_{name}_kernel" for name in ("sources", "reduce", "join", "rows")}
+    assert "embedding_fm_backward_kernel" in names
     assert ("embedding_bag_fold_kernel" in names) == (kind in ("adam", "rowwise_adam"))
     for kernel in kernels:
         assert kernel.local == 0 and not kernel.spills
@@ -192,10 +210,11 @@ def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
 
 
 def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
-    modules = forward, backward, layers, bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update
+    bags = bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update, embedding_fm
+    modules = forward, backward, layers, *bags, fm_interaction, norm_activation
     kernels = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-    assert len(kernels) == 7 + 9
+    assert len(kernels) == 7 + 9 + 2 + 2 + 4
     assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 
@@ -237,7 +256,7 @@ def kernels_defined() -> set[str]:
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize("case", [op.cases[0] for op in IN_TRITON], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [op.cases[0] for op in GPU_OPS], ids=lambda case: case.op)
 def test_wide_loads_are_those_of_the_main_operand(records, case, target):
     """Its rows one element further apart, so that they are not aligned, the kernels have fewer of them."""
     dtype = case.dtypes[0]
@@ -247,7 +266,10 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
         return [torch.cat([t, t[..., :1]], -1)[..., :-1] if t.shape == first.shape else t for t in (first, *others)]
 
     def wide_loads(calls):
-        return [k.wide_loads for call in calls for k in call.kernels if k.name not in BESIDE | NO_TABLE]
+        kernels = [k for call in calls for k in call.kernels if k.name not in BESIDE | NO_TABLE]
+        if case.op.startswith("embedding"):  # which read addresses and ids, too, of 8 bytes
+            return [k.count(r"LDG\S*\.128|(global|buffer)_load_dwordx4") for k in kernels]
+        return [k.wide_loads for k in kernels]
 
     wide = wide_loads(records[case.id, dtype, target].calls)
     narrow = wide_loads(compile_case(replace(case, make=unaligned), dtype, target))

@@ -140,10 +140,10 @@ def address(t: torch.Tensor | None) -> int:
     return t.data_ptr()
 
 
-def behind_addresses(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors whose addresses, of any element, are among the int64 values of these."""
+def behind_addresses(tensors: list[torch.Tensor], numbers: list[int]) -> list[torch.Tensor]:
+    """The tensors whose addresses, of any element, are among the numbers and the int64 values of these."""
     pointed = [t.detach().flatten().numpy() for t in tensors if t.dtype == torch.int64 and t.numel()]
-    pointed = np.sort(np.concatenate([np.zeros(0, np.int64), *pointed]))
+    pointed = np.sort(np.concatenate([np.array(numbers, np.int64), *pointed]))
     found = []
     for t in list(_addressed.values()):
         end = t.data_ptr() + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) * t.element_size()
@@ -193,7 +193,8 @@ def install() -> None:
         host_args, host_kwargs = to_host(self, args, kwargs)
         flat = [t for a in (*host_args, *host_kwargs.values()) for t in (a if isinstance(a, tuple) else (a,))]
         tensors = [t for t in flat if isinstance(t, torch.Tensor)]
-        memory = Memory([*tensors, *behind_addresses(tensors)])
+        numbers = [v for v in flat if type(v) is int]
+        memory = Memory([*tensors, *behind_addresses(tensors, numbers)])
         launched.append(memory)
         interpreter.interpreter_builder.memory = memory
         return host_args, host_kwargs
