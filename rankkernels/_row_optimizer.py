@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._live_steps import LiveSteps, Scaled
+from rankkernels._settings import check_group
 from rankkernels._state_dict import check_form, step_of
-from rankkernels.ops._checks import FLOATING
 from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
@@ -26,17 +25,6 @@ from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, BagGradients
 #: Settings of torch's groups that ours lack; none changes the numbers once _check_kind has passed.
 _TORCHS = {"momentum", "dampening", "nesterov", "amsgrad", "maximize", "foreach", "capturable", "differentiable",
            "fused", "decoupled_weight_decay"}  # fmt: skip
-
-_NOT_NEGATIVE = (lambda x: 0 <= float(x) < math.inf), "not be negative, infinite or NaN"
-#: What the settings of a group must be, whichever kind of optimizer has them.
-_SETTINGS: dict[str, tuple[Callable, str]] = {
-    **dict.fromkeys(("lr", "weight_decay", "lr_decay", "initial_accumulator_value", "beta", "l1", "l2",
-                     "ar_alpha"), _NOT_NEGATIVE),
-    "betas": (lambda x: len(x) == 2 and all(0 <= float(beta) < 1 for beta in x), "be two numbers in [0, 1)"),
-    "ema_beta": (lambda x: 0 <= float(x) < 1, "be in [0, 1)"),
-    "lr_power": (lambda x: -math.inf < float(x) <= 0, "be 0 or negative, and not infinite or NaN"),
-    "min_shrinkage": (lambda x: 0 <= float(x) <= 1, "be in [0, 1]"),
-}  # fmt: skip
 #: Settings that say which kind of optimizer it is: a group cannot have others.
 _FIXED = ("decoupled_weight_decay",)
 
@@ -136,44 +124,14 @@ class RowOptimizer(torch.optim.Optimizer):
     def _draw_seed(self, group: dict) -> None:
         """Gives a group that rounds stochastically the optimizer's seed: torch's generator is asked once, if at all."""
         if group["stochastic_rounding"] and group["rounding_seed"] is None:
-            seed = self.rounding_seed
-            group["rounding_seed"] = int(torch.randint(2**32, (), device="cpu")) if seed is None else seed
+            seed, generator = self.rounding_seed, torch.default_generator
+            if seed is None:
+                seed = int(torch.randint(2**32, (), generator=generator, device=generator.device))
+            group["rounding_seed"] = seed
 
     def _check(self, group: dict) -> None:
-        """Raises a ValueError for hyperparameters that are no numbers to step with, and for what is no table."""
-        dtypes = [torch.float32]
-        for p in group["params"]:
-            if p.dim() != 2 or p.dtype not in FLOATING or p.layout != torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__}: tables must be floating-point [R, D], got {list(p.shape)}, {p.dtype} and "
-                    f"{p.layout}, where float32, float64, float16 and bfloat16, strided, are served"
-                )
-            dtypes.append(torch.promote_types(p.dtype, torch.float32))
-
-        def check(name: str, fits: Callable, rule: str) -> None:
-            try:
-                good = fits(group[name])
-            except (TypeError, ValueError, RuntimeError):
-                good = False
-            if not good:
-                raise ValueError(f"{type(self).__name__}: {name} must {rule}, got {group[name]}")
-
-        for name, (fits, rule) in _SETTINGS.items():
-            if name in group:
-                check(name, fits, rule)
-        if group["max_row_norm"] is not None:
-            tiny = torch.finfo(torch.float32).tiny  # the kernels flush less to 0, which means no clipping
-            check("max_row_norm", lambda x: float(x) >= tiny, "be positive or None")
-        check("stochastic_rounding", lambda x: isinstance(x, bool), "be True or False")
-        seeded = (lambda x: x is None or (isinstance(x, int) and 0 <= x < 2**32)), "be None or an integer below 2^32"
-        check("rounding_seed", *seeded)
-        # eps is all that divides a row whose gradients have all been zero, in the state's precision.
-        least = max(torch.finfo(dtype).tiny for dtype in dtypes[1:] or dtypes)
-        if "eps" in group and self._states and float(group.get("initial_accumulator_value", 0)) < least:
-            rule = f"be at least {least}, the least normal number of the state"
-            check("eps", lambda x: least <= float(x) < math.inf, rule)
-        if "eps" in group:
-            check("eps", *_NOT_NEGATIVE)
+        """Raises as ``check_group``."""
+        check_group(type(self).__name__, group, bool(self._states))
 
     def _new_state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         """The state's tensors for ``p``. A row's two elementwise ones are adjacent in memory, so that a step finds them

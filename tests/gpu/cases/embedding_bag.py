@@ -378,11 +378,7 @@ BAG = Interpreted(
         ("way: row-wise adam without decay", "elif KIND == ADAMW or KIND == ROWWISE_ADAM:", "elif KIND == ADAMW:"),
         ("way: adam's first moment", "* (g - m)", "* (g + m)"),
         ("way: adam's second moment", "v += rate * (g * g - v)", "v += rate * (g - v)"),
-        (
-            "way: row-wise adam's sum for a mean",
-            "(tl.sum(g * g, 1) / D)[:, None] - v)",
-            "tl.sum(g * g, 1)[:, None] - v)",
-        ),
+        ("way: row-wise adam's sum for a mean", "(tl.sum(g * g, 1) / D)[:, None] - v", "tl.sum(g * g, 1)[:, None] - v"),
         (
             "way: row-wise adagrad's sum for a mean",
             "mean = (tl.sum(g * g, 1) / D)[:, None]",
@@ -390,8 +386,8 @@ BAG = Interpreted(
         ),
         (
             "way: adagrad's state lost",
-            "tl.store(state_ptr, s, mask=inside)",
-            "tl.store(state_ptr, s - g * g, mask=inside)",
+            "tl.store(state_ptr, s, mask=inside",
+            "tl.store(state_ptr, s - g * g, mask=inside",
         ),
         ("way: a decay from the first step on", "tl.where(last == 0.0, 1.0, count - last)", "count - last"),
         ("way: a decay without end", "tl.minimum(decay, setting(settings_ptr, OWN1, ACC))", "decay"),
