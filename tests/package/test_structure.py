@@ -31,6 +31,7 @@ FLOORS = [
         "rankkernels._state_dict",
         "rankkernels._exact_adam",
         "rankkernels._live_steps",
+        "rankkernels._settings",
         "rankkernels._row_optimizer",
         "rankkernels._fbgemm",
         "rankkernels._fuse",
