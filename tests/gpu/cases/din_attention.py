@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -83,20 +84,31 @@ def count_layers(params: Sequence[Tensor]) -> int:
     return sum(p.dim() == 2 for p in params) - 1
 
 
+@contextlib.contextmanager
+def having(module, programs: int, precision: str):
+    """What a launch finds set: the grid's size, and what torch allows products of float32."""
+    before = module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision
+    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
+    try:
+        yield
+    finally:
+        module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = before
+
+
 def forward(
     module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
 ):
-    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
-    return module.din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
+    with having(module, programs, precision):
+        return module.din_attention(history, target, lengths, mask, offsets, params, running_stats, flags)
 
 
 def launch(
     module, history, target, grad_out, lengths, mask, offsets, params, running_stats, flags, programs, precision
 ):
     inputs = history, target, lengths, mask, offsets, params, running_stats, flags
-    module.PROGRAMS, torch.backends.cuda.matmul.fp32_precision = programs, precision
-    out, batch_stats, saved = module.din_attention(*inputs)
-    grads = module.din_attention_backward(grad_out, batch_stats, saved, *inputs)
+    with having(module, programs, precision):
+        out, batch_stats, saved = module.din_attention(*inputs)
+        grads = module.din_attention_backward(grad_out, batch_stats, saved, *inputs)
     return by_layer(out, batch_stats, *grads, count_layers(params))
 
 
