@@ -25,8 +25,7 @@ def _begin(rank: int, function: Callable, processes: int, folder: str, arguments
     )
     torch.save(function(rank, processes, *arguments), f"{folder}/{rank}.pt")
     dist.barrier()  # nobody leaves while another still talks to it
-    dist.destroy_process_group()
-    os._exit(0)  # groups of a mesh have threads that torch does not join: now and then they abort an ordinary exit
+    os._exit(0)  # groups have threads that torch does not join: now and then they abort an ordinary end
 
 
 def run(processes: int, folder: Path, function: Callable, *arguments) -> list:

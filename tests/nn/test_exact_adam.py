@@ -83,8 +83,8 @@ def test_schedules_and_gradients_near_eps(kind, schedule, magnitude, eps, betas)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("i, schedule", enumerate(SCHEDULES))
-@pytest.mark.parametrize("j, magnitude", enumerate([1e-3, 1e-5, 1e-8, None]))
+@pytest.mark.parametrize("i, schedule", list(enumerate(SCHEDULES)))
+@pytest.mark.parametrize("j, magnitude", list(enumerate([1e-3, 1e-5, 1e-8, None])))
 @pytest.mark.parametrize("k, eps, betas", [(0, 1e-8, (0.9, 0.999)), (1, 1e-6, (0.8, 0.99))])
 def test_two_thousand_steps(i, schedule, j, magnitude, k, eps, betas):
     """Adam and AdamW in turn, with every two of the other settings."""
