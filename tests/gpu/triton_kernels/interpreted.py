@@ -62,20 +62,18 @@ def errors(op: Interpreted, module: ModuleType, config: dict, dtype: torch.dtype
 
 
 def in_all_dtypes(configs: str):
-    """Each op's ``configs`` in every dtype; all but one of these, in turn, are slow; of many configs two in three."""
+    """Each op's ``configs`` in every dtype, all but one of these, in turn, slow. Where there are many, each has two
+    dtypes in turn, and two in three are slow."""
     for op in INTERPRETED:
-        every = 3 if sum(not config.get("slow") for config in getattr(op, configs)) > 20 else 1
+        many = sum(not config.get("slow") for config in getattr(op, configs)) > 20
+        every = 3 if many else 1
         for n, config in enumerate(getattr(op, configs)):
             dtypes = config.get("dtypes", op.dtypes)
-            for i, dtype in enumerate(dtypes):
-                marks = (
-                    []
-                    if not config.get("slow") and n % every == 0 and i == n // every % len(dtypes)
-                    else pytest.mark.slow
-                )
-                yield pytest.param(
-                    op, config, dtype, marks=marks, id=f"{op.module}-{described(config)}-{described(dtype)}"
-                )
+            first = n // every % len(dtypes)
+            for i in sorted({first, (first + 1 + n % every) % len(dtypes)}) if many else range(len(dtypes)):
+                slow = config.get("slow") or n % every or i != first
+                marks, name = [pytest.mark.slow] if slow else [], f"{op.module}-{described(config)}"
+                yield pytest.param(op, config, dtypes[i], marks=marks, id=f"{name}-{described(dtypes[i])}")
 
 
 @pytest.mark.parametrize("op, config, dtype", in_all_dtypes("configs"))
