@@ -55,7 +55,8 @@ def every_size(dtype: torch.dtype) -> None:
         wide, narrow = tables
         right = reference.round_stochastically(wide, dtype, reference.rounding_bits(KEY, STEP, rows, 64))
         numbers = ~wide.isnan()
-        assert torch.equal(narrow.isnan(), wide.isnan()) and torch.equal(narrow[numbers], right[numbers]), (dtype, lr)
+        equal = torch.equal(narrow.isnan(), wide.isnan()) and torch.equal(narrow[numbers], right[numbers])
+        assert equal, f"{dtype}, steps of {lr}: not rounded as the reference does"
 
 
 def rounding(some: bool) -> list[torch.Tensor]:
