@@ -7,6 +7,7 @@ in the order of the ranks, so that all processes have the same bits.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from operator import itemgetter
@@ -17,8 +18,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 _numbers = count()
-#: [n] of each process -> [processes * n]; torch 2.13 has it under a new name.
-all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+#: torch 2.13 has it under a new name.
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_use_count = getattr(Tensor, "_use_count", None)
+#: Seconds that gloo's thread may take to let go of what it sent.
+_LET_GO = 1.0
+
+
+def all_gather(every: Tensor, own: Tensor, group: dist.ProcessGroup | None) -> None:
+    """``own`` [n] of each process -> ``every`` [processes * n].
+
+    Returns when gloo's thread has let go of the tensors, a moment after it has answered: a tensor that Python drops
+    first dies in that thread, which aborts a process that ends meanwhile.
+    """
+    received, sent = every.detach(), own.detach()
+    _all_gather(received, sent, group=group)
+    if _use_count is None or own.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    end = time.monotonic() + _LET_GO
+    while max(_use_count(received), _use_count(sent)) > 1 and time.monotonic() < end:
+        time.sleep(0)
 
 
 class _AtTheEnd(list):
