@@ -167,9 +167,11 @@ def _each(call: Call, kernel, numbers: Tensor, chosen: Sequence[int], places: Se
     """Launches a kernel that writes to ``places``, one a feature, for the features chosen."""
     where = on_device(list(map(_alignment.address, places)), call.device)
     for tile, features in call.tiles(chosen).items():
-        described, blocks = call.described(features, tile.rows)
+        # In 16 bits a maximum beside its gradient is more than sm_90's registers hold of as many.
+        rows = max(1, tile.rows // 2) if tile.dtype.itemsize == 2 else tile.rows
+        described, blocks = call.described(features, rows)
         power = triton.next_power_of_2(len(features))
-        constants = *call.flags, *tile.types, tile.ALIGN, power, tile.rows, tile.BLOCK_D
+        constants = *call.flags, *tile.types, tile.ALIGN, power, rows, tile.BLOCK_D
         size = len(features), len(call.outs), tile.D
         launch(kernel, (blocks,), (described, numbers, where), size, constants, num_warps=4)
 
