@@ -65,6 +65,21 @@ def _user_of(index_ptr, b, users):
 
 
 @triton.jit
+def _share_of_sample(
+    index_ptr, rows_ptr, L, users, splits, stride_hb, stride_hl, FORM: tl.constexpr, BLOCK_L: tl.constexpr
+):  # fmt: skip
+    """The program's sample, its share, the history, its first row's place, its valid rows' number, and the first and
+    the end of the valid ones of the share, none of a history that is not there."""
+    task = tl.program_id(0).to(tl.int64)
+    b, split = task // splits, (task % splits).to(tl.int32)
+    u, known = _user_of(index_ptr, b, users)
+    start, valid, first, end = _rows_of(u, split, splits, rows_ptr, L, stride_hb, FORM, BLOCK_L)
+    if FORM == "offsets":
+        start *= stride_hl
+    return b, split, u, start, valid, first, tl.where(known, tl.minimum(end, valid), 0)
+
+
+@triton.jit
 def _shown(rows_ptr, u, o_l, valid, stride_mb, stride_ml, FORM: tl.constexpr):
     """Which rows of a history there are, and which of them a mask shows."""
     there = o_l < valid
@@ -93,17 +108,14 @@ def target_attention_kernel(
     the sums of exponentials or, where shares are yet to be JOINED, the sums, and ``out`` as much."""
     stride_qb, stride_qh = aligned(stride_qb, ALIGN), aligned(stride_qh, ALIGN)
     stride_hb, stride_hl, D = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN), aligned(D, ALIGN)
-    task = tl.program_id(0).to(tl.int64)
-    b, split = task // splits, (task % splits).to(tl.int32)
-    u, known = _user_of(index_ptr, b, users)
-    start, valid, first, end = _rows_of(u, split, splits, rows_ptr, L, stride_hb, FORM, BLOCK_L)
-    if FORM == "offsets":
-        start *= stride_hl
+    b, split, u, start, valid, first, end = _share_of_sample(
+        index_ptr, rows_ptr, L, users, splits, stride_hb, stride_hl, FORM, BLOCK_L
+    )
     o_h, o_d = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     b_query = _tile(query_ptr + b * stride_qb, o_h, H, stride_qh, o_d, D, stride_qd)
     peak, total = tl.full([BLOCK_H], LOWEST, tl.float32), tl.zeros([BLOCK_H], tl.float32)
     pooled = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for row in range(first, tl.where(known, tl.minimum(end, valid), 0), BLOCK_L):
+    for row in range(first, end, BLOCK_L):
         o_l = row + tl.arange(0, BLOCK_L)
         b_rows = _tile(history_ptr + start, o_l, valid, stride_hl, o_d, D, stride_hd)
         there, shown = _shown(rows_ptr, u, o_l, valid, stride_mb, stride_ml, FORM)
@@ -116,7 +128,7 @@ def target_attention_kernel(
     if not JOINED:
         total = tl.where(total == 0, 0.0, 1 / total)
         pooled *= total[:, None]
-    place = task * H + o_h
+    place = (b * splits + split) * H + o_h
     tl.store(stats_ptr + 2 * place, peak, mask=o_h < H)
     tl.store(stats_ptr + 2 * place + 1, total, mask=o_h < H)
     tl.store(out_ptr + place[:, None] * D + o_d[None, :], pooled, mask=(o_h < H)[:, None] & (o_d < D)[None, :])
@@ -183,12 +195,9 @@ def target_attention_queries_kernel(
     stride_gb, stride_gh = aligned(stride_gb, ALIGN), aligned(stride_gh, ALIGN)
     stride_qb, stride_qh = aligned(stride_qb, ALIGN), aligned(stride_qh, ALIGN)
     stride_hb, stride_hl, D = aligned(stride_hb, ALIGN), aligned(stride_hl, ALIGN), aligned(D, ALIGN)
-    task = tl.program_id(0).to(tl.int64)
-    b, split = task // splits, (task % splits).to(tl.int32)
-    u, known = _user_of(index_ptr, b, users)
-    start, valid, first, end = _rows_of(u, split, splits, rows_ptr, L, stride_hb, FORM, BLOCK_L)
-    if FORM == "offsets":
-        start *= stride_hl
+    b, split, u, start, valid, first, end = _share_of_sample(
+        index_ptr, rows_ptr, L, users, splits, stride_hb, stride_hl, FORM, BLOCK_L
+    )
     o_h, o_d = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     b_query, b_grad, peak, inverse = _of_queries(
         b, o_h, o_d, grad_out_ptr, stats_ptr, query_ptr, H, D, stride_gb, stride_gh, stride_gd, stride_qb, stride_qh,
@@ -198,7 +207,7 @@ def target_attention_queries_kernel(
     if split == 0:
         tl.store(along_ptr + b * H + o_h, along, mask=o_h < H)
     total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for row in range(first, tl.where(known, tl.minimum(end, valid), 0), BLOCK_L):
+    for row in range(first, end, BLOCK_L):
         o_l = row + tl.arange(0, BLOCK_L)
         b_rows = _tile(history_ptr + start, o_l, valid, stride_hl, o_d, D, stride_hd)
         there, shown = _shown(rows_ptr, u, o_l, valid, stride_mb, stride_ml, FORM)

@@ -10,6 +10,7 @@ import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,18 @@ def needs_kernels_of(capability: str) -> None:
     isa = "baseline" if capability == "default" else capability
     if no_extension or CPU_ISAS.index(isa) > CPU_ISAS.index(cpu_isa):
         pytest.skip(f"no {isa} here")
+
+
+def check_with_kernels_of(capability: str, file: str) -> None:
+    """``file`` in a process of its own with ATEN_CPU_CAPABILITY, which says the kernels' name and that they are right.
+    Without the variable the other tests try what runs."""
+    needs_kernels_of(capability)
+    isa = "baseline" if capability == "default" else capability
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", file], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True, text=True, timeout=600, cwd=Path(file).parent,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == [isa, "right"], done.stderr
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from test_out_of_bounds import needs_kernels_of
+from test_out_of_bounds import check_with_kernels_of
 
 import rankkernels as rk
 from rankkernels import reference
@@ -152,13 +148,7 @@ def test_numbers_of_every_size(dtype):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_each_instruction_set(capability):
-    needs_kernels_of(capability)
-    isa = "baseline" if capability == "default" else capability
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split() == [isa, "right"], done.stderr
+    check_with_kernels_of(capability, __file__)
 
 
 def test_threads_and_batches_do_not_matter():

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from random_lookups import Lookups, random_lookups
-from test_out_of_bounds import needs_kernels_of
+from test_out_of_bounds import check_with_kernels_of
 
 import rankkernels as rk
 
@@ -53,14 +48,7 @@ def test_features_of_default_widths(B):
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_each_instruction_set(capability):
-    """What runs without the variable is what the other tests try."""
-    needs_kernels_of(capability)
-    isa = "baseline" if capability == "default" else capability
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True, text=True, timeout=600, cwd=Path(__file__).parent,
-    )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.split() == [isa, "right"], done.stderr
+    check_with_kernels_of(capability, __file__)
 
 
 if __name__ == "__main__":
