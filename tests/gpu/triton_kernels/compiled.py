@@ -83,6 +83,8 @@ SPILLED = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else
 NARROW = {"cross_alphas_kernel", "embedding_bag_numbers_kernel", "embedding_bag_sources_kernel"}
 #: Reads no history, but weights, which are contiguous, and other programs' sums.
 BESIDE = {f"din_attention_{name}_kernel" for name in ("fold", "join", "sums", "unfold")}
+#: Read no rows that a caller can lay apart, but products and sums.
+CONTIGUOUS = {"augru_kernel", "augru_backward_kernel", "target_attention_join_kernel"}
 #: Read keys and gradients, not the tables.
 NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "reduce", "join")} | {
     "embedding_fm_backward_kernel"
@@ -270,7 +272,7 @@ def test_wide_loads_are_those_of_the_main_operand(records, case, target):
         return [torch.cat([t, t[..., :1]], -1)[..., :-1] if t.shape == first.shape else t for t in (first, *others)]
 
     def wide_loads(calls):
-        kernels = [k for call in calls for k in call.kernels if k.name not in BESIDE | NO_TABLE]
+        kernels = [k for call in calls for k in call.kernels if k.name not in BESIDE | CONTIGUOUS | NO_TABLE]
         if case.op.startswith("embedding"):  # which read addresses and ids, too, of 8 bytes
             return [k.count(r"LDG\S*\.128|(global|buffer)_load_dwordx4") for k in kernels]
         return [k.wide_loads for k in kernels]
