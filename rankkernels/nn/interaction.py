@@ -119,8 +119,7 @@ class CrossNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weights, x0 = _weights_of(self.w), x
         for i in range(self.num_layers):
-            product = self.w[i](x) if weights is None else _product(x, weights[i])
-            x = _end_of_layer(x0, product, x, self.b[i])
+            x = _end_of_layer(x0, self.w[i](x) if weights is None else _product(x, weights[i]), x, self.b[i])
         return x
 
 

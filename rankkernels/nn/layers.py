@@ -119,26 +119,28 @@ def activation_of(module: nn.Module) -> tuple[str, list[Tensor], float]:
     return {nn.Sigmoid: "sigmoid", nn.ReLU: "relu", nn.Identity: "linear"}.get(kind, ""), [], 0.0
 
 
-def normalize_and_activate(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """``activation(norm(x))``, fused where the op has both, is the faster one, and nobody could tell. Processes that
-    exchange statistics do it in one way, whatever their parts of the batch are."""
+def _fused_activation(norm: nn.Module, activation: nn.Module, x: Tensor) -> tuple[str, Tensor | None, float] | None:
+    """What ``normalized`` takes for ``activation(norm(x))``, where the op has both, is the faster one, and nobody could
+    tell. Processes that exchange statistics do it in one way, whatever their parts of the batch are."""
     if x.dim() != 2 or not (is_faster(x, "dice" if type(activation) is Dice else "") or group_of(norm)):
-        return activation(norm(x))
+        return None
     name, learnt, dice_eps = activation_of(activation)
-    if not name or not is_served(norm):
-        return activation(norm(x))
-    return normalized(norm, x, name, learnt[0] if learnt else None, dice_eps)
+    return (name, learnt[0] if learnt else None, dice_eps) if name and is_served(norm) else None
 
 
 def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
     """``modules`` one after the other: a normalization and the activation behind it as one op, a linear layer by the
-    faster library, wherever nobody could tell."""
+    faster library, wherever nobody could tell. Without gradients only a layer's input and output are alive: the next
+    one's output then lies in the caches still."""
     modules, at, followed = [*modules], 0, is_traced() or not nobody_follows()
     N = 0 if followed or x.dim() != 2 else x.shape[0]
     while at < len(modules):
         module, kind, at = modules[at], type(modules[at]), at + 1
         if kind in BATCH_NORMS and at < len(modules) and type(modules[at]) is not nn.Linear:
-            x, at = normalize_and_activate(module, modules[at], x), at + 1
+            if fused := _fused_activation(module, modules[at], x):
+                x, at = normalized(module, x, *fused), at + 1
+            else:
+                x = module(x)
         elif followed or kind not in (nn.Linear, nn.Dropout) or not is_untouched(module, kind):
             x = module(x)
         elif kind is nn.Dropout:
@@ -148,10 +150,10 @@ def run_layers(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
             weight, bias = _weight_and_bias(module)
             if is_torchs(N, module.in_features, module.out_features):
                 x = F.linear(x, weight, bias)
-            elif (normalized := _normalized_linear(weight, bias, modules[at : at + 1], x)) is None:
+            elif (y := _normalized_linear(weight, bias, modules[at : at + 1], x)) is None:
                 x = linear(x, weight, bias)
             else:
-                x, at = normalized, at + 1
+                x, at = y, at + 1
     return x
 
 

@@ -16,8 +16,8 @@ from rankkernels.ops._tracing import is_tensor, must_stay_transparent
 from rankkernels.ops.linear_weight_grad import linear_weight_grad
 from rankkernels.reference import BatchNorm
 
-#: Multiply-adds from which oneDNN wins despite its cost per call: in forward and backward, and in the forward alone.
-MIN_MULTIPLY_ADDS, MIN_MULTIPLY_ADDS_FORWARD = 1 << 24, 1 << 21
+#: Multiply-adds from which oneDNN wins despite its cost per call, some 20 us between a model's others (bench_models.py).
+MIN_MULTIPLY_ADDS = 1 << 24
 #: With a single output unit a product is bound by reading x, which takes the time of about so many units.
 LEAST_UNITS = 4
 #: Values of a cache line.
@@ -60,12 +60,12 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None, least: int, rows_as_units: int = 0) -> bool:
-    """Whether the product has at least ``least`` multiply-adds, reading x as much as ``rows_as_units`` output units.
+def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None, rows_as_units: int = 0) -> bool:
+    """Whether oneDNN's cost per call is little, reading x counting as much as ``rows_as_units`` output units.
 
     False where it must be torch's own call: a subclass, another dtype or device, widths that do not fit.
     """
-    if x.dim() != 2 or weight.dim() != 2 or x.numel() * max(weight.shape[0], rows_as_units) < least:
+    if x.dim() != 2 or weight.dim() != 2 or x.numel() * max(weight.shape[0], rows_as_units) < MIN_MULTIPLY_ADDS:
         return False  # asked first: most calls are small
     for t in (x, weight) if bias is None else (x, weight, bias):
         if not is_tensor(t) or t.dtype != torch.float32 or t.device.type != "cpu":
@@ -76,8 +76,7 @@ def _is_large(x: Tensor, weight: Tensor, bias: Tensor | None, least: int, rows_a
 def is_torchs(N: int, K: int, M: int) -> bool:
     """Whether ``linear`` is torch's own call for an x [N, K] and M units, and ``folded_linear`` not faster, whatever
     else they are: by three numbers that take a tenth of the time of what ``linear`` asks."""
-    least = MIN_MULTIPLY_ADDS_FORWARD if onednn_is_faster() else MIN_MULTIPLY_ADDS
-    return N * K * max(M, LEAST_UNITS) < least
+    return N * K * max(M, LEAST_UNITS) < MIN_MULTIPLY_ADDS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -87,9 +86,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     grad = torch.is_grad_enabled()
     if (onednn_is_faster() or (grad and x.requires_grad)) and not must_stay_transparent():  # before any size is read
-        if grad and (onednn_is_faster() or x.shape[-1] % LINE) and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS):
+        if grad and (onednn_is_faster() or x.shape[-1] % LINE) and _is_large(x, weight, bias):
             return _Linear.apply(x, weight, bias)
-        if not grad and _is_large(x, weight, bias, MIN_MULTIPLY_ADDS_FORWARD, LEAST_UNITS):
+        if not grad and _is_large(x, weight, bias, LEAST_UNITS):
             return _product(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -110,7 +109,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor
 def is_faster_folded(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether ``folded_linear`` is the faster way: K M multiply-adds in each call, because the weights may change in
     place between any two, where the normalization's own pass reads and writes N M values. There is no backward."""
-    if torch.is_grad_enabled() or not _is_large(x, weight, bias, MIN_MULTIPLY_ADDS):
+    if torch.is_grad_enabled() or not _is_large(x, weight, bias):
         return False
     return not must_stay_transparent()
 
