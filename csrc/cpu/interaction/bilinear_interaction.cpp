@@ -11,6 +11,7 @@
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
+#include "cpu/runtime/parallel.h"
 #include "cpu/runtime/values.h"
 #include "cpu/tuning.h"
 #include "stable/check.h"
@@ -41,15 +42,39 @@ void check(const char* op, const Tensor& x, const Tensors& weights, int64_t kind
 // Matrices [D, D] as operands of the GEMM, one behind the other.
 template <class A>
 const A* operands(const Tensors& weights, int64_t D, bool transposed, Arena<A>& arena) {
-  const int64_t stride = padded<A>(D);
-  A* all = arena.take(weights.size() * D * stride);
-  for (size_t w = 0; w < weights.size(); ++w) {
-    const std::vector<A> values = values_of<A>(weights[w]);
-    A* to = all + w * D * stride;
-    for (int64_t i = 0; i < D; ++i)
-      for (int64_t j = 0; j < D; ++j) to[i * stride + j] = values[transposed ? j * D + i : i * D + j];
-  }
+  const int64_t stride = padded<A>(D), count = weights.size();
+  A* all = arena.take(count * D * stride);
+  if (count == 0) return all;
+  with_values(dtype_of(weights[0]), [&](auto* type) {
+    run_tasks(count, count * D * D, [&](int64_t w) {
+      const auto* from =
+          static_cast<const std::remove_pointer_t<decltype(type)>*>(weights[w].const_data_ptr());
+      const int64_t of_row = weights[w].stride(transposed ? 1 : 0),
+                    of_column = weights[w].stride(transposed ? 0 : 1);
+      A* to = all + w * D * stride;
+      for (int64_t i = 0; i < D; ++i)
+        for (int64_t j = 0; j < D; ++j) to[i * stride + j] = static_cast<A>(from[i * of_row + j * of_column]);
+    });
+  });
   return all;
+}
+
+// Gradients like the weights, of sums that lie as `operands` does.
+template <class A>
+Tensors gradients_of(const Tensors& weights, int64_t D, const A* sums) {
+  const int64_t stride = padded<A>(D), count = weights.size();
+  Tensors grads;
+  for (const Tensor& weight : weights) grads.push_back(torch::stable::new_empty(weight, weight.sizes()));
+  if (count == 0) return grads;
+  with_values(dtype_of(weights[0]), [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    run_tasks(count, count * D * D, [&](int64_t w) {
+      P* to = static_cast<P*>(grads[w].mutable_data_ptr());
+      for (int64_t i = 0; i < D; ++i)
+        for (int64_t j = 0; j < D; ++j) to[i * D + j] = static_cast<P>(sums[(w * D + i) * stride + j]);
+    });
+  });
+  return grads;
 }
 
 template <class T>
@@ -108,8 +133,7 @@ std::tuple<Tensor, Tensors> bilinear_interaction_backward_cpu(const Tensor& grad
     common.stride_grad = gu.stride(0);
     common.stride_pair = gu.stride(1);
     common.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
-    const int64_t stride = common.forward.stride, matrix = D * stride;
-    ChunkedSums<A> sums(B, pairs * D, weights.size() * matrix);
+    ChunkedSums<A> sums(B, pairs * D, weights.size() * D * common.forward.stride);
     const A* sum = sums.run([&](Range samples, A* part) {
       Arena<A> arena;
       BilinearInteractionBackward<T> a = common;
@@ -117,9 +141,7 @@ std::tuple<Tensor, Tensors> bilinear_interaction_backward_cpu(const Tensor& grad
       a.grad_weights = part;
       RK_DISPATCH_ISA(bilinear_interaction_backward<T>, a, samples);
     });
-    for (size_t w = 0; w < weights.size(); ++w)
-      grad_weights.push_back(
-          gradient_of(weights[w], [&](int64_t i) { return sum[w * matrix + i / D * stride + i % D]; }));
+    grad_weights = gradients_of(weights, D, sum);
   });
   return {grad_x, grad_weights};
 }

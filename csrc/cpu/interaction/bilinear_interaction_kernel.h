@@ -5,7 +5,7 @@
 //   z = W x_f     out[b, (f, g)] = z x_g                                elementwise
 //   dz = grad_out x_g     dx_g += grad_out z     dx_f += W^T dz         dW = sum_b dz x_f^T
 //
-// A block of kSamples goes through all pairs, so that a matrix that comes from L2 serves all of them. With a
+// A block of samples goes through all pairs, so that a matrix that comes from L2 serves all of them. With a
 // matrix for each field or for all, z is computed once a field, and its dz is the sum over the pairs. Per
 // sample, one matrix a pair: forward F D reads, F (F - 1) / 2 D writes, F (F - 1) D^2 flops; backward as many
 // more reads and three times the flops, z being computed again.
@@ -20,20 +20,21 @@ namespace rk {
 namespace RK_ISA {
 namespace bilinear {
 
-constexpr int64_t kSamples = 32;
+constexpr int64_t kSamples = 32, kPairsAhead = 4;
 
-// A task's memory: fields and their gradients [F, kSamples, stride], blocks [kSamples, stride].
+// A task's memory: fields and their gradients [F, samples, stride], blocks [samples, stride].
 template <class T>
 struct Scratch {
   using A = Accumulator<T>;
-  int64_t F, D, stride, block, vecs;
+  int64_t F, D, stride, samples, block, vecs;
   A *fields, *grads, *z, *dz;
 
   RK_INLINE Scratch(int64_t F, int64_t D, A* memory)
       : F(F),
         D(D),
         stride(padded<A>(D)),
-        block(kSamples * stride),
+        samples(D * sizeof(A) <= 64 ? 2 * kSamples : kSamples),
+        block(samples * stride),
         vecs((D + Traits<A>::lanes - 1) / Traits<A>::lanes) {
     fields = memory;
     grads = fields + F * block;
@@ -86,6 +87,14 @@ RK_INLINE void store_products(const BilinearInteraction<T>& a, const Scratch<T>&
   }
 }
 
+// A sample's rows of grad_out are a stream of their own, of more streams than the hardware follows.
+template <class T>
+RK_INLINE void prefetch(const T* grad_out, int64_t stride, int64_t n, int64_t D) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(grad_out + i * stride + d);
+}
+
 // dz = grad_out x_g, or that added to it, and dx_g += grad_out z, for a pair of n samples.
 template <class T>
 RK_INLINE void multiply_back(const BilinearInteractionBackward<T>& a, const Scratch<T>& s, int64_t n,
@@ -118,8 +127,8 @@ void bilinear_interaction(BilinearInteraction<T> a, Range samples) {
   const bilinear::Scratch<T> s(a.F, a.D, a.memory);
   const Tail<T> tail(static_cast<int>(a.D % Traits<T>::lanes));
   const int64_t matrix = a.D * a.stride, pairs = a.F * (a.F - 1) / 2;
-  for (int64_t b = samples.begin; b < samples.end; b += bilinear::kSamples) {
-    const int64_t n = samples.end - b < bilinear::kSamples ? samples.end - b : bilinear::kSamples;
+  for (int64_t b = samples.begin; b < samples.end; b += s.samples) {
+    const int64_t n = samples.end - b < s.samples ? samples.end - b : s.samples;
     bilinear::load_fields<T>(s, a, b, n, tail);
     bilinear::for_each_pair(a.F, [&](int64_t f, int64_t g, int64_t pair,
                                      bool first) __attribute__((always_inline)) {
@@ -137,19 +146,21 @@ void bilinear_interaction_backward(BilinearInteractionBackward<T> a, Range sampl
   const BilinearInteraction<T>& of = a.forward;
   const bilinear::Scratch<T> s(of.F, of.D, of.memory);
   const Tail<T> tail(static_cast<int>(of.D % Traits<T>::lanes));
-  const int64_t matrix = of.D * of.stride;
+  const int64_t matrix = of.D * of.stride, pairs = of.F * (of.F - 1) / 2;
   const bool a_pair = of.kind == Bilinear::interaction;
-  for (int64_t b = samples.begin; b < samples.end; b += bilinear::kSamples) {
-    const int64_t n = samples.end - b < bilinear::kSamples ? samples.end - b : bilinear::kSamples;
+  for (int64_t b = samples.begin; b < samples.end; b += s.samples) {
+    const int64_t n = samples.end - b < s.samples ? samples.end - b : s.samples;
     bilinear::load_fields<T>(s, of, b, n, tail);
     for (int64_t i = 0; i < of.F * s.block; ++i) s.grads[i] = 0;
     bilinear::for_each_pair(
         of.F, [&](int64_t f, int64_t g, int64_t pair, bool first) __attribute__((always_inline)) {
           const int64_t weight = of.weight_of(f, pair) * matrix;
           const A* x = s.fields + f * s.block;
+          const T* grad_out = a.grad_out + b * a.stride_grad + pair * a.stride_pair;
+          if (pair + bilinear::kPairsAhead < pairs)
+            bilinear::prefetch(grad_out + bilinear::kPairsAhead * a.stride_pair, a.stride_grad, n, of.D);
           if (first || a_pair) s.multiply(n, x, of.transposed + weight, s.z, nullptr);
-          bilinear::multiply_back<T>(a, s, n, a.grad_out + b * a.stride_grad + pair * a.stride_pair, g,
-                                     first || a_pair, tail);
+          bilinear::multiply_back<T>(a, s, n, grad_out, g, first || a_pair, tail);
           if (g < of.F - 1 && !a_pair) return;
           A *dx = s.grads + f * s.block, *dw = a.grad_weights + weight;
           s.multiply(n, s.dz, a.weights + weight, dx, dx);

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 
-#include "cpu/runtime/arena.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/simd/kernel.h"
 #include "cpu/simd/operand.h"
@@ -22,29 +24,32 @@ class ChunkedSums {
     const int64_t most = std::clamp(kSumsValues / size_, kFewestChunks, kMostChunks);
     length_ = std::max((samples + most - 1) / most, kFmChunk / (work + 1) + 1);
     chunks_ = (samples + length_ - 1) / length_;
-    parts_ = arena_.take(std::max<int64_t>(chunks_, 1) * size_);
+    parts_.reset(static_cast<A*>(std::aligned_alloc(64, std::max<int64_t>(chunks_, 1) * size_ * sizeof(A))));
+    if (!parts_) throw std::bad_alloc();
   }
 
   // Calls body(samples, sum to add to) for every chunk; returns the total.
   template <class Body>
   A* run(const Body& body) {
+    A* parts = parts_.get();
+    if (chunks_ == 0) std::fill_n(parts, size_, A(0));
     run_tasks(chunks_, samples_ * work_, [&](int64_t chunk) {
       const int64_t first = chunk * length_;
-      body(Range{first, std::min(samples_, first + length_)}, parts_ + chunk * size_);
+      A* part = std::fill_n(parts + chunk * size_, size_, A(0)) - size_;
+      body(Range{first, std::min(samples_, first + length_)}, part);
     });
     constexpr int64_t length = kChunkValues;
     run_tasks((size_ + length - 1) / length, chunks_ * size_, [&](int64_t range) {
       const int64_t begin = range * length, end = std::min(begin + length, size_);
       for (int64_t chunk = 1; chunk < chunks_; ++chunk)
-        for (int64_t i = begin; i < end; ++i) parts_[i] += parts_[chunk * size_ + i];
+        for (int64_t i = begin; i < end; ++i) parts[i] += parts[chunk * size_ + i];
     });
-    return parts_;
+    return parts;
   }
 
  private:
   int64_t samples_, work_, size_, length_, chunks_;
-  Arena<A> arena_;
-  A* parts_;
+  std::unique_ptr<A, decltype(&std::free)> parts_{nullptr, &std::free};
 };
 
 }  // namespace rk
