@@ -13,7 +13,7 @@ from rankkernels import ops
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.ops._tracing import is_tensor, is_traced
 from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
-from rankkernels.ops.cross_layer import cross_layer
+from rankkernels.ops.cross_layer import cross_layer, is_faster
 from rankkernels.ops.ffm_interaction import ffm_interaction
 from rankkernels.ops.linear import linear
 
@@ -46,8 +46,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _end_of_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x0 * product + bias + x, fused where all are of one dtype: under autocast products are of another."""
-    if x.dim() == 2 and is_tensor(x0) and _are_like(x, [x0, product] if bias is None else [x0, product, bias]):
+    """x0 * product + bias + x, fused where that is faster and all are of one dtype: under autocast products are not."""
+    if x.dim() == 2 and is_faster(x) and is_tensor(x0) and _are_like(x, [x0, product] if bias is None else [x0, product, bias]):
         return cross_layer(x0, product, x, bias)
     return x0 * product + x if bias is None else x0 * product + bias + x
 

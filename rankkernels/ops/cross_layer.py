@@ -11,6 +11,7 @@ from rankkernels.ops._autograd import differentiable, register_autograd
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
 from rankkernels.ops._library import define, has_triton, lib, triton_serves_single
 from rankkernels.ops._table import notice_reference
+from rankkernels.ops._tracing import is_traced
 
 define("cross_layer(Tensor x0, Tensor product, Tensor x, Tensor? bias) -> Tensor")
 define(
@@ -96,6 +97,16 @@ _cross_layer_backward = differentiable(torch.ops.rankkernels.cross_layer_backwar
 def _backward(ctx, grad_out):
     of_x0, of_product, of_bias = _cross_layer_backward(grad_out, *ctx.saved_tensors, ctx.has_bias)
     return of_x0, of_product, grad_out, of_bias[0] if of_bias else None
+
+
+#: Values from which one pass is faster than torch's three small calls, on the CPU (bench_models.py).
+MIN_VALUES = 1 << 17
+
+
+def is_faster(x: Tensor) -> bool:
+    """Whether the op, and not torch's calls, is the faster way; or the more exact one, in 16 bits. Under a compiler no
+    size is read, which would specialize the graph on it."""
+    return is_traced() or not x.is_cpu or x.dtype in (torch.float16, torch.bfloat16) or x.numel() >= MIN_VALUES
 
 
 _forward = register_autograd("cross_layer", _reference, _backward, _setup_context)

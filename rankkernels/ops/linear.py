@@ -16,7 +16,7 @@ from rankkernels.ops._tracing import is_tensor, must_stay_transparent
 from rankkernels.ops.linear_weight_grad import linear_weight_grad
 from rankkernels.reference import BatchNorm
 
-#: Multiply-adds from which oneDNN wins despite its cost per call, some 20 us between a model's others (bench_models.py).
+#: Multiply-adds from which oneDNN wins despite its cost per call, some 20 us in a model (bench_models.py).
 MIN_MULTIPLY_ADDS = 1 << 24
 #: With a single output unit a product is bound by reading x, which takes the time of about so many units.
 LEAST_UNITS = 4
