@@ -86,7 +86,13 @@ OPS = {
             cuda="CUDA C++",
             else_triton=True,
         ),
-        Op("embedding_catch_up", ("optim",), "dense Adam's steps on rows that no batch looked up", cuda="CUDA C++"),
+        Op(
+            "embedding_catch_up",
+            ("optim",),
+            "dense Adam's steps on rows that no batch looked up",
+            cuda="CUDA C++",
+            else_triton=True,
+        ),
         Op(
             "embedding_fm",
             ("DeepFM",),
