@@ -62,7 +62,7 @@ def lookup(call: Call, tables: Tables) -> None:
         numbers = call.numbers(clocks) if numbers is None else numbers
         of_features = [call.features.tables[f] for f in chosen]
         align = math.gcd(tile.ALIGN, *map(tables.alignment, set(of_features)))
-        rows = max(1, tile.sums // 2)
+        rows = max(1, tile.sums // 4)
         described, blocks = call.described(chosen, rows)
         behind: Tensor = tables.described([(t, 0) for t in of_features])
         pointers = described, behind, numbers, numbers[numbers.numel() - len(clocks) :]

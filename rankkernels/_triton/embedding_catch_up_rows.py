@@ -159,7 +159,7 @@ class Tables:
                 first_key = {t: sum(self.rows[s] for s in of_tile[:i]) for i, t in enumerate(of_tile)}
             lookups = sum(self.rows[t] for t in of_tile) if keys is None else keys.numel()
             behind, n = self.described([(t, first_key[t]) for t in of_tile]), len(of_tile)
-            rows = max(1, tile.sums // 2)  # a row's sums, its state and what is made of them
+            rows = max(1, tile.sums // 4)  # a row's sums, its state and what is made of them
             constants = steps_now, *tile.types, tile.ALIGN, max(n - 1, 1).bit_length(), rows, tile.BLOCK_D
             grid = (triton.cdiv(lookups, rows),)
             size = lookups, n, tile.D
