@@ -38,7 +38,10 @@ def adam_history_kernel(
     g = tl.where(is_new, of_bits(centre), g)
     tl.store(start_ptr + CENTRE, g, mask=is_new)
     tl.store(start_ptr + DECAY, tl.zeros_like(g) + of_bits(decay), mask=is_new)
-    power1, power2 = tl.load(power_ptr + POWER1, mask=there, other=0.0), tl.load(power_ptr + POWER2, mask=there, other=1.0)
+    power1, power2 = (
+        tl.load(power_ptr + POWER1, mask=there, other=0.0),
+        tl.load(power_ptr + POWER2, mask=there, other=1.0),
+    )
     r = tl.sqrt(tl.sqrt(power2) / (of_bits(root2) * g))
     tau, term = (1.0 - r) / (1.0 + r), of_bits(size) * power1 / r
     for j in tl.static_range(TERMS):

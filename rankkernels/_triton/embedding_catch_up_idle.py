@@ -26,7 +26,9 @@ I_KEY, I_ROWS, I_WEIGHT, I_STRIDE, I_STATE0, I_STATE1, I_STATE_STRIDE, I_LAST, I
 C_HISTORY, C_STEP, C_BASE, C_DECAY, C_EPS, CLOCK = (tl.constexpr(k) for k in range(6))
 #: A history's columns.
 TERMS = tl.constexpr(MOST_TERMS)
-CENTRE, DECAY, TERM, POWER1, POWER2, WIDTH = (tl.constexpr(k) for k in (0, 1, 2, *range(2 + MOST_TERMS, 5 + MOST_TERMS)))
+CENTRE, DECAY, TERM, POWER1, POWER2, WIDTH = (
+    tl.constexpr(k) for k in (0, 1, 2, *range(2 + MOST_TERMS, 5 + MOST_TERMS))
+)
 
 
 @triton.jit

@@ -11,14 +11,13 @@ import math
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_blocks import MODE, MODE_MEAN, bags_of, outs_of, rows_of, table_of
 from rankkernels._triton.embedding_bag_features import Call
 from rankkernels._triton.embedding_catch_up_idle import caught_up, clock_of, is_idle, last_steps_of, state_of
-from rankkernels._triton.embedding_catch_up_rows import Tables
+from rankkernels._triton.embedding_catch_up_rows import Tables, rows_of_program
 
 
 @triton.jit(do_not_specialize=["n", "F", "D"])
@@ -62,9 +61,9 @@ def lookup(call: Call, tables: Tables) -> None:
         numbers = call.numbers(clocks) if numbers is None else numbers
         of_features = [call.features.tables[f] for f in chosen]
         align = math.gcd(tile.ALIGN, *map(tables.alignment, set(of_features)))
-        rows = max(1, tile.sums // 4)
+        rows = rows_of_program(tile)
         described, blocks = call.described(chosen, rows)
-        behind: Tensor = tables.described([(t, 0) for t in of_features])
+        behind = tables.described([(t, 0) for t in of_features])
         pointers = described, behind, numbers, numbers[numbers.numel() - len(clocks) :]
         constants = *call.flags, *tile.types, align, triton.next_power_of_2(len(chosen)), rows, tile.BLOCK_D
         size = len(chosen), len(call.outs), tile.D

@@ -92,6 +92,11 @@ def embedding_mark_steps_kernel(
     tl.store(last_ptr + row, step + tl.zeros_like(row).to(tl.int32), mask=keep)
 
 
+def rows_of_program(tile: Tile) -> int:
+    """16 bytes of sums a thread, beside the state and what is made of it: of twice as many a warp in six would fit."""
+    return max(1, tile.sums // 4)
+
+
 class Behind(NamedTuple):
     """What the kernels know of a table: the columns I_* of embedding_catch_up_idle.py, in their order."""
 
@@ -159,7 +164,7 @@ class Tables:
                 first_key = {t: sum(self.rows[s] for s in of_tile[:i]) for i, t in enumerate(of_tile)}
             lookups = sum(self.rows[t] for t in of_tile) if keys is None else keys.numel()
             behind, n = self.described([(t, first_key[t]) for t in of_tile]), len(of_tile)
-            rows = max(1, tile.sums // 4)  # a row's sums, its state and what is made of them
+            rows = rows_of_program(tile)
             constants = steps_now, *tile.types, tile.ALIGN, max(n - 1, 1).bit_length(), rows, tile.BLOCK_D
             grid = (triton.cdiv(lookups, rows),)
             size = lookups, n, tile.D
