@@ -5,9 +5,9 @@ A row's w, m and v are as of step t, its gradients up to step T were zero. Then
     w <- P w - m sum_n c_n T_n(z) / (g x + eps)      x = sqrt(v), z = (g x - eps) / (g x + eps)
     m <- beta1^(T-t) m                               v <- beta2^(T-t) v
 
-where g, the c_n and P follow from t alone: an entry of the history. The sum is Clenshaw's, over as many terms as count, 4
-for most rows; more of them, where another row of the program needs them, add zero. Flops a value: 9 and 3 a term, a
-division and a square root.
+where g, the c_n and P follow from t alone: an entry of the history. The sum is Clenshaw's, over as many terms as count,
+4 for most rows; more, where another row of the program needs them, add zero. Flops a value: 9 and 3 a term, a division
+and a square root.
 """
 
 from __future__ import annotations

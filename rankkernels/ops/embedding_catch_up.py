@@ -1,7 +1,8 @@
 """The steps that dense Adam took on rows while no batch looked them up. Kernels: csrc/cpu/embedding/catch_up_kernel.h,
 csrc/cuda/embedding/catch_up.cuh and _triton/embedding_catch_up_rows.py.
 
-The first one's header has the mathematics: how a history of the steps, a few numbers each, stands for all that they did to a row.
+The first one's header has the mathematics: how a history of the steps, a few numbers each, stands for all that they
+did to a row.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from gpu.cases import embedding_bag
 from gpu.cases.base import BF16, DOUBLE, HALF, ROUNDED_ONCE, SINGLE, Interpreted
 from torch import Tensor
 
+from bench.gpu.cases import embedding_bag_exact_case
 from rankkernels._triton.embedding_bag import embedding_bag as look_up
 from rankkernels.ops._features import Features
 from rankkernels.ops.embedding_bag import _looked_up
@@ -178,6 +179,7 @@ HOT = [1, 2, 300], [16, 3, 130], [0, 1, 2, 0]
 
 EXACT = Interpreted(
     module="embedding_catch_up",
+    huge=[embedding_bag_exact_case([2**25], 100, 2**20)],
     make=make,
     launch=launch,
     expected=expected,
