@@ -139,7 +139,7 @@ def embedding_bag_update(
         factor_grads = factor_gradients(call)
         of_step, clocks = update.as_numbers(), [] if behind is None else behind.as_numbers()
         found = sources(call, [*of_step, *clocks], bring) if call.lookups else None
-        given = update.settings(found.others[: len(of_step)] if found else on_device(of_step, call.device))
+        given = update.settings(found.others if found else on_device(of_step, call.device))
         if found is not None:
             if behind is not None:
                 behind.catch_up(stepped, found.others[len(of_step) :], found.keys, call.first_key, steps_now=True)

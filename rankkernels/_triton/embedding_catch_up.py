@@ -28,12 +28,14 @@ __all__ = [
 
 
 def _one_by_one(features: Features, all_rows: bool) -> Features:
-    """Each lookup as a bag of its own; with ``all_rows`` padding and frozen rows are rows like any other."""
-    padding = [-1 if all_rows or features.mode(f) == "none" else p for f, p in enumerate(features.padding_idx)]
+    """Each lookup on its own; with ``all_rows`` padding and frozen rows are rows like any other."""
+    indices, modes = list(features.indices), [MODES.index("none")] * len(features.indices)
+    for f, padding in enumerate(features.padding_idx):
+        if not all_rows and padding >= 0 and features.mode(f) != "none":  # a bag of one, which leaves padding out
+            indices[f], modes[f] = indices[f].reshape(-1, 1), MODES.index("sum")
+    frozen_rows = [-1] * len(features.frozen_rows) if all_rows else features.frozen_rows
     return features._replace(
-        indices=[ids.reshape(-1, 1) for ids in features.indices], offsets=[], per_sample_weights=[],
-        modes=[MODES.index("sum")] * len(padding), padding_idx=padding,
-        frozen_rows=[-1] * len(features.frozen_rows) if all_rows else features.frozen_rows,
+        indices=indices, offsets=[], per_sample_weights=[], modes=modes, frozen_rows=frozen_rows
     )  # fmt: skip
 
 
@@ -59,7 +61,7 @@ def embedding_catch_up_all(*arguments: Sequence) -> None:
 def embedding_mark_steps(last_steps: Sequence[Tensor], features: Features, steps: Sequence[int]) -> None:
     """Rows that get a gradient are as of their table's step."""
     each, rows = _one_by_one(features, all_rows=False), [last.size(0) for last in last_steps]
-    call = Call(each, each.indices, [last[:, None] for last in last_steps], rows)
+    call = Call(each, each.indices, last_steps, rows)
     if call.lookups:
         with torch.cuda.device_of(each.indices[0]):
             mark_steps(call, [steps[t] for t in each.tables])

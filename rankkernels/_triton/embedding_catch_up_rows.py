@@ -171,7 +171,7 @@ class Tables:
 
 
 def mark_steps(call: Call, steps: Sequence[int]) -> None:
-    """``steps``: of the call's features, whose tables are last steps [R, 1]."""
+    """``steps``: of the call's features, whose tables are last steps [R]."""
     chosen = call.chosen()
     numbers = call.numbers(steps)
     described, blocks = call.described(chosen, BLOCK)

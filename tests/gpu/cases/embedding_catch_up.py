@@ -228,6 +228,11 @@ EXACT = Interpreted(
             "row < tl.load(behind_ptr + I_ROWS * n + t)",
             "row <= tl.load(behind_ptr + I_ROWS * n + t)",
         ),
+        (
+            "catch_up: padding marked",
+            "padding >= 0 and features.mode(f)",
+            "padding < 0 and features.mode(f)",
+        ),
         ("catch_up: moments as they were", "m * keep1", "m"),
         ("catch_up: the first moment's power", "v * keep2", "v * keep1"),
         ("catch_up: rows without a gradient as if they had one", "tl.where(last > 0, step, -step)", "step"),
