@@ -8,6 +8,7 @@ did to a row.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -123,7 +124,6 @@ def check_behind(weights, states, last_steps, histories, clocks) -> None:
     )
     check_tables(op, weights, states, OPTIMIZERS.index("adamw"), [0.0] * len(Hyper._fields) * n)
     for t, (weight, last, history) in enumerate(zip(weights, last_steps, histories)):
-        check(weight.device == weights[0].device, lambda: f"{op}: all tables must be on one device")
         _check_last_steps(op, last, weight.size(0), weight.device)
         _check_history(op, history)
         step, base, *_ = clocks[each * t : each * t + each]
@@ -215,6 +215,11 @@ def _mark_steps(last_steps, *rest):
         last[_rows_of(features, t, last.size(0), True)] = step
 
 
+def triton_catches_up(weights: Sequence[Tensor]) -> bool:
+    """Whether Triton's kernels serve these tables: those of one GPU, whose launches they are."""
+    return triton_serves_tables(weights) and all(w.device == weights[0].device for w in weights)
+
+
 if triton_embeds:
 
     @torch.library.impl(lib, "embedding_catch_up", "CUDA")
@@ -223,7 +228,7 @@ if triton_embeds:
 
         *behind, names, clocks = arguments
         tables, features = (*behind[:4], clocks), Features(*behind[4:])
-        if not triton_serves_tables(tables[0]):
+        if not triton_catches_up(tables[0]):
             return _catch_up(*arguments)
         check_behind(*tables)
         check_features(len(tables[0]), tables[0][0].device, features, names_of(names, len(features.indices)))
@@ -233,7 +238,7 @@ if triton_embeds:
     def _(*tables):
         from rankkernels._triton.embedding_catch_up import embedding_catch_up_all
 
-        if not triton_serves_tables(tables[0]):
+        if not triton_catches_up(tables[0]):
             return _catch_up_all(*tables)
         check_behind(*tables)
         embedding_catch_up_all(*tables)
@@ -244,7 +249,7 @@ if triton_embeds:
 
         *lookups, steps = rest
         features, n = Features(*lookups), len(last_steps)
-        if not triton_serves(last_steps[0]):
+        if not triton_serves(last_steps[0]) or any(last.device != last_steps[0].device for last in last_steps):
             return _mark_steps(last_steps, *rest)
         torch._check(
             len(steps) == n,

@@ -179,7 +179,8 @@ LAUNCHES = {
 FUSED_LAUNCHES = {"CUDA C++": {"DeepFM": 40, "DIN": 73}, "Triton": {"DeepFM": 40, "DIN": 74}}
 #: What Triton's then costs the host at most, microseconds by ``bench.gpu.host``, PyTorch's launches among it.
 FUSED_HOST = {"DeepFM": 235, "DIN": 630}
-#: Of both with exact Adam. A lookup and its step catch up by themselves, but FM's.
+#: Of both with exact Adam, on meta tensors: what read a value, and so waited, would raise. FM's lookup does not catch
+#: up by itself.
 EXACT_LAUNCHES, EXACT_HOST = {"DeepFM": 51, "DIN": 76}, {"DeepFM": 350, "DIN": 655}
 
 
