@@ -31,10 +31,13 @@ def drawn(seed: int) -> dict:
 
 def make(config: dict, dtype: torch.dtype) -> dict:
     """``config``: as embedding_bag's, with the ``steps`` of a history, whose rates go up and down and whose ``decays``
-    are the largest of its weight decays; ``apart``: each table has its own."""
+    are the largest of its weight decays; ``apart``: each table has its own. ``unfrozen``: rows of padding, too, have
+    gradients by lookups that do not leave them out."""
     config = drawn(config["seed"]) if "seed" in config else config
     bags = embedding_bag.make(config | {"way": "dense"}, dtype)
-    weights, n = bags["weights"], len(bags["weights"])
+    weights, features, n = bags["weights"], bags["features"], len(bags["weights"])
+    if config.get("unfrozen"):
+        features = features._replace(frozen_rows=[-1] * n)
     if config.get("mixed"):
         weights[1] = weights[1].double()
     last_step, betas, eps = BASE + config["steps"], config.get("betas", (0.9, 0.999)), config.get("eps", 1e-4)
@@ -49,10 +52,10 @@ def make(config: dict, dtype: torch.dtype) -> dict:
         rates = [0.1 * (1 + s % 3) / (1 + config.get("apart", 0) * t) for s in range(config["steps"])]
         histories.append([(lr, config.get("decays", 0.0) * (s % 2)) for s, lr in enumerate(rates)])
     grad_outs = [None if g is None else g.to(weights[t].dtype)
-                 for g, t in zip(bags["grad_outs"], bags["features"].tables)]  # fmt: skip
+                 for g, t in zip(bags["grad_outs"], features.tables)]  # fmt: skip
     return {
         "weights": weights, "states": states, "last_steps": last_steps, "histories": histories, "betas": betas,
-        "eps": eps, "features": bags["features"], "grad_outs": grad_outs, "concat": bags["concat"],
+        "eps": eps, "features": features, "grad_outs": grad_outs, "concat": bags["concat"],
         "way": config["way"], "max_norm": 0.4 if config.get("clips") else 0.0, "tables": n,
         "own_history": config.get("own_history", False),
     }  # fmt: skip
@@ -189,7 +192,18 @@ EXACT = Interpreted(
         config(*TWO, ["sum", "mean", "none"], 33, "step", 20, decays=0.3, padding=1, left_out=True),
         config(*ALIKE, ["sum", "none", "mean", "sum"], 33, "step", 12, apart=1, clips=True),
         config(*ALIKE, ["sum", "none", "mean", "sum"], 9, "look_up", 12, apart=1, concat=True, narrow=True),
-        config(*ALIKE, ["sum", "none", "mean", "sum"], 9, "catch_up", 12, apart=1, jagged=True, decays=0.1),
+        config(
+            *ALIKE,
+            ["sum", "none", "mean", "sum"],
+            9,
+            "catch_up",
+            12,
+            apart=1,
+            jagged=True,
+            decays=0.1,
+            padding=1,
+            unfrozen=True,
+        ),
         config(*HOT, ["sum", "none", "mean", "none"], 40, "step", 5, mixed=True, decays=0.3),
         config(*HOT, ["sum", "none", "mean", "none"], 40, "catch_up", 5, mixed=True, narrow=True),
         config(*HOT, ["sum", "none", "mean", "none"], 40, "look_up", 5, mixed=True, jagged=True, padding=0),
@@ -229,7 +243,7 @@ EXACT = Interpreted(
             "row <= tl.load(behind_ptr + I_ROWS * n + t)",
         ),
         (
-            "catch_up: padding marked",
+            "unfrozen: padding marked",
             "padding >= 0 and features.mode(f)",
             "padding < 0 and features.mode(f)",
         ),
