@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from rankkernels.ops._features import MODES, Features
-from rankkernels.ops.embedding_catch_up import WIDTH
+from rankkernels.ops._idle_steps import WIDTH
 from rankkernels.testing import (
     OpCase,
     augru_case,

@@ -15,7 +15,7 @@ from torch import Tensor
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_numbers import bits_of
 from rankkernels._triton.embedding_catch_up_idle import CENTRE, DECAY, POWER1, POWER2, TERM, TERMS, WIDTH
-from rankkernels.ops.embedding_catch_up import centre_of, window
+from rankkernels.ops._idle_steps import centre_of, window
 
 BLOCK_K = 64  # entries of a program
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from rankkernels._triton.embedding_bag_blocks import pointer_to
-from rankkernels.ops.embedding_catch_up import TERMS as MOST_TERMS
+from rankkernels.ops._idle_steps import TERMS as MOST_TERMS
 
 #: Columns of a table, described.
 I_KEY, I_ROWS, I_WEIGHT, I_STRIDE, I_STATE0, I_STATE1, I_STATE_STRIDE, I_LAST, I_CLOCK = (

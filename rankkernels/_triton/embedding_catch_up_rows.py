@@ -30,7 +30,7 @@ from rankkernels._triton.embedding_catch_up_idle import (
     last_steps_of,
     state_of,
 )
-from rankkernels.ops.embedding_catch_up import Clock
+from rankkernels.ops._idle_steps import Clock
 
 BLOCK = 512  # lookups of a program
 

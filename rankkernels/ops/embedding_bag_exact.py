@@ -15,10 +15,11 @@ from torch import Tensor
 from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, report_values
 from rankkernels.ops._features import Features, names_of
+from rankkernels.ops._idle_steps import Clock
 from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, check_apart, check_update
-from rankkernels.ops.embedding_catch_up import TABLES, Clock, check_behind
+from rankkernels.ops.embedding_catch_up import TABLES, check_behind
 
 # ``embedding_bag`` of tables that lag behind. They may be changed: what they are read as stays.
 define(

@@ -7,35 +7,19 @@ did to a row.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankkernels.ops._embedding_checks import check_features
 from rankkernels.ops._features import Features, names_of
+from rankkernels.ops._idle_steps import TERMS, WIDTH, Clock, centre_of, contributions, window
 from rankkernels.ops._library import define, lib, triton_embeds, triton_serves, triton_serves_tables
 from rankkernels.ops._rules import OPTIMIZERS, Hyper
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
 from rankkernels.ops.embedding_bag_update import check_tables
-
-#: Terms of a start step; the columns of a history around them: centre, decay, terms, powers of beta1 and beta2.
-TERMS = 16
-WIDTH = TERMS + 4
-
-
-class Clock(NamedTuple):
-    """The steps a table has taken, as the schemas' ``clocks`` have them of each table: the last one's number, the step
-    at which the history begins, the product of all (1 - lr weight_decay) since then, and Adam's eps."""
-
-    step: float
-    base: float
-    decay: float
-    eps: float
-
 
 # ``states`` are the two moments of each table, ``last_steps`` int32 [R]: the step that each row is as of, zero or
 # negative if it never had a gradient. Ids outside a table are left to the lookup's own error.
@@ -50,48 +34,6 @@ define(
     "adam_history(Tensor(a!) history, int base, int step, float beta1, float beta2, float lr, float decay_before, "
     "float decay_after) -> ()"
 )
-
-
-def new_history(length: int, beta1: float, beta2: float, device: torch.device | None = None) -> Tensor:
-    """An empty history of ``length`` - 1 steps, on the CPU unless another device is given."""
-    history, i = torch.zeros(length, WIDTH, dtype=torch.float64), torch.arange(length, dtype=torch.float64)
-    history[:, -2], history[:, -1] = beta1**i, beta2**i
-    return history.to(device)
-
-
-def centre_of(t: float, beta1: float, beta2: float) -> float:
-    """The a_s of the steps that count for a row last stepped at ``t``."""
-    delay = math.ceil(1 / (1 - beta1))
-    return math.sqrt(beta2**delay / -math.expm1((t + delay) * math.log(beta2)))
-
-
-def _contributions(k: Tensor, start: Tensor, beta1: float, beta2: float, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Of step start + k to each ``start``: the first term of lr 1 without bias correction, and tau."""
-    a = (beta2**k / -torch.expm1((start + k) * math.log(beta2))).sqrt()
-    r = (a / centres).sqrt()
-    return beta1**k / r, (1 - r) / (1 + r)
-
-
-def window(beta1: float) -> int:
-    """Steps after which nothing more comes of a gradient."""
-    return math.ceil(math.log(1e-18) / math.log(beta1)) if beta1 > 0 else 0
-
-
-def truncation(beta1: float, beta2: float) -> float:
-    """The largest relative error of ``TERMS`` terms, of all start steps."""
-    if beta1 == 0:
-        return 0.0
-    if beta2 == 0:
-        return math.inf
-    k, worst = torch.arange(1, window(beta1) + 1, dtype=torch.float64), 0.0
-    for start in (1.0, 10.0, 1e9):
-        centre = torch.tensor(centre_of(start, beta1, beta2), dtype=torch.float64)
-        first, tau = _contributions(k, torch.tensor(start), beta1, beta2, centre)
-        first = first / (1 - beta1 ** (start + k))
-        left = first * 2 * tau.abs() ** TERMS / (1 - tau.abs()).clamp(min=1e-300)
-        least = (first * torch.where(tau > 0, (1 - tau) / (1 + tau), (1 + tau) / (1 - tau))).sum()  # at z = 1 or -1
-        worst = max(worst, float(left.sum() / least))
-    return worst
 
 
 def _check_form(op: str, what: str, t: Tensor, fits: bool, form: str) -> None:
@@ -144,7 +86,7 @@ def _add_to_history(history, base, step, beta1, beta2, lr, decay_before, decay_a
     n = min(window(beta1), step - base)
     starts = history[step - n - base : step - base]
     k = torch.arange(n, 0, -1, dtype=torch.float64, device=history.device)
-    first, tau = _contributions(k, step - k, beta1, beta2, starts[:, 0])
+    first, tau = contributions(k, step - k, beta1, beta2, starts[:, 0])
     powers = tau[:, None] ** torch.arange(TERMS, dtype=torch.float64, device=history.device)
     powers[:, 1:] *= 2
     starts[:, 2:-2] += (lr / (1 - beta1**step) / decay_after * first)[:, None] * powers

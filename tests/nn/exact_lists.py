@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rankkernels.ops._features import Features
-from rankkernels.ops.embedding_catch_up import new_history
+from rankkernels.ops._idle_steps import new_history
 
 OPS = torch.ops.rankkernels
 ROWS, STEP, BASE = 60, 39, 9

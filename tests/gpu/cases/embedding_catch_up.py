@@ -14,8 +14,8 @@ from torch import Tensor
 from bench.gpu.cases import embedding_bag_exact_case
 from rankkernels._triton.embedding_bag import embedding_bag as look_up
 from rankkernels.ops._features import Features
+from rankkernels.ops._idle_steps import new_history
 from rankkernels.ops.embedding_bag import _looked_up
-from rankkernels.ops.embedding_catch_up import new_history
 
 BASE = 3  # the step at which histories begin
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from nn.exact_lists import OPS, ROWS, STEP, by_key, features, refusals, tables
 
-from rankkernels.ops.embedding_catch_up import new_history
+from rankkernels.ops._idle_steps import new_history
 from rankkernels.testing import TOLERANCE, relative_error
 
 MODES = [1, 2, 3, 1]  # of a lookup; a step takes no maximum

@@ -38,8 +38,8 @@ from rankkernels._triton import embedding_catch_up_history as exact_history
 from rankkernels._triton import embedding_catch_up_lookup as exact_lookup
 from rankkernels._triton import embedding_catch_up_rows as exact_rows
 from rankkernels.ops._features import Features
+from rankkernels.ops._idle_steps import WIDTH
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
-from rankkernels.ops.embedding_catch_up import WIDTH
 from rankkernels.testing import (
     OpCase,
     augru_case,
