@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankkernels.ops._exact_table import Ledger, StepHistory, attach, catch_up, flush
 from rankkernels.ops._features import Features
-from rankkernels.ops.embedding_catch_up import truncation
+from rankkernels.ops._idle_steps import truncation
 
 _ops = torch.ops.rankkernels
 #: The largest relative error that the series in place of idle steps may have.

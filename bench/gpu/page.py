@@ -86,7 +86,7 @@ def triton_table(records: Sequence, counts: Mapping[tuple[str, torch.dtype], Seq
         own = (
             counts[name, dtype][first : launched[name, dtype]] if (name, dtype) in counts else [{}] * len(call.kernels)
         )
-        flops = case.backward_flops if op.endswith("_backward") else case.flops
+        flops = case.flops if op == case.op else case.backward_flops
         rows.append(
             [
                 case.id.removeprefix(f"{case.op}-").replace("-", " "),

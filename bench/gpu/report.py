@@ -161,9 +161,9 @@ def din(B: int = 4096, rows: int = 100_000) -> workloads.Workload:
 MODELS = {"DeepFM": deepfm, "DIN": din}
 
 
-def model_launches(fused: bool = False, cuda_cpp: bool = True) -> dict[str, list]:
+def model_launches(fused: bool = False, cuda_cpp: bool = True, exact: bool = False) -> dict[str, list]:
     """The calls of a second training step of DeepFM and of DIN, from the implementations' own code: without an
-    optimizer's, or with the tables' Adam ``fused``; lookups in CUDA C++ or in Triton."""
+    optimizer's, or with the tables' Adam ``fused``, which may be ``exact``; lookups in CUDA C++ or in Triton."""
     from bench.gpu.ahead_of_time import compiling
 
     found = {}
@@ -171,7 +171,7 @@ def model_launches(fused: bool = False, cuda_cpp: bool = True) -> dict[str, list
         with torch.device("meta"):
             model, x, y = workload().ours()
         if fused:
-            optim.fuse(model, optim.Adam(model.embedding.parameters()))
+            optim.fuse(model, optim.Adam(model.embedding.parameters(), exact=exact))
         for _ in range(2):
             model.zero_grad()
             with compiling("sm_90", only_counting=True, cuda_cpp=cuda_cpp) as calls:

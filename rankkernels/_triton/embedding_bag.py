@@ -17,6 +17,7 @@ from rankkernels._triton.embedding_bag_reduce import add_up
 from rankkernels._triton.embedding_bag_sources import Sources, factor_gradients, sources
 from rankkernels._triton.embedding_bag_step import KIND_DENSE, KIND_SPARSE
 from rankkernels._triton.embedding_bag_update import Step, Table, sparse_update
+from rankkernels._triton.embedding_catch_up_rows import Tables
 from rankkernels.ops._features import Features
 
 __all__ = [
@@ -28,18 +29,23 @@ __all__ = [
 ]
 
 
-def embedding_bag(weights: Sequence[Tensor], features: Features, concat: bool) -> list[Tensor]:
-    """The results of all features, or with ``concat`` the one of all, as the op has them."""
+def bag_results(weights: Sequence[Tensor], features: Features, concat: bool) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """The results of all features, or with ``concat`` the one of all, as the op has them, and the part of each."""
     of_feature = [weights[t] for t in features.tables]
     if concat:
         widths = [w.size(1) for w in of_feature]
         outs = [of_feature[0].new_empty((features.bags_of(0), sum(widths)))]
-        parts = outs[0].split_with_sizes(widths, 1)
-    else:
-        outs = parts = [
-            w.new_empty((*(ids.shape if features.mode(f) == "none" else (features.bags_of(f),)), w.size(1)))
-            for f, (w, ids) in enumerate(zip(of_feature, features.indices))
-        ]
+        return outs, outs[0].split_with_sizes(widths, 1)
+    outs = [
+        w.new_empty((*(ids.shape if features.mode(f) == "none" else (features.bags_of(f),)), w.size(1)))
+        for f, (w, ids) in enumerate(zip(of_feature, features.indices))
+    ]
+    return outs, outs
+
+
+def embedding_bag(weights: Sequence[Tensor], features: Features, concat: bool) -> list[Tensor]:
+    """The results of ``bag_results``."""
+    outs, parts = bag_results(weights, features, concat)
     weights = [matrix_of(w) for w in weights]
     with torch.cuda.device_of(weights[0]):
         lookup(Call(features, [matrix_of(out) for out in parts], weights, [w.size(0) for w in weights]))
@@ -121,17 +127,22 @@ def embedding_bag_backward_sparse(
 
 def embedding_bag_update(
     grad_outs: Sequence[Tensor | None], weights: Sequence[Tensor], states: Sequence[Tensor], features: Features,
-    optimizer: int, hyper: Sequence[float], bring: Bring = on_device,
+    optimizer: int, hyper: Sequence[float], bring: Bring = on_device, behind: Tables | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """An optimizer's step on the rows that were looked up. -> the gradients of the per-sample weights. ``bring`` is
-    called before anything reads the gradients of lookups without per-sample weights and maxima."""
-    update = Step(weights, states, optimizer, hyper, sorted(features.tables_of(grad_outs)))
+    called before anything reads the gradients of lookups without per-sample weights and maxima. Rows of tables that are
+    ``behind`` catch up first."""
+    stepped = sorted(features.tables_of(grad_outs))
+    update = Step(weights, states, optimizer, hyper, stepped)
     call = _backward_call(grad_outs, weights, [w.size(0) for w in weights], features)
     with torch.cuda.device_of(weights[0]):
         factor_grads = factor_gradients(call)
-        found = sources(call, update.as_numbers(), bring) if call.lookups else None
-        given = update.settings(found.others if found else on_device(update.as_numbers(), call.device))
+        of_step, clocks = update.as_numbers(), [] if behind is None else behind.as_numbers()
+        found = sources(call, [*of_step, *clocks], bring) if call.lookups else None
+        given = update.settings(found.others if found else on_device(of_step, call.device))
         if found is not None:
+            if behind is not None:
+                behind.catch_up(stepped, found.others[len(of_step) :], found.keys, call.first_key, steps_now=True)
             tiles = _tables(call, found, lambda t: (update.alignment(t), update.table(t, call.first_key[t])))
             add_up(found, tiles, len(weights), update.kind, given, clips=update.clips, rounds=update.rounds)
         return factor_grads

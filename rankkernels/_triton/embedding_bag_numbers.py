@@ -8,6 +8,7 @@ tables and features, is ``described`` once and kept; what a batch brings goes to
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,11 @@ def write(out: Tensor, values: Sequence[int], first: int = 0) -> None:
         part = values[i : i + AT_ONCE]
         rest = out[i:] if i else out
         launch(embedding_bag_numbers_kernel, (1,), (rest,), (len(part), *padded(part)), (AT_ONCE,), num_warps=1)
+
+
+def bits_of(values: Sequence[float]) -> tuple[int, ...]:
+    """Of float64, as numbers."""
+    return struct.unpack(f"<{len(values)}q", struct.pack(f"<{len(values)}d", *values))
 
 
 def numbers(values: Sequence[int], device: torch.device) -> Tensor:

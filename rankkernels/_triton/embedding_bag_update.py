@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from rankkernels._triton import _alignment
 from rankkernels._triton._alignment import aligned
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_features import Tile, alignment, matrix_of
-from rankkernels._triton.embedding_bag_numbers import described
+from rankkernels._triton.embedding_bag_numbers import bits_of, described
 from rankkernels._triton.embedding_bag_numbers import numbers as on_device
 from rankkernels._triton.embedding_bag_step import (
     COUNT,
@@ -113,6 +112,12 @@ def folded(kind: str, hyper: Sequence[float]) -> tuple[float, ...]:
     return now["lr"], size, root, now["grad_factor"], now["step"], 0.0, *rates, *own
 
 
+def row_alignment(weight: Tensor, matrices: Sequence[Tensor]) -> int:
+    """Of a table's rows in items, 1 if those of these states are not aligned."""
+    whole = all(alignment(s) == math.gcd(16 // s.element_size(), s.size(1)) for s in matrices)
+    return alignment(weight) if whole else 1
+
+
 class Step:
     """A step of one optimizer on the tables ``stepped`` of embedding_bag_update's arguments, which are checked."""
 
@@ -136,8 +141,7 @@ class Step:
 
     def as_numbers(self) -> list[int]:
         """What a launch is to bring to the device: the bits of the settings, and where live ones are."""
-        values = [v for of_table in self.distinct for v in of_table]
-        bits = struct.unpack(f"<{len(values)}q", struct.pack(f"<{len(values)}d", *values))
+        bits = bits_of([v for of_table in self.distinct for v in of_table])
         if not self.live:
             return list(bits)
         places = zip(*([_alignment.address(v) for v in self.live[t]] for t in self.stepped))
@@ -157,10 +161,8 @@ class Step:
 
     def alignment(self, t: int) -> int:
         """Of a table's rows in items, 1 if its state's are not aligned."""
-        matrices = self.states[t][: self.elementwise]
-        whole = all(alignment(s) == math.gcd(16 // s.element_size(), s.size(1)) for s in matrices)
-        whole &= all(_alignment.address(s) % 16 == 0 for s in self.states[t])
-        return alignment(self.weights[t]) if whole else 1
+        whole = all(_alignment.address(s) % 16 == 0 for s in self.states[t])
+        return row_alignment(self.weights[t], self.states[t][: self.elementwise]) if whole else 1
 
     def table(self, t: int, key: int = 0) -> Table:
         weight, states = self.weights[t], self.states[t]

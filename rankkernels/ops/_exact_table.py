@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankkernels.ops import embedding_catch_up as ops
 from rankkernels.ops._features import Features
+from rankkernels.ops._idle_steps import Clock, new_history
 from rankkernels.ops._tracing import plain_classes
 
 _ops = torch.ops.rankkernels
@@ -30,7 +30,7 @@ class StepHistory:
 
     def __init__(self, betas: tuple[float, float], eps: float, step: int):
         self.betas, self.eps, self.step, self.base, self.decay = betas, eps, step, step, 1.0
-        self.numbers = ops.new_history(64, *betas)
+        self.numbers = new_history(64, *betas)
         self.ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
     def fork(self, ledgers: Iterable[Ledger]) -> StepHistory:
@@ -47,7 +47,7 @@ class StepHistory:
         flush([ledger for ledger in self.ledgers if ledger.is_behind()])
         self.base, self.decay = self.step, 1.0
         if betas != self.betas:
-            self.numbers = ops.new_history(64, *betas, self.numbers.device)
+            self.numbers = new_history(64, *betas, self.numbers.device)
         self.betas, self.eps = betas, eps
 
     def make_room(self, device: torch.device) -> None:
@@ -58,7 +58,7 @@ class StepHistory:
         if used > MOST_STEPS or self.decay < 1e-100:
             self.begin_again(self.betas, self.eps)
         elif used == length:
-            longer = ops.new_history(min(4 * length, MOST_STEPS + 1), *self.betas, self.numbers.device)
+            longer = new_history(min(4 * length, MOST_STEPS + 1), *self.betas, self.numbers.device)
             longer[:length, :-2] = self.numbers[:, :-2]
             self.numbers = longer
 
@@ -70,8 +70,8 @@ class StepHistory:
         arguments = self.numbers, self.base, step, *self.betas, lr, self.decay, after
         return [partial(history, *arguments), partial(self.__dict__.update, step=step, decay=after)]
 
-    def clock(self) -> ops.Clock:
-        return ops.Clock(self.step, self.base, self.decay, self.eps)
+    def clock(self) -> Clock:
+        return Clock(self.step, self.base, self.decay, self.eps)
 
 
 class Ledger:

@@ -86,7 +86,13 @@ OPS = {
             cuda="CUDA C++",
             else_triton=True,
         ),
-        Op("embedding_catch_up", ("optim",), "dense Adam's steps on rows that no batch looked up", cuda="CUDA C++"),
+        Op(
+            "embedding_catch_up",
+            ("optim",),
+            "dense Adam's steps on rows that no batch looked up",
+            cuda="CUDA C++",
+            else_triton=True,
+        ),
         Op(
             "embedding_fm",
             ("DeepFM",),
@@ -139,8 +145,6 @@ def notice_reference(op: str, tensor: Tensor) -> None:
         return
     if device == "cpu" and no_extension:
         reason = no_extension
-    elif device == "cuda" and OPS[op].cuda == "CUDA C++" and not OPS[op].else_triton:
-        reason = no_cuda
     elif device == "cuda" and no_extension and only_reference:
         reason = no_extension
     elif device == "cuda" and not triton_serves(tensor):

@@ -1,6 +1,7 @@
 """Lookups of tables under exact Adam, and its step, that catch up with idle steps row by row as they come to them.
 
-Kernels: csrc/cpu/embedding/bag_exact.cpp. A row is read where it is looked up, and read and written in the step:
+Kernels: csrc/cpu/embedding/bag_exact.cpp, csrc/cuda/embedding/bag_exact.cuh and
+_triton/embedding_catch_up_lookup.py. A row is read where it is looked up, and read and written in the step:
 bringing it up to date before would read and write it once more.
 """
 
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._checks import raise_documented
-from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._embedding_checks import check_forward, report_values
+from rankkernels.ops._features import Features, names_of
+from rankkernels.ops._idle_steps import Clock
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables
 from rankkernels.ops._schema import schema_of
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS
-from rankkernels.ops.embedding_catch_up import TABLES, Clock
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, check_apart, check_update
+from rankkernels.ops.embedding_catch_up import TABLES, check_behind
 
 # ``embedding_bag`` of tables that lag behind. They may be changed: what they are read as stays.
 define(
@@ -39,7 +42,7 @@ def _(weights, states, last_steps, histories, *rest, concat=False):
 
 
 @torch.library.impl(lib, "embedding_bag_exact", "CompositeExplicitAutograd")
-def _(weights, states, last_steps, histories, *rest, concat=False):
+def _looked_up(weights, states, last_steps, histories, *rest, concat=False):
     *features, clocks = rest
     _ops.embedding_catch_up.default(weights, states, last_steps, histories, *features, clocks)
     return _ops.embedding_bag.default(weights, *features, concat=concat)
@@ -52,7 +55,7 @@ def _(grad_outs, weights, states, last_steps, histories, *rest):
 
 
 @torch.library.impl(lib, "embedding_bag_exact_update", "CompositeExplicitAutograd")
-def _(grad_outs, weights, states, last_steps, histories, *rest):
+def _updated(grad_outs, weights, states, last_steps, histories, *rest):
     *features, hyper, clocks = rest
     _ops.embedding_catch_up.default(weights, states, last_steps, histories, *features, "", clocks)
     returned = _ops.embedding_bag_update.default(grad_outs, weights, states, *features, _ADAMW, hyper)
@@ -60,6 +63,35 @@ def _(grad_outs, weights, states, last_steps, histories, *rest):
     steps = [int(step) + 1 for step in clocks[:: len(Clock._fields)]]
     _ops.embedding_mark_steps.default([last_steps[t] for t in tables], *stepped, [steps[t] for t in tables])
     return returned
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_bag_exact", "CUDA")
+    def _(weights, *rest, concat=False):
+        from rankkernels._triton.embedding_catch_up import embedding_bag_exact
+
+        *behind, names, clocks = rest
+        tables, features = (weights, *behind[:3], clocks), Features(*behind[3:])
+        if features.need_values() or not triton_serves_tables(weights):
+            return _looked_up(weights, *rest, concat=concat)
+        check_forward(weights, features, names, concat)
+        check_behind(*tables)
+        report_values(features, [w.size(0) for w in weights], names_of(names, len(features.indices)))
+        return embedding_bag_exact(*tables, features=features, concat=concat)
+
+    @torch.library.impl(lib, "embedding_bag_exact_update", "CUDA")
+    def _(grad_outs, weights, states, *rest):
+        from rankkernels._triton.embedding_catch_up import embedding_bag_exact_update
+
+        *behind, hyper, clocks = rest
+        tables, features = (weights, states, *behind[:2], clocks), Features(*behind[2:])
+        if features.need_values() or not triton_serves_tables(weights):
+            return _updated(grad_outs, weights, states, *rest)
+        check_update(grad_outs, weights, states, *features, _ADAMW, hyper)
+        check_apart(weights)
+        check_behind(*tables)
+        return embedding_bag_exact_update(grad_outs, *tables, features=features, hyper=hyper)
 
 
 def bag_exact(tables: Sequence, features: Features, names: str, concat: bool) -> list[Tensor]:

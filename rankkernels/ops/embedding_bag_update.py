@@ -116,7 +116,7 @@ def _without_live(op: str, states: Sequence[Tensor], weights: Sequence[Tensor], 
     return left
 
 
-def _check_tables(op, weights, states, optimizer, hyper) -> None:
+def check_tables(op, weights, states, optimizer, hyper) -> None:
     """The texts are those of csrc/embedding/optimizer.h."""
     check, n = torch._check, len(weights)
     check(0 <= optimizer < len(OPTIMIZERS), lambda: f"{op}: unknown optimizer {optimizer}")
@@ -178,7 +178,7 @@ def _check_tables(op, weights, states, optimizer, hyper) -> None:
 
 def _check_sparse(weight, states, rows, values, optimizer, hyper) -> None:
     op, check = "sparse_update", torch._check
-    _check_tables(op, [weight], states, optimizer, hyper)
+    check_tables(op, [weight], states, optimizer, hyper)
     check(
         rows.dim() == 1
         and rows.dtype == torch.int64
@@ -239,7 +239,7 @@ def _default(grad_outs, weights, states, *rest):
     T = len(weights)
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
-    _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
+    check_tables("embedding_bag_update", weights, states, optimizer, hyper)
     rows, values, grad_psw = torch.ops.rankkernels.embedding_bag_backward_sparse.default(
         grad_outs, weights, [w.size(0) for w in weights], *features
     )
@@ -303,7 +303,7 @@ def check_update(grad_outs, weights, states, *rest) -> None:
     *features, optimizer, hyper = rest
     for t, w in enumerate(weights):
         check_table("embedding_bag_update", t, w, weights[0].device)
-    _check_tables("embedding_bag_update", weights, states, optimizer, hyper)
+    check_tables("embedding_bag_update", weights, states, optimizer, hyper)
     check_backward(grad_outs, weights, [w.size(0) for w in weights], Features(*features))
 
 

@@ -1,35 +1,25 @@
-"""The steps that dense Adam took on rows while no batch looked them up. Kernel: csrc/cpu/embedding/catch_up_kernel.h.
+"""The steps that dense Adam took on rows while no batch looked them up. Kernels: csrc/cpu/embedding/catch_up_kernel.h,
+csrc/cuda/embedding/catch_up.cuh and _triton/embedding_catch_up_rows.py.
 
-Its header has the mathematics: how a history of the steps, a few numbers each, stands for all that they did to a row.
+The first one's header has the mathematics: how a history of the steps, a few numbers each, stands for all that they
+did to a row.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rankkernels.ops._features import Features
-from rankkernels.ops._library import define, lib
+from rankkernels.ops._embedding_checks import check_features
+from rankkernels.ops._features import Features, names_of
+from rankkernels.ops._idle_steps import TERMS, WIDTH, Clock, centre_of, contributions, window
+from rankkernels.ops._library import define, lib, triton_embeds, triton_serves, triton_serves_tables
+from rankkernels.ops._rules import OPTIMIZERS, Hyper
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
-
-#: Terms of a start step; the columns of a history around them: centre, decay, terms, powers of beta1 and beta2.
-TERMS = 16
-WIDTH = TERMS + 4
-
-
-class Clock(NamedTuple):
-    """The steps a table has taken, as the schemas' ``clocks`` have them of each table: the last one's number, the step
-    at which the history begins, the product of all (1 - lr weight_decay) since then, and Adam's eps."""
-
-    step: float
-    base: float
-    decay: float
-    eps: float
-
+from rankkernels.ops.embedding_bag_update import check_tables
 
 # ``states`` are the two moments of each table, ``last_steps`` int32 [R]: the step that each row is as of, zero or
 # negative if it never had a gradient. Ids outside a table are left to the lookup's own error.
@@ -46,57 +36,57 @@ define(
 )
 
 
-def new_history(length: int, beta1: float, beta2: float, device: torch.device | None = None) -> Tensor:
-    """An empty history of ``length`` - 1 steps, on the CPU unless another device is given."""
-    history, i = torch.zeros(length, WIDTH, dtype=torch.float64), torch.arange(length, dtype=torch.float64)
-    history[:, -2], history[:, -1] = beta1**i, beta2**i
-    return history.to(device)
+def _check_form(op: str, what: str, t: Tensor, fits: bool, form: str) -> None:
+    torch._check(
+        fits and t.layout == torch.strided and t.is_contiguous(),
+        lambda: f"{op}: {what} must be {form}, contiguous, got {str(t.dtype).removeprefix('torch.')} {list(t.shape)}",
+    )
 
 
-def _centre(t: float, beta1: float, beta2: float) -> float:
-    """The a_s of the steps that count for a row last stepped at ``t``."""
-    delay = math.ceil(1 / (1 - beta1))
-    return math.sqrt(beta2**delay / -math.expm1((t + delay) * math.log(beta2)))
+def _check_history(op: str, history: Tensor) -> None:
+    fits = history.dim() == 2 and history.size(1) == WIDTH and history.dtype == torch.float64
+    _check_form(op, "a history", history, fits, f"float64 [S, {WIDTH}]")
 
 
-def _contributions(k: Tensor, start: Tensor, beta1: float, beta2: float, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Of step start + k to each ``start``: the first term of lr 1 without bias correction, and tau."""
-    a = (beta2**k / -torch.expm1((start + k) * math.log(beta2))).sqrt()
-    r = (a / centres).sqrt()
-    return beta1**k / r, (1 - r) / (1 + r)
+def _check_last_steps(op: str, last: Tensor, R: int, device: torch.device) -> None:
+    fits = last.shape == (R,) and last.dtype == torch.int32 and last.device == device
+    _check_form(op, "last_steps", last, fits, f"int32 [{R}]")
 
 
-def _window(beta1: float) -> int:
-    """Steps after which nothing more comes of a gradient."""
-    return math.ceil(math.log(1e-18) / math.log(beta1)) if beta1 > 0 else 0
-
-
-def truncation(beta1: float, beta2: float) -> float:
-    """The largest relative error of ``TERMS`` terms, of all start steps."""
-    if beta1 == 0:
-        return 0.0
-    if beta2 == 0:
-        return math.inf
-    k, worst = torch.arange(1, _window(beta1) + 1, dtype=torch.float64), 0.0
-    for start in (1.0, 10.0, 1e9):
-        centre = torch.tensor(_centre(start, beta1, beta2), dtype=torch.float64)
-        first, tau = _contributions(k, torch.tensor(start), beta1, beta2, centre)
-        first = first / (1 - beta1 ** (start + k))
-        left = first * 2 * tau.abs() ** TERMS / (1 - tau.abs()).clamp(min=1e-300)
-        least = (first * torch.where(tau > 0, (1 - tau) / (1 + tau), (1 + tau) / (1 - tau))).sum()  # at z = 1 or -1
-        worst = max(worst, float(left.sum() / least))
-    return worst
+def check_behind(weights, states, last_steps, histories, clocks) -> None:
+    """Of tables that are behind; the texts are those of csrc/embedding/catch_up.h."""
+    op, check, n, each = "embedding_catch_up", torch._check, len(weights), len(Clock._fields)
+    lengths = len(states), len(last_steps), len(histories), len(clocks)
+    check(
+        lengths == (2 * n, n, n, each * n),
+        lambda: (
+            f"{op}: of each table there must be 2 states, last_steps, a history and a clock of 4 numbers, got "
+            f"{lengths[0]}, {lengths[1]}, {lengths[2]} and {lengths[3]} for {n}"
+        ),
+    )
+    check_tables(op, weights, states, OPTIMIZERS.index("adamw"), [0.0] * len(Hyper._fields) * n)
+    for t, (weight, last, history) in enumerate(zip(weights, last_steps, histories)):
+        _check_last_steps(op, last, weight.size(0), weight.device)
+        _check_history(op, history)
+        step, base, *_ = clocks[each * t : each * t + each]
+        check(
+            history.device == weight.device and 0 <= base <= step < base + history.size(0),
+            lambda: (
+                f"{op}: the history of table {t} must reach from step {base:g} to {step:g}, got shape "
+                f"{list(history.shape)}"
+            ),
+        )
 
 
 @torch.library.impl(lib, "adam_history", "CompositeExplicitAutograd")
-def _(history, base, step, beta1, beta2, lr, decay_before, decay_after):
+def _add_to_history(history, base, step, beta1, beta2, lr, decay_before, decay_after):
     fresh = history[step - 1 - base]
     fresh[: TERMS + 2] = 0
-    fresh[0], fresh[1] = _centre(step - 1, beta1, beta2), decay_before
-    n = min(_window(beta1), step - base)
+    fresh[0], fresh[1] = centre_of(step - 1, beta1, beta2), decay_before
+    n = min(window(beta1), step - base)
     starts = history[step - n - base : step - base]
     k = torch.arange(n, 0, -1, dtype=torch.float64, device=history.device)
-    first, tau = _contributions(k, step - k, beta1, beta2, starts[:, 0])
+    first, tau = contributions(k, step - k, beta1, beta2, starts[:, 0])
     powers = tau[:, None] ** torch.arange(TERMS, dtype=torch.float64, device=history.device)
     powers[:, 1:] *= 2
     starts[:, 2:-2] += (lr / (1 - beta1**step) / decay_after * first)[:, None] * powers
@@ -144,7 +134,7 @@ def _rows_of(features: Features, t: int, R: int, stepped: bool) -> Tensor:
 
 
 @torch.library.impl(lib, "embedding_catch_up", "CompositeExplicitAutograd")
-def _(weights, states, last_steps, histories, *rest):
+def _catch_up(weights, states, last_steps, histories, *rest):
     *features, _names, clocks = rest
     features = Features(*features).as_rows()
     notice_reference("embedding_catch_up", weights[0])
@@ -153,18 +143,81 @@ def _(weights, states, last_steps, histories, *rest):
 
 
 @torch.library.impl(lib, "embedding_catch_up_all", "CompositeExplicitAutograd")
-def _(weights, states, last_steps, histories, clocks):
+def _catch_up_all(weights, states, last_steps, histories, clocks):
     notice_reference("embedding_catch_up", weights[0])
     for table in _tables(weights, states, last_steps, histories, clocks):
         _catch_up_rows(torch.arange(table[0].size(0), device=table[0].device), *table)
 
 
 @torch.library.impl(lib, "embedding_mark_steps", "CompositeExplicitAutograd")
-def _(last_steps, *rest):
+def _mark_steps(last_steps, *rest):
     *features, steps = rest
     features = Features(*features).as_rows()
     for t, (last, step) in enumerate(zip(last_steps, steps)):
         last[_rows_of(features, t, last.size(0), True)] = step
+
+
+def triton_catches_up(weights: Sequence[Tensor]) -> bool:
+    """Whether Triton's kernels serve these tables: those of one GPU, whose launches they are."""
+    return triton_serves_tables(weights) and all(w.device == weights[0].device for w in weights)
+
+
+if triton_embeds:
+
+    @torch.library.impl(lib, "embedding_catch_up", "CUDA")
+    def _(*arguments):
+        from rankkernels._triton.embedding_catch_up import embedding_catch_up
+
+        *behind, names, clocks = arguments
+        tables, features = (*behind[:4], clocks), Features(*behind[4:])
+        if not triton_catches_up(tables[0]):
+            return _catch_up(*arguments)
+        check_behind(*tables)
+        check_features(len(tables[0]), tables[0][0].device, features, names_of(names, len(features.indices)))
+        embedding_catch_up(*tables, features=features)
+
+    @torch.library.impl(lib, "embedding_catch_up_all", "CUDA")
+    def _(*tables):
+        from rankkernels._triton.embedding_catch_up import embedding_catch_up_all
+
+        if not triton_catches_up(tables[0]):
+            return _catch_up_all(*tables)
+        check_behind(*tables)
+        embedding_catch_up_all(*tables)
+
+    @torch.library.impl(lib, "embedding_mark_steps", "CUDA")
+    def _(last_steps, *rest):
+        from rankkernels._triton.embedding_catch_up import embedding_mark_steps
+
+        *lookups, steps = rest
+        features, n = Features(*lookups), len(last_steps)
+        if not triton_serves(last_steps[0]) or any(last.device != last_steps[0].device for last in last_steps):
+            return _mark_steps(last_steps, *rest)
+        torch._check(
+            len(steps) == n,
+            lambda: f"embedding_mark_steps: steps must have one entry a table, {n}, got {len(steps)}",
+        )
+        device = last_steps[0].device
+        check_features(n, device, features, names_of("", len(features.indices)))
+        for last in last_steps:
+            _check_last_steps("embedding_mark_steps", last, last.numel(), device)
+        embedding_mark_steps(last_steps, features, steps)
+
+    @torch.library.impl(lib, "adam_history", "CUDA")
+    def _(history, base, step, *numbers):
+        from rankkernels._triton.embedding_catch_up import adam_history
+
+        if not triton_serves(history):
+            return _add_to_history(history, base, step, *numbers)
+        _check_history("adam_history", history)
+        torch._check(
+            0 <= base < step < base + history.size(0),
+            lambda: (
+                f"adam_history: step {step} must lie after base {base} and fit into a history of shape "
+                f"{list(history.shape)}"
+            ),
+        )
+        adam_history(history, base, step, *numbers)
 
 
 def _nothing(*_arguments) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rankkernels.ops._features import Features
-from rankkernels.ops.embedding_catch_up import new_history
+from rankkernels.ops._idle_steps import new_history
 
 OPS = torch.ops.rankkernels
 ROWS, STEP, BASE = 60, 39, 9
@@ -51,3 +51,32 @@ def features(pooled: list[int], dtype: torch.dtype | None = None) -> Features:
 
 def by_key(key: str, op, *arguments, **options):
     return op.redispatch(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)), *arguments, **options)
+
+
+#: Which of the lists of tables 8 wide, what is wrong with it, and what is said.
+WRONG = (
+    (1, lambda states: states[:3], "there must be 2 states, last_steps, a history and a clock"),
+    (1, lambda states: [s.double() for s in states], "state 0 of a table of shape [60, 8] must be torch.float32"),
+    (1, lambda states: [s.to("meta") for s in states], "state 0 of a table of shape [60, 8] must be"),
+    (2, lambda last_steps: [last[1:] for last in last_steps], "last_steps must be int32 [60], contiguous"),
+    (2, lambda last_steps: [last.to("meta") for last in last_steps], "last_steps must be int32 [60], contiguous"),
+    (3, lambda histories: [h[:20] for h in histories], "the history of table 0 must reach from step 9 to 39"),
+    (3, lambda histories: [h.float() for h in histories], "a history must be float64 [S, 20], contiguous"),
+)
+
+
+def refusals(modes: list[int]) -> None:
+    """Lists that do not fit the tables are refused by the ops on a GPU, and change nothing."""
+    for i, wrong, expected in WRONG:
+        lists, clocks = tables(torch.float32, 8, 0.1)
+        before = [t.clone() for t in (*lists[0], *lists[1], *lists[2])]
+        given = [wrong(each) if k == i else each for k, each in enumerate(lists)]
+        for op in (OPS.embedding_catch_up_all.default, OPS.embedding_bag_exact.default):
+            looked_up = () if op is OPS.embedding_catch_up_all.default else (*features(modes), "")
+            try:
+                by_key("CUDA", op, *given, *looked_up, clocks)
+            except RuntimeError as error:
+                assert expected in str(error), error
+            else:
+                raise AssertionError(f"{expected!r} was not raised")
+        assert all(map(torch.equal, before, (*lists[0], *lists[1], *lists[2])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from exact_lists import OPS, ROWS, STEP, by_key, features, tables
+from exact_lists import OPS, ROWS, STEP, by_key, features, refusals, tables
 
 import rankkernels as rk
 from rankkernels.ops._features import MODES
@@ -70,3 +70,13 @@ def test_ids_out_of_range_change_nothing():
             grads, *lists, *looked_up, [0.01, 0.9, 0.999, 1e-8, 0, 40, 1, 0, 0] * 2, clocks
         )
     assert all(torch.equal(a, b) for a, b in zip(before, (t for each in lists for t in each)))
+
+
+@pytest.mark.skipif(not rk.ops._library.triton_embeds, reason="no Triton, or CUDA C++ in its place")
+def test_lists_that_do_not_fit_are_refused_before_a_launch():
+    refusals([1, 2, 1, 1])
+    lists, _ = tables(torch.float32, 8, 0.1)
+    with pytest.raises(RuntimeError, match=r"embedding_mark_steps: steps must have one entry a table, 2, got 1"):
+        by_key("CUDA", OPS.embedding_mark_steps.default, lists[2], *features([1, 2, 1, 1]), [5])
+    with pytest.raises(RuntimeError, match=r"adam_history: step 80 must lie after base 9 and fit into a history"):
+        by_key("CUDA", OPS.adam_history.default, lists[3][0], 9, 80, 0.9, 0.999, 0.1, 1.0, 1.0)

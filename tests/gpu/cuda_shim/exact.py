@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from nn.exact_lists import OPS, ROWS, STEP, by_key, features, tables
+from nn.exact_lists import OPS, ROWS, STEP, by_key, features, refusals, tables
 
-from rankkernels.ops.embedding_catch_up import new_history
+from rankkernels.ops._idle_steps import new_history
 from rankkernels.testing import TOLERANCE, relative_error
 
 MODES = [1, 2, 3, 1]  # of a lookup; a step takes no maximum
@@ -87,38 +87,9 @@ def compare(run: Callable, arguments: Callable[[], tuple], tolerance: float, dig
         digest.update(ours.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def refusals() -> None:
-    """Lists that do not fit the tables change nothing."""
-    for i, wrong, expected in (
-        (1, lambda states: states[:3], "there must be 2 states, last_steps, a history and a clock"),
-        (1, lambda states: [s.double() for s in states], "state 0 of a table of shape [60, 8] must be torch.float32"),
-        (
-            1,
-            lambda states: [s.to("meta") for s in states],
-            "state 0 of a table of shape [60, 8] must be on the table's",
-        ),
-        (2, lambda last_steps: [last[1:] for last in last_steps], "last_steps must be int32 [60], contiguous"),
-        (2, lambda last_steps: [last.to("meta") for last in last_steps], "last_steps must be int32 [60], contiguous"),
-        (3, lambda histories: [h[:20] for h in histories], "the history of table 0 must reach from step 9 to 39"),
-        (3, lambda histories: [h.float() for h in histories], "a history must be float64 [S, 20], contiguous"),
-    ):
-        lists, clocks = tables(torch.float32, 8, 0.1)
-        before = [t.clone() for t in (*lists[0], *lists[1], *lists[2])]
-        given = [wrong(each) if k == i else each for k, each in enumerate(lists)]
-        for op in (OPS.embedding_catch_up_all.default, OPS.embedding_bag_exact.default):
-            looked_up = () if op is OPS.embedding_catch_up_all.default else (*features(MODES), "")
-            try:
-                by_key("CUDA", op, *given, *looked_up, clocks)
-            except RuntimeError as error:
-                assert expected in str(error), error
-            else:
-                raise AssertionError(f"{expected!r} was not raised")
-        assert all(map(torch.equal, before, (*lists[0], *lists[1], *lists[2])))
-
-
 def exact_adam(digest, some: bool) -> None:
     """Every op in every dtype, on rows that are packs and rows that are not, with and without decay."""
-    refusals()
+    refusals(MODES)
     compare(histories, tuple, 1e-12, digest)
     cases = [(dtype, D, decay) for dtype in TOLERANCE for D in (1, 19, 64, 300) for decay in (0.0, 0.1)]
     for dtype, D, decay in cases[:: 3 if some else 1]:

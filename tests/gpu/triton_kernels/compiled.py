@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.gpu import page, report
 from bench.gpu.ahead_of_time import TARGETS, AbsentGPU, compile_case, compiling, meta_inputs, serves
-from bench.gpu.cases import COMPILED, GPU_OPS
+from bench.gpu.cases import COMPILED, EXACT_ADAM, GPU_OPS
 from bench.gpu.occupancy import MULTIPROCESSORS, occupancy
 from rankkernels import _triton
 from rankkernels._triton import _launch, embedding_fm, fm_interaction, norm_activation
@@ -34,7 +34,11 @@ from rankkernels._triton import embedding_bag_numbers as bag_numbers
 from rankkernels._triton import embedding_bag_reduce as bag_reduce
 from rankkernels._triton import embedding_bag_sources as bag_sources
 from rankkernels._triton import embedding_bag_update as bag_update
+from rankkernels._triton import embedding_catch_up_history as exact_history
+from rankkernels._triton import embedding_catch_up_lookup as exact_lookup
+from rankkernels._triton import embedding_catch_up_rows as exact_rows
 from rankkernels.ops._features import Features
+from rankkernels.ops._idle_steps import WIDTH
 from rankkernels.ops.embedding_bag_update import OPTIMIZERS, RULES, Hyper, state_shapes
 from rankkernels.testing import (
     OpCase,
@@ -48,7 +52,7 @@ from rankkernels.testing import (
 
 SERVED = [case for case in COMPILED if serves(case)]
 EVERY = int(os.environ.get("GPU_EVERY", "1"))
-CHOSEN = [case for op in GPU_OPS for case in op.cases[::EVERY] if case in SERVED]
+CHOSEN = [case for op in [*GPU_OPS, EXACT_ADAM] for case in op.cases[::EVERY] if case in SERVED]
 if EVERY > 1:
     CHOSEN = [replace(case, dtypes=case.dtypes[:1]) for case in CHOSEN]
 
@@ -97,7 +101,7 @@ NO_TABLE = {f"embedding_bag_{name}_kernel" for name in ("numbers", "sources", "r
 )
 def test_compiles_to_what_the_hardware_holds(records, widths, case, dtype, target):
     calls = records[case.id, dtype, target].calls
-    assert [c.op for c in calls] == [case.op, f"{case.op}_backward"]
+    assert [c.op for c in calls] == [case.op, f"{case.op}_{'update' if case in EXACT_ADAM.cases else 'backward'}"]
     for call in calls:
         assert call.kernels, f"{call.op} launches no kernel"
         for kernel in call.kernels:
@@ -123,7 +127,9 @@ def test_tensors_beyond_32_bits_are_launched_within_the_grid(records):
 
 
 #: The kernels of optimizers' steps alone.
-OF_STEPS = {"embedding_bag_fold_kernel", "embedding_bag_rows_kernel"}
+OF_STEPS = {
+    "adam_history_kernel", "embedding_bag_fold_kernel", "embedding_bag_rows_kernel", "embedding_mark_steps_kernel",
+}  # fmt: skip
 
 
 def step_calls(kind: str, dtype: torch.dtype, D: int, target: str, live: bool, rounds: bool) -> list:
@@ -175,6 +181,33 @@ def test_steps_compile_to_what_the_hardware_holds(kind, dtype, D, rounds, target
         assert occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
 
 
+@pytest.mark.parametrize(
+    "dtype, D", [(torch.float32, 16), (torch.float32, 10), (torch.float16, 512), (torch.float64, 512)]
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_exact_adam_compiles_to_what_the_hardware_holds(dtype, D, target):
+    """All of it that a step can come to, on jagged bags of two tables."""
+    R, N, B, wide, clocks = 1000, 4096, 512, torch.promote_types(dtype, torch.float32), [40.0, 9.0, 0.5, 1e-8] * 2
+    with torch.device("meta"):
+        weights, states = ([torch.empty(R, D, dtype=d) for _ in range(n)] for d, n in ((dtype, 2), (wide, 4)))
+        last_steps, history = [torch.empty(R, dtype=torch.int32)] * 2, torch.empty(64, WIDTH, dtype=torch.float64)
+        ids, offsets = torch.empty(N, dtype=torch.long), torch.empty(B, dtype=torch.long)
+    features = Features([ids, ids], [offsets, offsets], [], [0, 1], [1, 2], [-1, -1], [-1, -1])
+    lists, ops = (weights, states, last_steps, [history] * 2), torch.ops.rankkernels
+    with compiling(target) as calls:
+        ops.embedding_bag_exact(*lists, *features, "", clocks)
+        ops.embedding_catch_up(*lists, *features, "", clocks)
+        ops.embedding_catch_up_all(*lists, clocks)
+        ops.embedding_mark_steps(last_steps, *features, [41, 41])
+        ops.adam_history(history, 9, 41, 0.9, 0.999, 0.1, 0.5, 0.49)
+    kernels = [kernel for call in calls for kernel in call.kernels]
+    names = {"adam_history", "embedding_bag_exact", "embedding_catch_up", "embedding_mark_steps"}
+    assert {kernel.name for kernel in kernels} >= {f"{name}_kernel" for name in names}
+    for kernel in kernels:
+        assert kernel.local == 0 and not kernel.spills
+        assert kernel.direct and occupancy(target, kernel.warps, kernel.registers, kernel.shared) > 0
+
+
 @triton.jit(do_not_specialize=["n"])
 def filling_kernel(out_ptr, x_ptr, n, scale, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
@@ -217,10 +250,11 @@ def test_a_launch_that_is_known_again_has_what_tritons_own_has(monkeypatch):
 
 def test_kernels_that_are_known_again_are_not_specialized_on_numbers():
     bags = bag_forward, bag_numbers, bag_reduce, bag_sources, bag_update, embedding_fm
-    modules = forward, backward, layers, *bags, fm_interaction, norm_activation
+    exact = exact_history, exact_lookup, exact_rows
+    modules = forward, backward, layers, *bags, *exact, fm_interaction, norm_activation
     kernels = {f for m in modules for name, f in vars(m).items() if name.endswith("_kernel")}
     numbers = [p for k in kernels for p in k.params if not (p.is_constexpr or p.name.endswith("_ptr"))]
-    assert len(kernels) == 7 + 9 + 2 + 2 + 4
+    assert len(kernels) == 7 + 9 + 2 + 2 + 4 + 4
     assert {p.name for p in numbers if not p.do_not_specialize} == {"dice_eps", "norm_eps", "kept_scale"}
 
 

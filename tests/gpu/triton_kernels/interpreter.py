@@ -6,8 +6,8 @@ Operands of a tf32 dot lose the mantissa bits that tensor cores drop, without ro
 
 Every load and store is checked. An address must be an element of a tensor that was passed to the launch, or whose
 address is among the int64 values passed to it: neither one past its end nor in the gap between two rows. Nothing that
-one program stores may be read, by any, or be stored by another: then the order of programs and of threads cannot
-matter. Atomics are refused, as their order does.
+one program stores may be read, by any, or be stored by another, but with the same bits: then the order of programs and
+of threads cannot matter. Atomics are refused, as their order does.
 
 To be imported in a process with TRITON_INTERPRET=1; ``install`` changes the interpreter for good.
 """
@@ -76,6 +76,7 @@ class Memory:
         self.loads, self.stores = np.zeros((2, self.addresses.size), np.int64)
         self.reader = np.full(self.addresses.size, NOBODY)
         self.writer = np.full(self.addresses.size, NOBODY)
+        self.stored = np.zeros(self.addresses.size, np.uint64)
 
     def elements(self, pointers: TensorHandle, mask: TensorHandle, access: str) -> np.ndarray:
         touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -107,12 +108,17 @@ class Memory:
         reader = self.reader[element]
         self.reader[element] = np.where((reader == NOBODY) | (reader == program), program, MANY)
 
-    def store(self, pointers: TensorHandle, mask: TensorHandle, program: int) -> None:
-        element = self.elements(pointers, mask, "store")
-        for others, what in ((self.writer[element], "store"), (self.reader[element], "load")):
-            if ((others != NOBODY) & (others != program)).any():
-                raise AssertionError(f"a program stores what another one {what}s")
-        self.writer[element] = program
+    def store(self, pointers: TensorHandle, value: TensorHandle, mask: TensorHandle, program: int) -> None:
+        element, shape = self.elements(pointers, mask, "store"), pointers.data.shape
+        bits = np.ascontiguousarray(np.broadcast_to(value.data, shape)[np.broadcast_to(mask.data, shape)])
+        bits = bits.view(f"u{bits.itemsize}").astype(np.uint64)
+        writer, reader = self.writer[element], self.reader[element]
+        if ((writer != NOBODY) & (writer != program) & (self.stored[element] != bits)).any():
+            raise AssertionError("a program stores what another one stores")
+        if ((reader != NOBODY) & (reader != program)).any():
+            raise AssertionError("a program stores what another one loads")
+        self.writer[element] = np.where((writer == NOBODY) | (writer == program), program, MANY)
+        self.stored[element] = bits
         np.add.at(self.stores, element, 1)
 
 
@@ -186,7 +192,7 @@ def install() -> None:
         return load(self, pointers, mask, other, *options)
 
     def create_masked_store(self, pointers, value, mask, *options):
-        self.memory.store(pointers, mask, program(self))
+        self.memory.store(pointers, value, mask, program(self))
         return store(self, pointers, value, mask, *options)
 
     def init_args(self, args, kwargs):
