@@ -10,6 +10,7 @@
 #define __device__ __attribute__((device))
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
+#define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 // HIP passes the number of blocks on as that of waves.
 #define __launch_bounds__(threads, blocks) \
@@ -79,6 +80,10 @@ __device__ inline T atomicCAS(T* p, T expected, T value) {
 #define INFINITY __builtin_inff()
 __device__ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 __device__ inline double sqrt(double x) { return __builtin_sqrt(x); }
+__device__ inline float fabs(float x) { return __builtin_fabsf(x); }
+__device__ inline double fabs(double x) { return __builtin_fabs(x); }
+__device__ inline float pow(float x, float y) { return __builtin_powf(x, y); }
+__device__ inline double pow(double x, double y) { return __builtin_pow(x, y); }
 __device__ inline double exp(double x) { return __builtin_exp(x); }
 __device__ inline double expm1(double x) { return __builtin_expm1(x); }
 
