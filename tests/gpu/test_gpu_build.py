@@ -1,7 +1,7 @@
 """What setup.py builds for GPUs, without one: by nvcc, and as HIP by a clang that stands for ROCm's hipcc.
 
-HIP's headers are those of hip_stub/, and its runtime is a library of the functions that the build asks for, so this
-shows that the sources become one library that loads and registers its kernels; only ROCm can run them.
+HIP's headers are those of hip_stub/, and its runtime is a library of functions that do nothing, so this shows that the
+sources become one library that loads and registers its kernels; only ROCm can run them.
 """
 
 from __future__ import annotations
@@ -143,16 +143,17 @@ def hip_build(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         '-Xoffload-linker --unresolved-symbols=ignore-all "$@"\n'
     )
     hipcc.chmod(0o755)
-    empty_library(runtime)
-    build_package(library, RANKKERNELS_HIP="1", ROCM_HOME=str(rocm))
-    symbols = run("nm", "--dynamic", "--undefined-only", library / "rankkernels/librankkernels.so")
-    functions = set(re.findall(r" U ((?:__)?hip\w+)", symbols)) - {"__hipRegisterFunction"}
-    source = rocm / "runtime.c"
+    functions = re.findall(
+        r"^(?:const char\*|hipError_t) (\w+)\(", (STUB / "hip/hip_runtime.h").read_text(), re.MULTILINE
+    )
     said = 'void __hipRegisterFunction(void* m, void* f, char* d, char* name) { printf("registered %s\\n", name); }'
+    functions += ["__hipRegisterFatBinary", "__hipUnregisterFatBinary"]
+    source = rocm / "runtime.c"
     source.write_text(
         "\n".join(["#include <stdio.h>", said, *(f"void* {name}() {{ return 0; }}" for name in functions)])
     )
     run("gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libamdhip64.so", source, "-o", runtime)
+    build_package(library, RANKKERNELS_HIP="1", ROCM_HOME=str(rocm))
     return library, {"LD_LIBRARY_PATH": str(runtime.parent)}
 
 
