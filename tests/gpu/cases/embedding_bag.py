@@ -158,28 +158,20 @@ def stepped_by(module, features, grad_outs, given, way, hyper, weights, states, 
     return stepped, states, live, module.embedding_bag_update(grad_outs, stepped, every, features, number, hyper)
 
 
-def of_each_table(features: Features, grad_outs, hyper, n: int) -> list[tuple[Tensor, int]]:
-    """The rows that step, and the keys that they are rounded with."""
-    return [(rows_looked_up(features, grad_outs, t), int(of_tables(hyper, t, n)[ROUNDING])) for t in range(n)]
-
-
 def rounded(module, features, grad_outs, given, way, hyper, weights, states_and_live, stepped) -> list[Tensor]:
     """1 where a table is what the reference makes of the step of the same table in float32, else 0."""
-    wide = [w.float() if w.element_size() == 2 else w for w in weights]
-    wide, *_ = stepped_by(module, features, grad_outs, given, way, hyper, wide, *states_and_live)
-    return [
-        is_rounded(*of) for of in zip(stepped, wide, weights, of_each_table(features, grad_outs, hyper, len(weights)))
-    ]
-
-
-def is_rounded(stepped: Tensor, wide: Tensor, before: Tensor, rows_and_key: tuple[Tensor, int]) -> Tensor:
-    """1 where a table is what the reference makes of the step of the same table in float32 [R, D], else 0."""
-    (rows, key), right = rows_and_key, before.clone()
-    right[rows] = wide[rows].to(right.dtype)
-    if key and stepped.element_size() == 2:
-        bits = reference.rounding_bits(key, 3, rows, wide.size(1))
-        right[rows] = reference.round_stochastically(wide[rows], stepped.dtype, bits)
-    return (stepped == right).double()
+    single = [w.float() if w.element_size() == 2 else w for w in weights]
+    single, *_ = stepped_by(module, features, grad_outs, given, way, hyper, single, *states_and_live)
+    found = []
+    for t, (wide, before) in enumerate(zip(single, weights)):
+        rows, key = rows_looked_up(features, grad_outs, t), int(of_tables(hyper, t, len(weights))[ROUNDING])
+        right = before.clone()
+        right[rows] = wide[rows].to(right.dtype)
+        if key and right.element_size() == 2:
+            bits = reference.rounding_bits(key, 3, rows, wide.size(1))
+            right[rows] = reference.round_stochastically(wide[rows], right.dtype, bits)
+        found.append((stepped[t] == right).double())
+    return found
 
 
 def without_unknown(weights, features: Features) -> Features:
