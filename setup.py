@@ -4,6 +4,8 @@ Environment:
   RANKKERNELS_SKIP_EXT=1  no extension at all: the package runs its pure-PyTorch reference and says so once.
   RANKKERNELS_CUDA=1      also compiles csrc/cuda, with the nvcc of CUDA_HOME, for the architectures of
                           TORCH_CUDA_ARCH_LIST ("8.0;9.0;10.0+PTX"). Any build of torch will do, a CPU one too.
+  RANKKERNELS_HIP=1       the same sources for AMD's GPUs, with the hipcc of ROCM_HOME (/opt/rocm), for the
+                          architectures of PYTORCH_ROCM_ARCH ("gfx90a;gfx942"). Any build of torch will do.
   RANKKERNELS_SANITIZE=1  compiles with AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
   MAX_JOBS                parallel compilations.
 """
@@ -45,7 +47,7 @@ def add_cuda(module: Extension, defines: list[str]) -> None:
     home = os.environ.get("CUDA_HOME", "")
     if not os.path.exists(os.path.join(home, "bin", "nvcc")):
         sys.exit(f"RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit with bin/nvcc, got CUDA_HOME={home!r}")
-    cpp_extension.CUDA_HOME = home  # a CPU build of torch does not look for it
+    cpp_extension.CUDA_HOME, cpp_extension.IS_HIP_EXTENSION = home, False  # whatever torch was built for
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     ptx = re.findall(r"(\d+)\.(\d)a?\+PTX", os.environ["TORCH_CUDA_ARCH_LIST"])
     defines = defines + [f"-DRK_CUDA_PTX={100 * int(major) + 10 * int(minor)}" for major, minor in ptx[-1:]]
@@ -53,6 +55,22 @@ def add_cuda(module: Extension, defines: list[str]) -> None:
     module.extra_compile_args["nvcc"] = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", *defines]
     module.library_dirs += [os.path.join(home, lib) for lib in ("lib64", "lib")]
     module.libraries += ["cudart_static", "rt", "dl", "pthread"]
+
+
+def add_hip(module: Extension, defines: list[str]) -> None:
+    """Adds csrc/cuda as HIP, which it is as it stands: no hipify."""
+    from torch.utils import cpp_extension
+
+    home = os.environ.get("ROCM_HOME", "/opt/rocm")
+    if not os.path.exists(os.path.join(home, "bin", "hipcc")):
+        sys.exit(f"RANKKERNELS_HIP=1 needs ROCM_HOME to be a ROCm with bin/hipcc, got ROCM_HOME={home!r}")
+    cpp_extension.ROCM_HOME, cpp_extension.IS_HIP_EXTENSION = home, True  # whatever torch was built for
+    os.environ.setdefault("PYTORCH_ROCM_ARCH", "gfx90a;gfx942")
+    hip, cpp_extension.COMMON_HIP_FLAGS = cpp_extension.COMMON_HIP_FLAGS, []  # not for the C++, which knows no GPU
+    module.sources += sorted(glob("csrc/cuda/**/*.cu", recursive=True))
+    module.extra_compile_args["nvcc"] = [*hip, "-O3", "-std=c++17", "-fvisibility=hidden", *defines]
+    module.library_dirs.append(os.path.join(home, "lib"))
+    module.libraries.append("amdhip64")
 
 
 def extension() -> dict:
@@ -86,8 +104,12 @@ def extension() -> dict:
         extra_link_args=link,
         py_limited_api=True,  # torch's Python library is not linked
     )
+    if enabled("RANKKERNELS_CUDA") and enabled("RANKKERNELS_HIP"):
+        sys.exit("RANKKERNELS_CUDA=1 and RANKKERNELS_HIP=1 are two builds: a library has kernels for one kind of GPU")
     if enabled("RANKKERNELS_CUDA"):
         add_cuda(module, defines)
+    if enabled("RANKKERNELS_HIP"):
+        add_hip(module, defines)
 
     class Build(BuildExtension):
         def finalize_options(self):

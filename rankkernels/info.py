@@ -53,7 +53,7 @@ def main() -> None:
     print(f"rankkernels {installed('rankkernels')}, torch {torch.__version__}, triton {installed('triton')}, "
           f"Python {platform.python_version()}, {platform.machine()}")  # fmt: skip
     print(f"C++ extension: {_library.no_extension or 'loaded'}")
-    print(f"CUDA C++: {_library.no_cuda or 'loaded'}")
+    print(f"CUDA C++: {_library.no_cuda or ('loaded, compiled as HIP' if _library.is_hip else 'loaded')}")
     print(f"GPU: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}")
     print()
     print(f"{'op':<20} {'cpu':<20} cuda")

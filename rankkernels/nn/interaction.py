@@ -47,7 +47,8 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
 
 def _end_of_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """x0 * product + bias + x, fused where that is faster and all are of one dtype: under autocast products are not."""
-    if x.dim() == 2 and is_faster(x) and is_tensor(x0) and _are_like(x, [x0, product] if bias is None else [x0, product, bias]):
+    others = [x0, product] if bias is None else [x0, product, bias]
+    if x.dim() == 2 and is_faster(x) and is_tensor(x0) and _are_like(x, others):
         return cross_layer(x0, product, x, bias)
     return x0 * product + x if bias is None else x0 * product + bias + x
 

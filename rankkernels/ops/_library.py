@@ -69,6 +69,7 @@ def define(schema: str) -> None:
 no_extension: str | None = _load_extension()
 define("cpu_isa() -> int")
 define("cuda_refusal() -> int")
+define("is_hip() -> bool")
 define("use_huge_pages(Tensor t) -> ()")
 torch.library.impl(lib, "use_huge_pages", "CompositeExplicitAutograd")(lambda t: None)
 torch.library.register_fake("rankkernels::use_huge_pages", lambda t: None, lib=lib)
@@ -84,19 +85,26 @@ cpu_isa: str | None = None if no_extension else CPU_ISAS[torch.ops.rankkernels.c
 only_reference: bool = no_extension == "RANKKERNELS_REFERENCE is set"
 
 
+def _built_for_gpus() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::is_hip", "CompositeExplicitAutograd")
+
+
 def _find_no_cuda() -> str | None:
     """csrc/cuda/common/driver.h asks the driver, and registers no kernel in CUDA C++ where it says no."""
     if no_extension:
         return no_extension
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("rankkernels::cuda_refusal", "CompositeExplicitAutograd"):
-        return "rankkernels was built without RANKKERNELS_CUDA=1"
+    if not _built_for_gpus():
+        return f"rankkernels was built without RANKKERNELS_{'HIP' if torch.version.hip else 'CUDA'}=1"
     return (
         None,
         "rankkernels was built without code for this machine's GPU",
         "rankkernels was built with a newer CUDA than this machine's driver runs",
+        f"rankkernels was built for {'HIP, and this torch for CUDA' if is_hip else 'CUDA, and this torch for HIP'}",
     )[torch.ops.rankkernels.cuda_refusal()]
 
 
+#: Whether the library's kernels in CUDA C++ were compiled as HIP.
+is_hip: bool = _built_for_gpus() and torch.ops.rankkernels.is_hip()
 #: Why the library's kernels in CUDA C++ do not run here, or None.
 no_cuda: str | None = _find_no_cuda()
 OLDEST_TRITON = (3, 6)

@@ -1,4 +1,4 @@
-"""The CUDA C++ part without a GPU: nvcc builds it, and the kernels run on the CPU under the shim in cuda_shim/.
+"""The kernels in CUDA C++ without a GPU: nvcc compiles them, and they run on the CPU under the shim in cuda_shim/.
 
 The shim tests compile csrc/cuda with g++ and sanitizers, common/launch.h replaced by the shim's, and run the ops in a
 process of their own; see cuda_shim/shim.h for what they find. Planted faults show that they do.
@@ -21,12 +21,10 @@ import torch
 
 from bench.gpu.build import cuda_home
 from bench.gpu.cases import CUDA_LAUNCHES
-from bench.gpu.report import ptxas_resources
 
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent / "cuda_shim"
 TORCH = Path(torch.__file__).parent
-ARCHITECTURES = ("80", "90", "100")
 DTYPES = ("float", "double", "__half", "__nv_bfloat16")
 #: Every kernel of csrc/cuda, and whether it is a template over the dtypes.
 KERNELS = {
@@ -36,7 +34,6 @@ KERNELS = {
         r"(template <class T>\n)?__global__ void __launch_bounds__\(.+\)\s+(\w+)\(", header.read_text()
     )
 }
-MAX_REGISTERS = 128  # with 256 threads a block: two blocks a multiprocessor
 HOME = cuda_home()
 CUDA_HOME = Path(HOME) if HOME and Path(HOME, "bin/nvcc").exists() else None
 needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no nvcc: CUDA_HOME is not set and nvcc is not on PATH")
@@ -50,73 +47,6 @@ def run(*command: str | Path, check: bool = True, cwd: Path = ROOT, **environmen
     )  # fmt: skip
     assert result.returncode == 0 if check else result.returncode != 0, result.stdout[-8000:]
     return result.stdout
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory) -> tuple[Path, str]:
-    """The package with its CUDA part, built for every architecture, and what the build printed of that part."""
-    target = tmp_path_factory.mktemp("cuda")
-    for compiled in (ROOT / "build/objects/csrc/cuda").rglob("*.o"):
-        compiled.unlink()
-    log = run(
-        sys.executable, "setup.py", "build_ext", "--build-lib", target / "lib",
-        RANKKERNELS_CUDA="1", CUDA_HOME=str(CUDA_HOME), NVCC_APPEND_FLAGS="-Xptxas=-v", MAX_JOBS="2",
-        TORCH_CUDA_ARCH_LIST=";".join(f"{a[:-1]}.{a[-1]}" for a in ARCHITECTURES),
-    )  # fmt: skip
-    shutil.copytree(
-        ROOT / "rankkernels", target / "lib/rankkernels", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so")
-    )
-    return target / "lib", log
-
-
-@pytest.mark.slow
-@needs_nvcc
-def test_imports_beside_any_torch(build):
-    """The implementations are registered, and answer; none of the libraries of a CUDA build of torch is needed."""
-    library, _ = build
-    out = run(
-        sys.executable, "-c",
-        "import torch, rankkernels.ops._library as library\n"
-        "assert library.no_extension is None, library.no_extension\n"
-        "assert library.no_cuda is None, library.no_cuda\n"
-        "import rankkernels; print(rankkernels.__file__)\n"
-        "for op in ('embedding_bag', 'embedding_bag_backward', 'embedding_bag_backward_sparse',\n"
-        "           'embedding_bag_update', 'sparse_update', 'embedding_fm', 'embedding_fm_backward',\n"
-        "           'embedding_bag_exact', 'embedding_bag_exact_update', 'embedding_catch_up',\n"
-        "           'embedding_catch_up_all', 'embedding_mark_steps', 'adam_history'):\n"
-        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'rankkernels::{op}', 'CUDA'), op\n"
-        "keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)\n"
-        "op = torch.ops.rankkernels.embedding_bag.default\n"
-        "w, ids = torch.ones(2, 3), torch.tensor([[0]])\n"
-        "try: op.redispatch(keys, [w], [ids], [], [], [0], [1], [-1], [-1], [], 'item_id', concat=True)\n"
-        "except RuntimeError as error: print(error)\n",
-        cwd=library, PYTHONPATH=str(library),
-    )  # fmt: skip
-    assert str(library) in out
-    assert "weights[0] must be on a GPU" in out
-    if shutil.which("readelf"):
-        dynamic = run("readelf", "--dynamic", "--dyn-syms", "--wide", library / "rankkernels/librankkernels.so")
-        assert "libtorch_cuda" not in dynamic and "libcudart" not in dynamic
-        assert not re.search(r"GLOBAL DEFAULT +\d+ cuda\w+", dynamic), "symbols of the CUDA runtime are exported"
-
-
-@pytest.mark.slow
-@needs_nvcc
-def test_no_kernel_spills(build):
-    found = ptxas_resources(build[1])
-    for sm in ARCHITECTURES:
-        for kernel, template in KERNELS.items():
-            mangled = f"{len(kernel)}{kernel}{'I' if template else ''}"
-            compiled = sum(mangled in name and f"sm_{sm}" == s for name, s in found)
-            assert compiled == (len(DTYPES) if template else 1), (kernel, sm)
-    assert len(found) == len(ARCHITECTURES) * sum(len(DTYPES) if template else 1 for template in KERNELS.values())
-    print("\nkernel, architecture: registers")
-    for (name, sm), text in sorted(found.items()):
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, sm, text)
-        assert "lmem" not in text, (name, sm, text)
-        registers = int(re.search(r"Used (\d+) registers", text)[1])
-        assert registers <= MAX_REGISTERS, (name, sm, registers)
-        print(f"{name[:60]} {sm}: {registers}")
 
 
 @needs_nvcc
@@ -155,13 +85,6 @@ def test_one_header_spells_cudas_own_names():
     sources = [path for path in (ROOT / "csrc/cuda").rglob("*.*") if path.name != "device.cuh"]
     assert own.search((ROOT / "csrc/cuda/common/device.cuh").read_text()) and len(sources) > 10
     assert {path.name: found for path in sources if (found := own.findall(path.read_text()))} == {}
-
-
-def test_cuda_without_a_toolkit(tmp_path):
-    out = run(sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path,
-              check=False, RANKKERNELS_CUDA="1", CUDA_HOME="")  # fmt: skip
-    assert out.splitlines()[-1].startswith("RANKKERNELS_CUDA=1 needs CUDA_HOME to be a CUDA toolkit")
-    assert "Traceback" not in out
 
 
 def sanitizer(name: str) -> str | None:

@@ -27,7 +27,7 @@ MAIN = r"""
 #include <cstdio>
 int main() { std::printf("%d", static_cast<int>(rk::cuda::refusal())); }
 """
-SERVED, ARCHITECTURE, DRIVER = "0", "1", "2"
+SERVED, ARCHITECTURE, DRIVER, TORCH = "0", "1", "2", "3"
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
@@ -83,3 +83,10 @@ def test_other_compilers_ask_nobody(folder):
 def test_without_nvml_cuda_judges(folder):
     run = subprocess.run([folder / "main"], env={}, check=True, capture_output=True, text=True)
     assert run.stdout == SERVED
+
+
+def test_a_torch_for_hip_is_not_served(folder):
+    library = folder / "libtorch_hip.so"
+    subprocess.run(["gcc", "-shared", "-Wl,-soname,libtorch_hip.so", "-x", "c", "/dev/null", "-o", library], check=True)
+    run = subprocess.run([folder / "main"], env={"LD_PRELOAD": library}, check=True, capture_output=True, text=True)
+    assert run.stdout == TORCH

@@ -151,7 +151,7 @@ def test_the_table_of_the_ops_has_every_op():
                   if name.startswith("rankkernels::")}  # fmt: skip
     parts = {"adam_history", "embedding_bag_exact", "embedding_bag_exact_update", "embedding_bag_update",
              "embedding_catch_up_all", "embedding_fm_update", "embedding_mark_steps", "cpu_isa",
-             "cuda_refusal", "gather_ranks", "use_huge_pages"}  # fmt: skip
+             "cuda_refusal", "gather_ranks", "is_hip", "use_huge_pages"}  # fmt: skip
     assert {name for name in registered if "_backward" not in name} - parts == OPS.keys()
     assert all(hasattr(rankkernels, layer) for op in OPS.values() for layer in op.layers)
 

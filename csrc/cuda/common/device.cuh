@@ -87,6 +87,22 @@ __device__ inline void store(T* p, const Pack<T, n>& x) {
   *reinterpret_cast<Pack<T, n>*>(p) = x;
 }
 
+// *p, where the other choice is a kernel's parameter: HIP's compiler would choose between the two addresses
+// instead, and copy all parameters to memory to have one. What is volatile it leaves alone.
+template <class T>
+__device__ inline T load_apart(const T* p) {
+#if defined(__HIPCC__)
+  uint64_t words[sizeof(T) / 8];
+  RK_UNROLL
+  for (unsigned i = 0; i < sizeof(T) / 8; ++i) words[i] = reinterpret_cast<const volatile uint64_t*>(p)[i];
+  T value;
+  __builtin_memcpy(&value, words, sizeof value);
+  return value;
+#else
+  return *p;
+#endif
+}
+
 // The value of the lane whose number differs in the bits of `offset`. `mask` has the lanes of this warp that
 // take part; HIP needs none, because lanes that exchange values here run in step.
 template <class T>

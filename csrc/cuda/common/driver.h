@@ -1,5 +1,5 @@
-// Whether this binary runs on the machine's GPUs. NVML is asked, not CUDA: a process that has started CUDA
-// cannot fork any more, and importing the package must not take that away.
+// Whether this binary runs beside this torch, and on the machine's GPUs. NVML is asked, not CUDA: a process
+// that has started CUDA cannot fork any more, and importing the package must not take that away.
 #pragma once
 
 #include <dlfcn.h>
@@ -8,7 +8,19 @@
 namespace rk {
 namespace cuda {
 
-enum class Refusal : int64_t { none, architecture, driver };
+enum class Refusal : int64_t { none, architecture, driver, torch };
+
+// The library that a torch for this kind of GPU has, and the one that a torch for the other kind has.
+#if defined(__HIPCC__)
+constexpr bool kHip = true;
+constexpr const char *kTorchLibrary = "libtorch_hip.so", *kOtherTorchLibrary = "libtorch_cuda.so";
+#else
+constexpr bool kHip = false;
+constexpr const char *kTorchLibrary = "libtorch_cuda.so", *kOtherTorchLibrary = "libtorch_hip.so";
+#endif
+
+// A library that this process has loaded already, or null.
+inline void* loaded(const char* library) { return dlopen(library, RTLD_NOLOAD | RTLD_LAZY); }
 
 #if defined(__CUDA_ARCH_LIST__)  // nvcc's, of what it compiles for: 750,800,900
 
@@ -65,7 +77,7 @@ inline Refusal find_refusal() { return Refusal::none; }
 #endif
 
 inline Refusal refusal() {
-  static const Refusal found = find_refusal();
+  static const Refusal found = loaded(kOtherTorchLibrary) ? Refusal::torch : find_refusal();
   return found;
 }
 

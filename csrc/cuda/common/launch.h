@@ -1,12 +1,12 @@
 // Devices, streams and launches.
 #pragma once
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "cuda/common/device.cuh"
+#include "cuda/common/driver.h"
 #include "stable/check.h"
 
 namespace rk {
@@ -25,12 +25,7 @@ inline void check(RK_RUNTIME(Error_t) error) {
 inline RK_RUNTIME(Stream_t) current_stream(int32_t device) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
   static const GetStream get_stream = [] {
-#if defined(__HIPCC__)
-    constexpr const char* kLibrary = "libtorch_hip.so";
-#else
-    constexpr const char* kLibrary = "libtorch_cuda.so";
-#endif
-    void* library = dlopen(kLibrary, RTLD_NOLOAD | RTLD_LAZY);
+    void* library = loaded(kTorchLibrary);
     return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
                    : nullptr;
   }();

@@ -251,7 +251,7 @@ __device__ void update_rows(const Batch<U>& batch, const Gradients& gradients, O
   const U& u = batch.items[find(batch, &U::first_key, key)];
   const int64_t row = key - u.first_key;
   if (row < 0 || row >= u.R) return;
-  const Now now = live ? live[u.number] : now_of(u);
+  const Now now = live ? load_apart(live + u.number) : now_of(u);
   if (now.skips) return;
   const T* grad = static_cast<const T*>(gradients.values) + i * gradients.stride;
   if (u.packed)

@@ -129,7 +129,7 @@ def of_tables(values: Sequence, t: int, n: int) -> Sequence:
 def launch(
     module: ModuleType, weights, features, grad_outs, concat, given, way, states, hyper, live
 ) -> Sequence[Tensor]:
-    outs, rows, n = forward(module, weights, features, concat), [w.size(0) for w in weights], len(weights)
+    outs, rows = forward(module, weights, features, concat), [w.size(0) for w in weights]
     if way == "dense":
         grads, factor_grads = module.embedding_bag_backward(grad_outs, weights, rows, features)
         return *outs, *(g for g in grads if g.numel()), *factor_grads
@@ -138,10 +138,7 @@ def launch(
         return *outs, *(r.double() for r in grad_rows), *(v for v in values if v.numel()), *factor_grads
     given_to = module, features, grad_outs, given, way, hyper
     stepped, states_now, live_now, factor_grads = stepped_by(*given_to, weights, states, live)
-    right = []
-    if hyper[ROUNDING]:
-        wide, *_ = stepped_by(*given_to, [w.float() if w.element_size() == 2 else w for w in weights], states, live)
-        right = [is_rounded(*of) for of in zip(stepped, wide, weights, of_each_table(features, grad_outs, hyper, n))]
+    right = rounded(*given_to, weights, (states, live), stepped) if hyper[ROUNDING] else []
     return *outs, *stepped, *states_now, *live_now, *factor_grads, *right
 
 
@@ -161,19 +158,20 @@ def stepped_by(module, features, grad_outs, given, way, hyper, weights, states, 
     return stepped, states, live, module.embedding_bag_update(grad_outs, stepped, every, features, number, hyper)
 
 
-def of_each_table(features: Features, grad_outs, hyper, n: int) -> list[tuple[Tensor, int]]:
-    """The rows that step, and the keys that they are rounded with."""
-    return [(rows_looked_up(features, grad_outs, t), int(of_tables(hyper, t, n)[ROUNDING])) for t in range(n)]
-
-
-def is_rounded(stepped: Tensor, wide: Tensor, before: Tensor, rows_and_key: tuple[Tensor, int]) -> Tensor:
-    """1 where a table is what the reference makes of the step of the same table in float32 [R, D], else 0."""
-    (rows, key), right = rows_and_key, before.clone()
-    right[rows] = wide[rows].to(right.dtype)
-    if key and stepped.element_size() == 2:
-        bits = reference.rounding_bits(key, 3, rows, wide.size(1))
-        right[rows] = reference.round_stochastically(wide[rows], stepped.dtype, bits)
-    return (stepped == right).double()
+def rounded(module, features, grad_outs, given, way, hyper, weights, states_and_live, stepped) -> list[Tensor]:
+    """1 where a table is what the reference makes of the step of the same table in float32, else 0."""
+    single = [w.float() if w.element_size() == 2 else w for w in weights]
+    single, *_ = stepped_by(module, features, grad_outs, given, way, hyper, single, *states_and_live)
+    found = []
+    for t, (wide, before) in enumerate(zip(single, weights)):
+        rows, key = rows_looked_up(features, grad_outs, t), int(of_tables(hyper, t, len(weights))[ROUNDING])
+        right = before.clone()
+        right[rows] = wide[rows].to(right.dtype)
+        if key and right.element_size() == 2:
+            bits = reference.rounding_bits(key, 3, rows, wide.size(1))
+            right[rows] = reference.round_stochastically(wide[rows], right.dtype, bits)
+        found.append((stepped[t] == right).double())
+    return found
 
 
 def without_unknown(weights, features: Features) -> Features:

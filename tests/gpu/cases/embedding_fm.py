@@ -11,7 +11,7 @@ from gpu.cases.base import BF16, DOUBLE, HALF, ROUNDED_ONCE, SINGLE, Interpreted
 from torch import Tensor
 
 from rankkernels import reference
-from rankkernels.ops.embedding_bag_update import OPTIMIZERS
+from rankkernels.ops.embedding_bag_update import OPTIMIZERS, ROUNDING
 from rankkernels.testing import embedding_fm_case
 
 CASES = [
@@ -61,12 +61,18 @@ def launch(
         grad_x = embeddings.new_empty(embeddings.size(0), len(features.indices), weights[0].size(1))
         module.lookup_gradients(gradients, embeddings, linear_weight, grad_x)
         return embeddings, fm, grad_x
+    given = states, live
     stepped, states, live = ([t.clone() for t in tensors] for tensors in (weights, states, live))
     every = [s for t in range(n) for kind in (states, live) for s in embedding_bag.of_tables(kind, t, n)]
     module.embedding_fm_update(
         gradients, embeddings, linear_weight, stepped, every, features, OPTIMIZERS.index(way), hyper
     )
-    return embeddings, fm, *stepped, *states, *live
+    right = []
+    if hyper[ROUNDING]:
+        grads = embeddings.new_empty(embeddings.size(0), len(features.indices), weights[0].size(1))
+        module.lookup_gradients(gradients, embeddings, linear_weight, grads)
+        right = embedding_bag.rounded(module, features, grads.unbind(1), False, way, hyper, weights, given, stepped)
+    return embeddings, fm, *stepped, *states, *live, *right
 
 
 def rows_of(weights, features) -> list[tuple[Tensor, Tensor]]:
@@ -98,7 +104,8 @@ def expected(weights, features, gradients, linear_weight, more, way, states, hyp
                 looked_up.append(i[keep])
         mine = [of_tables(values, t, n) for values in (states, hyper, live)]
         embedding_bag.step(way, weight, mine[0], of_table, torch.cat(looked_up).unique(), *mine[1:])
-    return *outs, *weights, *states, *live
+    right = [torch.ones_like(w) for w in weights] if hyper[ROUNDING] else []
+    return *outs, *weights, *states, *live, *right
 
 
 def config(rows: Sequence[int], D: int, tables: Sequence[int], B: int, gradients: str = "all fm linear", **options):
@@ -132,6 +139,10 @@ EMBEDDING_FM = Interpreted(
         config([40], 3, [0], 70, way="adagrad", gap=1),
         config([5] * 60, 64, list(range(60)), 2, "all", way="sgd"),
         config([1], 1, [0], 600),
+        *(
+            config(*TWO, 9, way=way, rounds=True, live=n % 2 == 1, dtypes=(HALF, BF16))
+            for n, way in enumerate(OPTIMIZERS)
+        ),
     ],
     dtypes=(SINGLE, HALF, BF16, DOUBLE),
     # A step takes gradients that are rounded, and Adam their squares.

@@ -10,6 +10,7 @@
 #define __device__ __attribute__((device))
 #define __global__ __attribute__((global))
 #define __shared__ __attribute__((shared))
+#define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
 // HIP passes the number of blocks on as that of waves.
 #define __launch_bounds__(threads, blocks) \
@@ -79,8 +80,26 @@ __device__ inline T atomicCAS(T* p, T expected, T value) {
 #define INFINITY __builtin_inff()
 __device__ inline float sqrt(float x) { return __builtin_sqrtf(x); }
 __device__ inline double sqrt(double x) { return __builtin_sqrt(x); }
-__device__ inline double exp(double x) { return __builtin_exp(x); }
-__device__ inline double expm1(double x) { return __builtin_expm1(x); }
+__device__ inline float fabs(float x) { return __builtin_fabsf(x); }
+__device__ inline double fabs(double x) { return __builtin_fabs(x); }
+
+// In place of ROCm's device library, which clang has not: series, so that these take registers and no call.
+__device__ inline double expm1(double x) {
+  const double n = __builtin_rint(x * 1.4426950408889634);
+  const double r = __builtin_fma(n, -1.9082149292705877e-10, __builtin_fma(n, -0.6931471803691238, x));
+  double q = 1;
+  for (int i = 13; i > 1; --i) q = __builtin_fma(q, r / i, 1);
+  const double power = __builtin_ldexp(1, static_cast<int>(n));
+  return __builtin_fma(q * r, power, power - 1);
+}
+__device__ inline double exp(double x) { return expm1(x) + 1; }
+__device__ inline double pow(double x, double y) {
+  const double m = __builtin_amdgcn_frexp_mant(x), s = (m - 1) / (m + 1);
+  double q = 0;
+  for (int i = 31; i > 0; i -= 2) q = __builtin_fma(q, s * s, 2. / i);
+  return exp(y * __builtin_fma(q, s, __builtin_amdgcn_frexp_exp(x) * 0.6931471805599453));
+}
+__device__ inline float pow(float x, float y) { return __builtin_exp2f(y * __builtin_log2f(x)); }
 
 // torch's.
 __device__ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
