@@ -76,6 +76,13 @@ def _bilinear_interaction(*inputs, out_shape=None, **kwargs) -> int:
     return (3 if grads else 1) * 2 * B * D * D * max(len(weights) if kind == 2 else F - 1, 0)
 
 
+@register_flop_formula([_OPS.mixed_experts, _OPS.mixed_experts_backward])
+def _mixed_experts(*inputs, out_shape=None, **kwargs) -> int:
+    """A product for each expert; in the backward two more, and it once more."""
+    *grads, (B, _), weight = inputs
+    return (3 if grads else 1) * 2 * B * prod(weight)
+
+
 @register_flop_formula(_OPS.embedding_fm)
 def _embedding_fm(*args, out_shape=None, **kwargs) -> int:
     linear_weight = args[-2]

@@ -56,6 +56,20 @@ def cross_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = No
     return (out if bias is None else out + accumulator(bias)).to(x0.dtype)
 
 
+def mixed_experts(projections: Tensor, weight: Tensor) -> Tensor:
+    """The experts of a cross layer of low rank, each times its share: projections [B, E r + E] of x by all experts' V
+    and by their gates, weight C [E, r, r] -> [B, E r], of expert e softmax(gates)_e tanh(C_e tanh(V_e^T x)).
+
+    Wang et al., "DCN V2" (2021), equations 3 and 4, with torch-rechub's gates.
+    """
+    C, xa = accumulator(weight), accumulator(projections)
+    E, rank, _ = C.shape
+    h, gates = xa.split((E * rank, E), 1)
+    h = torch.tanh(h).view(xa.size(0), E, rank).transpose(0, 1)
+    q = torch.tanh(torch.bmm(h, C.transpose(1, 2))) * gates.softmax(1).t().unsqueeze(2)
+    return q.transpose(0, 1).flatten(1).to(projections.dtype)
+
+
 def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
     """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
 

@@ -19,6 +19,7 @@ from rankkernels.ops.attention_params import norms_per_layer, params_per_layer, 
 from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer
 from rankkernels.ops.ffm_interaction import ffm_interaction
+from rankkernels.ops.mixed_experts import mixed_experts
 
 #: Largest relative error of a result or a gradient (norm of the difference over the norm), by the dtype of the inputs.
 #: The reference runs in float64 on the same values. 16-bit results are rounded once: half a unit in the last place is
@@ -155,6 +156,27 @@ def cross_layer_case(B: int, D: int, has_bias: bool = True) -> OpCase:
         elements=4 * B * D,
         flops=3 * B * D,
         backward_flops=3 * B * D,
+    )
+
+
+def mixed_experts_case(B: int, E: int, rank: int) -> OpCase:
+    """projections [B, E rank + E] and a weight [rank, rank] an expert."""
+
+    def make(dtype, generator):
+        projections = randn((B, E * rank + E), dtype, generator)
+        return projections, randn((E, rank, rank), dtype, generator, max(rank, 1) ** -0.5)
+
+    return OpCase(
+        op="mixed_experts",
+        id=f"mixed_experts-B{B}-E{E}-rank{rank}",
+        make=make,
+        function=mixed_experts,
+        reference=reference.mixed_experts,
+        overload=torch.ops.rankkernels.mixed_experts.default,
+        arguments=lambda projections, weight: (projections, weight),
+        elements=B * (2 * E * rank + E),
+        flops=2 * B * E * rank * rank,
+        backward_flops=6 * B * E * rank * rank,
     )
 
 
@@ -595,6 +617,10 @@ TEST_CASES = [
     ),
     pairwise_dot_case(4, 5, 7, weighted=True),
     *(cross_layer_case(*s) for s in ((5, 7), (3, 65), (2, 1, False), (0, 6))),
+    *(
+        mixed_experts_case(*s)
+        for s in ((5, 4, 32), (35, 3, 5), (67, 1, 17), (2, 2, 1), (3, 5, 50), (0, 2, 3), (2, 3, 0))
+    ),
     *(ffm_interaction_case(*s) for s in ((3, 4, 5), (2, 3, 8, False), (2, 3, 19, False), (0, 2, 3), (2, 1, 4))),
     *(bilinear_interaction_case(*s) for s in ((3, 4, 5), (35, 3, 9), (0, 3, 4), (2, 1, 3))),
     *(bilinear_interaction_case(3, 4, 5, kind) for kind in KINDS[:2]),

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankkernels import ops
+from rankkernels import ops, reference
 from rankkernels.nn._transparency import is_plain, is_untouched, nobody_follows
 from rankkernels.ops._tracing import is_tensor, is_traced
 from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer, is_faster
 from rankkernels.ops.ffm_interaction import ffm_interaction
 from rankkernels.ops.linear import linear
+from rankkernels.ops.mixed_experts import mixed_experts
 
 
 def _weights_of(linears: nn.Module) -> list[Tensor] | None:
@@ -40,9 +41,9 @@ def _are_like(x: Tensor, *lists: Sequence[Tensor] | None) -> bool:
     )
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T by the faster library; compilers follow torch's own."""
-    return F.linear(x, weight) if is_traced() else linear(x, weight)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b by the faster library; compilers follow torch's own."""
+    return (F.linear if is_traced() else linear)(x, weight, bias)
 
 
 def _end_of_layer(x0: Tensor, product: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -129,7 +130,8 @@ class CrossNetMix(nn.Module):
 
     torch-rechub's ``CrossNetMix``, which has ``u_list``, ``v_list``, ``c_list``, ``bias`` and ``gating``, but here a
     batch of one keeps its dimension. The gates of a layer sum to 1, so that x_0 and the bias stand before the sum over
-    the experts, and a layer is two wide products: of all experts' V and the gates, and of all their U.
+    the experts, and a layer is two wide products, of all experts' V and the gates, and of all their U, with one op
+    between them and one behind.
 
     Args:
         input_dim: width of the input.
@@ -162,17 +164,15 @@ class CrossNetMix(nn.Module):
 
     def _mixed(self, x: Tensor, i: int, gates: Sequence[Tensor] | None) -> Tensor:
         """The experts' sum by the gates and the bias, [B, D], of layer ``i``."""
-        u, v, c, E = self.u_list[i], self.v_list[i], self.c_list[i], self.num_experts
+        u, v, c = self.u_list[i], self.v_list[i], self.c_list[i]
         v = v.transpose(1, 2).flatten(0, 1)  # [E r, D]
         if gates is None:
-            y, scores = _product(x, v), torch.cat([gate(x) for gate in self.gating], 1)
+            projections = torch.cat([_product(x, v), *(gate(x) for gate in self.gating)], 1)
         else:
-            y, scores = _product(x, torch.cat([v, *gates])).split((v.shape[0], E), 1)
-        y = torch.tanh(y).view(x.shape[0], E, c.shape[2]).transpose(0, 1)
-        y = torch.tanh(torch.bmm(y, c.transpose(1, 2)))  # [E, B, r]
-        y = y * scores.softmax(1).t().unsqueeze(2)
-        y = y.transpose(0, 1).flatten(1)
-        return torch.addmm(self.bias[i].squeeze(1), y, u.transpose(1, 2).flatten(0, 1))
+            projections = _product(x, torch.cat([v, *gates]))
+        c = c.to(projections.dtype)  # under autocast products are of another
+        mixed = mixed_experts if _are_like(projections, [c]) else reference.mixed_experts
+        return _product(mixed(projections, c), u.transpose(0, 1).flatten(1), self.bias[i].squeeze(1))
 
 
 class FFM(nn.Module):

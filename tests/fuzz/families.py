@@ -28,6 +28,8 @@ FAMILIES = {
     "pairwise_dot": kernels.valid("pairwise_dot"),
     "pairwise_dot_wrong": kernels.wrong("pairwise_dot"),
     "cross_layer": kernels.valid("cross_layer"),
+    "mixed_experts": kernels.valid("mixed_experts"),
+    "mixed_experts_wrong": kernels.wrong("mixed_experts"),
     "ffm_interaction": kernels.valid("ffm_interaction"),
     "ffm_interaction_wrong": kernels.wrong("ffm_interaction"),
     "bilinear_interaction": kernels.valid("bilinear_interaction"),

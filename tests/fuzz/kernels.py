@@ -19,6 +19,7 @@ from rankkernels.testing import (
     din_attention_case,
     ffm_interaction_case,
     fm_interaction_case,
+    mixed_experts_case,
     norm_activation_case,
     pairwise_dot_case,
     target_attention_case,
@@ -44,6 +45,8 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
         return pairwise_dot_case(draw.size(), draw.randint(0, 40), draw.width(), draw.chance(0.5))
     if op == "cross_layer":
         return cross_layer_case(draw.size(), int(draw.width()), draw.chance(0.7))
+    if op == "mixed_experts":
+        return mixed_experts_case(draw.size(), draw.randint(1, 9), draw.size(70))
     if op == "ffm_interaction":
         return ffm_interaction_case(draw.size(40), draw.randint(0, 9), draw.width(), draw.chance(0.5))
     if op == "bilinear_interaction":

@@ -49,6 +49,14 @@ def cross_layer_backward():
     return dict(grad_out=randn(B, D), x0=randn(B, D), product=randn(B, D), has_bias=True)
 
 
+def mixed_experts():
+    return dict(projections=randn(B, 8), weight=randn(2, 3, 3))
+
+
+def mixed_experts_backward():
+    return dict(grad_out=randn(B, 6), **mixed_experts())
+
+
 def ffm_interaction():
     return dict(x=randn(B, 3, 3, D), reduce_sum=True)
 
@@ -182,7 +190,8 @@ MAKE = {
     "fm_interaction": fm, "fm_interaction_backward": fm_backward, "cross_network": cross_network,
     "cross_network_backward": cross_network_backward, "pairwise_dot": pairwise_dot,
     "pairwise_dot_backward": pairwise_dot_backward, "cross_layer": cross_layer,
-    "cross_layer_backward": cross_layer_backward, "ffm_interaction": ffm_interaction,
+    "cross_layer_backward": cross_layer_backward, "mixed_experts": mixed_experts,
+    "mixed_experts_backward": mixed_experts_backward, "ffm_interaction": ffm_interaction,
     "ffm_interaction_backward": ffm_interaction_backward, "bilinear_interaction": bilinear_interaction,
     "bilinear_interaction_backward": bilinear_interaction_backward, "linear_weight_grad": linear_weight_grad,
     "norm_activation": norm, "norm_activation_backward": norm_backward, "din_attention": din,
@@ -267,6 +276,18 @@ BAD_INPUTS = {
     "cross_layer_backward": [
         (dict(grad_out=randn(B)), form("grad_out", [B, D], [B])),
         (dict(product=randn(B, D + 1)), form("product", [B, D], [B, D + 1])),
+    ],
+    "mixed_experts": [
+        (dict(projections=randn(8)), "projections must have 2 dimensions, got 1 (shape [8])"),
+        (dict(projections=torch.ones(B, 8).long()), f"projections {FLOATING}torch.int64"),
+        (dict(projections=randn(B, 6)), form("projections", [B, 8], [B, 6])),
+        (dict(weight=randn(2, 9)), "weight must be [E, r, r], got [2, 9]"),
+        (dict(weight=randn(2, 3, 4)), "weight must be [E, r, r], got [2, 3, 4]"),
+        (dict(weight=randn(2, 3, 3).double()), form("weight", [2, 3, 3], [2, 3, 3], "float64")),
+    ],
+    "mixed_experts_backward": [
+        (dict(grad_out=randn(B, 8)), form("grad_out", [B, 6], [B, 8])),
+        (dict(weight=randn(3, 3, 3)), form("projections", [B, 12], [B, 8])),
     ],
     "ffm_interaction": [
         (dict(x=randn(B, 9, D)), f"x must have 4 dimensions, got 3 (shape [{B}, 9, {D}])"),

@@ -34,13 +34,18 @@ Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   shared.stride_x = xu.stride(0);
   shared.grad_weight = static_cast<float*>(grad.mutable_data_ptr());
   shared.K = K;
-  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
-                blocks = (M + kWeightGradRows - 1) / kWeightGradRows;
+  // As many tasks for one thread as for another, of two: twice the blocks of rows where there are odd many.
+  constexpr int64_t kTile = kWeightGradTile;
+  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel;
+  int64_t blocks = (M + kWeightGradRows - 1) / kWeightGradRows;
+  blocks += panels * blocks % 2 ? blocks : 0;
+  const int64_t rows = M ? (M + blocks * kTile - 1) / (blocks * kTile) * kTile : kTile;
+  blocks = (M + rows - 1) / rows;
   for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kWeightGradSamples) {
     shared.samples = {n0, std::min(N, n0 + kWeightGradSamples)};
     shared.add = n0 > 0;
     run_tasks(panels * blocks, (shared.samples.end - n0) * M * K / 16, [&](int64_t task) {
-      const int64_t m0 = task / panels * kWeightGradRows, m1 = std::min(M, m0 + kWeightGradRows);
+      const int64_t m0 = task / panels * rows, m1 = std::min(M, m0 + rows);
       Arena<float> arena;
       float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
       LinearWeightGrad a = shared;

@@ -158,4 +158,34 @@ struct BilinearInteractionBackward {
 RK_KERNEL(template <class T>
           void bilinear_interaction_backward(BilinearInteractionBackward<T>, Range samples))
 
+// ---- mixed_experts_kernel.h
+
+// projections [., E rank + E] have unit stride along the columns; transposed [E, rank, stride] are the
+// experts' weights, zero beyond the rank; out [., E rank] is contiguous. `memory` is zeroed, of
+// mixed_experts_memory values.
+template <class T>
+struct MixedExperts {
+  const T* projections;
+  int64_t stride_row;
+  const Accumulator<T>* transposed;
+  T* out;
+  Accumulator<T>* memory;
+  int64_t E, rank, stride;
+};
+RK_KERNEL(template <class T> int64_t mixed_experts_memory(int64_t E, int64_t rank))
+RK_KERNEL(template <class T> void mixed_experts(MixedExperts<T>, Range samples))
+
+// `weight`: not transposed; adds to its gradient, of the same form. grad_projections [., E rank + E] is
+// contiguous.
+template <class T>
+struct MixedExpertsBackward {
+  MixedExperts<T> forward;
+  const T* grad_out;
+  int64_t stride_grad;
+  const Accumulator<T>* weight;
+  T* grad_projections;
+  Accumulator<T>* grad_weight;
+};
+RK_KERNEL(template <class T> void mixed_experts_backward(MixedExpertsBackward<T>, Range samples))
+
 }  // namespace rk

@@ -30,11 +30,6 @@ namespace rk {
 namespace RK_ISA {
 namespace recurrent {
 
-template <class V>
-RK_INLINE V tanh(V x) {
-  return 2 * sigmoid(2 * x) - 1;
-}
-
 // What a position makes of its state and of the products.
 template <class T>
 struct Cell {
