@@ -16,6 +16,7 @@ from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer, is_faster
 from rankkernels.ops.ffm_interaction import ffm_interaction
 from rankkernels.ops.linear import linear
+from rankkernels.ops.mixed_experts import is_faster as experts_are_faster
 from rankkernels.ops.mixed_experts import mixed_experts
 
 
@@ -171,7 +172,8 @@ class CrossNetMix(nn.Module):
         else:
             projections = _product(x, torch.cat([v, *gates]))
         c = c.to(projections.dtype)  # under autocast products are of another
-        mixed = mixed_experts if _are_like(projections, [c]) else reference.mixed_experts
+        fused = _are_like(projections, [c]) and experts_are_faster(projections)
+        mixed = mixed_experts if fused else reference.mixed_experts
         return _product(mixed(projections, c), u.transpose(0, 1).flatten(1), self.bias[i].squeeze(1))
 
 

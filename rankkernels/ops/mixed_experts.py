@@ -8,7 +8,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, lib, without_autocast
+from rankkernels.ops._library import define, has_cpu_kernel, lib, without_autocast
 from rankkernels.ops._table import notice_reference
 
 define("mixed_experts(Tensor projections, Tensor weight) -> Tensor")
@@ -82,6 +82,11 @@ _mixed_experts_backward = differentiable(torch.ops.rankkernels.mixed_experts_bac
 
 def _backward(ctx, grad_out):
     return _mixed_experts_backward(grad_out, *ctx.saved_tensors)
+
+
+def is_faster(projections: Tensor) -> bool:
+    """Whether a kernel serves ``projections``: the default computes the forward twice, torch's own autograd once."""
+    return has_cpu_kernel(projections)
 
 
 without_autocast(torch.ops.rankkernels.mixed_experts.default)

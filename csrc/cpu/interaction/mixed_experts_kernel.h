@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cpu/interaction/params.h"
+#include "cpu/simd/columns.h"
 #include "cpu/simd/gemm.h"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/math.h"
