@@ -74,10 +74,9 @@ constexpr int64_t kNormBlockBytes = 12288, kNormMinRows = 16;
 // (bench_embedding_bag.py).
 constexpr int64_t kFmBlockBytes = 1 << 17, kFmMinSamples = 16, kFmMaxSamples = 1024;
 // L1: samples of a panel in the gradient of a weight; L3: samples between two sums, read by all tasks; and
-// rows of a task at most, many, because each copies the panel, and few enough for two tasks a panel with 256
-// units, whole tiles (bench_ops.py).
+// rows of a task, many, because each copies the panel, and few enough for two tasks a panel with 256 units
+// (bench_ops.py).
 constexpr int64_t kWeightGradPanelSamples = 128, kWeightGradSamples = 4096, kWeightGradRows = 132;
-constexpr int64_t kWeightGradTile = 6;
 // L1: lookups whose rows are summed and then stepped on, and accumulators of their sums (bench_steps.py).
 constexpr int64_t kMostLookups = 128, kFewestLookups = 16, kChunkValues = 2048;
 // Fewer with the FM's gradient, where each lookup prefetches three lines and not one or two

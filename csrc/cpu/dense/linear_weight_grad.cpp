@@ -34,22 +34,21 @@ Tensor linear_weight_grad_cpu(const Tensor& dy, const Tensor& x) {
   shared.stride_x = xu.stride(0);
   shared.grad_weight = static_cast<float*>(grad.mutable_data_ptr());
   shared.K = K;
-  // As many tasks for one thread as for another, of two: twice the blocks of rows where there are odd many.
-  constexpr int64_t kTile = kWeightGradTile;
-  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel;
-  int64_t blocks = (M + kWeightGradRows - 1) / kWeightGradRows;
-  blocks += panels * blocks % 2 ? blocks : 0;
-  const int64_t rows = M ? (M + blocks * kTile - 1) / (blocks * kTile) * kTile : kTile;
-  blocks = (M + rows - 1) / rows;
+  const int64_t panel = RK_DISPATCH_ISA(linear_weight_grad_panel), panels = (K + panel - 1) / panel,
+                blocks = (M + kWeightGradRows - 1) / kWeightGradRows, tasks = panels * blocks;
+  // The last of an odd number of tasks is two, of half its rows, so that two threads end together.
+  const bool halved = tasks % 2 && M >= kWeightGradRows;
   for (int64_t n0 = 0; n0 == 0 || n0 < N; n0 += kWeightGradSamples) {
     shared.samples = {n0, std::min(N, n0 + kWeightGradSamples)};
     shared.add = n0 > 0;
-    run_tasks(panels * blocks, (shared.samples.end - n0) * M * K / 16, [&](int64_t task) {
-      const int64_t m0 = task / panels * rows, m1 = std::min(M, m0 + rows);
+    run_tasks(tasks + halved, (shared.samples.end - n0) * M * K / 16, [&](int64_t task) {
+      const bool second_half = task == tasks;
+      int64_t m0 = (task - second_half) / panels * kWeightGradRows, m1 = std::min(M, m0 + kWeightGradRows);
+      if (halved && task >= tasks - 1) (second_half ? m0 : m1) = m0 + (m1 - m0) / 2;
       Arena<float> arena;
       float* memory = arena.take(RK_DISPATCH_ISA(linear_weight_grad_memory, m1 - m0));
       LinearWeightGrad a = shared;
-      a.first_column = task % panels * panel;
+      a.first_column = (task - second_half) % panels * panel;
       RK_DISPATCH_ISA(linear_weight_grad, a, {m0, m1}, memory);
     });
   }

@@ -18,8 +18,7 @@ namespace rk {
 namespace RK_ISA {
 namespace weight_grad {
 
-constexpr int kTileRows = kWeightGradTile, kTileVecs = RK_VECTOR_BYTES == 64 ? 4 : 2,
-              kPanel = kTileVecs * kFloats;
+constexpr int kTileRows = 6, kTileVecs = RK_VECTOR_BYTES == 64 ? 4 : 2, kPanel = kTileVecs * kFloats;
 constexpr int64_t kBlock = kWeightGradPanelSamples;
 
 // sums [kRows, kPanel] += dy^T panel over n samples.
