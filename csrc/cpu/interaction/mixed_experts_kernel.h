@@ -51,7 +51,7 @@ struct Scratch {
   }
 };
 
-// Calls body(first sample, vector of samples' places) on a block, as many at once as there are lanes.
+// Calls body(first sample) on the samples of a block, as many at once as there are lanes.
 template <class A, class Body>
 RK_INLINE void for_each_sample_vector(const Body& body) {
   for (int64_t i = 0; i < kSamples; i += Traits<A>::lanes) body(i);
