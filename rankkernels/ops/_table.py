@@ -69,7 +69,7 @@ OPS = {
             cuda="Triton",
             cuda_limits=IN_FLOAT64,
         ),
-        Op("mixed_experts", ("CrossNetMix",), "DCN v2's experts of low rank", otherwise="torch's"),
+        Op("mixed_experts", ("CrossNetMix",), "DCN v2's experts of low rank"),
         Op("pairwise_dot", ("PNN",), cuda="Triton"),
         Op("ffm_interaction", ("FFM",), cuda="Triton", cuda_limits=IN_FLOAT64),
         Op("bilinear_interaction", ("BiLinearInteractionLayer",), cuda="Triton", cuda_limits=IN_FLOAT64),
