@@ -11,7 +11,7 @@ from bench.report.records import ROOT, Record
 from bench.report.tables import markdown, milliseconds, times
 
 #: The processor whose records the pages show.
-PROCESSOR = "avx2"
+PROCESSOR = "avx512"
 
 
 def _threads(n: int) -> str:
@@ -22,7 +22,7 @@ def _measured(record: Record, options: str) -> list[str]:
     busy = " Other processes took part." if record.content["conditions"]["disturbed"] else ""
     return paragraph(
         f"Medians of interleaved rounds, {record.conditions}, {record.content['datetime'][:10]}.{busy} Again with "
-        f"`make bench BENCH={record.name}{options}`; all of it is in [the record](../bench/RESULTS-AVX2.md)."
+        f"`make bench BENCH={record.name}{options}`; all of it is in [the record](../bench/RESULTS.md)."
     )
 
 
