@@ -240,14 +240,15 @@ def din_attention_case(
     ``users`` the samples share so many histories."""
     generator = torch.Generator().manual_seed(B * 1000 + L)
     U = B if users is None else users
-    counts = torch.full((U,), L)
+    counts = torch.tensor(L).expand(U)  # without memory: huge cases are compiled, and never made
     if form != "padded" and U:
         counts = torch.randint(0, L + 1, (U,), generator=generator)
         counts[0] = 0
         counts[-1] = L
     index = () if users is None else (torch.arange(B).neg().remainder(max(U, 1)),)
-    valid = torch.arange(L) < counts[:, None]
-    valid = valid[:, torch.randperm(L, generator=generator)] if form == "mask" else valid
+    valid = None
+    if form == "mask":
+        valid = (torch.arange(L) < counts[:, None])[:, torch.randperm(L, generator=generator)]
     N, rows = int(counts.sum()), int((counts if users is None else counts[index[0]]).sum())
     norms = norms_per_layer(activation, batch_norm)
     running = [

@@ -1,6 +1,6 @@
 """The load test of the example app (docs/examples/serving): latency against load, of ours and of others.
 
-python -m bench.serve ours                 one contender's curve, into bench/records/avx2/serve/load.json
+python -m bench.serve ours                 one contender's curve, into bench/records/avx512/serve/load.json
 python -m bench.serve --bar evenly         ours at 70 % (--seconds 120: for two minutes), or "at random", or overloaded
 python -m bench.serve --restart            ours killed and started again
 python -m bench.serve --chart              the chart, from the record
@@ -35,7 +35,7 @@ from bench.report import draw
 from bench.serve import contenders, queueing
 from bench.serve.load import percentiles
 
-RECORDS = Path(__file__).parents[1] / "records/avx2"
+RECORDS = Path(__file__).parents[1] / "records/avx512"
 RECORD, CHART = RECORDS / "serve/load.json", RECORDS / "serve_load.svg"
 #: Parts of what the closed loop reached.
 LOADS = [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5]
