@@ -8,6 +8,7 @@ import torch
 import rankkernels as rk
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS
+from rankkernels.ops.mixed_experts import mixed_experts
 from rankkernels.testing import din_attention_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", r"ignore:var\(\)")
@@ -90,3 +91,11 @@ def test_deepfm_without_units_or_columns(B, D, dense, widths):
     for i in range(0, len(mlp), 2):
         x = torch.nn.functional.linear(x.relu() if i else x, mlp[i], mlp[i + 1])
     torch.testing.assert_close(out, x + e @ linear[:, None] + reference.fm_interaction(e.view(B, 2, D)))
+
+
+def test_experts_are_never_beyond_1():
+    """Where rounding alone would have a tanh beyond it, its derivative would be negative."""
+    projections = torch.stack([torch.linspace(-1, 1, 5000), torch.zeros(5000)], 1).requires_grad_()
+    out = mixed_experts(projections, torch.full((1, 1, 1), 13.0))
+    out.sum().backward()
+    assert out.abs().max() == 1 and projections.grad.min() >= 0

@@ -82,6 +82,24 @@ def test_non_contiguous(case, poisoned):
 
 
 @ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_nan_of_any_bits_is_one(case, dtype):
+    """Memory of ones, and what other languages mark missing values with, are NaN that torch does not make: R's is its
+    number 1954."""
+    kind, plain = (torch.int32, 0x7FC00000) if dtype == torch.float32 else (torch.int64, 0x7FF8000000000000)
+    inputs = case.inputs(dtype)
+    for i, t in enumerate(inputs):
+        if not t.is_floating_point() or not t.numel():
+            continue
+        found = []
+        for bits in (plain, plain + 1954, -1):
+            changed = t.clone()
+            changed[(0,) * t.dim()] = torch.tensor(bits, dtype=kind).view(dtype)
+            found.append(case.function(*inputs[:i], changed, *inputs[i + 1 :]).isnan())
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@ALL
 def test_gradcheck(case):
     inputs = case.inputs(torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(case.function, inputs, nondet_tol=0.0)
