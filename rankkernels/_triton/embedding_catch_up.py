@@ -29,7 +29,8 @@ __all__ = [
 
 def _one_by_one(features: Features, all_rows: bool) -> Features:
     """Each lookup on its own; with ``all_rows`` padding and frozen rows are rows like any other."""
-    indices, modes = list(features.indices), [MODES.index("none")] * len(features.indices)
+    indices = [ids if ids.dim() else ids[None] for ids in features.indices]  # a lookup of one row may have no dimension
+    modes = [MODES.index("none")] * len(indices)
     for f, padding in enumerate(features.padding_idx):
         if not all_rows and padding >= 0 and features.mode(f) != "none":  # a bag of one, which leaves padding out
             indices[f], modes[f] = indices[f].reshape(-1, 1), MODES.index("sum")

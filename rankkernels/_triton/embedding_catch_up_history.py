@@ -22,7 +22,7 @@ BLOCK_K = 64  # entries of a program
 
 @triton.jit
 def of_bits(number):
-    return number.to(tl.float64, bitcast=True)
+    return number.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["new", "n", "centre", "decay", "root2", "size"])

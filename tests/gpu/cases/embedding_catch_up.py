@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.gpu.cases import embedding_bag_exact_case
 from rankkernels._triton.embedding_bag import embedding_bag as look_up
-from rankkernels.ops._features import Features
+from rankkernels.ops._features import MODES, Features
 from rankkernels.ops._idle_steps import new_history
 from rankkernels.ops.embedding_bag import _looked_up
 
@@ -30,14 +30,20 @@ def drawn(seed: int) -> dict:
 
 
 def make(config: dict, dtype: torch.dtype) -> dict:
-    """``config``: as embedding_bag's, with the ``steps`` of a history, whose rates go up and down and whose ``decays``
-    are the largest of its weight decays; ``apart``: each table has its own. ``unfrozen``: rows of padding, too, have
-    gradients by lookups that do not leave them out."""
+    """``config``: as embedding_bag's, with the ``steps`` of a history, whose rates go up and down, to zero, too, and
+    whose ``decays`` are the largest of its weight decays; ``apart``: each table has its own. ``unfrozen``: rows of
+    padding, too, have gradients by lookups that do not leave them out. ``single``: one id, without a dimension, is
+    looked up where there is no bag."""
     config = drawn(config["seed"]) if "seed" in config else config
     bags = embedding_bag.make(config | {"way": "dense"}, dtype)
     weights, features, n = bags["weights"], bags["features"], len(bags["weights"])
     if config.get("unfrozen"):
         features = features._replace(frozen_rows=[-1] * n)
+    if config.get("single"):
+        indices = [
+            i.flatten()[0] if mode == MODES.index("none") else i for i, mode in zip(features.indices, features.modes)
+        ]
+        features = features._replace(indices=indices)
     if config.get("mixed"):
         weights[1] = weights[1].double()
     last_step, betas, eps = BASE + config["steps"], config.get("betas", (0.9, 0.999)), config.get("eps", 1e-4)
@@ -49,7 +55,7 @@ def make(config: dict, dtype: torch.dtype) -> dict:
         root = eps * 10 ** torch.empty(w.shape, dtype=wide).uniform_(-3, 3) * stepped  # far below eps to far above
         states += [(root * torch.randn(w.shape)).to(wide), root**2]
         last_steps.append(last)
-        rates = [0.1 * (1 + s % 3) / (1 + config.get("apart", 0) * t) for s in range(config["steps"])]
+        rates = [0.1 * (s % 3) / (1 + config.get("apart", 0) * t) for s in range(config["steps"])]
         histories.append([(lr, config.get("decays", 0.0) * (s % 2)) for s, lr in enumerate(rates)])
     grad_outs = [None if g is None else g.to(weights[t].dtype)
                  for g, t in zip(bags["grad_outs"], features.tables)]  # fmt: skip
@@ -217,6 +223,8 @@ EXACT = Interpreted(
         config([70], [4], [0], ["none"], 9, "all", 9, own_history=True, betas=(0.0, 0.9)),
         config([5] * 30, [4] * 30, [*range(30)], ["sum", "none", "mean"] * 10, 3, "step", 5, apart=1),
         config([5] * 30, [4] * 30, [*range(30)], ["sum", "none", "mean"] * 10, 3, "look_up", 5, apart=1),
+        config(*TWO, ["none", "sum", "none"], 9, "catch_up", 9, single=True),
+        config(*TWO, ["none", "sum", "none"], 9, "look_up", 9, single=True),
         config(*TWO, ["sum", "mean", "sum"], 0, "catch_up", 5),
         config(*TWO, ["sum", "mean", "sum"], 3, "step", 5, L=0),
         *({"seed": seed, "slow": True} for seed in range(20)),
