@@ -525,7 +525,8 @@ def embedding(weight: Tensor, indices: Tensor, frozen_row: int | None = None) ->
     """
     if frozen_row is not None:
         return F.embedding(indices, weight, padding_idx=frozen_row)
-    return weight.index_select(0, indices.flatten()).unflatten(0, indices.shape)  # weight[-1] would be a row
+    rows = weight.index_select(0, indices.flatten())  # weight[-1] would be a row
+    return rows.view(*indices.shape, weight.size(1))
 
 
 def embedding_bag(

@@ -69,6 +69,13 @@ def test_embedding_bag_is_torchs(seed, mode, padding_idx):
         torch.testing.assert_close(torch.autograd.grad(out, weight, grad_out)[0], expected_grad)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (2, 0), (2, 3)], ids=str)
+@pytest.mark.parametrize("width", [3, 0])
+def test_embedding_takes_indices_of_any_shape(shape, width):
+    weight, ids = torch.randn(5, width), torch.randint(5, shape)
+    assert torch.equal(reference.embedding(weight, ids), F.embedding(ids, weight))
+
+
 def rows_in_one_sample(history, target, forward):
     """The definition of padding: a sample alone, cut to its valid rows."""
     return torch.cat([forward(h[None], t[None]) for h, t in zip(history, target)])
