@@ -620,7 +620,7 @@ TEST_CASES = [
     *(cross_layer_case(*s) for s in ((5, 7), (3, 65), (2, 1, False), (0, 6))),
     *(
         mixed_experts_case(*s)
-        for s in ((5, 4, 32), (35, 3, 5), (67, 1, 17), (2, 2, 1), (3, 5, 50), (0, 2, 3), (2, 3, 0))
+        for s in ((5, 4, 32), (35, 3, 5), (67, 1, 17), (2, 2, 1), (3, 5, 50), (0, 2, 3), (2, 3, 0), (3, 0, 0))
     ),
     *(ffm_interaction_case(*s) for s in ((3, 4, 5), (2, 3, 8, False), (2, 3, 19, False), (0, 2, 3), (2, 1, 4))),
     *(bilinear_interaction_case(*s) for s in ((3, 4, 5), (35, 3, 9), (0, 3, 4), (2, 1, 3))),

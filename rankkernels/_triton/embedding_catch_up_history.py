@@ -15,7 +15,7 @@ from torch import Tensor
 from rankkernels._triton._launch import launch
 from rankkernels._triton.embedding_bag_numbers import bits_of
 from rankkernels._triton.embedding_catch_up_idle import CENTRE, DECAY, POWER1, POWER2, TERM, TERMS, WIDTH
-from rankkernels.ops._idle_steps import centre_of, window
+from rankkernels.ops._idle_steps import centre_of, log_of, window
 
 BLOCK_K = 64  # entries of a program
 
@@ -55,7 +55,7 @@ def adam_history(
     decay_after: float,
 ) -> None:  # fmt: skip
     """As the op has it."""
-    root2 = math.sqrt(-math.expm1(step * math.log(beta2)))
+    root2 = math.sqrt(-math.expm1(step * log_of(beta2)))
     given = centre_of(step - 1, beta1, beta2), decay_before, root2, lr / (1 - beta1**step) / decay_after
     n = min(window(beta1), step - base)
     with torch.cuda.device_of(history):

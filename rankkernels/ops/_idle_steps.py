@@ -31,15 +31,20 @@ def new_history(length: int, beta1: float, beta2: float, device: torch.device | 
     return history.to(device)
 
 
+def log_of(beta: float) -> float:
+    """The logarithm, of a beta of 0, too."""
+    return math.log(beta) if beta > 0 else -math.inf
+
+
 def centre_of(t: float, beta1: float, beta2: float) -> float:
     """The a_s of the steps that count for a row last stepped at ``t``."""
     delay = math.ceil(1 / (1 - beta1))
-    return math.sqrt(beta2**delay / -math.expm1((t + delay) * math.log(beta2)))
+    return math.sqrt(beta2**delay / -math.expm1((t + delay) * log_of(beta2)))
 
 
 def contributions(k: Tensor, start: Tensor, beta1: float, beta2: float, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Of step start + k to each ``start``: the first term of lr 1 without bias correction, and tau."""
-    a = (beta2**k / -torch.expm1((start + k) * math.log(beta2))).sqrt()
+    a = (beta2**k / -torch.expm1((start + k) * log_of(beta2))).sqrt()
     r = (a / centres).sqrt()
     return beta1**k / r, (1 - r) / (1 + r)
 

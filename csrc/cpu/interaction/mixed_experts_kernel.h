@@ -62,6 +62,7 @@ template <class T>
 RK_INLINE void weigh(const Scratch<T>& s, const MixedExperts<T>& a, int64_t sample, int64_t n) {
   using A = Accumulator<T>;
   using X = Traits<A>;
+  if (a.E == 0) return;  // there is no memory
   for (int64_t i = 0; i < n; ++i)
     for (int64_t e = 0; e < a.E; ++e)
       s.weights[e * kSamples + i] = to_scalar(a.projections[(sample + i) * a.stride_row + a.E * a.rank + e]);

@@ -221,6 +221,7 @@ EXACT = Interpreted(
         config(*ALIKE, ["sum"] * 4, 1, "all", 20, own_history=True, decays=0.3, apart=1),
         config([300, 20], [16, 130], [0, 1], ["sum"] * 2, 1, "all", 700, eps=1e-8),  # steps far apart
         config([70], [4], [0], ["none"], 9, "all", 9, own_history=True, betas=(0.0, 0.9)),
+        config([70], [4], [0], ["none"], 9, "all", 9, own_history=True, betas=(0.0, 0.0)),
         config([5] * 30, [4] * 30, [*range(30)], ["sum", "none", "mean"] * 10, 3, "step", 5, apart=1),
         config([5] * 30, [4] * 30, [*range(30)], ["sum", "none", "mean"] * 10, 3, "look_up", 5, apart=1),
         config(*TWO, ["none", "sum", "none"], 9, "catch_up", 9, single=True),
