@@ -253,9 +253,11 @@ def serves(case) -> bool:
 
 
 def compile_case(case, dtype: torch.dtype, target: str) -> list[Call]:
-    """The calls of an ``OpCase``'s own op, forward and backward or step, compiled for ``target``."""
+    """The calls of an ``OpCase``'s own op, forward and backward or step, compiled for ``target``: those of any step but
+    the first, which describes the tables to the device."""
     inputs = [t.requires_grad_(t.is_floating_point()) for t in meta_inputs(case, dtype)]
-    with compiling(target) as calls:
-        out = case.function(*inputs)
-        torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))
+    for only_counting in (True, False):
+        with compiling(target, only_counting=only_counting) as calls:
+            out = case.function(*inputs)
+            torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.empty_like(out))
     return [call for call in calls if call.op in (case.op, f"{case.op}_backward", f"{case.op}_update")]
