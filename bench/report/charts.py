@@ -154,8 +154,13 @@ def end_to_end(records: dict[str, Record]) -> dict[str, tuple[str, dict]]:
     return {"end_to_end": ("learning", {"tasks": tasks, "caption": caption})}
 
 
+def compared(records: dict[str, Record]) -> list[Record]:
+    """Those whose races the charts of speed and memory show."""
+    return [records[name] for name in ("steps", "ops", "din_attention", "embedding_bag", "serving") if name in records]
+
+
 def charts(records: dict[str, Record]) -> dict[str, tuple[str, dict]]:
-    timed = [records[name] for name in ("steps", "ops", "din_attention", "embedding_bag", "serving") if name in records]
+    timed = compared(records)
     return {
         **speed_charts(timed),
         **memory_charts(timed),

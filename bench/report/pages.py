@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.report import optimizers
-from bench.report.charts import CHART_TEXTS, picture
+from bench.report.charts import CHART_TEXTS, compared, picture
 from bench.report.records import DEFAULT_MALLOC, ROOT, TITLES, Record, speed_up
 from bench.report.tables import learning_table, markdown, peak_table, race_table, times
 
@@ -163,7 +163,7 @@ def excerpt(records: dict[str, Record], pictures: dict) -> str:
     lines = []
     for name in ("speedup", "memory"):
         lines += picture(name, f"bench/records/{FIRST}/") if name in pictures else []
-    busy = [r.name for r in records.values() if r.content["conditions"]["disturbed"]]
+    busy = [r.name for r in compared(records) if r.content["conditions"]["disturbed"]]
     if busy:
         lines += [f"<sub>Other processes took part while these were measured: {', '.join(busy)}.</sub>", ""]
     return "\n".join(lines).rstrip() + "\n"
