@@ -8,6 +8,7 @@
 
 #include "cpu/interaction/chunked_sums.h"
 #include "cpu/interaction/params.h"
+#include "cpu/interaction/square_operands.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
@@ -39,27 +40,14 @@ void check(const char* op, const Tensor& x, const Tensors& weights, int64_t kind
   }
 }
 
-// Matrices [D, D] as operands of the GEMM, one behind the other.
 template <class A>
-const A* operands(const Tensors& weights, int64_t D, bool transposed, Arena<A>& arena) {
-  const int64_t stride = padded<A>(D), count = weights.size();
-  A* all = arena.take(count * D * stride);
-  if (count == 0) return all;
-  with_values(dtype_of(weights[0]), [&](auto* type) {
-    run_tasks(count, count * D * D, [&](int64_t w) {
-      const auto* from =
-          static_cast<const std::remove_pointer_t<decltype(type)>*>(weights[w].const_data_ptr());
-      const int64_t of_row = weights[w].stride(transposed ? 1 : 0),
-                    of_column = weights[w].stride(transposed ? 0 : 1);
-      A* to = all + w * D * stride;
-      for (int64_t i = 0; i < D; ++i)
-        for (int64_t j = 0; j < D; ++j) to[i * stride + j] = static_cast<A>(from[i * of_row + j * of_column]);
-    });
+const A* operands(const Tensors& weights, ScalarType dtype, int64_t D, bool transposed, Arena<A>& arena) {
+  return square_operands<A>(dtype, weights.size(), D, transposed, arena, [&](int64_t w) {
+    return SquareMatrix{weights[w].const_data_ptr(), weights[w].stride(0), weights[w].stride(1)};
   });
-  return all;
 }
 
-// Gradients like the weights, of sums that lie as `operands` does.
+// Gradients like the weights, of sums that lie as the operands do.
 template <class A>
 Tensors gradients_of(const Tensors& weights, int64_t D, const A* sums) {
   const int64_t stride = padded<A>(D), count = weights.size();
@@ -86,7 +74,7 @@ BilinearInteraction<T> params(const Tensor& x, const Tensors& weights, int64_t k
   a.stride_field = x.stride(1);
   a.F = x.size(1);
   a.D = x.size(2);
-  a.transposed = operands<Accumulator<T>>(weights, a.D, true, arena);
+  a.transposed = operands<Accumulator<T>>(weights, dtype_of(x), a.D, true, arena);
   a.stride = padded<Accumulator<T>>(a.D);
   a.kind = static_cast<Bilinear>(kind);
   return a;
@@ -128,7 +116,7 @@ std::tuple<Tensor, Tensors> bilinear_interaction_backward_cpu(const Tensor& grad
     Arena<A> shared;
     BilinearInteractionBackward<T> common{};
     common.forward = params<T>(xu, weights, kind, shared);
-    common.weights = operands<A>(weights, D, false, shared);
+    common.weights = operands<A>(weights, dtype_of(x), D, false, shared);
     common.grad_out = static_cast<const T*>(gu.const_data_ptr());
     common.stride_grad = gu.stride(0);
     common.stride_pair = gu.stride(1);

@@ -7,6 +7,7 @@
 
 #include "cpu/interaction/chunked_sums.h"
 #include "cpu/interaction/params.h"
+#include "cpu/interaction/square_operands.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/dispatch.h"
 #include "cpu/runtime/memory.h"
@@ -31,18 +32,13 @@ void check(const char* op, const Tensor& projections, const Tensor& weight) {
   check_form(op, "projections", projections, {projections.size(0), E * rank + E}, dtype);
 }
 
-// The experts' weights as operands of the GEMM, one behind the other.
 template <class A>
 const A* operands(const Tensor& weight, bool transposed, Arena<A>& arena) {
-  const int64_t E = weight.size(0), rank = weight.size(1), stride = padded<A>(rank);
-  const std::vector<A> values = values_of<A>(weight);
-  A* all = arena.take(E * rank * stride);
-  for (int64_t e = 0; e < E; ++e)
-    for (int64_t i = 0; i < rank; ++i)
-      for (int64_t j = 0; j < rank; ++j)
-        all[(e * rank + i) * stride + j] =
-            values[(e * rank + (transposed ? j : i)) * rank + (transposed ? i : j)];
-  return all;
+  const auto* first = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t bytes = weight.stride(0) * weight.element_size();
+  return square_operands<A>(
+      dtype_of(weight), weight.size(0), weight.size(1), transposed, arena,
+      [&](int64_t e) { return SquareMatrix{first + e * bytes, weight.stride(1), weight.stride(2)}; });
 }
 
 template <class T>
