@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import rankkernels as rk
+from bench.harness.ranks import run
 
 ID, NUMBER, VALUE = 4, 8, 4  # bytes of a row's id, of a count, of a value
 
@@ -144,9 +143,7 @@ def sharded_step(shape: Shape, partial_sums: bool) -> Callable[[], None]:
     return step
 
 
-def measured(rank: int, workers: int, shape: Shape, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+def measured(rank: int, workers: int, shape: Shape) -> dict[str, tuple[float, int]]:
     step, predicted = exchange_step(shape, rank)
     cases = {"data-parallel, `optim.fuse`": (step, predicted)}
     for name, scheme in (("table-wise", table_wise), ("row-wise", row_wise)):
@@ -157,15 +154,12 @@ def measured(rank: int, workers: int, shape: Shape, folder: str) -> None:
         before = written()
         step()
         found[name] = predicted, written() - before
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def measure(workers: int = 2, shape: Shape = MEASURED) -> dict[str, tuple[float, int]]:
     """Of each way that a worker's formula has: the bytes by the formula and the bytes written, of the busiest."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measured, (workers, shape, folder), nprocs=workers)
-        of_ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(workers)]
+    of_ranks = run(workers, measured, shape)
     return {name: (found[0], max(of_rank[name][1] for of_rank in of_ranks)) for name, found in of_ranks[0].items()}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,9 +18,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import rankkernels as rk
+from bench.harness.ranks import run
 from rankkernels.nn import attention
 
 #: Samples of both processes, positions, widths of rows and hidden layers. Half of the positions are padding.
@@ -46,9 +45,7 @@ def stepper(B: int, L: int, D: int, widths: list[int], rank: int) -> Callable[[s
     return step
 
 
-def measured(rank: int, workers: int, folder: str, rounds: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+def measured(rank: int, workers: int, rounds: int) -> None:
     for B, L, D, widths in SHAPES:
         step = stepper(B // workers, L, D, widths, rank)
         torch.testing.assert_close(step(ONE_OP)[:3], step(LIBRARY)[:3], rtol=1e-3, atol=1e-4)
@@ -65,7 +62,6 @@ def measured(rank: int, workers: int, folder: str, rounds: int) -> None:
             times = ", ".join(f"{name} {1e3 * statistics.median(taken):.2f} ms" for name, taken in seconds.items())
             ratio = statistics.median(b / a for a, b in zip(seconds[ONE_OP], seconds[LIBRARY]))
             print(f"B{B} L{L} D{D} {widths}: {times}; library / one op {ratio:.2f}")
-    dist.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,8 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
     s = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measured, (s.workers, folder, s.rounds), nprocs=s.workers)
+    run(s.workers, measured, s.rounds)
     return 0
 
 

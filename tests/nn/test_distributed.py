@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from exchanges import all_cases
 from joint_batches import ALL_WAYS, MODELS, WAYS, train_alone, train_together
-from ranks import run
 from sync_norms import CASES, joint_step, of_case, synchronized
 from torch import nn
 
 import rankkernels as rk
+from bench.harness.ranks import run
 from rankkernels.testing import relative_errors
 
 pytestmark = [
@@ -73,15 +73,15 @@ def all_ways(rank: int, processes: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found():
     """What both processes found."""
-    return run(2, tmp_path_factory.mktemp("ranks"), everything)
+    return run(2, everything)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     """Of a number of processes, what each of them found."""
-    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), all_ways))
+    return functools.cache(lambda n: run(n, all_ways))
 
 
 def check_trained_as_one(model: str, way: str, of_ranks: list[dict]) -> None:

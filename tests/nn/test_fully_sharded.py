@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from fully_sharded import KINDS, train, train_both
-from ranks import run
+
+from bench.harness.ranks import run
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,11 +26,9 @@ def losses_of(of_ranks: list[dict], kind: str) -> list[float]:
 def test_a_run_that_goes_on_in_one_process_and_in_several_again(tmp_path, processes):
     """With the state of both optimizers; to what one process comes to that never stopped."""
     several, one = str(tmp_path / "several"), str(tmp_path / "one")
-    for name in ("first", "last"):
-        (tmp_path / name).mkdir()
-    first = run(processes, tmp_path / "first", train_both, processes, range(20), None, several)
+    first = run(processes, train_both, processes, range(20), None, several)
     between = train_both(0, 1, processes, range(20, 30), several, one)
-    last = run(processes, tmp_path / "last", train_both, processes, range(30, 50), one, None)
+    last = run(processes, train_both, processes, range(30, 50), one, None)
     for kind in KINDS:
         undisturbed = train(0, 1, kind, processes, range(50), None, None)
         losses = [loss for leg in (first, [between], last) for loss in losses_of(leg, kind)]

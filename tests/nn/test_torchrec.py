@@ -12,10 +12,10 @@ import rankkernels as rk
 
 pytest.importorskip("torchrec", reason="torchrec is not installed; `make test-all` has a venv with one that fits")
 
-from ranks import run  # noqa: E402
 from torchrec.modules.deepfm import FactorizationMachine  # noqa: E402
 from torchrec_ranks import LR, STEPS, WAYS, train_all  # noqa: E402
 
+from bench.harness.ranks import run  # noqa: E402
 from rankkernels import torchrec as rktr  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -146,10 +146,10 @@ def labelled(step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     """What each of some processes trained."""
     makes = parts_of_deepfm, parts_of_din
-    return functools.cache(lambda n: run(n, tmp_path_factory.mktemp("ranks"), train_all, makes, labelled))
+    return functools.cache(lambda n: run(n, train_all, makes, labelled))
 
 
 @pytest.mark.parametrize("processes", [2, 3])
