@@ -77,7 +77,7 @@ class Waits(Calls):
 @pytest.mark.parametrize("make", [deepfm, din])
 @pytest.mark.parametrize("wait", [False, True])
 def test_no_step_of_exact_adam_waits(make, wait):
-    """On meta tensors, as no table under it is a fake one, with what Triton's launches call. 64 steps fill a history."""
+    """On meta tensors, as no table under it is a fake one, with what Triton's launches call. 64 fill a history."""
     compiling = pytest.importorskip("bench.gpu.ahead_of_time", reason="Triton is not installed").compiling
     with torch.device("meta"):
         model, x, y = make(B=48, rows=30)
