@@ -142,7 +142,7 @@ def read_behind(monkeypatch):
 
 
 def trained_fm(lookups: int, autocast: bool, steps: int = 6) -> list[torch.Tensor]:
-    """What ``embedding_fm`` returns in steps of exact Adam with so many lookups each, the gradients of its other inputs,
+    """What ``embedding_fm`` returns in steps of exact Adam with so many lookups each, its other inputs' gradients,
     and the tables in the end."""
     generator = torch.Generator().manual_seed(0)
     tables = [torch.nn.Parameter(torch.randn(R, 4, generator=generator)) for R in (30, 20)]
