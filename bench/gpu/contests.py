@@ -264,7 +264,7 @@ def lookup_and_step(tables: Tables, optimizer: Stepper, place: Place) -> Contest
         functions["eager"] = eager
     if fbgemms:
         functions = with_fbgemm(functions, tables, weights, True, optimizer=fbgemms, learning_rate=1e-3)
-    rows, held = tables.looked_up, 8 * T * tables.B * tables.L  # a row that is looked up twice is stepped once
+    rows, held = tables.looked_up, 8 * T * tables.B * tables.L  # at most: a row looked up twice is stepped once
     return Contest(
         functions=functions,
         make=lambda seed: tables.ids(place, seed),

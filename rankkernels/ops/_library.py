@@ -160,13 +160,13 @@ def use_huge_pages(t: Tensor) -> None:
 reference_notices: dict[tuple[str, str], str] = {}
 
 
-_AUTOCAST = [getattr(torch._C.DispatchKey, key) for key in ("AutocastCPU", "AutocastCUDA")]
+_AUTOCAST = torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA
+_EVERY_AUTOCAST = torch._C.DispatchKeySet(_AUTOCAST[0]) | torch._C.DispatchKeySet(_AUTOCAST[1])
 
 
 def no_autocast() -> AbstractContextManager:
     """Within, ops stay in the precision of their inputs, which autocast would choose anew."""
-    cpu, cuda = map(torch._C.DispatchKeySet, _AUTOCAST)
-    return torch._C._ExcludeDispatchKeyGuard(cpu | cuda)
+    return torch._C._ExcludeDispatchKeyGuard(_EVERY_AUTOCAST)
 
 
 def without_autocast(op: torch._ops.OpOverload) -> None:

@@ -11,6 +11,7 @@ from graphs import WAITING, deepfm, din, loss, on_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from bench.gpu import exact_adam
 from rankkernels import optim
 from rankkernels.nn import EmbeddingBag
 from rankkernels.ops import _table
@@ -95,6 +96,20 @@ def test_no_step_of_exact_adam_waits(make, wait):
             step()
     assert {"adam_history"} < {call.op for call in calls}
     assert waits.names == ["_to_copy"] * 2 * wait
+
+
+@pytest.mark.parametrize("op", exact_adam.LOOKUPS)
+def test_no_step_of_the_gpu_check_waits(op):
+    """It counts the launches of steps in which a wait raises."""
+    compiling = pytest.importorskip("bench.gpu.ahead_of_time", reason="Triton is not installed").compiling
+    training = exact_adam.Training(exact_adam.LOOKUPS[op], exact_adam.exact_adam, torch.device("meta"), torch.float32)
+    counts = []
+    for number in range(exact_adam.STEPS):
+        with Waits() as waits, compiling("sm_90", only_counting=True) as calls:
+            training.step(number)
+        counts.append(sum(len(call.launches) for call in calls))
+        assert waits.names == [] or number == 0
+    assert len(set(counts[exact_adam.FIRST_STEPS :])) == 1
 
 
 def test_bags_with_their_last_offset_wait_for_nothing():
