@@ -237,6 +237,8 @@ class RowOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not given:
+            return loss
         scale = None if self._exact is not None else self._live.of_step(self, [p for p, _ in given])
         if scale is None and float(getattr(self, "found_inf", 0)) > 0:
             return loss

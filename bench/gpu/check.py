@@ -3,9 +3,9 @@
 It needs a python with torch and Triton, and this source tree: nothing is installed. Where there is an nvcc, the CUDA
 C++ kernels are built for the one GPU that is there while Triton's are timed. Timings come first, ours beside eager
 PyTorch, FBGEMM and, last, torch.compile, as shares of the copy bandwidth and the matrix rate measured here, with what
-was predicted; then correctness of every op and model against float64 on the CPU, captures in CUDA graphs, and
-compute-sanitizer. Each part is a process with a time of its own. ``--out DIR`` gets gpu_check.jsonl, a line a result
-as soon as it is there, and gpu_check.md. Exits with 1 where anything is wrong, with 2 where there is no GPU.
+was predicted; then correctness of every op, of models and exact Adam against float64 on the CPU, captures in CUDA
+graphs, and compute-sanitizer. Each part is a process with a time of its own. ``--out DIR`` gets gpu_check.jsonl, a line
+a result as soon as it is there, and gpu_check.md. Exits with 1 where anything is wrong, with 2 where there is no GPU.
 """
 
 from __future__ import annotations

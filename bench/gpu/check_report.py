@@ -147,9 +147,10 @@ def timing_section(records: Sequence[dict]) -> list[str]:
         *lines,
         "",
         "Median microseconds of a call on the device, by replay of a CUDA graph of calls on inputs in turns that leave",
-        "nothing in the cache, contenders in turns, results compared first. With *: the calls wait for the device, and",
-        "the time has the host's part. Host: until a call without a graph has launched everything, where that is more",
-        f"or was predicted. In brackets what was expected of an {predictions.DEVICE}: docs/performance/gpu.md.",
+        "nothing in the cache, contenders in turns, results compared first. With *: the calls wait for the device, or",
+        "no graph may hold them, and the time has the host's part. Host: until a call without a graph has launched",
+        "everything, where that is more or was predicted. In brackets what was expected of an "
+        f"{predictions.DEVICE}: docs/performance/gpu.md.",
         "Eager and compiled float32 without tf32, PyTorch's default. Shares are of what must be moved and done.",
         "",
         *tables.markdown(

@@ -1,5 +1,5 @@
 """What must hold on a GPU, check by check: every op and model against float64 on the CPU, in all dtypes and with the
-same bits twice; captures in CUDA graphs; compute-sanitizer."""
+same bits twice; exact Adam against dense Adam; captures in CUDA graphs; compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu import report
+from bench.gpu import exact_adam, report
 from bench.gpu.steps import name_of, on, same_bits, step, worst_error
 from rankkernels import optim
 from rankkernels.ops._attention_library import attend
@@ -209,6 +209,9 @@ def models(device: torch.device) -> Iterator[Check]:
     for name, (make, _) in MODELS.items():
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             yield f"{name} {name_of(dtype)}", lambda make=make, dtype=dtype: check_model(make, dtype, device)
+    for op in exact_adam.LOOKUPS:
+        yield f"exact Adam, {op}", lambda op=op: exact_adam.check(op, device)
+        yield f"exact Adam, {op}, launches", lambda op=op: exact_adam.check_launches(op, device)
 
 
 def capture(device: torch.device) -> Iterator[Check]:

@@ -217,16 +217,26 @@ def lookup_fm(tables: Tables, place: Place) -> Contest:
     )
 
 
-#: An optimizer of tables: ours, torch's of the dense gradient and FBGEMM's name of it, and the numbers it reads and
-#: writes a row beside the row, in rows.
-ADAM = (optim.Adam, partial(torch.optim.Adam, fused=True), "ADAM", 2)
-ROWWISE_ADAGRAD = (optim.RowWiseAdagrad, None, "EXACT_ROWWISE_ADAGRAD", 0)
+class Stepper(NamedTuple):
+    """An optimizer of tables: ours, torch's of the dense gradient and FBGEMM's name of it, if they have it; the numbers
+    it reads and writes a row beside the row, in rows; and whether it is ours that follows dense Adam."""
+
+    own: Callable
+    torchs: Callable | None
+    fbgemms: str | None
+    state: int
+    exact: bool = False
 
 
-def lookup_and_step(tables: Tables, optimizer: tuple, place: Place) -> Contest:
+ADAM = Stepper(optim.Adam, partial(torch.optim.Adam, fused=True), "ADAM", 2)
+EXACT_ADAM = Stepper(partial(optim.Adam, exact=True), ADAM.torchs, None, 2, exact=True)
+ROWWISE_ADAGRAD = Stepper(optim.RowWiseAdagrad, None, "EXACT_ROWWISE_ADAGRAD", 0)
+
+
+def lookup_and_step(tables: Tables, optimizer: Stepper, place: Place) -> Contest:
     """Sums of bags, their backward and the optimizer's step: fused in ours and in FBGEMM's, dense in torch's."""
-    tables, (own, torchs, fbgemms, state) = tables.at(place), optimizer
-    T, capturable = tables.T, place.device.type == "cuda"
+    tables, (own, torchs, fbgemms, state, exact) = tables.at(place), optimizer
+    T, capturable = tables.T, place.device.type == "cuda" and not exact
     weights = tables.weights(place, 0)
     module = rk.TableBatchedEmbeddingBag([tables.R] * T, tables.D, device=place.device)
     dense = [nn.Parameter(w.clone()) for w in weights] if torchs else []
@@ -252,14 +262,17 @@ def lookup_and_step(tables: Tables, optimizer: tuple, place: Place) -> Contest:
             return [out.detach()]
 
         functions["eager"] = eager
-    rows = tables.looked_up  # an upper bound: a row that is looked up twice is stepped once
+    if fbgemms:
+        functions = with_fbgemm(functions, tables, weights, True, optimizer=fbgemms, learning_rate=1e-3)
+    rows, held = tables.looked_up, 8 * T * tables.B * tables.L  # at most: a row looked up twice is stepped once
     return Contest(
-        functions=with_fbgemm(functions, tables, weights, True, optimizer=fbgemms, learning_rate=1e-3),
+        functions=functions,
         make=lambda seed: tables.ids(place, seed),
-        size=8 * T * tables.B * tables.L,
-        touched=(1 + state) * rows,
+        size=held,
+        touched=held if exact else (1 + state) * rows,  # many sets: rows are idle in between
         moved=rows + 2 * tables.pooled + 2 * (1 + state) * rows,
         flops=10 * rows // 4,
+        graphs=not exact,
     )
 
 

@@ -31,6 +31,7 @@ _TRAINED = "forward + backward"
 PREDICTED = dict([
     predicted("26 tables x 100k x 16, B65536", "forward", ours=(83, 120), eager=(240,), compile=(150,)),
     predicted("26 tables x 100k x 16, B65536", f"{_TRAINED} + Adam", ours=(510, 600), eager=(940,), FBGEMM=(460,)),
+    predicted("26 tables x 100k x 16, B65536", f"{_TRAINED} + exact Adam", ours=(640, 910), eager=(940,)),
     predicted("26 tables x 100k x 16, B65536", f"{_TRAINED} + row-wise Adagrad", ours=(400, 470), FBGEMM=(300,)),
     predicted("8 tables x 1M x 64, B16384 L20", "forward", ours=(216, 280), eager=(320,), FBGEMM=(280,)),
     predicted("8 tables x 1M x 64, B16384 L20", f"{_TRAINED} + Adam", ours=(2140, 2280), eager=(6500,), FBGEMM=(1660,)),

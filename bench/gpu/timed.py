@@ -16,6 +16,7 @@ from bench.gpu.cases import GPU_OPS
 from bench.gpu.contests import (
     ADAM,
     CRITEO,
+    EXACT_ADAM,
     LARGE,
     ROWWISE_ADAGRAD,
     Place,
@@ -89,6 +90,8 @@ EMBEDDINGS = [
     Timed("26 tables x 100k x 16, B65536", "forward", torch.float32, "embedding_bag", partial(lookup, CRITEO)),
     Timed("26 tables x 100k x 16, B65536", "forward + backward + Adam", torch.float32, "embedding_bag_update",
           partial(lookup_and_step, CRITEO, ADAM)),
+    Timed("26 tables x 100k x 16, B65536", "forward + backward + exact Adam", torch.float32, "embedding_bag_update",
+          partial(lookup_and_step, CRITEO, EXACT_ADAM)),
     Timed("8 tables x 1M x 64, B16384 L20", "forward", torch.float32, "embedding_bag", partial(lookup, LARGE)),
     Timed("26 tables x 100k x 16, B65536", "forward + backward + row-wise Adagrad", torch.float32,
           "embedding_bag_update", partial(lookup_and_step, CRITEO, ROWWISE_ADAGRAD)),

@@ -27,6 +27,11 @@ class Turn(NamedTuple):
     graph: bool
 
 
+def in_turn(function: Callable, sets: Sequence[Sequence[Tensor]]) -> Turn:
+    """The calls themselves."""
+    return Turn(lambda: [function(*s) for s in sets], len(sets), False)
+
+
 class GPUClock:
     """Seconds on the device's own clock, and what the device holds. From its making on, the process works on one stream
     of its own, on which graphs are captured, too: autograd would remember another one's."""
@@ -45,7 +50,7 @@ class GPUClock:
         try:
             function(*sets[0])
         except RuntimeError:
-            return Turn(lambda: [function(*s) for s in sets], len(sets), False)
+            return in_turn(function, sets)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
@@ -80,8 +85,7 @@ class HostClock:
     cache_bytes: int = 1 << 10
     memory_bytes: int = 1 << 30
 
-    def turn(self, function: Callable, sets: Sequence[Sequence[Tensor]]) -> Turn:
-        return Turn(lambda: [function(*s) for s in sets], len(sets), False)
+    turn = staticmethod(in_turn)
 
     def seconds(self, run: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -97,7 +101,8 @@ class Contest:
 
     ``make(seed)`` makes a set on the device; one holds ``size`` bytes, and a call reads ``touched`` bytes of it.
     ``moved`` and ``flops`` are what a call must move and compute. ``compiled()`` is eager under torch.compile. Those in
-    ``alike`` return the same up to ``tolerance``, at the first call: steps of an optimizer part later.
+    ``alike`` return the same up to ``tolerance``, at the first call: steps of an optimizer part later. ``graphs``: a
+    CUDA graph may hold the calls.
     """
 
     functions: dict[str, Callable[..., Sequence[Tensor]]]
@@ -109,6 +114,7 @@ class Contest:
     compiled: Callable[[], Callable] | None = None
     alike: Sequence[str] = ("ours", "eager", "compile")
     tolerance: float = 2e-5
+    graphs: bool = True
 
 
 def rotations(touched: int, size: int, cache_bytes: int, memory_bytes: int) -> int:
@@ -147,7 +153,7 @@ def race(contest: Contest, clock, seconds: float, now=time.monotonic) -> dict:
             for inputs in (sets * 2)[:3]:
                 function(*inputs)
             host[name] = statistics.median(clock.host_seconds(lambda: function(*first)) for _ in range(7))
-            turns[name] = clock.turn(function, sets)
+            turns[name] = (clock.turn if contest.graphs else in_turn)(function, sets)
         except Exception as error:
             if name == "ours":
                 raise

@@ -139,6 +139,9 @@ class CrossNetMix(nn.Module):
         num_layers: number of layers.
         low_rank: rank of an expert's matrices.
         num_experts: number of experts.
+
+    Raises:
+        ValueError: ``x`` has not two dimensions.
     """
 
     def __init__(self, input_dim: int, num_layers: int = 2, low_rank: int = 32, num_experts: int = 4):
@@ -158,6 +161,8 @@ class CrossNetMix(nn.Module):
         self.bias = nn.ParameterList([nn.Parameter(torch.zeros(input_dim, 1)) for _ in range(num_layers)])
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2:
+            raise ValueError(f"CrossNetMix: x must be [B, {self.gating[0].in_features}], got shape {list(x.shape)}")
         gates, x0 = _weights_of(self.gating), x
         for i in range(self.num_layers):
             x = _end_of_layer(x0, self._mixed(x, i, gates), x)

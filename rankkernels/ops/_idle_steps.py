@@ -26,9 +26,10 @@ class Clock(NamedTuple):
 
 def new_history(length: int, beta1: float, beta2: float, device: torch.device | None = None) -> Tensor:
     """An empty history of ``length`` - 1 steps, on the CPU unless another device is given."""
-    history, i = torch.zeros(length, WIDTH, dtype=torch.float64), torch.arange(length, dtype=torch.float64)
+    i = torch.arange(length, dtype=torch.float64, device=device)
+    history = i.new_zeros(length, WIDTH)
     history[:, -2], history[:, -1] = beta1**i, beta2**i
-    return history.to(device)
+    return history
 
 
 def log_of(beta: float) -> float:

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -159,17 +160,21 @@ def use_huge_pages(t: Tensor) -> None:
 reference_notices: dict[tuple[str, str], str] = {}
 
 
+_AUTOCAST = torch._C.DispatchKey.AutocastCPU, torch._C.DispatchKey.AutocastCUDA
+_EVERY_AUTOCAST = torch._C.DispatchKeySet(_AUTOCAST[0]) | torch._C.DispatchKeySet(_AUTOCAST[1])
+
+
+def no_autocast() -> AbstractContextManager:
+    """Within, ops stay in the precision of their inputs, which autocast would choose anew."""
+    return torch._C._ExcludeDispatchKeyGuard(_EVERY_AUTOCAST)
+
+
 def without_autocast(op: torch._ops.OpOverload) -> None:
-    """What implementations of ``op`` call stays in the precision of its inputs, which autocast would choose anew."""
+    """What implementations of ``op`` call runs under ``no_autocast``."""
 
-    def run_without(key: str):
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    def run(*arguments, **keywords):
+        with no_autocast():
+            return op(*arguments, **keywords)
 
-        def run(*arguments, **keywords):
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(*arguments, **keywords)
-
-        return run
-
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        lib.impl(op.name().removeprefix("rankkernels::"), run_without(key), key)
+    for key in _AUTOCAST:
+        lib.impl(op.name().removeprefix("rankkernels::"), run, key.name)

@@ -21,10 +21,19 @@ from rankkernels.ops._checks import raise_documented
 from rankkernels.ops._embedding_checks import check_forward, report_values
 from rankkernels.ops._features import Features, LookupBatch, names_of
 from rankkernels.ops._fused_step import FusedLookup, Optimizer
-from rankkernels.ops._library import define, lib, triton_embeds, triton_serves_tables, without_autocast
+from rankkernels.ops._library import (
+    define,
+    lib,
+    no_autocast,
+    triton_embeds,
+    triton_serves_tables,
+    without_autocast,
+)
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops.embedding_bag import no_backward, outside_graph, to_schema
 from rankkernels.ops.embedding_bag_backward import sparse_gradients, table_gradients
+from rankkernels.ops.embedding_bag_exact import bag_exact
+from rankkernels.ops.embedding_bag_update import BagGradients
 from rankkernels.ops.embedding_fm_backward import (
     Arguments,
     FmGradients,
@@ -102,7 +111,10 @@ def _(weights, *rest, sparse=False):
 def _default(weights, *rest, sparse=False):
     *features, names, linear_weight, dense = rest
     features = Features(*features)
-    embeddings = _lookups(weights, features, names, linear_weight, dense)
+    return _combined(_lookups(weights, features, names, linear_weight, dense), features, linear_weight, dense)
+
+
+def _combined(embeddings: Tensor, features: Features, linear_weight, dense) -> tuple[Tensor, Tensor, Tensor]:
     if embeddings.numel():
         fields = embeddings.view(embeddings.size(0), len(features.indices), -1)
         fm = torch.ops.rankkernels.fm_interaction.default(fields, True)
@@ -183,6 +195,12 @@ def _to_onnx(weights, *rest, sparse=False):
 _forward = register_autograd("embedding_fm", _default, _backward, _setup_context, _to_onnx)
 
 
+def _is_read_behind(weights: Sequence[Tensor], features: Features) -> bool:
+    """Whether rows under exact Adam are looked up as they lag behind, for the step to bring them up to date: where that
+    takes a sort, which the step needs anyway."""
+    return weights[0].device.type != "cpu" and _exact_table.lag_behind(weights, features)
+
+
 class _FusedFm(FusedLookup):
     """Its inputs are the linear weight and the dense columns."""
 
@@ -191,9 +209,15 @@ class _FusedFm(FusedLookup):
     def __init__(self, optimizer: Optimizer, weights: Sequence[Tensor], features: Features, names: str):
         super().__init__(optimizer, weights, features)
         self.names, self.versions = names, _versions(self.weights)
+        self.behind = _exact_table.in_use and _is_read_behind(self.weights, self.features)
 
     def run(self, linear_weight, dense):
         self.has_linear = linear_weight is not None
+        if self.behind:
+            (embeddings,) = bag_exact(_exact_table.of_each(self.weights), self.features, self.names, concat=True)
+            _check(self.weights, self.features, self.names, embeddings, linear_weight, dense)
+            with no_autocast():
+                return _combined(embeddings, self.features, linear_weight, dense)
         return torch.ops.rankkernels.embedding_fm.default(
             self.weights, *self.features, self.names, linear_weight, dense
         )
@@ -206,7 +230,11 @@ class _FusedFm(FusedLookup):
         embeddings, linear_weight, dim = next(saved), next(saved), self.weights[0].size(1)
         grads, embeddings, grad_dense = without_dense(grads, embeddings, len(self.features.indices) * dim)
         unchanged = self.versions == _versions(self.weights)
-        return FmGradients(Arguments(*grads, embeddings, linear_weight, dim), unchanged), grad_dense
+        of_results = FmGradients(Arguments(*grads, embeddings, linear_weight, dim), unchanged)
+        if self.behind:
+            of_lookups, grad_linear_weight = of_results.of_lookups(self.features)
+            return BagGradients(of_lookups), grad_linear_weight, grad_dense
+        return of_results, grad_dense
 
     def of_inputs(self, of_per_sample_weights, grad_linear_weight, grad_dense):
         return grad_linear_weight if self.has_linear else None, grad_dense
@@ -222,7 +250,8 @@ def run_op(
         arguments = weights, features, names, linear_weight, dense, sparse, optimizer
         if torch.compiler.is_compiling():
             return outside_graph(run_op, *arguments)
-        return _exact_table.read(partial(run_op, *arguments, up_to_date=True), weights, features, names)
+        by_itself = optimizer is not None and not no_backward() and _is_read_behind(weights, features)
+        return _exact_table.read(partial(run_op, *arguments, up_to_date=True), weights, features, names, by_itself)
     if (sparse or optimizer is not None) and no_backward():
         sparse, optimizer = False, None
     if (sparse or optimizer is not None) and torch.compiler.is_compiling():

@@ -91,6 +91,8 @@ def test_rehearsal_where_nothing_is_installed(bare, checkout, tmp_path, parts):
     raced = [r for r in records if r["kind"] == "timing" and r["part"] == "embeddings"]
     assert [(r["case"], r["pass"]) for r in raced] == [(item.name, item.kind) for item in part.timed.EMBEDDINGS]
     assert all(r["seconds"]["ours"] > 0 for r in raced)
+    if "models" in ran:
+        assert {"exact Adam, embedding_bag", "exact Adam, embedding_fm, launches"} <= {r.get("what") for r in records}
     page = (tmp_path / "out/gpu_check.md").read_text()
     assert page in done.stdout and "Nothing is wrong." in page and " s in all." in page
     row = next(

@@ -9,7 +9,8 @@ import stat
 import pytest
 import torch
 
-from bench.gpu import checks, report
+from bench.gpu import checks, exact_adam, report
+from rankkernels import optim
 from rankkernels.testing import TEST_CASES
 from rankkernels.testing import fm_interaction_case as fm_case
 
@@ -41,6 +42,36 @@ def test_models_on_the_cpu(make, dtype):
     ok, detail = checks.check_model(make, dtype, CPU)
     print(detail)
     assert ok, detail
+
+
+def exact_findings() -> dict[str, checks.Finding]:
+    of_exact = (c for c in checks.models(CPU) if c[0].startswith("exact Adam"))
+    return {f.what: f for f in checks.run_checks("models", of_exact, 1e9)}
+
+
+def test_exact_adam_on_the_cpu():
+    findings = exact_findings()
+    ops = "embedding_bag", "embedding_fm"
+    assert list(findings) == [f"exact Adam, {op}{what}" for op in ops for what in ("", ", launches")]
+    assert all(f.ok for f in findings.values()), findings
+
+
+def test_a_lazy_adam_and_steps_that_launch_more_are_found(monkeypatch):
+    monkeypatch.setattr(exact_adam, "exact_adam", optim.Adam)
+    assert [f.ok for f in exact_findings().values()] == [False, True, False, True]
+    monkeypatch.undo()
+    of_step = exact_adam.Training.step
+
+    def now_and_then_more(training, number):
+        if number == exact_adam.STEPS - 2:
+            training.batches[number] = [i + 0 for i in training.batches[number]]
+        return of_step(training, number)
+
+    monkeypatch.setattr(exact_adam.Training, "step", now_and_then_more)
+    assert [f.ok for f in exact_findings().values()] == [True, False, True, False]
+    monkeypatch.undo()
+    monkeypatch.setitem(exact_adam.LAUNCH, "cpu", exact_adam.LAUNCH["cuda"])
+    assert [f.ok for f in exact_findings().values()] == [True, None, True, None]
 
 
 @pytest.mark.parametrize("replays", [True, False], ids=["a graph", "a graph that does nothing"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_a_turn_on_a_gpu_is_a_graph_unless_a_call_waits(monkeypatch):
     calls.clear()
     run()
     assert (calls, count, is_graph, len(captured)) == ([1, 2], 2, False, 1)
+
+
+def test_calls_that_no_graph_may_hold_are_not_captured(monkeypatch):
+    clock = Clock(1.0)
+    monkeypatch.setattr(Clock, "turn", lambda *_: timing.Turn(lambda: [], 1, True))
+    for graphs, outside in ((True, []), (False, ["ours"])):
+        made = dataclasses.replace(contest(ours=lambda x: [x]), graphs=graphs)
+        assert timing.race(made, clock, 0)["no graph"] == outside
+    exact = next(item for item in timed.EMBEDDINGS if "exact" in item.kind)
+    assert not exact.make(SMALL).graphs
 
 
 @pytest.mark.parametrize("item", EVERY, ids=lambda item: f"{item.name}-{item.kind}-{part.name_of(item.dtype)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from failing import Fails
 from torch.utils.checkpoint import checkpoint
 
 import rankkernels as rk
+from rankkernels.ops import _exact_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 
@@ -132,7 +134,47 @@ def test_killed_and_resumed_thirty_times(tmp_path):
     assert int(killed) == 30 and disturbed == undisturbed
 
 
-def test_deepfm_has_the_losses_of_torch_rechub_with_dense_adam():
+@pytest.fixture
+def read_behind(monkeypatch):
+    """embedding_fm reads rows that lag behind, as on a GPU."""
+    module = importlib.import_module("rankkernels.ops.embedding_fm")
+    monkeypatch.setattr(module, "_is_read_behind", _exact_table.lag_behind)
+
+
+def trained_fm(lookups: int, autocast: bool, steps: int = 6) -> list[torch.Tensor]:
+    """What ``embedding_fm`` returns in steps of exact Adam with so many lookups each, its other inputs' gradients,
+    and the tables in the end."""
+    generator = torch.Generator().manual_seed(0)
+    tables = [torch.nn.Parameter(torch.randn(R, 4, generator=generator)) for R in (30, 20)]
+    optimizer, found = rk.optim.Adam(tables, lr=0.1, exact=True), []
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for _ in range(lookups):
+            linear, dense = (torch.randn(n, generator=generator).requires_grad_() for n in ((1, 8), (5, 3)))
+            ids = [torch.randint(R, (5,), generator=generator) for R in (30, 20)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outs = rk.ops.embedding_fm(tables, ids, linear, dense, optimizer=optimizer)
+            found += [linear, dense, *outs]
+            loss = loss + sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outs)
+        loss.backward()
+    return [t for f in found for t in (f.detach(), f.grad) if t is not None] + [t.detach() for t in tables]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("lookups", [1, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fm_of_rows_that_lag_behind_is_that_of_rows_up_to_date(lookups, autocast, request):
+    expected = trained_fm(lookups, autocast)
+    request.getfixturevalue("read_behind")
+    actual = trained_fm(lookups, autocast)
+    assert [t.dtype for t in actual] == [torch.float32] * len(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["up to date", "behind"])
+def test_deepfm_has_the_losses_of_torch_rechub_with_dense_adam(way, request):
+    if way == "behind":
+        request.getfixturevalue("read_behind")
     rechub = pytest.importorskip("torch_rechub.models.ranking")
     from torch_rechub.basic.features import DenseFeature, SparseFeature
 

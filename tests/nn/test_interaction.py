@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -213,3 +214,6 @@ def test_what_models_refuse():
         rk.EDCN([features_.SequenceFeature("history", 9, 4, "concat")], 2, {})
     with pytest.raises(NotImplementedError, match="unknown bilinear_type 'none', expected one of field_all"):
         rk.BiLinearInteractionLayer(3, 4, "none")
+    for shape in ((7,), (3, 2, 7), ()):
+        with pytest.raises(ValueError, match=re.escape(f"CrossNetMix: x must be [B, 7], got shape {list(shape)}")):
+            rk.CrossNetMix(7)(torch.ones(shape))

@@ -9,7 +9,9 @@ import torch
 from configurations import Calls
 from graphs import WAITING, deepfm, din, loss, on_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
+from bench.gpu import exact_adam
 from rankkernels import optim
 from rankkernels.nn import EmbeddingBag
 from rankkernels.ops import _table
@@ -60,6 +62,54 @@ def test_no_optimizer_waits_for_a_scaler(name):
         scaler = torch.amp.GradScaler("cpu")
         optim.fuse(model, OPTIMIZERS[name](model.embedding.parameters(), lr=0.1), grad_scaler=scaler)
         assert waits(lambda: backward(loss(model, x, y), scaler)) == []
+
+
+class Waits(Calls):
+    """The ops that wait, copies between host and device among them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        devices = {t.device for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)}
+        if self.names[-1] not in WAITING and len(devices) < 2:
+            del self.names[-1]
+        return result
+
+
+@pytest.mark.parametrize("make", [deepfm, din])
+@pytest.mark.parametrize("wait", [False, True])
+def test_no_step_of_exact_adam_waits(make, wait):
+    """On meta tensors, as no table under it is a fake one, with what Triton's launches call. 64 fill a history."""
+    compiling = pytest.importorskip("bench.gpu.ahead_of_time", reason="Triton is not installed").compiling
+    with torch.device("meta"):
+        model, x, y = make(B=48, rows=30)
+    optim.fuse(model, optim.Adam(model.embedding.parameters(), exact=True))
+
+    def step() -> None:
+        loss(model, x, y).backward()
+        if wait:
+            torch.ones(3).to(y.device)
+
+    with compiling("sm_90", only_counting=True):
+        step()
+    with Waits() as waits, compiling("sm_90", only_counting=True) as calls:
+        for _ in range(2 if wait else 65):
+            step()
+    assert {"adam_history"} < {call.op for call in calls}
+    assert waits.names == ["_to_copy"] * 2 * wait
+
+
+@pytest.mark.parametrize("op", exact_adam.LOOKUPS)
+def test_no_step_of_the_gpu_check_waits(op):
+    """It counts the launches of steps in which a wait raises."""
+    compiling = pytest.importorskip("bench.gpu.ahead_of_time", reason="Triton is not installed").compiling
+    training = exact_adam.Training(exact_adam.LOOKUPS[op], exact_adam.exact_adam, torch.device("meta"), torch.float32)
+    counts = []
+    for number in range(exact_adam.STEPS):
+        with Waits() as waits, compiling("sm_90", only_counting=True) as calls:
+            training.step(number)
+        counts.append(sum(len(call.launches) for call in calls))
+        assert waits.names == [] or number == 0
+    assert len(set(counts[exact_adam.FIRST_STEPS :])) == 1
 
 
 def test_bags_with_their_last_offset_wait_for_nothing():
