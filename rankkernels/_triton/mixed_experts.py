@@ -31,9 +31,9 @@ from rankkernels._triton._alignment import aligned, alignment
 from rankkernels._triton._products import precision_of, product
 from rankkernels._triton._programs import programs_of
 
-PROGRAMS: int | None = None  # of the backward, other than one a multiprocessor, for tests
-BLOCK_B = 32  # samples of the forward
-TILE = 4096  # values of the backward's blocks at most
+PROGRAMS: int | None = None  # of the backward, other than ``programs_of`` says, for tests
+BLOCK_B = 16  # samples: as few as a tensor core takes
+GATES = 64  # of a sample's place in the blocks of a program of the backward
 
 
 @triton.jit
@@ -45,23 +45,33 @@ def _tanh(x):
 
 
 @triton.jit
-def _softmax(gates_ptr, valid, E, stride, BLOCK_E: tl.constexpr):
-    """[BLOCK_B, BLOCK_E] of the rows at ``gates_ptr`` [BLOCK_B, 1], finite where they are not ``valid``."""
-    o_e = tl.arange(0, BLOCK_E).to(tl.int64)[None, :]
-    gates = tl.load(gates_ptr + o_e * stride, mask=valid & (o_e < E), other=0.0).to(tl.float32)
+def _softmax(gates_ptr, o_b, B, E, stride_b, stride_d, BLOCK_E: tl.constexpr):
+    """The experts' shares [.., BLOCK_E] of samples o_b [.., 1]: finite where these are none, 0 of further experts."""
+    o_e = tl.arange(0, BLOCK_E).to(tl.int64)[None, None, :]
+    gates = tl.load(gates_ptr + o_b * stride_b + o_e * stride_d, mask=(o_b < B) & (o_e < E), other=0.0).to(tl.float32)
     gates = tl.where(o_e < E, gates, float("-inf"))
-    parts = tl.exp(gates - tl.max(gates, 1, keep_dims=True))
-    return parts / tl.sum(parts, 1, keep_dims=True)
+    parts = tl.exp(gates - tl.max(gates, 2, keep_dims=True))
+    return parts / tl.sum(parts, 2, keep_dims=True)
 
 
 @triton.jit
-def _hidden(rows, weight_ptr, e, inside, o_r, rank, stride, PRECISION: tl.constexpr):
-    """h, q and C of an expert."""
-    b_p = tl.load(rows + (e * rank + o_r)[None, :] * stride, mask=inside, other=0.0)
-    square = (o_r < rank)[:, None] & (o_r < rank)[None, :]
-    b_C = tl.load(weight_ptr + (e * rank + o_r[:, None]) * rank + o_r[None, :], mask=square, other=0.0)
-    h = _tanh(b_p.to(tl.float32))
-    return h, _tanh(product(h, tl.trans(b_C), tl.zeros_like(h), PRECISION)), b_C
+def _share(weights, this):
+    """[BLOCK_B, 1]: the one of each sample where ``this`` is true."""
+    return tl.sum(tl.sum(tl.where(this, weights, 0.0), 2), 1, keep_dims=True)
+
+
+@triton.jit
+def _rows(ptr, e, E, o_b, B, o_r, rank, stride_b, stride_d):
+    """An expert's columns of samples o_b [BLOCK_B, 1]; zeros beyond the last of either."""
+    inside = (o_b < B) & (o_r < tl.minimum(rank, (E - e) * rank))[None, :]
+    return tl.load(ptr + o_b * stride_b + (e * rank + o_r)[None, :] * stride_d, mask=inside, other=0.0)
+
+
+@triton.jit
+def _matrix(weight_ptr, e, E, o_r, rank):
+    """An expert's C; zeros beyond the last."""
+    inside = (o_r < rank)[:, None] & (o_r < tl.minimum(rank, (E - e) * rank))[None, :]
+    return tl.load(weight_ptr + (e * rank + o_r[:, None]) * rank + o_r[None, :], mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -72,55 +82,67 @@ def mixed_experts_kernel(
     """out [B, E rank], contiguous, of BLOCK_B samples."""
     stride_pb, rank = aligned(stride_pb, ALIGN), aligned(rank, ALIGN)
     o_b = (tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
-    o_e, o_r = tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_R).to(tl.int64)
-    rows, inside = projections_ptr + o_b * stride_pb, (o_b < B) & (o_r < rank)[None, :]
-    weights = _softmax(rows + E * rank * stride_pd, o_b < B, E, stride_pd, BLOCK_E)
+    o_e, o_r = tl.arange(0, BLOCK_E)[None, None, :], tl.arange(0, BLOCK_R).to(tl.int64)
+    inside, gates_ptr = (o_b < B) & (o_r < rank)[None, :], projections_ptr + E * rank * stride_pd
+    weights = _softmax(gates_ptr, o_b[:, :, None], B, E, stride_pb, stride_pd, BLOCK_E)
+    b_p = _rows(projections_ptr, 0, E, o_b, B, o_r, rank, stride_pb, stride_pd)
+    b_C = _matrix(weight_ptr, 0, E, o_r, rank)
     for e in range(E):
-        _, q, _ = _hidden(rows, weight_ptr, e, inside, o_r, rank, stride_pd, PRECISION)
-        weight = tl.sum(tl.where(o_e == e, weights, 0.0), 1, keep_dims=True)
-        tl.store(out_ptr + (o_b * E + e) * rank + o_r[None, :], weight * q, mask=inside)
+        h, of_h = _tanh(b_p.to(tl.float32)), tl.trans(b_C)
+        b_p = _rows(projections_ptr, e + 1, E, o_b, B, o_r, rank, stride_pb, stride_pd)
+        b_C = _matrix(weight_ptr, e + 1, E, o_r, rank)
+        q = _tanh(product(h, of_h, tl.zeros_like(h), PRECISION))
+        tl.store(out_ptr + (o_b * E + e) * rank + o_r[None, :], _share(weights, o_e == e) * q, mask=inside)
 
 
 @triton.jit(do_not_specialize=["B"])
 def mixed_experts_backward_kernel(
-    grad_out_ptr, projections_ptr, weight_ptr, grad_projections_ptr, sums_ptr, B, E, rank,
-    stride_gb, stride_gd, stride_pb, stride_pd,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    grad_out_ptr, projections_ptr, weight_ptr, grad_projections_ptr, sums_ptr, B, E, rank, columns,
+    stride_gb, stride_gd, stride_pb, stride_pd, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """grad_projections [B, E rank + E], contiguous, of BLOCK_B samples, and these samples' part of the weight's
-    gradient [programs, E, rank, rank]."""
-    stride_gb, stride_pb, rank = aligned(stride_gb, ALIGN), aligned(stride_pb, ALIGN), aligned(rank, ALIGN)
+    """grad_projections [B, columns = E rank + E], contiguous, of BLOCKS times BLOCK_B samples, and the sums
+    [programs, E, rank, rank] of these for the weight's gradient."""
+    stride_gb, stride_pb = aligned(stride_gb, ALIGN), aligned(stride_pb, ALIGN)
+    rank, columns = aligned(rank, ALIGN), aligned(columns, ALIGN)
     program = tl.program_id(0).to(tl.int64)
-    o_b, o_e, o_r = program * BLOCK_B + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_E)[None, :], tl.arange(0, BLOCK_R).to(tl.int64)
-    o_b, valid, square = o_b[:, None], (o_b < B)[:, None], (o_r < rank)[:, None] & (o_r < rank)[None, :]
-    rows, inside = projections_ptr + o_b * stride_pb, valid & (o_r < rank)[None, :]
-    grads, to = grad_out_ptr + o_b * stride_gb, grad_projections_ptr + o_b * aligned(E * rank + E, ALIGN)
-    weights = _softmax(rows + E * rank * stride_pd, valid, E, stride_pd, BLOCK_E)
-    grad_weights = tl.zeros_like(weights)
-    for e in range(E):
-        h, q, b_C = _hidden(rows, weight_ptr, e, inside, o_r, rank, stride_pd, PRECISION)
-        b_grad = tl.load(grads + (e * rank + o_r)[None, :] * stride_gd, mask=inside, other=0.0).to(tl.float32)
-        grad_weights += tl.where(o_e == e, tl.sum(b_grad * q, 1, keep_dims=True), 0.0)
-        grad_z = tl.sum(tl.where(o_e == e, weights, 0.0), 1, keep_dims=True) * b_grad * (1 - q * q)
-        grad_h = product(grad_z, b_C, tl.zeros_like(h), PRECISION)
-        tl.store(to + (e * rank + o_r)[None, :], grad_h * (1 - h * h), mask=inside)
-        part = product(tl.trans(grad_z), h, tl.zeros([BLOCK_R, BLOCK_R], tl.float32), PRECISION)
-        tl.store(sums_ptr + ((program * E + e) * rank + o_r[:, None]) * rank + o_r[None, :], part, mask=square)
-    of_gates = weights * (grad_weights - tl.sum(weights * grad_weights, 1, keep_dims=True))
-    tl.store(to + E * rank + o_e, of_gates, mask=valid & (o_e < E))
+    first = (program * BLOCKS * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    o_block, o_e = tl.arange(0, BLOCKS)[None, :, None], tl.arange(0, BLOCK_E)[None, None, :]
+    o_r, of_gates = tl.arange(0, BLOCK_R).to(tl.int64), first[:, :, None] + o_block * BLOCK_B
+    gates_ptr = projections_ptr + E * rank * stride_pd
+    weights = _softmax(gates_ptr, of_gates, B, E, stride_pb, stride_pd, BLOCK_E)
+    grad_weights, total = tl.zeros_like(weights), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    b_p = _rows(projections_ptr, 0, E, first, B, o_r, rank, stride_pb, stride_pd)
+    b_grad, b_C = _rows(grad_out_ptr, 0, E, first, B, o_r, rank, stride_gb, stride_gd), _matrix(weight_ptr, 0, E, o_r, rank)
+    for i in range(E * BLOCKS):
+        h, grad, of_h, C = _tanh(b_p.to(tl.float32)), b_grad.to(tl.float32), tl.trans(b_C), b_C
+        e, block, o_b = (i + 1) // BLOCKS, (i + 1) % BLOCKS, first + (i + 1) % BLOCKS * BLOCK_B
+        b_p = _rows(projections_ptr, e, E, o_b, B, o_r, rank, stride_pb, stride_pd)
+        b_grad, b_C = _rows(grad_out_ptr, e, E, o_b, B, o_r, rank, stride_gb, stride_gd), _matrix(weight_ptr, e, E, o_r, rank)
+        e, block = i // BLOCKS, i % BLOCKS
+        q = _tanh(product(h, of_h, tl.zeros_like(h), PRECISION))
+        this = (o_e == e) & (o_block == block)
+        grad_weights += tl.where(this, tl.sum(grad * q, 1)[:, None, None], 0.0)
+        grad_z = _share(weights, this) * grad * (1 - q * q)
+        total = product(tl.trans(grad_z), h, tl.where(block == 0, 0.0, total), PRECISION)
+        if block == BLOCKS - 1:
+            to = sums_ptr + ((program * E + e) * rank + o_r[:, None]) * rank + o_r[None, :]
+            tl.store(to, total, mask=(o_r < rank)[:, None] & (o_r < rank)[None, :])
+        grad_h, o_b = product(grad_z, C, tl.zeros_like(h), PRECISION), first + block * BLOCK_B
+        to = grad_projections_ptr + o_b * columns + (e * rank + o_r)[None, :]
+        tl.store(to, grad_h * (1 - h * h), mask=(o_b < B) & (o_r < rank)[None, :])
+    grad_gates = weights * (grad_weights - tl.sum(weights * grad_weights, 2, keep_dims=True))
+    to = grad_projections_ptr + of_gates * columns + E * rank + o_e
+    tl.store(to, grad_gates, mask=(of_gates < B) & (o_e < E))
 
 
-def _blocks(BLOCK_B: int, weight: Tensor, *rows: Tensor) -> dict:
+def _blocks(weight: Tensor, *rows: Tensor) -> dict:
+    """A warp for eight columns: all of a product's warps then have tiles of their own."""
     E, rank, _ = weight.shape
     BLOCK_R = max(16, triton.next_power_of_2(rank))
+    blocks = {"BLOCK_B": BLOCK_B, "BLOCK_E": triton.next_power_of_2(E), "BLOCK_R": BLOCK_R}
     options = {"PRECISION": precision_of(weight.dtype), "ALIGN": math.gcd(rank, *map(alignment, rows))}
-    if not torch.version.hip:
-        options["maxnreg"] = 255
-    BLOCK_B = min(BLOCK_B, TILE // BLOCK_R)
-    warps = max(1, min(BLOCK_B * BLOCK_R // 256, 8))
-    return options | {
-        "BLOCK_B": BLOCK_B, "BLOCK_E": triton.next_power_of_2(E), "BLOCK_R": BLOCK_R, "num_warps": warps, "num_stages": 2,
-    }  # fmt: skip
+    return blocks | options | {"num_warps": BLOCK_R // 8, "num_stages": 1}
 
 
 def mixed_experts(projections: Tensor, weight: Tensor) -> Tensor:
@@ -129,10 +151,9 @@ def mixed_experts(projections: Tensor, weight: Tensor) -> Tensor:
     out = torch.empty((B, E * rank), dtype=projections.dtype, device=projections.device)
     if out.numel() == 0:
         return out
-    blocks = _blocks(BLOCK_B, weight, projections)
     with torch.cuda.device_of(projections):
-        mixed_experts_kernel[(triton.cdiv(B, blocks["BLOCK_B"]),)](
-            projections, weight.contiguous(), out, B, E, rank, *projections.stride(), **blocks
+        mixed_experts_kernel[(triton.cdiv(B, BLOCK_B),)](
+            projections, weight.contiguous(), out, B, E, rank, *projections.stride(), **_blocks(weight, projections)
         )
     return out
 
@@ -143,14 +164,14 @@ def mixed_experts_backward(grad_out: Tensor, projections: Tensor, weight: Tensor
     grad_projections = torch.empty(projections.shape, dtype=projections.dtype, device=projections.device)
     if grad_out.numel() == 0:
         return grad_projections.zero_(), torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    programs = PROGRAMS or programs_of(projections) // 2
-    samples = max(16, triton.next_power_of_2(triton.cdiv(B, programs)))
-    blocks = _blocks(samples, weight, grad_out, projections)
-    parts = triton.cdiv(B, blocks["BLOCK_B"])
-    sums = torch.empty((parts, *weight.shape), dtype=torch.float32, device=projections.device)
+    blocks = _blocks(weight, grad_out, projections)
+    share = triton.cdiv(triton.cdiv(B, BLOCK_B), PROGRAMS or programs_of(projections))
+    blocks["BLOCKS"] = min(triton.next_power_of_2(share), GATES // blocks["BLOCK_E"])
+    programs = triton.cdiv(B, blocks["BLOCKS"] * BLOCK_B)
+    sums = torch.empty((programs, *weight.shape), dtype=torch.float32, device=projections.device)
     with torch.cuda.device_of(projections):
-        mixed_experts_backward_kernel[(parts,)](
-            grad_out, projections, weight.contiguous(), grad_projections, sums, B, E, rank, *grad_out.stride(),
-            *projections.stride(), **blocks,
+        mixed_experts_backward_kernel[(programs,)](
+            grad_out, projections, weight.contiguous(), grad_projections, sums, B, E, rank, projections.size(1),
+            *grad_out.stride(), *projections.stride(), **blocks,
         )  # fmt: skip
     return grad_projections, sums.sum(0).to(weight.dtype)
