@@ -7,15 +7,15 @@ projections [B, E r + E] = x [V_1 .. V_E, gates], C [E, r, r]:
     dw_e = <grad_e, q_e>         dz_e = w_e grad_e (1 - q_e^2)               dC_e = sum_b dz_e h_e^T
     grad_gate_e = w_e (dw_e - sum_k w_k dw_k)     grad_projections_e = (C_e^T dz_e) (1 - h_e^2)
 
-A program has BLOCK_B samples and goes through the experts, with the gates' softmax of all in registers: what is read
-is read once, and nothing is kept of the forward. It stores its samples' part of dC, and the parts are summed in order
-after it. In 16 bits h and dz are rounded to these before their products, as torch's own would have it.
+A program has samples, and goes through the experts with the shares of all in registers: what is read is read once, and
+nothing is kept of the forward. It stores its samples' sum for dC, and the sums are summed in order after it. In 16 bits
+h and dz are rounded to these before their products, as torch's own would have it.
 
-Four experts of rank 32, B 4096, float32: forward moves 4.3 MB and does 34 MFLOP and 1.0 M tanh of some 15
-instructions, backward 6.5 MB, three times the flops and as many tanh. On an H100 1.3 and 1.9 us of memory, and half of
-that of instructions: less than a launch takes, of which the reference's operators have 10 and some 20. What remains is
-the latency of four experts in turn, the next one's rows loaded before they are wanted, in a program each
-multiprocessor; with more samples blocks grow, so that the parts of dC, 2 r / (3 BLOCK_B) of what else is moved, do not.
+Four experts of rank 32, B 4096, float32: forward moves 4.3 MB and does 34 Mflop and a million tanh, backward 6.5 MB,
+three times the flops and as many tanh. By count 1.3 and 1.9 us of an H100's memory, 1.6 and 2.8 of its instructions,
+twenty for a tanh: less than launches take, of which the reference has 6 and 10. Hence one launch each, and few samples
+a block: a product's warps have eight columns each, none another's, and there are two programs for each multiprocessor.
+With more samples a program of the backward has more blocks, for each expert in turn, that the sums for dC stay few.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rankkernels._triton._programs import programs_of
 
 PROGRAMS: int | None = None  # of the backward, other than ``programs_of`` says, for tests
 BLOCK_B = 16  # samples: as few as a tensor core takes
-GATES = 64  # of a sample's place in the blocks of a program of the backward
+GATES = 64  # that a program of the backward has in registers, for each of BLOCK_B samples, at most
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _tanh(x):
 
 @triton.jit
 def _softmax(gates_ptr, o_b, B, E, stride_b, stride_d, BLOCK_E: tl.constexpr):
-    """The experts' shares [.., BLOCK_E] of samples o_b [.., 1]: finite where these are none, 0 of further experts."""
+    """The experts' shares [.., BLOCK_E] of samples o_b [.., 1]: zeros beyond the last expert, finite beyond the last
+    sample."""
     o_e = tl.arange(0, BLOCK_E).to(tl.int64)[None, None, :]
     gates = tl.load(gates_ptr + o_b * stride_b + o_e * stride_d, mask=(o_b < B) & (o_e < E), other=0.0).to(tl.float32)
     gates = tl.where(o_e < E, gates, float("-inf"))
@@ -85,13 +86,14 @@ def mixed_experts_kernel(
     o_e, o_r = tl.arange(0, BLOCK_E)[None, None, :], tl.arange(0, BLOCK_R).to(tl.int64)
     inside, gates_ptr = (o_b < B) & (o_r < rank)[None, :], projections_ptr + E * rank * stride_pd
     weights = _softmax(gates_ptr, o_b[:, :, None], B, E, stride_pb, stride_pd, BLOCK_E)
+    # A turn ahead: beside their load the compiler would take each tanh in every product's layout, in every warp.
     b_p = _rows(projections_ptr, 0, E, o_b, B, o_r, rank, stride_pb, stride_pd)
     b_C = _matrix(weight_ptr, 0, E, o_r, rank)
     for e in range(E):
-        h, of_h = _tanh(b_p.to(tl.float32)), tl.trans(b_C)
+        h, C = _tanh(b_p.to(tl.float32)), b_C
         b_p = _rows(projections_ptr, e + 1, E, o_b, B, o_r, rank, stride_pb, stride_pd)
         b_C = _matrix(weight_ptr, e + 1, E, o_r, rank)
-        q = _tanh(product(h, of_h, tl.zeros_like(h), PRECISION))
+        q = _tanh(product(h, tl.trans(C), tl.zeros_like(h), PRECISION))
         tl.store(out_ptr + (o_b * E + e) * rank + o_r[None, :], _share(weights, o_e == e) * q, mask=inside)
 
 
@@ -101,8 +103,8 @@ def mixed_experts_backward_kernel(
     stride_gb, stride_gd, stride_pb, stride_pd, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """grad_projections [B, columns = E rank + E], contiguous, of BLOCKS times BLOCK_B samples, and the sums
-    [programs, E, rank, rank] of these for the weight's gradient."""
+    """grad_projections [B, columns = E rank + E], contiguous, of BLOCKS times BLOCK_B samples, and these samples' sums
+    [programs, E, rank, rank] for the weight's gradient."""
     stride_gb, stride_pb = aligned(stride_gb, ALIGN), aligned(stride_pb, ALIGN)
     rank, columns = aligned(rank, ALIGN), aligned(columns, ALIGN)
     program = tl.program_id(0).to(tl.int64)
@@ -113,14 +115,16 @@ def mixed_experts_backward_kernel(
     weights = _softmax(gates_ptr, of_gates, B, E, stride_pb, stride_pd, BLOCK_E)
     grad_weights, total = tl.zeros_like(weights), tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
     b_p = _rows(projections_ptr, 0, E, first, B, o_r, rank, stride_pb, stride_pd)
-    b_grad, b_C = _rows(grad_out_ptr, 0, E, first, B, o_r, rank, stride_gb, stride_gd), _matrix(weight_ptr, 0, E, o_r, rank)
+    b_grad = _rows(grad_out_ptr, 0, E, first, B, o_r, rank, stride_gb, stride_gd)
+    b_C = _matrix(weight_ptr, 0, E, o_r, rank)
     for i in range(E * BLOCKS):
-        h, grad, of_h, C = _tanh(b_p.to(tl.float32)), b_grad.to(tl.float32), tl.trans(b_C), b_C
-        e, block, o_b = (i + 1) // BLOCKS, (i + 1) % BLOCKS, first + (i + 1) % BLOCKS * BLOCK_B
-        b_p = _rows(projections_ptr, e, E, o_b, B, o_r, rank, stride_pb, stride_pd)
-        b_grad, b_C = _rows(grad_out_ptr, e, E, o_b, B, o_r, rank, stride_gb, stride_gd), _matrix(weight_ptr, e, E, o_r, rank)
-        e, block = i // BLOCKS, i % BLOCKS
-        q = _tanh(product(h, of_h, tl.zeros_like(h), PRECISION))
+        e, block, next_e, next_block = i // BLOCKS, i % BLOCKS, (i + 1) // BLOCKS, (i + 1) % BLOCKS
+        o_b, next_b = first + block * BLOCK_B, first + next_block * BLOCK_B
+        h, grad, C = _tanh(b_p.to(tl.float32)), b_grad.to(tl.float32), b_C
+        b_p = _rows(projections_ptr, next_e, E, next_b, B, o_r, rank, stride_pb, stride_pd)
+        b_grad = _rows(grad_out_ptr, next_e, E, next_b, B, o_r, rank, stride_gb, stride_gd)
+        b_C = _matrix(weight_ptr, next_e, E, o_r, rank)
+        q = _tanh(product(h, tl.trans(C), tl.zeros_like(h), PRECISION))
         this = (o_e == e) & (o_block == block)
         grad_weights += tl.where(this, tl.sum(grad * q, 1)[:, None, None], 0.0)
         grad_z = _share(weights, this) * grad * (1 - q * q)
@@ -128,7 +132,7 @@ def mixed_experts_backward_kernel(
         if block == BLOCKS - 1:
             to = sums_ptr + ((program * E + e) * rank + o_r[:, None]) * rank + o_r[None, :]
             tl.store(to, total, mask=(o_r < rank)[:, None] & (o_r < rank)[None, :])
-        grad_h, o_b = product(grad_z, C, tl.zeros_like(h), PRECISION), first + block * BLOCK_B
+        grad_h = product(grad_z, C, tl.zeros_like(h), PRECISION)
         to = grad_projections_ptr + o_b * columns + (e * rank + o_r)[None, :]
         tl.store(to, grad_h * (1 - h * h), mask=(o_b < B) & (o_r < rank)[None, :])
     grad_gates = weights * (grad_weights - tl.sum(weights * grad_weights, 2, keep_dims=True))
@@ -142,6 +146,8 @@ def _blocks(weight: Tensor, *rows: Tensor) -> dict:
     BLOCK_R = max(16, triton.next_power_of_2(rank))
     blocks = {"BLOCK_B": BLOCK_B, "BLOCK_E": triton.next_power_of_2(E), "BLOCK_R": BLOCK_R}
     options = {"PRECISION": precision_of(weight.dtype), "ALIGN": math.gcd(rank, *map(alignment, rows))}
+    if not torch.version.hip:
+        options["maxnreg"] = 255  # at 128, which the compiler would rather have, it spills
     return blocks | options | {"num_warps": BLOCK_R // 8, "num_stages": 1}
 
 
