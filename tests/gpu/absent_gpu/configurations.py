@@ -1,4 +1,5 @@
-"""Which way attention takes on a GPU, for a grid of its configurations on CUDA tensors that have no memory, and others.
+"""Which way attention takes on a GPU, for a grid of its configurations on CUDA tensors that have no memory, and a
+mixture's experts.
 test_cuda_tracing.py runs this file in a process of its own, by run.py.
 """
 
