@@ -20,6 +20,7 @@ from rankkernels.testing import (
     embedding_fm_case,
     ffm_interaction_case,
     fm_interaction_case,
+    mixed_experts_case,
     norm_activation_case,
     pairwise_dot_case,
     randn,
@@ -74,6 +75,16 @@ LAYER = GPUOp(
     cases=[
         in_dtypes(cross_layer_case(4096, 432), SINGLE, BF16),
         in_dtypes(cross_layer_case(65536, 160, has_bias=False), SINGLE, HALF),
+    ],
+)
+
+EXPERTS = GPUOp(
+    op="mixed_experts",
+    cases=[
+        in_dtypes(mixed_experts_case(4096, 4, 32), SINGLE, BF16),
+        in_dtypes(mixed_experts_case(65536, 4, 32), SINGLE),
+        # The widest rank: do the registers suffice?
+        in_dtypes(mixed_experts_case(65536, 8, 64), SINGLE, HALF),
     ],
 )
 
@@ -274,6 +285,8 @@ EXACT_ADAM = GPUOp(
     ],
 )
 
-GPU_OPS = [FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, EMBEDDING_BAG, EMBEDDING_FM]
+GPU_OPS = [
+    FM, CROSS, LAYER, EXPERTS, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, EMBEDDING_BAG, EMBEDDING_FM,
+]  # fmt: skip
 COMPILED = [case for op in [*GPU_OPS, EXACT_ADAM] for case in op.cases]
 CUDA_LAUNCHES = {name: kernels for op in GPU_OPS for name, kernels in op.launches.items()}

@@ -89,16 +89,20 @@ class Counting:
         return launch
 
 
+#: One for all cases: a kernel keeps the ``range`` that it was first run with.
+COUNTING = Counting()
+
+
 def count(case: OpCase, dtype: torch.dtype) -> list[Counts]:
     """Of the launches of a forward and a backward of the case, in order.
 
     Not for kernels that go to addresses which other programs have written, as the embeddings' do.
     """
-    counting = Counting()
+    COUNTING.launches = []
     inputs = [t.requires_grad_(t.is_floating_point()) for t in case.inputs(dtype)]
     with (
-        mock.patch.object(interpreter, "range", counting.range, create=True),
-        mock.patch.object(InterpretedFunction, "run", counting.launched(InterpretedFunction.run)),
+        mock.patch.object(interpreter, "range", COUNTING.range, create=True),
+        mock.patch.object(InterpretedFunction, "run", COUNTING.launched(InterpretedFunction.run)),
         np.errstate(all="ignore"),  # what the other programs did not write is garbage
         warnings.catch_warnings(),
         CUDAImplementations([], cuda_cpp=False),
@@ -106,4 +110,4 @@ def count(case: OpCase, dtype: torch.dtype) -> list[Counts]:
         warnings.simplefilter("ignore", RuntimeWarning)
         out = case.function(*inputs)
         torch.autograd.grad(out, [t for t in inputs if t.requires_grad], torch.ones_like(out))
-    return [launch.counts() for launch in counting.launches]
+    return [launch.counts() for launch in COUNTING.launches]

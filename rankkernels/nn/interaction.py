@@ -177,7 +177,7 @@ class CrossNetMix(nn.Module):
         else:
             projections = _product(x, torch.cat([v, *gates]))
         c = c.to(projections.dtype)  # under autocast products are of another
-        fused = _are_like(projections, [c]) and experts_are_faster(projections)
+        fused = _are_like(projections, [c]) and experts_are_faster(projections, c)
         mixed = mixed_experts if fused else reference.mixed_experts
         return _product(mixed(projections, c), u.transpose(0, 1).flatten(1), self.bias[i].squeeze(1))
 

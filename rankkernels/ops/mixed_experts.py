@@ -1,4 +1,5 @@
-"""The experts of DCN v2's mixture of low rank. Kernel: csrc/cpu/interaction/mixed_experts_kernel.h."""
+"""The experts of DCN v2's mixture of low rank. Kernels: csrc/cpu/interaction/mixed_experts_kernel.h and
+_triton/mixed_experts.py."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import FLOATING, check_form, check_strided
-from rankkernels.ops._library import define, has_cpu_kernel, lib, without_autocast
+from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, triton_serves_single, without_autocast
 from rankkernels.ops._table import notice_reference
 
 define("mixed_experts(Tensor projections, Tensor weight) -> Tensor")
@@ -60,7 +61,7 @@ def _reference(projections, weight):
 
 
 @torch.library.impl(lib, "mixed_experts", "CompositeExplicitAutograd")
-def _(projections, weight):
+def _default(projections, weight):
     notice_reference("mixed_experts", projections)
     return _reference(projections, weight)
 
@@ -73,6 +74,38 @@ def _reference_backward(grad_out, projections, weight):
     return of_projections.contiguous(), of_weight.contiguous()
 
 
+WIDEST = 64
+"""Experts, and their rank, that Triton's kernels take: a program has the gates of all, and an expert's C is a tile."""
+
+
+def is_faster(projections: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel serves these: the default computes the forward twice, torch's own autograd once."""
+    if projections.is_cuda or projections.is_meta:
+        return triton_serves_single(projections) and max(weight.shape) <= WIDEST
+    return has_cpu_kernel(projections)
+
+
+if has_triton:
+
+    @torch.library.impl(lib, "mixed_experts", "CUDA")
+    def _(projections, weight):
+        from rankkernels._triton.mixed_experts import mixed_experts
+
+        _check("mixed_experts", projections, weight)
+        if not is_faster(projections, weight):
+            return _default(projections, weight)
+        return mixed_experts(projections, weight)
+
+    @torch.library.impl(lib, "mixed_experts_backward", "CUDA")
+    def _(grad_out, projections, weight):
+        from rankkernels._triton.mixed_experts import mixed_experts_backward
+
+        _check("mixed_experts_backward", projections, weight, grad_out)
+        if not is_faster(projections, weight):
+            return _reference_backward(grad_out, projections, weight)
+        return mixed_experts_backward(grad_out, projections, weight)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -82,11 +115,6 @@ _mixed_experts_backward = differentiable(torch.ops.rankkernels.mixed_experts_bac
 
 def _backward(ctx, grad_out):
     return _mixed_experts_backward(grad_out, *ctx.saved_tensors)
-
-
-def is_faster(projections: Tensor) -> bool:
-    """Whether a kernel serves ``projections``: the default computes the forward twice, torch's own autograd once."""
-    return has_cpu_kernel(projections)
 
 
 without_autocast(torch.ops.rankkernels.mixed_experts.default)

@@ -1,4 +1,5 @@
-"""Which way attention takes on a GPU, for a grid of its configurations on CUDA tensors that have no memory.
+"""Which way attention takes on a GPU, for a grid of its configurations on CUDA tensors that have no memory, and a
+mixture's experts.
 test_cuda_tracing.py runs this file in a process of its own, by run.py.
 """
 
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
 from rankkernels import reference
-from rankkernels.nn import ActivationUnit, MultiHeadTargetAttention
+from rankkernels.nn import ActivationUnit, CrossNetMix, MultiHeadTargetAttention
 from rankkernels.ops import _library
 from rankkernels.testing import OpCase, din_attention_case
 
@@ -179,6 +180,22 @@ def test_a_target_attends_by_the_op_where_a_kernel_serves_it(D, fused):
     op = "rankkernels::target_attention"
     assert ours == ({op, op + "_backward"} if fused else set())
     assert any(str(node.target).startswith("rankkernels") for (g,) in [graphs] for node in g.graph.nodes) == fused
+
+
+@pytest.mark.parametrize(
+    "experts, rank, dtype, fused",
+    [(4, 8, SINGLE, True), (64, 64, HALF, True), (65, 4, SINGLE, False), (4, 65, SINGLE, False), (4, 8, DOUBLE, False)],
+)
+@pytest.mark.filterwarnings("ignore::rankkernels.ops._table.ReferenceWarning")
+def test_experts_are_the_op_where_a_kernel_serves_them(experts, rank, dtype, fused):
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(), torch.device("cuda:0"), Calls() as calls:
+            CrossNetMix(7, 1, rank, experts)(torch.randn(5, 7)).sum().backward()
+    finally:
+        torch.set_default_dtype(SINGLE)
+    ours = {name for name in calls.names if "experts" in name}
+    assert ours == ({"rankkernels::mixed_experts", "rankkernels::mixed_experts_backward"} if fused else set())
 
 
 class Eager(nn.Module):

@@ -13,13 +13,14 @@ from gpu.cases.din_attention import DIN
 from gpu.cases.embedding_catch_up import EXACT
 from gpu.cases.ffm_interaction import FFM
 from gpu.cases.fm_interaction import FM
+from gpu.cases.mixed_experts import EXPERTS
 from gpu.cases.norm_activation import NORM
 from gpu.cases.pairwise_dot import PAIRS
 from gpu.cases.target_attention import TARGET
 
 INTERPRETED = [
-    FM, CROSS, LAYER, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, embedding_bag.BAG, embedding_fm.EMBEDDING_FM,
-    EXACT,
+    FM, CROSS, LAYER, EXPERTS, PAIRS, BILINEAR, FFM, DIN, TARGET, AUGRU, NORM, embedding_bag.BAG,
+    embedding_fm.EMBEDDING_FM, EXACT,
 ]  # fmt: skip
 #: By the op that they are cases of.
 SHIM = {"embedding_bag": embedding_bag.CASES, "embedding_fm": embedding_fm.CASES}

@@ -47,6 +47,7 @@ from rankkernels.testing import (
     cross_layer_case,
     din_attention_case,
     ffm_interaction_case,
+    mixed_experts_case,
     target_attention_case,
 )
 
@@ -276,6 +277,9 @@ def test_other_lengths_compile_nothing_again(form):
         (cross_layer_case(5, 7), torch.float64),
         (bilinear_interaction_case(3, 4, 5), torch.float64),
         (ffm_interaction_case(3, 4, 5), torch.float64),
+        (mixed_experts_case(3, 2, 5), torch.float64),
+        (mixed_experts_case(3, 2, 65), torch.float32),
+        (mixed_experts_case(3, 65, 2), torch.float32),
         (target_attention_case(3, 2, 5, 4), torch.float64),
         (target_attention_case(3, 2, 5, 129), torch.float32),
         (augru_case(3, 2, 4, 4, form="padded"), torch.float64),

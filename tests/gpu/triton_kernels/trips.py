@@ -7,7 +7,7 @@ import torch
 
 from bench.gpu import trips
 from rankkernels._triton import din_attention_blocks, fm_interaction
-from rankkernels.testing import din_attention_case, fm_interaction_case
+from rankkernels.testing import bilinear_interaction_case, din_attention_case, fm_interaction_case
 
 
 def line_of(module, text: str) -> tuple[str, int]:
@@ -31,6 +31,12 @@ def test_functions_are_known_by_where_they_are_called(L, blocks):
     of_blocks = [t for chain, t in score.items() if chain[0][0] != file and t.step == 32]
     inlined = [t for chain, t in score.items() if chain[0][0] == file and len(chain) == 2 and t.entries == blocks]
     assert [t.turns for t in of_blocks] == [blocks] and inlined
+
+
+@pytest.mark.parametrize("F", [3, 5])
+def test_every_case_of_a_process_is_counted(F):
+    launches = trips.count(bilinear_interaction_case(64, F, 16), torch.float32)
+    assert len(launches) == 3 and all(launches)
 
 
 def test_a_sample_of_the_programs_runs():
