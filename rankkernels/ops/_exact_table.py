@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankkernels.ops._features import Features
 from rankkernels.ops._idle_steps import Clock, new_history
-from rankkernels.ops._tracing import plain_classes
+from rankkernels.ops._tracing import is_transformed, plain_classes
 
 _ops = torch.ops.rankkernels
 #: Steps of a history. When it is full its tables are brought up to date, and it begins again.
@@ -106,7 +106,7 @@ class _Exact:
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in _READ_NOTHING and getattr(func, "namespace", None) != "rankkernels":
+        if func not in _READ_NOTHING and not _is_given_tables(func):
             _before(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -205,6 +205,8 @@ def catch_up(weights: Sequence[Tensor], features: Features, names: str = "") -> 
     behind = [t for t, w in enumerate(weights) if is_exact(w) and w.ledger.is_behind()]
     if not behind:
         return
+    if is_transformed():  # ids may be a batch of vmap's: which rows they name is not to be seen
+        return flush_tables(weights)
     if len(behind) < len(weights):
         kept = [f for f, t in enumerate(features.tables) if t in behind]
         if not kept:
@@ -224,7 +226,9 @@ def any_exact(weights: Sequence[Tensor]) -> bool:
 def lag_behind(weights: Sequence[Tensor], features: Features) -> bool:
     """Whether ops that catch up by themselves take these lookups: all tables are behind, and a backward, if there is
     one, reads none of their values."""
-    return not features.need_values() and all(is_exact(w) and w.ledger.is_behind() for w in weights)
+    if features.need_values() or is_transformed():
+        return False
+    return all(is_exact(w) and w.ledger.is_behind() for w in weights)
 
 
 def read(run: Callable, weights: Sequence[Tensor], features: Features, names: str, by_itself: bool = False):
@@ -233,6 +237,14 @@ def read(run: Callable, weights: Sequence[Tensor], features: Features, names: st
         catch_up(weights, features, names)
     with torch._C.DisableTorchFunctionSubclass():
         return run()
+
+
+def _is_given_tables(func: Callable) -> bool:
+    """Whether ``func`` is an op of ours whose callers see to it that the rows are up to date."""
+    if getattr(func, "namespace", None) != "rankkernels":
+        return False
+    name = func.name().removeprefix("rankkernels::")
+    return name.startswith("embedding_") or name in ("deepfm", "sparse_update", "use_huge_pages")
 
 
 def _before(func: Callable, args: tuple, kwargs: dict) -> None:

@@ -27,6 +27,10 @@ READS = {
     "torch's lookup": lambda m: F.embedding(ALL, m.weight),
     "torch's lookup by name": lambda m: F.embedding(input=ALL, weight=m.weight),
     "torch's bag": lambda m: F.embedding_bag(ALL[:, None], m.weight, mode="sum"),
+    "our lookup of a batch of vmap's": lambda m: torch.vmap(lambda i: rk.embedding_bag(m.weight, i[None, None]))(ALL)[:, 0],
+    "the same without grad": lambda m: torch.no_grad()(READS["our lookup of a batch of vmap's"])(m),
+    "our FM of a batch of vmap's": lambda m: torch.vmap(lambda i: rk.embedding_fm([m.weight], [i[None]])[0])(ALL)[:, 0],
+    "torch's lookup of a batch of vmap's": lambda m: torch.vmap(lambda i: F.embedding(i, m.weight))(ALL[:, None])[:, 0],
     "torch's module": lambda m: of_torch(m.weight)(ALL),
     "index_select": lambda m: m.weight.index_select(0, ALL),
     "indexing": lambda m: m.weight[ALL],
@@ -36,11 +40,23 @@ READS = {
     "numpy": lambda m: torch.from_numpy(m.weight.detach().numpy()),
     "in a list": lambda m: torch.cat([m.weight, m.weight])[:30],
     "out of place": lambda m: m.weight * 1.0,
+    "another op of ours": lambda m: rk.cross_network(m.weight, [torch.zeros(1, 5).double()], [torch.zeros(5).double()]),
     "vector": lambda m: nn.utils.parameters_to_vector(m.parameters()).view(30, 5),
     "EMA": lambda m: ema(m).module.weight,
     "text": lambda m: [str(m.weight), m.weight][1],
     "pointer": lambda m: [m.weight.data_ptr(), m.weight][1],
     "eval": lambda m: m.eval().weight,
+}
+
+
+#: Readers of memory that torch asks no tensor about.
+SEEN_BY_NOBODY = {
+    "torch.tensor": lambda m: torch.tensor(m.weight),
+    "torch.asarray": lambda m: torch.asarray(m.weight, copy=True),
+    "as_subclass": lambda m: m.weight.as_subclass(torch.Tensor),
+    "vmap over it": lambda m: torch.vmap(lambda row: row * 1.0)(m.weight),
+    "grad of it": lambda m: torch.func.grad(lambda p: (p**2).sum() / 2)(m.weight),
+    "traced": lambda m: torch.jit.trace(lambda p: p * 1.0, ALL)(m.weight),
 }
 
 
@@ -64,6 +80,14 @@ def test_nobody_reads_a_stale_row(way):
     found = READS[way](module)
     with torch._C.DisableTorchFunctionSubclass():
         close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+@pytest.mark.parametrize("way", SEEN_BY_NOBODY)
+def test_a_flush_is_seen_by_all(way):
+    module, optimizer, expected = behind()
+    optimizer.flush()
+    close(SEEN_BY_NOBODY[way](module), expected)
 
 
 def test_reads_of_some_rows_leave_the_others():
