@@ -27,7 +27,9 @@ READS = {
     "torch's lookup": lambda m: F.embedding(ALL, m.weight),
     "torch's lookup by name": lambda m: F.embedding(input=ALL, weight=m.weight),
     "torch's bag": lambda m: F.embedding_bag(ALL[:, None], m.weight, mode="sum"),
-    "our lookup of a batch of vmap's": lambda m: torch.vmap(lambda i: rk.embedding_bag(m.weight, i[None, None]))(ALL)[:, 0],
+    "our lookup of a batch of vmap's": lambda m: torch.vmap(lambda i: rk.embedding_bag(m.weight, i[None, None]))(ALL)[
+        :, 0
+    ],
     "the same without grad": lambda m: torch.no_grad()(READS["our lookup of a batch of vmap's"])(m),
     "our FM of a batch of vmap's": lambda m: torch.vmap(lambda i: rk.embedding_fm([m.weight], [i[None]])[0])(ALL)[:, 0],
     "torch's lookup of a batch of vmap's": lambda m: torch.vmap(lambda i: F.embedding(i, m.weight))(ALL[:, None])[:, 0],
@@ -52,7 +54,7 @@ READS = {
 #: Readers of memory that torch asks no tensor about.
 SEEN_BY_NOBODY = {
     "torch.tensor": lambda m: torch.tensor(m.weight),
-    "torch.asarray": lambda m: torch.asarray(m.weight, copy=True),
+    "torch.asarray": lambda m: torch.asarray(m.weight, copy=True, requires_grad=False),
     "as_subclass": lambda m: m.weight.as_subclass(torch.Tensor),
     "vmap over it": lambda m: torch.vmap(lambda row: row * 1.0)(m.weight),
     "grad of it": lambda m: torch.func.grad(lambda p: (p**2).sum() / 2)(m.weight),
@@ -82,7 +84,7 @@ def test_nobody_reads_a_stale_row(way):
         close(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor", "ignore:`torch.jit.trace` is deprecated")
 @pytest.mark.parametrize("way", SEEN_BY_NOBODY)
 def test_a_flush_is_seen_by_all(way):
     module, optimizer, expected = behind()
