@@ -48,25 +48,6 @@ def title(case: OpCase) -> str:
     return case.id.replace("_interaction", "").replace("-", " ").replace("fm", "FM")
 
 
-@CASES
-def test_forward(case, threads, race):
-    inputs = inputs_of(case)
-    exact = case.reference(*(t.double() if t.is_floating_point() else t for t in inputs))
-    functions = layers(case)
-    functions |= peers.zentorch(next(iter(functions.values())))
-    with torch.inference_mode():
-        assert relative_error(case.function(*inputs), exact) < TOLERANCE[torch.float32]
-        race(
-            lambda: case.function(*inputs),
-            {name: lambda f=f: f(*inputs) for name, f in functions.items()},
-            case=title(case),
-            kind="forward",
-            size=4 * case.elements,
-            flops=case.flops,
-            missing=missing(case) | peers.missing("zentorch"),
-        )
-
-
 class Training:
     """A forward and a backward of one case, and everyone who does them."""
 
@@ -100,6 +81,26 @@ def test_forward_backward(case, threads, race):
         flops=3 * case.flops,
         missing=missing(case) | {"zentorch": machine.missing("zentorch") or "made for inference"},
     )
+
+
+# Behind training: once zentorch has compiled, torch's own compiler gives a masked attention NaN gradients (2.14.1).
+@CASES
+def test_forward(case, threads, race):
+    inputs = inputs_of(case)
+    exact = case.reference(*(t.double() if t.is_floating_point() else t for t in inputs))
+    functions = layers(case)
+    functions |= peers.zentorch(next(iter(functions.values())))
+    with torch.inference_mode():
+        assert relative_error(case.function(*inputs), exact) < TOLERANCE[torch.float32]
+        race(
+            lambda: case.function(*inputs),
+            {name: lambda f=f: f(*inputs) for name, f in functions.items()},
+            case=title(case),
+            kind="forward",
+            size=4 * case.elements,
+            flops=case.flops,
+            missing=missing(case) | peers.missing("zentorch"),
+        )
 
 
 @CASES
