@@ -85,17 +85,9 @@ inline std::string name_of(ScalarType dtype) {
   RK_CHECK(rk::is_floating(rk::dtype_of(t)), \
            op ": " #t " must be float32, float64, float16 or bfloat16, got ", rk::name_of(rk::dtype_of(t)))
 
-#define RK_CHECK_SAME_DTYPE(op, t, u)                                                         \
-  RK_CHECK(rk::dtype_of(t) == rk::dtype_of(u), op ": " #t " must have the dtype of " #u ", ", \
-           rk::name_of(rk::dtype_of(u)), ", got ", rk::name_of(rk::dtype_of(t)))
-
-#define RK_CHECK_SIZE(op, t, d, n)                                                                       \
-  RK_CHECK((t).size(d) == (n), op ": " #t ".size(" #d ") must be " #n " = ", (n), ", got ", (t).size(d), \
-           " (shape ", rk::shape_of(t), ")")
-
 namespace rk {
 
-// Raises unless t is a tensor of this form; the text is that of ops/_library.py's check_form.
+// Raises unless t is a tensor of this form; the text is that of ops/_checks.py's check_form.
 inline void check_form(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape,
                        ScalarType dtype) {
   bool fits = t.is_cpu() && dtype_of(t) == dtype && t.dim() == static_cast<int64_t>(shape.size());

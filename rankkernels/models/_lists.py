@@ -61,6 +61,15 @@ def look_up(
     return [[next(embeddings) for _ in features] for features in lists]
 
 
+def look_up_arranged(
+    embedding: nn.Module, x: Mapping[str, Tensor], lists: Sequence[Sequence], squeeze_dim: Sequence[bool]
+) -> list[Tensor]:
+    """``embedding(x, features, squeeze_dim)`` of each list, with all looked up in one call where nobody could tell."""
+    if is_plain(embedding, EmbeddingLayer):
+        return [arrange(*each) for each in zip(lists, look_up(embedding, x, lists), squeeze_dim)]
+    return [embedding(x, features, squeeze_dim=squeeze) for features, squeeze in zip(lists, squeeze_dim)]
+
+
 def look_up_beside(
     embedding: nn.Module, x: Mapping[str, Tensor], context: Sequence, lists: Sequence[Sequence]
 ) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankkernels.models._lists import check_lists, check_one_width, check_pooled
-from rankkernels.nn._transparency import is_plain
+from rankkernels.models._lists import check_lists, check_one_width, check_pooled, look_up_arranged
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.layers import FM, LR, MLP
-from rankkernels.nn.lookup_plan import arrange, table_name
+from rankkernels.nn.lookup_plan import table_name
 from rankkernels.ops import pairwise_dot
 
 
@@ -45,11 +44,7 @@ class WideDeep(nn.Module):
     def forward(self, x: Mapping[str, Tensor]) -> Tensor:
         """A batch, {feature name: ids [B] or [B, L], numbers [B]}, -> click probabilities [B]."""
         lists = self.wide_features, self.deep_features
-        if is_plain(self.embedding, EmbeddingLayer):
-            found, n = self.embedding.lookup(x, [*lists[0], *lists[1]]), len(lists[0])
-            wide, deep = (arrange(f, e, squeeze_dim=True) for f, e in zip(lists, (found[:n], found[n:])))
-        else:
-            wide, deep = (self.embedding(x, features, squeeze_dim=True) for features in lists)
+        wide, deep = look_up_arranged(self.embedding, x, lists, (True, True))
         return torch.sigmoid((self.linear(wide) + self.mlp(deep)).squeeze(1))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankkernels.models._lists import called, check_lists, check_pooled
+from rankkernels.models._lists import check_lists, check_pooled, look_up, look_up_arranged
 from rankkernels.nn._transparency import are_plain, is_plain
 from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import is_dense
@@ -90,40 +90,26 @@ class DeepFM(nn.Module):
 
     def _by_layers(self, x: Mapping[str, Tensor]) -> Tensor:
         """The logits [B, 1], layer by layer; the embedding layer is called where its call may be seen."""
-        if is_plain(self.embedding, EmbeddingLayer):
-            embeddings = self.embedding.lookup(x, [*self.deep_features, *self.fm_features])
-            n = len(self.deep_features)
-            return self._of_embeddings(embeddings[:n], embeddings[n:])
-        input_deep = self.embedding(x, self.deep_features, squeeze_dim=True)
-        input_fm = self.embedding(x, self.fm_features, squeeze_dim=False)
-        return self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
+        lists = self.deep_features, self.fm_features
+        return self._of_inputs(*look_up_arranged(self.embedding, x, lists, (True, False)))
 
-    def _of_embeddings(self, deep: Sequence[Tensor], fm: Sequence[Tensor]) -> Tensor:
-        """The logits [B, 1], layer by layer, of the embeddings of both lists of features."""
-        input_deep = arrange(self.deep_features, deep, squeeze_dim=True)
-        input_fm = arrange(self.fm_features, fm, squeeze_dim=False)
+    def _of_inputs(self, input_deep: Tensor, input_fm: Tensor) -> Tensor:
+        """The logits [B, 1], layer by layer, of the MLP's input [B, deep_dims] and the fields [B, F, D]."""
         return self.linear(input_fm.flatten(1)) + self.fm(input_fm) + self.mlp(input_deep)
 
     def _by_user(self, x: Mapping[str, Tensor], user_index: Tensor) -> Tensor:
         """The logits [B, 1] of samples that share users."""
-        users, features, n = set(self.user_features), [*self.deep_features, *self.fm_features], len(self.deep_features)
+        users, lists = set(self.user_features), (self.deep_features, self.fm_features)
         if not users:
             raise ValueError("DeepFM: user_index needs user_features, which are a user's, got none")
-        check_batch("DeepFM", x, features, users, user_index)
-        if is_plain(self.embedding, EmbeddingLayer):
-            embeddings = self.embedding.lookup(x, features, one_batch=False)
-        else:
-            lists = self.deep_features, self.fm_features
-            embeddings = [e for features in lists for e in called(self.embedding, x, features, users)]
-        deep, fm = embeddings[:n], embeddings[n:]
+        check_batch("DeepFM", x, [*self.deep_features, *self.fm_features], users, user_index)
+        deep, fm = look_up(self.embedding, x, lists, users)
         layers = list(self.mlp.mlp._modules.values()) if is_plain(self.mlp, MLP) else []
         if not (
             self._is_served() and layers and is_plain(self.mlp.mlp, nn.Sequential) and is_plain(layers[0], nn.Linear)
         ):
-            deep, fm = (
-                copied(f, e, users, user_index) for f, e in ((self.deep_features, deep), (self.fm_features, fm))
-            )
-            return self._of_embeddings(deep, fm)
+            deep, fm = (copied(features, e, users, user_index) for features, e in zip(lists, (deep, fm)))
+            return self._of_inputs(arrange(self.deep_features, deep, True), arrange(self.fm_features, fm, False))
         y = fm_and_linear(self.fm_features, fm, self.linear.fc.weight, users, user_index) + self.linear.fc.bias
         hidden = first_layer(self.deep_features, deep, layers[0], users, user_index)
         return y + run_layers(layers[1:], hidden)

@@ -207,8 +207,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
                 optimizer=self.fused_optimizer,
             )
             found = dict(zip(fused, embeddings))
-        dtype = functools.reduce(torch.promote_types, {w.dtype for w in weights if w is not None} or {self._dtype()})
-        found.update(enumerate(plan.dense_columns(x, dtype, ids, one_batch), len(plan.lookups)))
+        found.update(enumerate(plan.dense_columns(x, self._dtype(weights), ids, one_batch), len(plan.lookups)))
         return [
             found[i] if i in found else self._called(x, feature, ids[i], tables[plan.table_of[i]], plan.lookups[i])
             for i, feature in zip(plan.order, plan.features)
@@ -236,9 +235,13 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         weights = None if lookup.weights is None else factors(lookup.weights, x)
         return _pool(table(lookup.known.rows_of(ids).long()), mask, lookup.mode, weights)
 
-    def _dtype(self) -> torch.dtype:
-        """Of the layer's tables, whatever they are."""
-        return next((p.dtype for p in self.embed_dict.parameters() if p.is_floating_point()), torch.float32)
+    def _dtype(self, weights: Sequence[Tensor | None]) -> torch.dtype:
+        """Of these tables; of the layer's, whatever they are, where the op serves none of them."""
+        with torch._C.DisableTorchFunctionSubclass():  # tables under exact Adam are asked for each attribute
+            found = {w.dtype for w in weights if w is not None}
+        if not found:
+            found = {next((p.dtype for p in self.embed_dict.parameters() if p.is_floating_point()), torch.float32)}
+        return functools.reduce(torch.promote_types, found)
 
     def _together(
         self, x: Mapping[str, Tensor], plan: Plan, ids: list[Tensor], one_width: bool
@@ -250,8 +253,11 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         if any([i.dim() != 1 and not lookup.is_sequence for i, lookup in zip(ids, plan.lookups)]):
             return None
         tables, weights = self._tables(plan)
-        if any([w is None for w in weights]) or len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
+        if any([w is None for w in weights]):
             return None
+        with torch._C.DisableTorchFunctionSubclass():  # tables under exact Adam are asked for each attribute
+            if len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
+                return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):
             return None
         return weights, plan.with_ids(ids, plan.sample_weights(x, weights), frozen_rows(tables, weights))

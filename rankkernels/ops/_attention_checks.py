@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from rankkernels.ops._activations import check_activation
-from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, wide
+from rankkernels.ops._checks import (
+    FLOATING,
+    check_epsilon,
+    check_form,
+    check_indices,
+    check_one_device,
+    check_positions,
+    wide,
+)
 from rankkernels.ops._tracing import is_traced, is_transformed
 from rankkernels.ops.attention_params import (
     Flags,
@@ -42,11 +50,7 @@ def check(op: str, inputs: Inputs, flags: Flags) -> None:
         device.type == "cpu" or not is_joint(inputs.params, flags),
         lambda: f"{op}: statistics of a group's rows are taken on the CPU alone, got {device}",
     )
-    for t in (*inputs.tensors(), seed):
-        torch._check(
-            t is None or t.device == device,
-            lambda: f"{op}: all arguments must be on one device, got {device} and {t.device}",
-        )
+    check_one_device(op, device, (*inputs.tensors(), seed))
 
 
 def check_history(op: str, inputs: Inputs) -> None:
@@ -62,30 +66,23 @@ def check_history(op: str, inputs: Inputs) -> None:
     check(D == target.size(1), lambda: f"{op}: history and target must have one width D, got {D} and {target.size(1)}")
     U = B if history_index is None else history.size(0)
     if history_index is not None:
-        fits = history_index.dim() == 1 and history_index.size(0) == B
-        check(fits, lambda: f"{op}: history_index must be [B] = [{B}], got shape {list(history_index.shape)}")
+        check_indices(op, "history_index", history_index, B, "B")
     elif offsets is None:
         check(
             history.size(0) == B,
             lambda: f"{op}: history and target must have one batch size B, got {history.size(0)} and {B}",
         )
     if lengths is not None:
-        fits = lengths.dim() == 1 and lengths.size(0) == U
-        check(fits, lambda: f"{op}: lengths must be [{n}] = [{U}], got shape {list(lengths.shape)}")
+        check_indices(op, "lengths", lengths, U, n)
     if mask is not None:
         L = history.size(1)
         fits = mask.dim() == 2 and mask.size(0) == U and mask.size(1) == L
         check(fits, lambda: f"{op}: mask must be [{n}, L] = [{U}, {L}], got shape {list(mask.shape)}")
         check(mask.dtype == torch.bool, lambda: f"{op}: mask must be bool, true at valid rows, got {mask.dtype}")
-    if offsets is not None and history_index is None:
-        fits = offsets.dim() == 1 and offsets.size(0) == B + 1
-        check(fits, lambda: f"{op}: offsets must be [B + 1] = [{B + 1}], got shape {list(offsets.shape)}")
-    elif offsets is not None:
-        fits = offsets.dim() == 1 and offsets.size(0) > 0
+    if offsets is not None:
+        fits = history_index is None or (offsets.dim() == 1 and offsets.size(0) > 0)
         check(fits, lambda: f"{op}: offsets must be [U + 1], got shape {list(offsets.shape)}")
-    for name, t in (("history_index", history_index), ("lengths", lengths), ("offsets", offsets)):
-        fits = t is None or t.dtype in (torch.int32, torch.int64)
-        check(fits, lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
+        check_indices(op, "offsets", offsets, B + 1 if history_index is None else offsets.size(0), f"{n} + 1")
 
 
 def _check_history_dtypes(op: str, inputs: Inputs) -> None:
@@ -155,45 +152,18 @@ def _check_layer(op: str, i: int, layer: list[Tensor], width: int, activation: s
     return H
 
 
-def check_positions(op: str, inputs: Inputs) -> None:
-    """Lengths, offsets and the index against the histories they describe: reads the values, so not where that would
-    synchronize."""
-    history, _, lengths, _, offsets, history_index, *_ = inputs
-    if lengths is not None and lengths.numel():
-        L = history.size(1)
-        bad = (lengths < 0) | (lengths > L)
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise ValueError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, the history's positions")
-    if offsets is not None:
-        N = history.size(0)
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first != 0 or last != N:
-            raise ValueError(f"{op}: offsets must run from 0 to N = {N}, got {first} .. {last}")
-        down = (offsets[1:] < offsets[:-1]).nonzero()  # and not their differences, which may overflow
-        if down.numel():
-            i = int(down[0])
-            raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
-    if history_index is not None and history_index.numel():
-        U = history.size(0) if offsets is None else offsets.numel() - 1
-        bad = (history_index < 0) | (history_index >= U)
-        if bad.any():
-            i = int(bad.nonzero()[0])
-            raise IndexError(f"{op}: history_index[{i}] = {int(history_index[i])} is out of range for {U} histories")
-
-
 def check_positions_at_hand(op: str, inputs: Inputs) -> None:
     """``check_positions``, where reading them waits for no device and no one follows."""
     positions = [t for t in (inputs.lengths, inputs.offsets, inputs.history_index) if t is not None]
     at_hand = all(type(t) is Tensor and t.is_cpu for t in positions)
     if positions and at_hand and not (is_traced() or is_transformed()):
-        check_positions(op, inputs)
+        check_positions(op, inputs.history, inputs.lengths, inputs.offsets, inputs.history_index)
 
 
 def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
     """``check_positions``, and how many rows there are to take statistics of."""
-    check_positions(op, inputs)
-    _, _, lengths, mask, _, history_index, params, _ = inputs
+    history, _, lengths, mask, offsets, history_index, params, _ = inputs
+    check_positions(op, history, lengths, offsets, history_index)
     if takes_statistics(params, flags):
         valid = num_rows(inputs)
         if not flags.count_padding and (lengths is not None or mask is not None):

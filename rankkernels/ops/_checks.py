@@ -27,20 +27,47 @@ def check_form(op: str, name: str, t: Tensor, shape: Sequence[int], dtype: torch
     )
 
 
-def check_indices(op: str, name: str, t: Tensor, size: int, sized: str, device: torch.device) -> None:
+def check_indices(op: str, name: str, t: Tensor, size: int, sized: str) -> None:
     """Raises unless ``t`` is a vector of so many int32 or int64; ``sized`` is what the text calls the size."""
     torch._check(
         t.dim() == 1 and t.size(0) == size,
         lambda: f"{op}: {name} must be [{sized}] = [{size}], got shape {list(t.shape)}",
     )
     torch._check(t.dtype in (torch.int32, torch.int64), lambda: f"{op}: {name} must be int32 or int64, got {t.dtype}")
-    torch._check(t.device == device, lambda: f"{op}: all arguments must be on one device")
+
+
+def check_one_device(op: str, device: torch.device, tensors: Iterable[Tensor | None]) -> None:
+    for t in tensors:
+        torch._check(
+            t is None or t.device == device,
+            lambda: f"{op}: all arguments must be on one device, got {device} and {t.device}",
+        )
 
 
 def check_lengths(op: str, lengths: Tensor, L: int, positions: str) -> None:
     """Raises for a length outside 0 .. L, which the text calls ``positions``."""
     for i in ((lengths < 0) | (lengths > L)).nonzero().flatten()[:1].tolist():
-        raise RuntimeError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, {positions}")
+        raise ValueError(f"{op}: lengths[{i}] = {int(lengths[i])} is outside 0 .. {L}, {positions}")
+
+
+def check_positions(
+    op: str, history: Tensor, lengths: Tensor | None, offsets: Tensor | None, history_index: Tensor | None
+) -> None:
+    """Raises for lengths, offsets or an index that the histories [U, L, D], or [N, D] beside offsets [U + 1], do not
+    have: reads the values, so not where that would synchronize."""
+    if lengths is not None:
+        check_lengths(op, lengths, history.size(1), "the history's positions")
+    if offsets is not None:
+        N, first, last = history.size(0), int(offsets[0]), int(offsets[-1])
+        if first != 0 or last != N:
+            raise ValueError(f"{op}: offsets must run from 0 to N = {N}, got {first} .. {last}")
+        # Not their differences, which may overflow.
+        for i in (offsets[1:] < offsets[:-1]).nonzero().flatten()[:1].tolist():
+            raise ValueError(f"{op}: offsets decrease from {int(offsets[i])} to {int(offsets[i + 1])} at {i + 1}")
+    if history_index is not None:
+        U = history.size(0) if offsets is None else offsets.size(0) - 1
+        for i in ((history_index < 0) | (history_index >= U)).nonzero().flatten()[:1].tolist():
+            raise IndexError(f"{op}: history_index[{i}] = {int(history_index[i])} is out of range for {U} histories")
 
 
 def check_strided(op: str, tensors: Iterable[Tensor | None]) -> None:

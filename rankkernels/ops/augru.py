@@ -9,7 +9,15 @@ from torch import Tensor
 
 from rankkernels import reference
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
-from rankkernels.ops._checks import FLOATING, check_form, check_indices, check_lengths, check_strided, raise_documented
+from rankkernels.ops._checks import (
+    FLOATING,
+    check_form,
+    check_indices,
+    check_lengths,
+    check_one_device,
+    check_strided,
+    raise_documented,
+)
 from rankkernels.ops._library import define, has_cpu_kernel, has_triton, lib, triton_serves_single, without_autocast
 from rankkernels.ops._schema import schema_of
 from rankkernels.ops._table import notice_reference
@@ -46,7 +54,8 @@ def _check(x, input_weight, weight, bias, attention, lengths) -> None:
     if attention is not None:
         check_form("augru", "attention", attention, (B, L), *form)
     if lengths is not None:
-        check_indices("augru", "lengths", lengths, B, "B", x.device)
+        check_indices("augru", "lengths", lengths, B, "B")
+        check_one_device("augru", x.device, (lengths,))
 
 
 def _check_backward(grad_out, out, x, input_weight, weight, *rest) -> None:

@@ -74,8 +74,8 @@ def _reference_backward(grad_out, projections, weight):
     return of_projections.contiguous(), of_weight.contiguous()
 
 
+#: Experts, and their rank, that Triton's kernels take: a program has the gates of all, and an expert's C is a tile.
 WIDEST = 64
-"""Experts, and their rank, that Triton's kernels take: a program has the gates of all, and an expert's C is a tile."""
 
 
 def is_faster(projections: Tensor, weight: Tensor) -> bool:

@@ -14,7 +14,8 @@ from rankkernels.ops._checks import (
     FLOATING,
     check_form,
     check_indices,
-    check_lengths,
+    check_one_device,
+    check_positions,
     check_strided,
     raise_documented,
     wide,
@@ -60,13 +61,13 @@ def _check(inputs: Inputs) -> None:
         lambda: f"history must have the dtype and device of query, {query.dtype}, got {history.dtype}",
     )
     if index is not None:
-        check_indices("target_attention", "history_index", index, B, "B", query.device)
+        check_indices("target_attention", "history_index", index, B, "B")
     each = "B" if index is None else "U"
     if offsets is not None:
         fits = offsets.dim() == 1 and offsets.size(0) > 0
         check(fits, lambda: f"offsets must be [{each} + 1], got shape {list(offsets.shape)}")
         size = B + 1 if index is None else offsets.size(0)
-        check_indices("target_attention", "offsets", offsets, size, f"{each} + 1", query.device)
+        check_indices("target_attention", "offsets", offsets, size, f"{each} + 1")
         users = offsets.size(0) - 1
     else:
         users = history.size(0)
@@ -75,7 +76,7 @@ def _check(inputs: Inputs) -> None:
         lambda: f"history and query must have one batch size B, got {history.size(0)} and {B}",
     )
     if lengths is not None:
-        check_indices("target_attention", "lengths", lengths, users, each, query.device)
+        check_indices("target_attention", "lengths", lengths, users, each)
     if mask is not None:
         L = history.size(1)
         check(
@@ -83,7 +84,7 @@ def _check(inputs: Inputs) -> None:
             lambda: f"mask must be [{each}, L] = [{users}, {L}], got shape {list(mask.shape)}",
         )
         check(mask.dtype == torch.bool, lambda: f"mask must be bool, true at valid rows, got {mask.dtype}")
-        check(mask.device == query.device, lambda: "all arguments must be on one device")
+    check_one_device("target_attention", query.device, inputs)
 
 
 def _check_backward(grad_out: Tensor, out: Tensor, stats: Tensor, inputs: Inputs) -> None:
@@ -96,22 +97,9 @@ def _check_backward(grad_out: Tensor, out: Tensor, stats: Tensor, inputs: Inputs
 
 def _check_values(inputs: Inputs) -> None:
     """Of positions on the CPU: reading others would wait for their device."""
-    op, (query, history, lengths, _, offsets, index) = "target_attention", inputs
-    if query.device.type != "cpu":
-        return
-    if offsets is not None:
-        if int(offsets[0]) != 0 or int(offsets[-1]) != history.size(0):
-            first, last = int(offsets[0]), int(offsets[-1])
-            raise RuntimeError(f"{op}: offsets must run from 0 to N = {history.size(0)}, got {first} .. {last}")
-        for u in (offsets.diff() < 0).nonzero().flatten()[:1].tolist():
-            before, after = int(offsets[u]), int(offsets[u + 1])
-            raise RuntimeError(f"{op}: offsets decrease at {u + 1}, from {before} to {after}")
-    if lengths is not None:
-        check_lengths(op, lengths, history.size(1), "the history's positions")
-    if index is not None:
-        users = history.size(0) if offsets is None else offsets.size(0) - 1
-        for b in ((index < 0) | (index >= users)).nonzero().flatten()[:1].tolist():
-            raise RuntimeError(f"{op}: history_index[{b}] = {int(index[b])} is out of range for {users} histories")
+    _, history, lengths, _, offsets, index = inputs
+    if history.device.type == "cpu":
+        check_positions("target_attention", history, lengths, offsets, index)
 
 
 @torch.library.register_fake("rankkernels::target_attention", lib=lib)

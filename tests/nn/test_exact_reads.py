@@ -12,6 +12,7 @@ from exact_adam import Dense, bag, behind, close, draw, through_file, train
 from torch import nn
 
 import rankkernels as rk
+from rankkernels.ops import _exact_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::rankkernels.ReferenceWarning", "ignore:Sparse invariant checks")
 ALL = torch.arange(30)
@@ -205,3 +206,23 @@ def test_evaluation_in_one_pass_and_layer_by_layer():
             module.training = False
         torch.testing.assert_close(model(x), current.eval()(x))
     assert any(p.ledger.is_behind() for p in model.embedding.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_attributes_of_many_tables_are_read_without_asking(training, monkeypatch):
+    """A table's ``__torch_function__`` takes a microsecond, and there is a table a feature."""
+    features = [rk.SparseFeature(f"f{i}", 20, 4) for i in range(30)]
+    mlp = {"dims": [64], "activation": "relu"}
+    x = {f.name: torch.arange(20).repeat(100) for f in features}  # enough to multiply for one pass
+    for model in (rk.models.DeepFM(features, features, mlp), rk.models.WideDeep(features, features, mlp)):
+        rk.optim.fuse(model, rk.optim.Adam(model.embedding.parameters(), exact=True))
+        model(x).sum().backward()
+        asked, ask = [], _exact_table._Exact.__torch_function__.__func__
+        count = classmethod(lambda cls, *call: asked.append(call) or ask(cls, *call))
+        monkeypatch.setattr(_exact_table._Exact, "__torch_function__", count)
+        with torch.set_grad_enabled(training):
+            out = model.train(training)(x)
+        if training:
+            out.sum().backward()
+        monkeypatch.undo()
+        assert len(asked) < 10

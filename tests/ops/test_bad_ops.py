@@ -4,6 +4,8 @@ from the kernels, the fake and the reference, before anything is written. The ta
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from bad_inputs import BAD_INPUTS, MAKE, SHARED, B, D, H, L, arguments, deepfm, din, randn
@@ -91,6 +93,41 @@ def test_values_that_do_not_fit_have_the_documented_type(rows, message):
     with pytest.raises(ValueError) as info:
         unit(history, randn(B, D), **rows)
     assert str(info.value).startswith(f"din_attention: {message}")
+
+
+@pytest.mark.parametrize("op", ["din_attention", "target_attention"])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (dict(lengths=torch.tensor([1, -1, 9])), f"lengths[1] = -1 is outside 0 .. {L}, the history's positions"),
+        (dict(offsets=torch.tensor([0, 2, 4, 8])), "offsets must run from 0 to N = 7, got 0 .. 8"),
+        (dict(offsets=torch.tensor([0, 4, 2, 7])), "offsets decrease from 4 to 2 at 2"),
+        (dict(offsets=torch.tensor([0, BEYOND, -2, 7])), f"offsets decrease from {BEYOND} to -2 at 2"),
+        (
+            dict(offsets=torch.tensor([0, 3, 7]), history_index=torch.tensor([1, 0, 2])),
+            "history_index[2] = 2 is out of range for 2 histories",
+        ),
+    ],
+)
+def test_positions_that_do_not_fit_have_one_text(op, rows, message):
+    history = randn(7, D) if "offsets" in rows else randn(B, L, D)
+    refuses(op, dict(lengths=None, history=history) | rows, message)
+
+
+def test_lengths_beyond_the_positions_have_one_text():
+    refuses(
+        "augru", dict(lengths=torch.tensor([1, L + 1, 0])), f"lengths[1] = {L + 1} is outside 0 .. {L}, the positions"
+    )
+
+
+def refuses(op: str, changes: dict, message: str) -> None:
+    """Kernel and reference."""
+    values, overload = arguments(op, changes), getattr(OPS, op).default
+    default = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    for call in (overload, functools.partial(overload.redispatch, default)):
+        with pytest.raises((RuntimeError, ValueError, IndexError)) as info:
+            call(*values)
+        assert str(info.value).splitlines()[0] == f"{op}: {message}"
 
 
 @pytest.mark.parametrize("index, i, value", [([0, 2, 1], 1, 2), ([0, -1, 1], 1, -1), ([0, 0, BEYOND], 2, BEYOND)])

@@ -105,18 +105,21 @@ def test_infinities_and_nans_stay_in_their_row():
     assert y[rows].isfinite().all() and not y[3].isfinite().all() and y[7].isnan().any()
 
 
-EXTREMES = [torch.inf, -torch.inf, torch.nan, 1e38, -1e38, 6e4, -6e4, 100.0, -100.0, -80.0, 1.0, -1.0, 0.0, 1e-40]
+EXTREMES = [torch.inf, -torch.inf, torch.nan, 1e38, -1e38, 6e4, -6e4, 720.0, -720.0, 100.0, -100.0, -80.0, 1.0, -1.0]
+EXTREMES += [0.0, -0.0, 1e-40, -1e-40]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation, batch_norm", [(a, n) for a, n in EVERY if a != "dice"])
 def test_extremes_have_torchs_value(activation, batch_norm, dtype):
-    """Infinities, NaN and halfs that overflow, forward and backward, of gradients that are such themselves, too."""
+    """Infinities, NaN, zeros of both signs, tails and halfs that overflow, forward and backward, of gradients that are
+    such themselves, too."""
     for H, alpha, upstream in itertools.product((3, 40), (0.0, 0.25, -2.0), (1.0, 0.0, torch.inf, torch.nan)):
         if activation == "dice_batch_norm" and upstream == torch.inf:
             continue  # the sum of two infinities there, here the product of their factors' sum
         x = torch.tensor(EXTREMES).to(dtype)[:, None].repeat(1, H).requires_grad_()
-        slope = torch.full((H,), alpha, requires_grad=True) if ACTIVATIONS[activation] else None
+        wide = torch.promote_types(dtype, torch.float32)
+        slope = torch.full((H,), alpha, dtype=wide, requires_grad=True) if ACTIVATIONS[activation] else None
         stats = (torch.zeros(H), torch.ones(H)) if batch_norm else (None, None)
         norm = reference.BatchNorm(None, None, *stats, 1e-5) if batch_norm else None
         wanted = [x] if slope is None else [x, slope]
@@ -124,6 +127,8 @@ def test_extremes_have_torchs_value(activation, batch_norm, dtype):
         expected, _ = reference.norm_activation(x, norm, activation, slope)
         results = [(y, *torch.autograd.grad(y, wanted, torch.full_like(y, upstream))) for y in (out, expected)]
         torch.testing.assert_close(*results, equal_nan=True, check_dtype=False)
+        here = ~out.isnan()
+        assert batch_norm or torch.equal(out.signbit()[here], expected.signbit()[here])
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])

@@ -76,11 +76,6 @@ def test_embedding_takes_indices_of_any_shape(shape, width):
     assert torch.equal(reference.embedding(weight, ids), F.embedding(ids, weight))
 
 
-def rows_in_one_sample(history, target, forward):
-    """The definition of padding: a sample alone, cut to its valid rows."""
-    return torch.cat([forward(h[None], t[None]) for h, t in zip(history, target)])
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_rows_of_a_jagged_history(dtype):
     """Samples without rows, and offsets that promise more rows than there are, where torch.repeat_interleave, told the

@@ -12,21 +12,21 @@ namespace rk {
 
 // ---- augru_kernel.h
 
-// A recurrence over the positions of each sample. x [B, L, inputs] has unit stride along its inputs;
-// attention [B, L] may be null, which stands for ones. A state and its inputs lie side by side, [h, x],
-// `width` columns and the rest, and so do the products of the four gates, `width` columns each; width is
-// whole cache lines, and the columns beyond D are zeros.
+// A recurrence over the positions of each sample. A state and its inputs lie side by side, [h, x], `width`
+// columns and the rest, and so do the products of the four gates, `width` columns each; width is whole cache
+// lines, and the columns beyond D are zeros.
 template <class T>
 struct Augru {
-  const T* x;
+  const T* x;  // [B, L, inputs], unit stride along the inputs
   int64_t stride_sample, stride_step;
-  const T* attention;
+  const T* attention;  // [B, L], or null, which stands for ones
   int64_t stride_attention, stride_attention_step;
   const Accumulator<T>*weight, *bias;  // [columns, padded(4 width)] and [padded(4 width)]
   const int64_t *order, *lengths;      // samples, the longest first; the positions of each
   T* out;                              // [B, L, D]
   int64_t L, D, inputs, width, columns;
 };
+
 // grad_out as out, any strides but for D's; grad_attention [B, L] may be null.
 template <class T>
 struct AugruBackward {
@@ -36,6 +36,7 @@ struct AugruBackward {
   const Accumulator<T>* weight_rows;  // the transpose, [4 width, padded(columns)]
   T *grad_x, *grad_attention;         // [B, L, inputs] and [B, L]
 };
+
 // A thread's memory, zeroed: samples of a block are its rows.
 template <class A>
 struct AugruScratch {

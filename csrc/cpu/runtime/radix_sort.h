@@ -16,9 +16,8 @@ std::unique_ptr<T[]> uninitialized(int64_t n) {
 }
 
 // Sorts n keys by the bits [shift, shift + bits) of key - base; `other` is as long. Keys that agree in these
-// must lie in ascending order. A pass counts each block's digits, gives every (digit, block) its offset and
-// moves the keys there, two blocks at once: with Zipf ids each key waits for the counter that the one before
-// incremented.
+// must lie in ascending order. A pass moves the keys of two blocks at once: with Zipf ids each key waits for
+// the counter that the one before incremented.
 inline void radix_sort(uint64_t* keys, uint64_t* other, int64_t n, uint64_t base, int shift, int bits) {
   const int passes = (bits + kMaxDigit - 1) / kMaxDigit;
   if (n <= kFewKeys) return std::sort(keys, keys + n);  // faster than zeroing counters

@@ -63,7 +63,7 @@ RK_INLINE void store_columns(T* p, typename Traits<T>::vec v, bool whole, const 
 }
 
 // ---- elementwise columns
-//
+
 // Vectors cover a row; the last one ends where the row does and overlaps the one before: what is computed
 // twice is the same twice. A row shorter than a vector is covered by two overlapping pieces. Nothing beyond
 // the row is touched, nothing masked: a masked store is 40 operations on Zen 3.

@@ -85,8 +85,8 @@ struct TargetUsers {
                       "offsets must run from 0 to N = ", a.history.size(0), ", got ", offsets[0], " .. ",
                       offsets[U]);
       for (int64_t u = 0; u < U; ++u) {
-        RK_TARGET_CHECK(offsets[u] <= offsets[u + 1], "offsets decrease at ", u + 1, ", from ", offsets[u],
-                        " to ", offsets[u + 1]);
+        RK_TARGET_CHECK(offsets[u] <= offsets[u + 1], "offsets decrease from ", offsets[u], " to ",
+                        offsets[u + 1], " at ", u + 1);
         begin[u] = offsets[u];
         count[u] = offsets[u + 1] - offsets[u];
       }
