@@ -186,7 +186,7 @@ def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
             cubin = Path(folder, "kernel.cubin")
             cubin.write_bytes(compiled.asm["cubin"])
             usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-            code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", str(cubin))
+            code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", "-ndf", str(cubin))  # the same text, sooner
         parsed = parse(code)
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         local += stack
