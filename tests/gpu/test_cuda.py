@@ -210,7 +210,7 @@ def shim(objects, tmp_path_factory) -> Path:
     "orders, grid",
     [
         pytest.param(("forward", "1"), {"SHIM_SOME": "1"}, id="some"),
-        pytest.param(("reverse",), {}, id="all", marks=pytest.mark.slow),
+        pytest.param(("forward", "reverse"), {}, id="all", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_under_the_shim(shim, run_shim, orders, grid):
