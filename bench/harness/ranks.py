@@ -30,16 +30,17 @@ def _begin(rank: int, function: Callable, processes: int, folder: str, arguments
     os._exit(0)  # groups have threads that torch does not join: now and then they abort an ordinary end
 
 
-def run(processes: int, function: Callable, *arguments) -> list:
+def run(processes: int, function: Callable, *arguments, seconds: float = 5 * TIMEOUT.total_seconds()) -> list:
     """``function(rank, processes, *arguments)`` in each process -> what they return.
 
     Raises:
-        TimeoutError: they need longer than five collectives may. All are ended then, as when one fails.
+        TimeoutError: they need more than ``seconds``, by default what five collectives may. All are ended then, as when
+            one fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         given = function, processes, folder, arguments
         context = mp.spawn(_begin, given, nprocs=processes, join=False)
-        end = time.monotonic() + 5 * TIMEOUT.total_seconds()
+        end = time.monotonic() + seconds
         try:
             while not context.join(timeout=1):
                 if time.monotonic() > end:
