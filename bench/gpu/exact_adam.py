@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 import rankkernels as rk
-from bench.gpu.steps import worst_error
+from bench.gpu.steps import no_wait, worst_error
 from rankkernels import ops, optim
 from rankkernels.testing import TOLERANCE
 
@@ -79,21 +78,6 @@ def check(op: str, device: torch.device) -> tuple[bool, str]:
     error = worst_error(Training(LOOKUPS[op], exact_adam, device, torch.float32).run(), expected)
     allowed = TOLERANCE[torch.float32]
     return error <= allowed, f"error {error:.1e} of {allowed:.0e}"
-
-
-@contextmanager
-def no_wait(device: torch.device) -> Iterator[None]:
-    """What waits for the device raises."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
 
 
 def launched(run: Callable[[], object], device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -27,6 +28,21 @@ def worst_error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     actual = [t.to(e.device) for t, e in zip(actual, expected, strict=True)]
     errors = [relative_error(actual[0], expected[0]), *relative_errors(actual[1:], expected[1:])]
     return float("inf") if any(e != e for e in errors) else max(errors)
+
+
+@contextmanager
+def no_wait(device: torch.device) -> Iterator[None]:
+    """What waits for the device raises."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
 
 
 def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:

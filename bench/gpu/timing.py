@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.steps import name_of, worst_error
+from bench.gpu.steps import name_of, no_wait, worst_error
 from bench.harness.race import take_turns
 
 #: Fewest and most rounds of a race.
@@ -45,14 +45,11 @@ class GPUClock:
 
     def turn(self, function: Callable, sets: Sequence[Sequence[Tensor]]) -> Turn:
         """A graph of one call on each set of inputs; the calls themselves where one waits for the device."""
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            function(*sets[0])
+            with no_wait(self.device):
+                function(*sets[0])
         except RuntimeError:
             return in_turn(function, sets)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self.stream):
             for inputs in sets:

@@ -124,7 +124,7 @@ def test_a_turn_on_a_gpu_is_a_graph_unless_a_call_waits(monkeypatch):
             raise RuntimeError("called a synchronizing CUDA operation")
 
     clock = object.__new__(timing.GPUClock)
-    clock.stream = "own"
+    clock.stream, clock.device = "own", torch.device("cuda")
     assert timing.GPUClock.turn(clock, calls.append, [(1,), (2,)]) == ("replay", 2, True)
     assert captured == [("own", [1, 2])] and modes == ["error", "default"]
     run, count, is_graph = timing.GPUClock.turn(clock, waits, [(1,), (2,)])
