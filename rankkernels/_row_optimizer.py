@@ -15,6 +15,7 @@ from rankkernels._exact_adam import ExactSteps, Lists
 from rankkernels._live_steps import LiveSteps, Scaled
 from rankkernels._settings import check_group
 from rankkernels._state_dict import check_form, step_of
+from rankkernels.ops._exact_table import as_plain
 from rankkernels.ops._exchange import Exchange
 from rankkernels.ops._features import Features
 from rankkernels.ops._fused_step import Gate, Gradients, group_of_each
@@ -266,7 +267,7 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _as_plain(self):
         """Within, tables under exact Adam are read as they are."""
-        return nullcontext() if self._exact is None else torch._C.DisableTorchFunctionSubclass()
+        return nullcontext() if self._exact is None else as_plain()
 
     def _check_state(self, p: Tensor) -> None:
         """Raises a RuntimeError if ``p`` has another shape, dtype or device than when its state was made."""

@@ -15,6 +15,7 @@ from rankkernels.nn.features import check_features, is_dense, is_sequence
 from rankkernels.nn.lookup_plan import POOLING, Lookup, Plan, arrange, bad_batch, bad_shape, factors, table_name
 from rankkernels.ops import few_lookups
 from rankkernels.ops._embedding_checks import row_of
+from rankkernels.ops._exact_table import as_plain
 from rankkernels.ops._features import Features, LookupBatch
 from rankkernels.ops._library import use_huge_pages
 from rankkernels.ops._tracing import is_tensor
@@ -237,7 +238,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
 
     def _dtype(self, weights: Sequence[Tensor | None]) -> torch.dtype:
         """Of these tables; of the layer's, whatever they are, where the op serves none of them."""
-        with torch._C.DisableTorchFunctionSubclass():  # tables under exact Adam are asked for each attribute
+        with as_plain():
             found = {w.dtype for w in weights if w is not None}
         if not found:
             found = {next((p.dtype for p in self.embed_dict.parameters() if p.is_floating_point()), torch.float32)}
@@ -255,7 +256,7 @@ class EmbeddingLayer(KeepsPlans, TableLayer):
         tables, weights = self._tables(plan)
         if any([w is None for w in weights]):
             return None
-        with torch._C.DisableTorchFunctionSubclass():  # tables under exact Adam are asked for each attribute
+        with as_plain():
             if len({(w.dtype, w.size(1) if one_width else 0) for w in weights}) > 1:
                 return None
         if plan.has_sequence and not is_plain(self.input_mask, InputMask):

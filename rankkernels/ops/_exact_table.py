@@ -21,6 +21,8 @@ from rankkernels.ops._idle_steps import Clock, new_history
 from rankkernels.ops._tracing import is_transformed, plain_classes
 
 _ops = torch.ops.rankkernels
+#: Within, tables are read as they are, and not asked for each attribute, which takes a microsecond.
+as_plain = torch._C.DisableTorchFunctionSubclass
 #: Steps of a history. When it is full its tables are brought up to date, and it begins again.
 MOST_STEPS = 16384
 
@@ -108,7 +110,7 @@ class _Exact:
         kwargs = kwargs or {}
         if func not in _READ_NOTHING and not _is_given_tables(func):
             _before(func, args, kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain():
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict) -> Tensor:
@@ -183,7 +185,7 @@ def flush(ledgers: Iterable[Ledger]) -> None:
     behind = [ledger for ledger in ledgers if ledger.is_behind() and ledger.table() is not None]
     if behind:
         *arguments, clocks = of_each([ledger.table() for ledger in behind])
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain():
             _ops.embedding_catch_up_all.default(*arguments, clocks)
         for ledger in behind:
             ledger.flushed = ledger.history.step
@@ -214,7 +216,7 @@ def catch_up(weights: Sequence[Tensor], features: Features, names: str = "") -> 
         behind, features = features.subset(kept)
         names = ""
     *arguments, clocks = of_each([weights[t] for t in behind])
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_plain():
         _ops.embedding_catch_up.default(*arguments, *features, names, clocks)
 
 
@@ -235,7 +237,7 @@ def read(run: Callable, weights: Sequence[Tensor], features: Features, names: st
     """What ``run`` returns, which looks these features up, with their rows up to date: ``by_itself`` it does so."""
     if not by_itself:
         catch_up(weights, features, names)
-    with torch._C.DisableTorchFunctionSubclass():
+    with as_plain():
         return run()
 
 

@@ -147,7 +147,7 @@ def is_faster(batch: LookupBatch, first_weight: Tensor) -> bool:
 def is_served(batch: LookupBatch, linear_weight: Tensor, mlp: Iterable[Tensor]) -> bool:
     """Whether the op takes these tensors, where ``has_kernel_for`` the batch."""
     tensors = chain(batch.weights, batch.dense, (linear_weight,), mlp)
-    with torch._C.DisableTorchFunctionSubclass():  # tables under exact Adam are asked for each attribute
+    with _exact_table.as_plain():
         return all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
 
 
