@@ -68,13 +68,17 @@ def test_ten_thousand_requests_of_each_of_eight_threads(make):
     assert max(u[-1] for u in used) - min(u[0] for u in used) < 2 << 20
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("make", [deepfm, din])
-def test_a_candidates_score_does_not_depend_on_the_others(make):
+def test_a_candidates_score_does_not_depend_on_the_others(make, threads):
+    """However they are divided: among threads, tiles, vectors and halves of vectors."""
     model = make()
     frozen = serve.freeze(model)
-    user, candidates = request(model, 130)
+    user, candidates = request(model, 420)
+    torch.set_num_threads(threads)
     whole = frozen.rank(user, candidates)
-    for begin, end in ((0, 1), (5, 29), (60, 130)):
+    parts = [(0, n) for n in (1, 7, 8, 9, 16, 17, 24, 25, 48, 56, 57, 100, 104, 105, 200, 400)]
+    for begin, end in [*parts, (5, 29), (60, 130), (419, 420)]:
         assert torch.equal(frozen.rank(user, {n: v[begin:end] for n, v in candidates.items()}), whole[begin:end])
 
 

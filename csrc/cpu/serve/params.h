@@ -2,7 +2,8 @@
 // several instruction sets.
 //
 // Candidates lie in the lanes of vectors: a tile is kRankVecs vectors of them at most, and a value that each
-// candidate has is a row of rank_tile() floats. So what belongs to the user alone is a scalar.
+// candidate has is a row of rank_tile() floats. So what belongs to the user alone is a scalar. A tile
+// computes `lanes`, a multiple of rank_step(): whole vectors, or the half of one.
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +15,8 @@ namespace rk {
 
 constexpr int kRankVecs = 3;
 
-RK_KERNEL(int64_t rank_lanes())
+RK_KERNEL(int64_t rank_tile())
+RK_KERNEL(int64_t rank_step())
 
 // ---- rank_rows_kernel.h
 
@@ -36,13 +38,13 @@ struct FrozenRows {
 };
 RK_KERNEL(void frozen_rows(FrozenRows))
 
-// columns [D, tile] = rows [vecs * lanes, ld], transposed; ld is a multiple of 16, and so many values of a
-// row may be read.
+// columns [D, tile] = rows [lanes, ld], transposed in whole vectors; ld is a multiple of 16, and so many
+// values of a row may be read.
 struct RankColumns {
   const float* rows;
   int64_t ld, D;
   float* columns;
-  int64_t vecs;
+  int64_t lanes;
 };
 RK_KERNEL(void rank_columns(RankColumns))
 
@@ -61,7 +63,7 @@ struct RankProduct {
   const float* x;
   float* y;
   const float* init;  // a number a unit
-  int64_t vecs;
+  int64_t lanes;
 };
 RK_KERNEL(void rank_product(RankProduct))
 // The same of a single x [in]: y [4 groups].
@@ -83,7 +85,7 @@ struct RankActivation {
   RankLayer layer;
   float* y;      // [out, tile], in place
   float* score;  // [tile], or null: the activations are wanted
-  int64_t vecs;
+  int64_t lanes;
 };
 RK_KERNEL(void rank_activation(RankActivation))
 
@@ -95,7 +97,7 @@ struct RankField {
   const float* weight;    // [D], or null
   float *sums, *squares;  // or null
   float* logit;
-  int64_t vecs;
+  int64_t lanes;
 };
 RK_KERNEL(void rank_field(RankField))
 
@@ -105,7 +107,7 @@ struct RankScores {
   int64_t D;
   bool sigmoid;
   float* out;  // [tile]
-  int64_t vecs;
+  int64_t lanes;
 };
 RK_KERNEL(void rank_scores(RankScores))
 
@@ -127,7 +129,7 @@ struct RankAttention {
 RK_INLINE int64_t rank_width(int64_t D) { return (D + 3) / 4 * 4; }
 
 struct RankTile {
-  int64_t vecs;
+  int64_t lanes;
   const float* target;  // [D, tile]
   float* scores;        // [L, tile]
   float* pooled;        // [4 ceil(D / 4), tile]

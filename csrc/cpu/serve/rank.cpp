@@ -22,18 +22,14 @@ const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // A tile of candidates, and a thread's memory for it.
 struct Tile {
-  int64_t first, n, vecs;  // candidates
+  int64_t first, n, lanes;  // candidates [first, first + n)
   float *x, *target, *sums, *squares, *logit, *score;
 };
 
 class Block {
  public:
   Block(const RankRequest& request, const RankUser& user, KeptMemory& memory, int64_t tiles)
-      : request_(request),
-        plan_(request.plan),
-        user_(user),
-        lanes_(RK_DISPATCH_ISA(rank_lanes)),
-        tile_(kRankVecs * lanes_) {
+      : request_(request), plan_(request.plan), user_(user), tile_(RK_DISPATCH_ISA(rank_tile)) {
     memory.restart();
     int64_t widest = 1, rows = 1, target = 1;
     for (const RankLayer& l : plan_.layers) widest = std::max(widest, 4 * l.groups());
@@ -55,7 +51,7 @@ class Block {
     std::fill_n(rows_, tile_ * stride_rows_, 0.f);
     for (int64_t*& ids : ids_) ids = memory.take_rows(tile_);
     operand_ = memory.take(operand);
-    for (int64_t i = 0; i < tiles; ++i) {
+    for (int64_t i = 0; i < tiles + 2; ++i) {  // see divide()
       Tile t{};
       t.x = memory.take(plan_.width * tile_);
       t.target = memory.take(target);
@@ -66,30 +62,38 @@ class Block {
     }
   }
 
-  // out [C] of the candidates in these vectors; whether their ids are in the tables.
+  // out [C] of the candidates in these lanes; whether their ids are in the tables.
   bool run(int64_t begin, int64_t end, float* out) {
-    const int64_t n = (end - begin + kRankVecs - 1) / kRankVecs;
-    for (int64_t i = 0; i < n; ++i) {
-      Tile& t = tiles_[i];
-      const int64_t v0 = begin + (end - begin) * i / n, v1 = begin + (end - begin) * (i + 1) / n;
-      t.first = v0 * lanes_;
-      t.vecs = v1 - v0;
-      t.n = std::min(request_.C - t.first, t.vecs * lanes_);
-      if (!look_up(t)) return false;
-    }
+    const int64_t n = divide(begin, end);
+    for (int64_t i = 0; i < n; ++i)
+      if (!look_up(tiles_[i])) return false;
     for (size_t u = 0; u < plan_.units.size(); ++u) attend(u, n);
     for (int64_t i = 0; i < n; ++i) {
       const Tile& t = tiles_[i];
       const float* score = run_layers(t);
-      float* to = t.n == t.vecs * lanes_ ? out + t.first : t.squares;
+      float* to = t.n % (tile_ / kRankVecs) ? t.squares : out + t.first;  // whole vectors
       RK_DISPATCH_ISA(rank_scores, {score, t.logit, plan_.fm_width ? t.sums : nullptr, t.squares,
-                                    plan_.fm_width, plan_.sigmoid, to, t.vecs});
+                                    plan_.fm_width, plan_.sigmoid, to, t.lanes});
       if (to != out + t.first) std::memcpy(out + t.first, to, t.n * sizeof(float));
     }
     return true;
   }
 
  private:
+  // Makes tiles of lanes, how many: of whole vectors, one more than `tiles` at most, and of the half that is
+  // left.
+  int64_t divide(int64_t begin, int64_t end) {
+    const int64_t vector = tile_ / kRankVecs, vectors = (end - begin) / vector;
+    const int64_t n = (vectors + kRankVecs - 1) / kRankVecs;
+    for (int64_t i = 0; i <= n; ++i) {
+      Tile& t = tiles_[i];
+      t.first = begin + (i < n ? vectors * i / n : vectors) * vector;
+      t.lanes = (i < n ? begin + vectors * (i + 1) / n * vector : end) - t.first;
+      t.n = std::min(request_.C - t.first, t.lanes);
+    }
+    return tiles_[n].lanes ? n + 1 : n;
+  }
+
   // Fills x, and what the FM and the linear term have of it. Rows of the next field are on their way while
   // those of this one are copied.
   bool look_up(Tile& t) {
@@ -107,10 +111,10 @@ class Block {
         return false;
       const int64_t D = request_.table(l).D;
       float* columns = l.column >= 0 ? t.x + l.column * tile_ : columns_;
-      RK_DISPATCH_ISA(rank_columns, {rows_, stride_rows_, D, columns, t.vecs});
+      RK_DISPATCH_ISA(rank_columns, {rows_, stride_rows_, D, columns, t.lanes});
       if (l.fm || l.weight)
         RK_DISPATCH_ISA(rank_field,
-                        {columns, D, l.weight, l.fm ? t.sums : nullptr, t.squares, t.logit, t.vecs});
+                        {columns, D, l.weight, l.fm ? t.sums : nullptr, t.squares, t.logit, t.lanes});
     }
     for (const RankDense* d : user_.dense) {
       const float* from = request_.inputs[d->input].values() + t.first * d->width;
@@ -118,9 +122,9 @@ class Block {
       for (int64_t k = 0; k < d->width; ++k) {
         float* column = d->column >= 0 ? columns + k * tile_ : columns;
         for (int64_t j = 0; j < t.n; ++j) column[j] = from[j * d->width + k];
-        std::fill(column + t.n, column + t.vecs * lanes_, 0.f);
+        std::fill(column + t.n, column + t.lanes, 0.f);
         if (d->weight)
-          RK_DISPATCH_ISA(rank_field, {column, 1, d->weight + k, nullptr, nullptr, t.logit, t.vecs});
+          RK_DISPATCH_ISA(rank_field, {column, 1, d->weight + k, nullptr, nullptr, t.logit, t.lanes});
       }
       if (d->field) add_numbers_field(*d, from, t);
     }
@@ -132,7 +136,7 @@ class Block {
     std::fill_n(columns_, plan_.fm_width * tile_, 0.f);
     for (int64_t k = 0; k < plan_.fm_width; ++k)
       for (int64_t j = 0; j < t.n; ++j) columns_[k * tile_ + j] = d.field[k] * from[j];
-    RK_DISPATCH_ISA(rank_field, {columns_, plan_.fm_width, nullptr, t.sums, t.squares, t.logit, t.vecs});
+    RK_DISPATCH_ISA(rank_field, {columns_, plan_.fm_width, nullptr, t.sums, t.squares, t.logit, t.lanes});
   }
 
   bool fetch(const RankLookup& l, const Tile& t, int64_t* ids) const {
@@ -166,7 +170,7 @@ class Block {
           std::memcpy(target, t.x + l.column * tile_, D * tile_ * sizeof(float));
         target += D * tile_;
       }
-      attended_[i].vecs = t.vecs;
+      attended_[i].lanes = t.lanes;
     }
     RK_DISPATCH_ISA(rank_attention, user_.attentions[unit],
                     {attended_.data(), n, operand_, {hidden_[0], hidden_[1]}});
@@ -185,9 +189,9 @@ class Block {
       const RankRun* runs = i == 0 ? user_.runs.data() : &whole;
       const int64_t n = i == 0 ? static_cast<int64_t>(user_.runs.size()) : 1;
       RK_DISPATCH_ISA(rank_product, {l.weight, l.groups(), l.in, runs, n, x, y,
-                                     i == 0 ? user_.first_bias : l.bias, t.vecs});
+                                     i == 0 ? user_.first_bias : l.bias, t.lanes});
       const bool last = i + 1 == plan_.layers.size();
-      RK_DISPATCH_ISA(rank_activation, {l, y, last ? t.score : nullptr, t.vecs});
+      RK_DISPATCH_ISA(rank_activation, {l, y, last ? t.score : nullptr, t.lanes});
       x = y;
     }
     return t.score;
@@ -196,7 +200,7 @@ class Block {
   const RankRequest& request_;
   const RankPlan& plan_;
   const RankUser& user_;
-  int64_t lanes_, tile_, stride_rows_;
+  int64_t tile_, stride_rows_;
   float *hidden_[2], *rows_, *columns_, *operand_;
   int64_t* ids_[2];
   std::vector<Tile> tiles_;
@@ -211,22 +215,27 @@ Tensor rank_cpu(const Tensors& inputs, const Ints& sides, const Tensors& tables,
   const RankUser user(request, of_user);
   Tensor out = torch::stable::new_empty(weights, {candidates});
   float* scores = static_cast<float*>(out.mutable_data_ptr());
-  const int64_t lanes = RK_DISPATCH_ISA(rank_lanes), vectors = (candidates + lanes - 1) / lanes;
   if (!user.in_range) request.check_ids();
   if (!candidates) return out;
   const double work = user.work * candidates;
   int64_t threads = forked || work < kRankSerialWork ? 1 : torch::stable::get_num_threads();
-  threads = std::min(threads, vectors);
-  const int64_t tiles = plan.units.empty() ? 1 : kRankTiles;
-  int64_t blocks = (vectors + tiles * kRankVecs - 1) / (tiles * kRankVecs);
-  blocks = std::min(vectors, (blocks + threads - 1) / threads * threads);
+  const int64_t step = RK_DISPATCH_ISA(rank_step), tile = RK_DISPATCH_ISA(rank_tile);
+  const int64_t steps = (candidates + step - 1) / step, lanes = steps * step;
+  threads = std::min(threads, steps);
+  const int64_t tiles = plan.units.empty() ? 1 : kRankTiles, vector = tile / kRankVecs;
+  const int64_t most = tiles * tile + vector - step;  // lanes of a block
+  int64_t blocks = (lanes + most - 1) / most;
+  blocks = std::min(steps, (blocks + threads - 1) / threads * threads);
+  // A thread's only block may end in half a vector; of several only the last one does.
+  const int64_t unit = blocks == threads ? step : vector;
+  const auto begin_of = [&](int64_t b) { return b == blocks ? lanes : lanes / unit * b / blocks * unit; };
   std::atomic<int64_t> next{0};
   std::atomic<bool> in_range{true};
   const auto work_on = [&](int64_t, int64_t) {
     thread_local KeptMemory memory;
     Block block(request, user, memory, tiles);
     for (int64_t b; in_range && (b = next++) < blocks;)
-      if (!block.run(vectors * b / blocks, vectors * (b + 1) / blocks, scores)) in_range = false;
+      if (!block.run(begin_of(b), begin_of(b + 1), scores)) in_range = false;
   };
   if (threads == 1)
     work_on(0, 1);

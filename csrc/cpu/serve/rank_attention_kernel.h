@@ -42,26 +42,27 @@ RK_INLINE void form_operand(const RankAttention& a, const float* h, float* opera
 }
 
 // scores [tile] of one row of the history.
-template <int kVecs>
-RK_INLINE void score_row(const RankAttention& a, int64_t l, const RankTile& tile, const RankTiles& t) {
+template <class Tile>
+RK_INLINE void score_row(Tile vecs, const RankAttention& a, int64_t l, const RankTile& tile,
+                         const RankTiles& t) {
   const RankRun inputs{0, a.D};
-  product<kVecs>({t.operand, a.layers[0].groups(), rank_width(a.D), &inputs, 1, tile.target, t.hidden[0],
-                  a.init + l * a.stride_init, kVecs});
+  product_of(vecs, {t.operand, a.layers[0].groups(), rank_width(a.D), &inputs, 1, tile.target, t.hidden[0],
+                    a.init + l * a.stride_init, tile.lanes});
   for (int64_t i = 0;; ++i) {
     float* y = t.hidden[i % 2];
     if (i + 1 == a.num_layers)
-      return activation<kVecs, true>({a.layers[i], y, tile.scores + l * kTile, kVecs});
-    activation<kVecs, false>({a.layers[i], y, nullptr, kVecs});
+      return activation<Tile::count, true>({a.layers[i], y, tile.scores + l * kTile, tile.lanes});
+    activation<Tile::count, false>({a.layers[i], y, nullptr, tile.lanes});
     const RankLayer& next = a.layers[i + 1];
     const RankRun all{0, next.in};
-    product<kVecs>(
-        {next.weight, next.groups(), next.in, &all, 1, y, t.hidden[(i + 1) % 2], next.bias, kVecs});
+    product_of(vecs, {next.weight, next.groups(), next.in, &all, 1, y, t.hidden[(i + 1) % 2], next.bias,
+                      tile.lanes});
   }
 }
 
 // scores -> softmax over the rows, of those that come several times one's share.
 RK_INLINE void softmax_rows(const RankAttention& a, const RankTile& tile) {
-  for (int64_t v = 0; v < tile.vecs * kFloats; v += kFloats) {
+  for (int64_t v = 0; v < tile.lanes; v += kFloats) {
     float* s = tile.scores + v;
     f32v peak = splat<float>(-__builtin_inff()), total{};
     for (int64_t l = 0; l < a.L; ++l) {
@@ -86,8 +87,8 @@ void rank_attention(const RankAttention& a, const RankTiles& t) {
   for (int64_t l = 0; l < a.L && a.num_layers > 0; ++l) {
     serve::form_operand(a, a.history + l * rank_width(a.D), t.operand);
     for (int64_t i = 0; i < t.n; ++i)
-      serve::with_vecs(t.tile[i].vecs, [&](auto vecs) __attribute__((always_inline)) {
-        serve::score_row<decltype(vecs)::value>(a, l, t.tile[i], t);
+      serve::with_vecs(t.tile[i].lanes, [&](auto vecs) __attribute__((always_inline)) {
+        serve::score_row(vecs, a, l, t.tile[i], t);
       });
   }
   static constexpr float kZeros[4] = {};
@@ -97,7 +98,7 @@ void rank_attention(const RankAttention& a, const RankTiles& t) {
     const RankRun rows{0, a.L};
     for (int64_t g = 0; g < rank_width(a.D) / 4; ++g)
       rank_product({a.pool + g * a.L * 4, 1, a.L, &rows, 1, tile.scores, tile.pooled + 4 * g * serve::kTile,
-                    kZeros, tile.vecs});
+                    kZeros, tile.lanes});
   }
 }
 

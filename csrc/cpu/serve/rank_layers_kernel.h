@@ -21,37 +21,49 @@ namespace serve {
 
 constexpr int64_t kTile = kRankVecs * kFloats;
 
-// Calls body with the number of vectors as a type.
+// A tile's vectors. The products of a CPU whose multipliers are 32 bytes wide take half as long for half a
+// vector of 64; all else takes whole ones.
+template <int n, class V>
+struct Vecs {
+  static constexpr int count = n;
+  using vec = V;
+};
+constexpr int64_t kStep = RK_VECTOR_BYTES == 64 ? kFloats / 2 : kFloats;
+using step_vec = VectorOf<float, kStep>::type;
+
+// Calls body with a tile's vectors as a type.
 template <class Body>
-RK_INLINE void with_vecs(int64_t vecs, const Body& body) {
-  if (vecs == 1) return body(Int<1>());
-  if (vecs == 2) return body(Int<2>());
-  body(Int<3>());
+RK_INLINE void with_vecs(int64_t lanes, const Body& body) {
+  if (lanes == kStep) return body(Vecs<1, step_vec>());
+  if (lanes == kFloats) return body(Vecs<1, f32v>());
+  if (lanes == 2 * kFloats) return body(Vecs<2, f32v>());
+  body(Vecs<3, f32v>());
 }
 
 // Groups of four units whose sums stay in registers beside so many vectors.
 template <int kVecs>
 constexpr int kGroups = RK_VECTOR_BYTES == 64 || kVecs == 1 ? 2 : 1;
 
-template <int kVecs, int kOf>
+template <class V, int kVecs, int kOf>
 RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
-  f32v sum[4 * kOf][kVecs];
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  V sum[4 * kOf][kVecs];
   float* y = p.y + 4 * group * kTile;
   const int64_t stride = 4 * p.in;
 #pragma GCC unroll 8
   for (int u = 0; u < 4 * kOf; ++u)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) sum[u][v] = splat<float>(p.init[4 * group + u]);
+    for (int v = 0; v < kVecs; ++v) sum[u][v] = p.init[4 * group + u] - V{};
   for (int64_t r = 0; r < p.num_runs; ++r) {
     const int64_t begin = p.runs[r].begin, n = p.runs[r].end - begin;
     const float *x = p.x + begin * kTile, *w = p.weight + group * stride + 4 * begin;
     for (int64_t k = 0; k < n; ++k, x += kTile, w += 4) {
-      f32v xv[kVecs];
+      V xv[kVecs];
 #pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) xv[v] = load_vector<f32v>(x + v * kFloats);
+      for (int v = 0; v < kVecs; ++v) xv[v] = load_vector<V>(x + v * kLanes);
 #pragma GCC unroll 8
       for (int u = 0; u < 4 * kOf; ++u) {
-        const f32v wu = splat<float>(w[u / 4 * stride + u % 4]);
+        const V wu = w[u / 4 * stride + u % 4] - V{};
 #pragma GCC unroll 3
         for (int v = 0; v < kVecs; ++v) sum[u][v] += wu * xv[v];
       }
@@ -60,14 +72,18 @@ RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
 #pragma GCC unroll 8
   for (int u = 0; u < 4 * kOf; ++u)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) store_vector(y + u * kTile + v * kFloats, sum[u][v]);
+    for (int v = 0; v < kVecs; ++v) store_vector(y + u * kTile + v * kLanes, sum[u][v]);
 }
 
-template <int kVecs>
+template <class V, int kVecs>
 static __attribute__((noinline)) void product(RankProduct p) {
   int64_t g = 0;
-  for (; g + kGroups<kVecs> <= p.groups; g += kGroups<kVecs>) product_tile<kVecs, kGroups<kVecs>>(p, g);
-  for (; g < p.groups; ++g) product_tile<kVecs, 1>(p, g);
+  for (; g + kGroups<kVecs> <= p.groups; g += kGroups<kVecs>) product_tile<V, kVecs, kGroups<kVecs>>(p, g);
+  for (; g < p.groups; ++g) product_tile<V, kVecs, 1>(p, g);
+}
+template <class Tile>
+RK_INLINE void product_of(Tile, const RankProduct& p) {
+  product<typename Tile::vec, Tile::count>(p);
 }
 
 // y = each(y, unit, vector), or the score of it.
@@ -147,19 +163,21 @@ static __attribute__((noinline)) void activation(RankActivation a) {
 }
 
 RK_INLINE void activate(const RankActivation& a) {
-  with_vecs(a.vecs, [&](auto vecs) __attribute__((always_inline)) {
+  with_vecs(a.lanes, [&](auto vecs) __attribute__((always_inline)) {
     if (a.score)
-      activation<decltype(vecs)::value, true>(a);
+      activation<decltype(vecs)::count, true>(a);
     else
-      activation<decltype(vecs)::value, false>(a);
+      activation<decltype(vecs)::count, false>(a);
   });
 }
 
 }  // namespace serve
 
+int64_t rank_tile() { return serve::kTile; }
+int64_t rank_step() { return serve::kStep; }
+
 void rank_product(RankProduct p) {
-  serve::with_vecs(
-      p.vecs, [&](auto vecs) __attribute__((always_inline)) { serve::product<decltype(vecs)::value>(p); });
+  serve::with_vecs(p.lanes, [&](auto vecs) __attribute__((always_inline)) { serve::product_of(vecs, p); });
 }
 
 void rank_product_of_user(RankProduct p) {
@@ -182,7 +200,7 @@ void rank_activation(RankActivation a) { serve::activate(a); }
 
 void rank_field(RankField a) {
   constexpr int64_t kTile = serve::kTile;
-  for (int64_t v = 0; v < a.vecs * kFloats; v += kFloats) {
+  for (int64_t v = 0; v < a.lanes; v += kFloats) {
     f32v squares{}, logit = load_vector<f32v>(a.logit + v);
     for (int64_t d = 0; d < a.D; ++d) {
       const f32v x = load_vector<f32v>(a.x + d * kTile + v);
@@ -198,7 +216,7 @@ void rank_field(RankField a) {
 }
 
 void rank_scores(RankScores a) {
-  for (int64_t v = 0; v < a.vecs * kFloats; v += kFloats) {
+  for (int64_t v = 0; v < a.lanes; v += kFloats) {
     f32v y = load_vector<f32v>(a.logit + v);
     if (a.sums) {
       f32v all{};

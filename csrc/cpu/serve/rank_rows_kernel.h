@@ -101,8 +101,6 @@ RK_INLINE void transpose(f32v* x) {
 
 }  // namespace serve
 
-int64_t rank_lanes() { return kFloats; }
-
 void frozen_rows(FrozenRows a) {
   if (a.table.bits == 32) return serve::copy_rows<32>(a);
   if (a.table.bits == 16) return serve::copy_rows<16>(a);
@@ -112,13 +110,13 @@ void frozen_rows(FrozenRows a) {
 
 void rank_columns(RankColumns a) {
   constexpr int64_t kTile = kRankVecs * kFloats;
-  for (int64_t v = 0; v < a.vecs; ++v)
+  for (int64_t v = 0; v < a.lanes; v += kFloats)
     for (int64_t d = 0; d < a.D; d += kFloats) {
       f32v x[kFloats];
 #pragma GCC unroll 16
-      for (int i = 0; i < kFloats; ++i) x[i] = load_vector<f32v>(a.rows + (v * kFloats + i) * a.ld + d);
+      for (int i = 0; i < kFloats; ++i) x[i] = load_vector<f32v>(a.rows + (v + i) * a.ld + d);
       serve::transpose<kFloats / 2>(x);
-      float* to = a.columns + d * kTile + v * kFloats;
+      float* to = a.columns + d * kTile + v;
       if (a.D - d >= kFloats)
 #pragma GCC unroll 16
         for (int i = 0; i < kFloats; ++i) store_vector(to + i * kTile, x[i]);
