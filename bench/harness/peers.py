@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -21,16 +22,32 @@ def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None
     return both
 
 
+@functools.cache
+def threads_of_zentorch() -> int:
+    """How many it goes on with, whatever torch is told later: those of its first call."""
+    return torch.get_num_threads()
+
+
+def missing_zentorch() -> str | None:
+    """Why zentorch cannot be measured here and now, or None."""
+    if machine.missing("zentorch"):
+        return machine.missing("zentorch")
+    n = threads_of_zentorch()
+    return None if n == torch.get_num_threads() else f"computes with {n} threads, those of its first call"
+
+
 def zentorch(function: Callable) -> dict[str, Callable]:
-    """``function``, which has no linear layers, under AMD's compiler backend for inference where that is installed.
+    """``function``, which has no linear layers, under AMD's compiler backend for inference where that can be measured.
 
     With linear layers it fails the race's check of results: docs/performance/measuring.md.
     """
-    return {} if machine.missing("zentorch") else {"zentorch": torch.compile(function, backend="zentorch")}
+    return {} if missing_zentorch() else {"zentorch": torch.compile(function, backend="zentorch")}
 
 
 def missing(*peers: str) -> dict[str, str]:
-    return {peer: reason for peer in peers if (reason := machine.missing(peer))}
+    """Why each of these cannot be measured here and now, of those that cannot."""
+    reasons = {peer: missing_zentorch() if peer == "zentorch" else machine.missing(peer) for peer in peers}
+    return {peer: reason for peer, reason in reasons.items() if reason}
 
 
 def fbgemm_tables(shapes: Iterable[Sequence[int]], device: str = "cpu", **options: object) -> nn.Module:

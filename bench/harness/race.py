@@ -72,6 +72,14 @@ def settle(function: Callable[[], object]) -> float:
     return best
 
 
+def cores(function: Callable[[], object]) -> float:
+    """How many a function keeps busy, over about as long as a turn's untimed calls."""
+    busy, start = time.process_time(), time.perf_counter()
+    while (passed := time.perf_counter() - start) < UNTIMED_SECONDS:
+        function()
+    return (time.process_time() - busy) / passed
+
+
 def take_turns(
     functions: Mapping[str, Callable[[], object]],
     times: Mapping[str, list[float]],
@@ -191,6 +199,8 @@ class Race:
         """The seconds of every round by name, ours by pytest-benchmark."""
         everyone = {**contenders, "ours": ours}
         lasted = {name: settle(function) for name, function in everyone.items()}
+        busy = {name: round(cores(function), 1) for name, function in everyone.items()}
+        assert max(busy.values()) < torch.get_num_threads() + 0.5, f"more cores than threads: {busy}"
         untimed = {name: min(MOST_UNTIMED, round(UNTIMED_SECONDS / seconds)) for name, seconds in lasted.items()}
         round_seconds = sum(seconds * (1 + untimed[name]) for name, seconds in lasted.items())
         count = max(self.effort.min_rounds, min(MAX_ROUNDS, int(self.effort.seconds / round_seconds)))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
+import torch
 
+from bench.harness.race import Effort, Race
 from bench.report import compare, draw
 from bench.report.charts import charts
 from bench.report.pages import FIRST
@@ -154,3 +157,11 @@ def test_every_kind_of_chart_can_be_drawn(tmp_path):
     for kind, data in pictures.items():
         draw.draw(kind, data, tmp_path / f"{kind}.svg")
         assert (tmp_path / f"{kind}.svg").stat().st_size > 1000
+
+
+def test_a_contender_that_takes_more_cores_than_threads_are_given_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(time, "process_time", lambda: 2 * time.perf_counter())
+    one = Race(None, "", Effort(), print)
+    with pytest.raises(AssertionError, match=r"more cores than threads: \{'peer': 2.0, 'ours': 2.0\}"):
+        one.measure(lambda: None, {"peer": lambda: None})
