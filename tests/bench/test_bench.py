@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import time
+from time import perf_counter
 
 import pytest
-import torch
 
 from bench.harness.race import Effort, Race
 from bench.report import compare, draw
@@ -160,8 +159,8 @@ def test_every_kind_of_chart_can_be_drawn(tmp_path):
 
 
 def test_a_contender_that_takes_more_cores_than_threads_are_given_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(time, "process_time", lambda: 2 * time.perf_counter())
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("time.process_time", lambda: 2 * perf_counter())
     one = Race(None, "", Effort(), print)
     with pytest.raises(AssertionError, match=r"more cores than threads: \{'peer': 2.0, 'ours': 2.0\}"):
         one.measure(lambda: None, {"peer": lambda: None})
