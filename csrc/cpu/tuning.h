@@ -67,6 +67,8 @@ constexpr int64_t kDinInPlaceBytes = 256;
 constexpr int64_t kAugruRows = 32, kAugruSums = 16;
 // L1: queries of a task of the target attention, which reads its history once for them (bench_ops.py).
 constexpr int64_t kTargetQueries = 64;
+// Values of histories that a thread takes at once: of short ones several, which use its memory in turn.
+constexpr int64_t kTargetChunk = 16384;
 // L1: bytes of one of three arrays of accumulators of a block in a normalization, of so many rows at least
 // (bench_ops.py).
 constexpr int64_t kNormBlockBytes = 12288, kNormMinRows = 16;

@@ -19,7 +19,7 @@ class Arena {
   A* take(int64_t n) {
     n = (n + kLine - 1) / kLine * kLine;
     if (n > left_) {
-      left_ = n > kBlock ? n : kBlock;
+      left_ = size_ = n > kBlock ? n : kBlock;
       void* p = std::aligned_alloc(64, left_ * sizeof(A));
       if (!p) throw std::bad_alloc();
       blocks_.emplace_back(static_cast<A*>(p), &std::free);
@@ -30,6 +30,14 @@ class Arena {
     left_ -= n;
     if (n) std::memset(static_cast<void*>(p), 0, n * sizeof(A));  // before the first block there is no memory
     return p;
+  }
+
+  // What was taken so far is free again; the last block stays for what comes.
+  void clear() {
+    if (blocks_.empty()) return;
+    blocks_.erase(blocks_.begin(), blocks_.end() - 1);
+    next_ = blocks_.back().get();
+    left_ = size_;
   }
 
   // A vector of channels as the kernels want it.
@@ -44,7 +52,7 @@ class Arena {
   static constexpr int64_t kLine = 64 / sizeof(A), kBlock = kArenaBytes / sizeof(A);
   std::vector<std::unique_ptr<A, decltype(&std::free)>> blocks_;
   A* next_ = nullptr;
-  int64_t left_ = 0;
+  int64_t left_ = 0, size_ = 0;  // of the last block
 };
 
 }  // namespace rk

@@ -61,6 +61,23 @@ RK_INLINE V sum_parts(V v, Int<width>) {
   return lane < width ? v : V{};  // and not a product: infinity times zero is no zero
 }
 
+// Each lane of the result is all lanes of v with its remainder by `width`, combined in a fixed order.
+template <int half, class V, int... j>
+RK_INLINE V flip_lanes(V v, Lanes<j...>) {
+  return __builtin_shufflevector(v, v, (j ^ half)...);
+}
+template <int width, int half, class V, class Combine>
+RK_INLINE V combine_parts(V v, const Combine& combine) {
+  if constexpr (half < width)
+    return v;
+  else
+    return combine_parts<width, half / 2>(combine(v, flip_lanes<half>(v, lanes_of(v))), combine);
+}
+template <int width, class V, class Combine>
+RK_INLINE V combine_parts(V v, const Combine& combine) {
+  return combine_parts<width, static_cast<int>(sizeof(V) / sizeof(v[0]) / 2)>(v, combine);
+}
+
 // Lane i of the result is the sum of the lanes of x[i], in the order of sum_lanes; x is overwritten.
 template <int half, class V>
 RK_INLINE V sum_each_from(V* x) {

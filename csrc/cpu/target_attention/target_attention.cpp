@@ -127,49 +127,56 @@ struct TargetTask {
   int64_t user, first, last;
 };
 
-// A task's memory: its samples' vectors as columns [D, ld_queries] and as rows [queries, padded(D)].
+// Calls body(scratch, arena, task) for every task, the arena empty. Short histories are taken several at
+// once: for each of them memory of its own would take as long as its attention.
+template <class A, class Body>
+void for_each_task(const TargetArguments& a, const std::vector<TargetTask>& tasks, int64_t work,
+                   bool backward, const Body& body) {
+  const int64_t count = tasks.size(), D = a.D();
+  const int64_t chunk = std::max<int64_t>(1, kTargetChunk * count / (a.history.numel() + 1));
+  int64_t most = 0;
+  for (const TargetTask& task : tasks) most = std::max(most, (task.last - task.first) * a.H());
+  const int64_t ld = padded<A>(most);
+  run_tasks((count + chunk - 1) / chunk, work, [&](int64_t c) {
+    Arena<A> shared, own;
+    TargetScratch<A> s{};
+    s.rows = shared.take(kBlockRows * padded<A>(D));
+    s.weight = shared.take(kBlockRows * ld);
+    s.query_columns = shared.take(D * ld);
+    if (backward) {
+      s.grad = shared.take(kBlockRows * padded<A>(D));
+      s.grad_score = shared.take(kBlockRows * ld);
+      s.grad_columns = shared.take(D * ld);
+    }
+    for (int64_t t = c * chunk; t < std::min(count, (c + 1) * chunk); ++t, own.clear())
+      body(s, own, tasks[t]);
+  });
+}
+
+// The queries of a task's samples, one behind the other.
 template <class A>
 class TargetQueries {
  public:
-  TargetQueries(const TargetArguments& a, const TargetUsers& users, const TargetTask& task)
-      : H_(a.H()), D_(a.D()), sample_(users.sample.data() + task.first) {
+  TargetQueries(const TargetArguments& a, const TargetUsers& users, const TargetTask& task, Arena<A>& arena)
+      : arena(arena), H_(a.H()), D_(a.D()), sample_(users.sample.data() + task.first) {
     queries = (task.last - task.first) * H_;
-    ld = padded<A>(queries);
   }
-  // [., H, D] of all samples -> those of the task.
-  A* columns(const std::vector<A>& of_all) {
-    A* to = arena.take(D_ * ld);
-    for_each(of_all, [&](int64_t c, int64_t d, A v) { to[d * ld + c] = v; });
-    return to;
-  }
+  // [padded_queries(queries), padded(D)], zeros.
+  A* zeros() { return arena.take(padded_queries(queries) * padded<A>(D_)); }
+  // The same with [., H, D] of all samples.
   A* rows(const std::vector<A>& of_all) {
-    A* to = arena.take(queries * padded<A>(D_));
-    for_each(of_all, [&](int64_t c, int64_t d, A v) { to[c * padded<A>(D_) + d] = v; });
+    A* to = zeros();
+    for (int64_t c = 0; c < queries; ++c)
+      std::copy_n(of_all.begin() + place(c) * D_, D_, to + c * padded<A>(D_));
     return to;
   }
   // Among all samples' queries the place of query c.
   int64_t place(int64_t c) const { return sample_[c / H_] * H_ + c % H_; }
 
-  TargetScratch<A> scratch(bool backward) {
-    TargetScratch<A> s{};
-    s.rows = arena.take(kBlockRows * padded<A>(D_));
-    s.weight = arena.take(kBlockRows * ld);
-    if (backward) {
-      s.grad = arena.take(kBlockRows * padded<A>(D_));
-      s.grad_score = arena.take(kBlockRows * ld);
-    }
-    return s;
-  }
-
-  Arena<A> arena;
-  int64_t queries, ld;
+  Arena<A>& arena;
+  int64_t queries;
 
  private:
-  template <class Body>
-  void for_each(const std::vector<A>& of_all, const Body& body) const {
-    for (int64_t c = 0; c < queries; ++c)
-      for (int64_t d = 0; d < D_; ++d) body(c, d, of_all[place(c) * D_ + d]);
-  }
   int64_t H_, D_;
   const int64_t* sample_;
 };
@@ -177,7 +184,8 @@ class TargetQueries {
 // What both passes of a task read.
 template <class T>
 TargetAttention<T> attention_of(const TargetArguments& a, const TargetUsers& users, const Tensor& history,
-                                const TargetTask& task, TargetQueries<Accumulator<T>>& q) {
+                                const TargetTask& task, const std::vector<Accumulator<T>>& queries,
+                                TargetQueries<Accumulator<T>>& q) {
   TargetAttention<T> k{};
   const int64_t u = task.user;
   k.rows = static_cast<const T*>(history.const_data_ptr());
@@ -189,9 +197,10 @@ TargetAttention<T> attention_of(const TargetArguments& a, const TargetUsers& use
   }
   k.D = a.D();
   k.queries = q.queries;
-  k.ld_queries = q.ld;
-  k.highest = q.arena.take(q.ld);
-  k.inverse = q.arena.take(q.ld);
+  k.ld_queries = padded<Accumulator<T>>(q.queries);
+  k.query = q.rows(queries);
+  k.highest = q.arena.take(k.ld_queries);
+  k.inverse = q.arena.take(k.ld_queries);
   return k;
 }
 
@@ -214,48 +223,46 @@ std::tuple<Tensor, Tensor> target_attention_cpu(const Tensor& query, const Tenso
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
     const std::vector<A> queries = values_of<A>(query);
-    run_tasks(tasks.size(), history.numel() * H, [&](int64_t t) {
-      TargetQueries<A> q(a, users, tasks[t]);
-      TargetAttention<T> k = attention_of<T>(a, users, hu, tasks[t], q);
-      k.query_columns = q.columns(queries);
-      k.pooled = q.arena.take(q.queries * padded<A>(D));
-      RK_DISPATCH_ISA(target_attention<T>, k, {0, users.count[tasks[t].user]}, q.scratch(false));
-      A* of_scores = static_cast<A*>(stats.mutable_data_ptr());
-      with_values(dtype_of(out), [&](auto* value) {
-        auto* to = static_cast<decltype(value)>(out.mutable_data_ptr());
-        for (int64_t c = 0; c < q.queries; ++c) {
-          const int64_t place = q.place(c);
-          std::copy_n(k.pooled + c * padded<A>(D), D, to + place * D);
-          of_scores[2 * place] = k.highest[c];
-          of_scores[2 * place + 1] = k.inverse[c];
-        }
-      });
-    });
+    const int64_t work = history.numel() * H;
+    for_each_task<A>(a, tasks, work, false,
+                     [&](const auto& scratch, Arena<A>& arena, const TargetTask& task) {
+                       TargetQueries<A> q(a, users, task, arena);
+                       TargetAttention<T> k = attention_of<T>(a, users, hu, task, queries, q);
+                       k.pooled = q.zeros();
+                       RK_DISPATCH_ISA(target_attention<T>, k, {0, users.count[task.user]}, scratch);
+                       A* of_scores = static_cast<A*>(stats.mutable_data_ptr());
+                       with_values(dtype_of(out), [&](auto* value) {
+                         auto* to = static_cast<decltype(value)>(out.mutable_data_ptr());
+                         for (int64_t c = 0; c < q.queries; ++c) {
+                           const int64_t place = q.place(c);
+                           std::copy_n(k.pooled + c * padded<A>(D), D, to + place * D);
+                           of_scores[2 * place] = k.highest[c];
+                           of_scores[2 * place + 1] = k.inverse[c];
+                         }
+                       });
+                     });
   });
   return {out, stats};
 }
 
 // The gradients of one user's samples and of its history.
 template <class T, class A = Accumulator<T>>
-void backward_of_user(const TargetArguments& a, const TargetUsers& users, const Tensor& history, int64_t user,
+void backward_of_user(const TargetArguments& a, const TargetUsers& users, const Tensor& history,
+                      const TargetTask& task, const TargetScratch<A>& scratch, Arena<A>& arena,
                       const std::vector<A>& queries, const std::vector<A>& grads, const std::vector<A>& outs,
                       const A* stats, std::vector<A>& grad_queries, T* grad_history) {
-  const int64_t D = a.D(), ld = padded<A>(D), rows = users.count[user];
+  const int64_t D = a.D(), ld = padded<A>(D), user = task.user, rows = users.count[user];
   const int64_t all = a.offsets ? rows : history.size(1), H = a.H();
   T* to = grad_history + users.begin[user] * D;
-  const TargetTask task{user, users.first[user], users.first[user + 1]};
-  TargetQueries<A> q(a, users, task);
+  TargetQueries<A> q(a, users, task, arena);
   const int64_t written = q.queries ? rows : 0;
   std::fill_n(to + written * D, (all - written) * D, T{});
   if (!q.queries || !H) return;
   TargetAttentionBackward<T> k{};
-  k.forward = attention_of<T>(a, users, history, task, q);
-  k.forward.query_columns = q.columns(queries);
-  k.query_rows = q.rows(queries);
-  k.grad_columns = q.columns(grads);
-  k.grad_rows = q.rows(grads);
-  k.grad_query = q.arena.take(q.queries * ld);
-  A* along = q.arena.take(q.ld);
+  k.forward = attention_of<T>(a, users, history, task, queries, q);
+  k.grad_out = q.rows(grads);
+  k.grad_query = q.zeros();
+  A* along = arena.take(k.forward.ld_queries);
   for (int64_t c = 0; c < q.queries; ++c) {
     const int64_t place = q.place(c);
     k.forward.highest[c] = stats[2 * place];
@@ -264,7 +271,7 @@ void backward_of_user(const TargetArguments& a, const TargetUsers& users, const 
   }
   k.along = along;
   k.grad_history = to;
-  RK_DISPATCH_ISA(target_attention_backward<T>, k, {0, rows}, q.scratch(true));
+  RK_DISPATCH_ISA(target_attention_backward<T>, k, {0, rows}, scratch);
   for (int64_t c = 0; c < q.queries; ++c)
     std::copy_n(k.grad_query + c * ld, D, grad_queries.begin() + q.place(c) * D);
 }
@@ -284,15 +291,20 @@ std::tuple<Tensor, Tensor> target_attention_backward_cpu(const Tensor& grad_out,
   const TargetUsers users(a);
   const Tensor hu = unit_stride_last(history), su = torch::stable::contiguous(stats);
   Tensor grad_history = new_empty_paged(history, history.sizes()), grad_query;
+  std::vector<TargetTask> tasks;
+  for (int64_t u = 0; u < a.users(); ++u) tasks.push_back({u, users.first[u], users.first[u + 1]});
   dispatch_floating(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
     const std::vector<A> queries = values_of<A>(query), grads = values_of<A>(grad_out),
                          outs = values_of<A>(out);
     std::vector<A> grad_queries(queries.size());
-    run_tasks(a.users(), 3 * history.numel() * a.H(), [&](int64_t u) {
-      backward_of_user<T>(a, users, hu, u, queries, grads, outs, static_cast<const A*>(su.const_data_ptr()),
-                          grad_queries, static_cast<T*>(grad_history.mutable_data_ptr()));
+    const A* of_scores = static_cast<const A*>(su.const_data_ptr());
+    T* to = static_cast<T*>(grad_history.mutable_data_ptr());
+    const int64_t work = 3 * history.numel() * a.H();
+    for_each_task<A>(a, tasks, work, true, [&](const auto& scratch, Arena<A>& arena, const TargetTask& task) {
+      backward_of_user<T>(a, users, hu, task, scratch, arena, queries, grads, outs, of_scores, grad_queries,
+                          to);
     });
     grad_query = gradient_of(query, [&](int64_t i) { return grad_queries[i]; });
   });
