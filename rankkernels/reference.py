@@ -184,14 +184,16 @@ class BatchStats(NamedTuple):
 def batch_norm(x: Tensor, norm: BatchNorm, training: bool) -> tuple[Tensor, BatchStats | None]:
     """Ioffe and Szegedy (2015) over the rows of x [N, H].
 
-    In training the batch's own statistics are used and returned; the running ones are never written here.
+    In training the batch's own statistics are used and returned; the running ones are never written here. Of no rows
+    the running ones are returned (zeros without), so that an update leaves them as they are, as torch does.
     """
     xa, stats = accumulator(x), None
-    if training:
-        if x.size(0) < 2:
-            raise ValueError(
-                f"batch_norm: training needs more than one valid row to take statistics of, got {x.size(0)}"
-            )
+    if training and x.size(0) == 1:
+        raise ValueError("batch_norm: training needs more than one valid row to take statistics of, got 1")
+    if training and x.size(0) == 0:
+        mean, var = (xa.new_zeros(x.size(1)) if t is None else t for t in (norm.running_mean, norm.running_var))
+        stats = BatchStats(mean.detach(), var.detach())
+    elif training:
         mean, var = xa.mean(0), xa.var(0, correction=0)
         stats = BatchStats(mean.detach(), xa.detach().var(0, correction=1))
     else:

@@ -122,6 +122,8 @@ class DIEN(nn.Module):
 
 def _last_state(augru: nn.Module, states: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """What ``augru`` ends with, [B, D]: zeros where the ``mask`` [B, L] has nothing."""
+    if states.shape[1] == 0:
+        return states.new_zeros(states.shape[0], states.shape[2])
     if is_plain(augru, AUGRU) and augru.is_served():
         # A position that the mask leaves out has no attention, and moves nothing: the last one in it ends a sample.
         lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)

@@ -55,7 +55,7 @@ class FusedMLP(NamedTuple):
             history,
             target,
             self.params,
-            [] if self.training else [n._buffers[name] for n in self.norms for name in ("running_mean", "running_var")],
+            [n._buffers[name] for n in self.norms for name in ("running_mean", "running_var")],
             activation=self.activation,
             batch_norm=self.batch_norm,
             training=self.training,

@@ -106,16 +106,16 @@ def _check_params(op: str, inputs: Inputs, flags: Flags) -> None:
     for name, tensors in (("params", params), ("running_stats", running_stats)):
         for i, t in enumerate(tensors):
             check(t.dtype in FLOATING, lambda: f"{op}: {name}[{i}] must be {_FLOATING}, got {t.dtype}")
-    none = not norms and len(running_stats) == 1 and running_stats[0].numel() == 0
+    none = not running_stats or (len(running_stats) == 1 and running_stats[0].numel() == 0)
     check(
-        flags.training or none or len(running_stats) == 2 * norms * layers,
+        (none and (flags.training or not norms)) or len(running_stats) == 2 * norms * layers,
         lambda: f"{op}: running_stats must hold 2 tensors for each of {norms * layers} norms, got {len(running_stats)}",
     )
     *hidden, out_weight, out_bias = params
     width = 4 * inputs.history.size(-1)
     for i in range(layers):
         width = _check_layer(op, i, hidden[i * per_layer : (i + 1) * per_layer], width, flags.name)
-        for j in () if flags.training else range(2 * norms * i, 2 * norms * (i + 1)):
+        for j in () if none else range(2 * norms * i, 2 * norms * (i + 1)):
             t = running_stats[j]
             fits = t.dim() == 1 and t.size(0) == width
             check(fits, lambda: f"{op}: running_stats[{j}] must be [{width}], got {list(t.shape)}")
@@ -169,7 +169,7 @@ def check_values(op: str, inputs: Inputs, flags: Flags) -> None:
         if not flags.count_padding and (lengths is not None or mask is not None):
             valid = mask.sum(1) if lengths is None else lengths
             valid = int((valid if history_index is None else valid[history_index]).sum())
-        if valid < 2:
+        if valid == 1:
             raise ValueError(f"{op}: training needs more than one valid row to take statistics of, got {valid}")
 
 

@@ -183,10 +183,10 @@ def attend(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
     last = Hidden(out_weight, out_bias, None, "linear")
     statistics = hidden and flags.training and norms_per_layer(flags.name, flags.batch_norm)
     total = rows.history.shape[:-1].numel()
-    if statistics and total < 2:
+    if statistics and total == 1:
         raise ValueError(f"din_attention: training needs more than one valid row to take statistics of, got {total}")
     valid = None
-    if statistics and rows.valid is not None and not flags.count_padding:
+    if statistics and total and rows.valid is not None and not flags.count_padding:
         valid = rows.valid.flatten().to(wide(dtype))
     x, all_stats = _first_layer((*hidden, last)[0], rows, target), []
     for i, layer in enumerate(hidden):

@@ -89,7 +89,7 @@ class raise_documented:
 
     TYPES = (
         (re.compile("is out of range"), IndexError),
-        (re.compile(r"is outside 0 \.\.|offsets must run|offsets decrease|more than one valid row"), ValueError),
+        (re.compile(r"is outside 0 \.\.|offsets must run|offsets decrease|more than one (valid )?row"), ValueError),
     )
 
     DTENSOR = re.compile(r"rankkernels\.(\w+)\.default (got mixed torch\.Tensor and DTensor|does not have a sharding)")

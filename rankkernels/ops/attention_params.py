@@ -136,7 +136,7 @@ def unflatten(
     stats, hidden = list(running_stats), []
 
     def norm(weight: Tensor, bias: Tensor, eps: float) -> reference.BatchNorm:
-        mean, var = (stats.pop(0), stats.pop(0)) if stats else (None, None)
+        mean, var = (stats.pop(0), stats.pop(0)) if len(stats) > 1 else (None, None)
         return reference.BatchNorm(weight, bias, mean, var, eps)
 
     per_layer = params_per_layer(activation, batch_norm)

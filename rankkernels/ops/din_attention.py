@@ -23,6 +23,7 @@ from rankkernels.ops._attention_checks import (
     out_shape,
     saved_size,
     stats_size,
+    takes_statistics,
 )
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
 from rankkernels.ops._checks import check_strided, raise_documented, wide
@@ -127,6 +128,8 @@ def _has_kernel(inputs: Inputs, flags: Flags) -> bool:
         return False
     from rankkernels._triton.din_attention import supports
 
+    if takes_statistics(inputs.params, flags) and not (inputs.target.size(0) and inputs.history.numel()):
+        return False  # the kernels take no statistics of no rows
     return supports(inputs.history, inputs.params, flags)
 
 
@@ -290,7 +293,8 @@ def din_attention(
         params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
             and bias [H]; then what ``activation`` learns: prelu its slope [1] or [H], dice its alpha [1] or [H],
             dice_batch_norm alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
-        running_stats: running mean and variance [H] of each normalization, in order; unused in training.
+        running_stats: running mean and variance [H] of each normalization, in order; in training, if given, they are what
+            is returned where no row is valid.
         lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
         mask: [B, L], bool: true at the valid rows.
         offsets: [B + 1], int32 or int64, from 0 to N: sample b has the rows ``offsets[b]:offsets[b + 1]``.
@@ -329,7 +333,7 @@ def din_attention(
         RuntimeError: shapes, dtypes or devices that do not fit, two of lengths, mask and offsets at once, an epsilon or
             a dropout out of its range, dropout without a seed, a process of ``group`` that does not come.
         ValueError: a nested history of another form, lengths outside 0 .. L, offsets that decrease or do not run from
-            0 to N, fewer than two valid rows in training with a normalization.
+            0 to N, one valid row in training with a normalization.
         IndexError: a value of ``history_index`` outside 0 .. U - 1.
     """
     number = number_of("din_attention", activation)

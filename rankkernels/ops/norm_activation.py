@@ -13,7 +13,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._activations import ACTIVATIONS, NAMES, check_activation, number_of
 from rankkernels.ops._autograd import differentiable, register_autograd, vjp
-from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, wide
+from rankkernels.ops._checks import FLOATING, check_epsilon, check_form, check_strided, raise_documented, wide
 from rankkernels.ops._library import define, has_triton, lib, only_reference, triton_serves
 from rankkernels.ops._schema import no_gradients, parsed, schema_of
 from rankkernels.ops._table import notice_reference
@@ -76,7 +76,7 @@ def _check(op: str, inputs: Inputs, flags: Flags) -> None:
     check(x.dtype in FLOATING, lambda: f"{op}: x must be float32, float64, float16 or bfloat16, got {x.dtype}")
     _check_given(op, inputs, flags)
     N, H = x.shape
-    check(not (flags.batch_norm and training) or N > 1, lambda: f"{op}: training needs more than one row, got {N}")
+    check(not (flags.batch_norm and training) or N != 1, lambda: f"{op}: training needs more than one row, got {N}")
     if flags.batch_norm:
         check_epsilon(op, "norm_eps", flags.norm_eps, training)
     if flags.name == "dice":
@@ -185,6 +185,12 @@ def _has_kernel(x: Tensor) -> bool:
     return supports(x)
 
 
+def kept_statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> Tensor:
+    """``batch_stats`` of an x [0, H]: what an update leaves the running statistics as they are with."""
+    zeros = x.new_zeros(x.size(1), dtype=wide(x.dtype))
+    return torch.cat([zeros if t is None else t.to(zeros.dtype) for t in (running_mean, running_var)])
+
+
 def dice_of(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """dice_batch_norm of x [N, H] whose normalization is y."""
     return (alpha * x + torch.sigmoid(y) * (x - alpha * x)).to(x.dtype)
@@ -195,6 +201,8 @@ def _by_torch(inputs: Inputs, flags: Flags) -> tuple[Tensor, Tensor]:
     x, *vectors = inputs
     weight, bias, alpha, *running = (None if t is None else t.to(wide(x.dtype)) for t in vectors)
     y, stats = x, torch.zeros_like(_new_stats(x, flags))
+    if flags.stats_size(x) and x.size(0) == 0:
+        stats = kept_statistics(x, *running)
     if flags.batch_norm:
         mean, var = stats.chunk(2) if flags.training else running
         # A momentum of 1 makes running statistics the batch's.
@@ -226,6 +234,8 @@ if has_triton:
             return out.contiguous(), batch_stats
         inputs, flags = parsed(arguments, Inputs, Flags)
         _check("norm_activation", inputs, flags)
+        if flags.stats_size(inputs.x) and inputs.x.size(0) == 0:
+            return torch.empty_like(inputs.x), kept_statistics(inputs.x, inputs.running_mean, inputs.running_var)
         return kernels.norm_activation(*inputs, flags.name, flags.batch_norm, flags.training, flags.norm_eps,
                                        flags.dice_eps)  # fmt: skip
 
@@ -302,7 +312,7 @@ def norm_activation(
         weight: [H] of an affine normalization.
         bias: [H], beside ``weight``.
         alpha: [1] or [H], the slope of prelu and of both kinds of Dice.
-        running_mean: [H], for a normalization in eval; never written.
+        running_mean: [H], for a normalization in eval, and for one in training of no rows; never written.
         running_var: [H], beside it.
         activation: linear, sigmoid, relu, leakyrelu, prelu, dice (statistics of a row's units) or dice_batch_norm.
         batch_norm: whether there is a normalization.
@@ -312,14 +322,16 @@ def norm_activation(
 
     Returns:
         out [N, H] in the dtype of ``x``, and in training with a normalization the batch's mean and its unbiased
-        variance, one after the other [2 H], else an empty tensor.
+        variance, one after the other [2 H], else an empty tensor. Of no rows the running statistics (zeros where none
+        are given), which an update with them leaves as they are: torch's normalization does the same.
 
     Raises:
-        ValueError: an unknown activation.
-        RuntimeError: shapes, dtypes or devices that do not fit, a vector too many or too few, fewer than two rows in
-            training with a normalization, an epsilon that is negative, or 0 in training with a normalization.
+        ValueError: an unknown activation, or one row in training with a normalization.
+        RuntimeError: shapes, dtypes or devices that do not fit, a vector too many or too few, an epsilon that is
+            negative, or 0 in training with a normalization.
     """
     number = number_of("norm_activation", activation)
-    return _forward(
-        x, weight, bias, alpha, running_mean, running_var, number, batch_norm, training, norm_eps, dice_eps,
-    )  # fmt: skip
+    with raise_documented():
+        return _forward(
+            x, weight, bias, alpha, running_mean, running_var, number, batch_norm, training, norm_eps, dice_eps,
+        )  # fmt: skip

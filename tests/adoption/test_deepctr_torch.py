@@ -364,3 +364,29 @@ def test_layers_that_are_left_say_why():
 
     with pytest.warns(UserWarning, match="a subclass of DNN"):
         rk.accelerate(Mine(3, [2]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*FAMILIES, *every_model(Data(random.Random(5)))])
+def test_an_empty_batch(name, training, float64):
+    """The same gradients and buffers of no samples, or the same kind of error."""
+    if name in FAMILIES:
+        data, *pair = made(name, 0)
+    else:
+        data = Data(random.Random(5))
+        make = every_model(data)[name]
+        pair = [make(), rk.accelerate(make())]
+    found = []
+    for model in pair:
+        X, _ = data.matrix(model, 11)
+        model.train(training)
+        try:
+            y = model(X[:0].double())
+            y.sum().backward()
+            found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        except (RuntimeError, ValueError, IndexError) as error:
+            found.append(type(error))
+    if isinstance(found[0], type):
+        assert found[1] is found[0]
+    else:
+        assert_close(found[1], found[0])

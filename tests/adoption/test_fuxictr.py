@@ -201,3 +201,24 @@ def test_subclasses_and_other_outputs_are_left():
     rk.accelerate(model)
     assert [e.path for e in rk.explain(model).replaced] == ["2"]
     assert [type(m) for m in model][:2] == [Mine, layers.InnerProductInteraction]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", cases.CASES)
+def test_an_empty_batch(name, training):
+    """The same shape, gradients and buffers of no samples, or the same kind of error."""
+    untouched, ours, make_batch = pair(name, 0)
+    batch = torch.utils._pytree.tree_map(lambda t: t[:0], make_batch())
+    found = []
+    for model in (untouched, ours):
+        model.train(training)
+        try:
+            y = model(copy.deepcopy(batch))["y_pred"]
+            y.sum().backward()
+            found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        except (RuntimeError, ValueError, IndexError) as error:
+            found.append(type(error))
+    if isinstance(found[0], type):
+        assert found[1] is found[0]
+    else:
+        torch.testing.assert_close(found[1], found[0])

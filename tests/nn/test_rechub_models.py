@@ -63,3 +63,36 @@ def test_accelerated(name, training):
             found.append([y.detach(), *grads, *model.buffers(), rechub.output(model(rechub.batch(SIZES)))])
     assert found[0][0].numel() >= SIZES.B and any(g.abs().max() > 0 for g in found[0][1:-1] if g.numel())
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+#: What torch-rechub refuses and ours do: its transformer cannot reshape an empty batch.
+SERVED = {("BST", 0)}
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", rechub.MODELS)
+def test_accelerated_with_hardly_a_sample(name, training, samples):
+    """The same shape, gradients and buffers, or the same kind of error."""
+    torch.manual_seed(0)
+    theirs = rechub.build(name, SIZES)
+    ours = copy.deepcopy(theirs)
+    if name not in rechub.WITHOUT_OUR_LAYERS:
+        rk.accelerate(ours)
+    batch = torch.utils._pytree.tree_map(lambda t: t[:samples], rechub.batch(SIZES))
+    found = []
+    for model in (theirs, ours):
+        model.train(training)
+        torch.manual_seed(1)
+        try:
+            y = rechub.output(model(dict(batch)))
+            y.sum().backward()
+            found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+        except (RuntimeError, ValueError, IndexError) as error:
+            found.append(type(error))
+    if (name, samples) in SERVED:
+        assert found[0] is RuntimeError and found[1][0].shape == (samples,)
+    elif isinstance(found[0], type):
+        assert found[1] is found[0]
+    else:
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)

@@ -362,11 +362,38 @@ def test_statistics_lose_nothing_to_means(activation, dims):
     check(history, target, params, grad_out, rows, stats, flags)
 
 
-@pytest.mark.parametrize("lengths", [[0] * 7, [0, 1, 0, 0, 0, 0, 0]])
-def test_too_few_rows_for_statistics(lengths):
+def test_one_row_gives_no_statistics():
     history, target, params, _, _, stats = inputs()
-    with pytest.raises((ValueError, RuntimeError), match="more than one valid row"):
-        din_attention(history, target, params, stats, lengths=torch.tensor(lengths), **FLAGS)
+    with pytest.raises(ValueError, match="more than one valid row"):
+        din_attention(history, target, params, stats, lengths=torch.tensor([0, 1, 0, 0, 0, 0, 0]), **FLAGS)
+
+
+NO_ROWS = {
+    "no samples": lambda h, t: (h[:0], t[:0], {}),
+    "no positions": lambda h, t: (h[:, :0], t, {}),
+    "lengths": lambda h, t: (h, t, {"lengths": torch.zeros(len(t), dtype=torch.long)}),
+    "mask": lambda h, t: (h, t, {"mask": torch.zeros(h.shape[:2], dtype=torch.bool)}),
+    "offsets": lambda h, t: (h[:0, 0], t, {"offsets": torch.zeros(len(t) + 1, dtype=torch.long)}),
+    "nested": lambda h, t: (torch.nested.nested_tensor([r[:0] for r in h], layout=torch.jagged), t, {}),
+    "shared": lambda h, t: (h, t[:0], {"history_index": torch.zeros(0, dtype=torch.long)}),
+}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["running", "none"])
+@pytest.mark.parametrize("activation", ["dice", "dice_batch_norm", "relu"])
+@pytest.mark.parametrize("form", NO_ROWS)
+def test_no_rows_leave_the_statistics(form, activation, given):
+    """An update with what is returned changes nothing, and every parameter has a gradient: zeros."""
+    history, target, params, _, _, stats = inputs(activation=activation)
+    history, target, rows = NO_ROWS[form](history, target)
+    params = [p.detach().requires_grad_() for p in params]
+    flags = {**FLAGS, "activation": activation, "batch_norm": True, "training": True}
+    out, batch_stats = din_attention(history, target, params, stats if given else (), **rows, **flags)
+    assert out.shape == target.shape and not out.any()
+    expected = torch.cat(stats) if given else torch.zeros(sum(map(len, stats)))
+    assert torch.equal(batch_stats, expected.to(batch_stats.dtype))
+    grads = torch.autograd.grad(out.sum(), params)
+    assert not any(g.any() for g in grads)
 
 
 def test_running_statistics_may_change_before_the_backward():

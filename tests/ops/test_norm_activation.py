@@ -197,7 +197,7 @@ def test_mlp_calls_hooks_and_takes_more_dimensions():
     dice = rk.Dice()
     x = torch.randn(3, 4, 5)
     assert torch.equal(dice(x), reference.dice(x, dice.alpha))
-    with pytest.raises(RuntimeError, match="training needs more than one row, got 1"):
+    with pytest.raises(ValueError, match="training needs more than one row, got 1"):
         rk.MLP(7, dims=[9], activation="dice")(torch.randn(1, 7))
     with pytest.raises(ValueError, match="more than 1 value per channel"):  # torch's own, which a small batch runs
         rk.MLP(7, dims=[9])(torch.randn(1, 7))
@@ -289,3 +289,23 @@ def test_compiled_mlp_trains_the_same(activation):
         torch.testing.assert_close(a, b)
     for a, b in zip(eager.parameters(), compiled.parameters()):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])
+@pytest.mark.parametrize("activation", ["dice", "relu", nn.PReLU, nn.Identity])
+def test_an_empty_batch_in_training_is_torchs(activation, momentum):
+    """No result, gradients of zeros, and of the statistics only the count of batches moves."""
+    ours = rk.MLP(7, dims=[9, 6], activation=activation)
+    for norm in (ours.mlp[1], ours.mlp[5]):
+        norm.momentum = momentum
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    plain = copy.deepcopy(ours)
+    x = torch.randn(0, 7, requires_grad=True)
+    for y, model in ((ours(x), ours), (plain.mlp(x), plain)):
+        assert y.shape == (0, 1)
+        y.sum().backward()
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert torch.equal(p.grad, q.grad) and not p.grad.any()
+    for a, b in zip(ours.buffers(), plain.buffers()):
+        assert torch.equal(a, b)
+    assert ours.mlp[1].num_batches_tracked == 1

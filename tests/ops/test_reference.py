@@ -313,11 +313,10 @@ def test_din_attention_bad_input(change, message):
         din_attention(**{**DIN, **change})
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_din_attention_training_without_enough_rows(rows):
+def test_din_attention_training_of_one_row():
     params = [*DIN["params"][:2], torch.randn(6), torch.randn(6), *DIN["params"][2:]]
-    lengths = torch.tensor([0, rows, 0])
-    with pytest.raises((RuntimeError, ValueError), match=f"more than one valid row.*got {rows}"):
+    lengths = torch.tensor([0, 1, 0])
+    with pytest.raises((RuntimeError, ValueError), match="more than one valid row.*got 1"):
         din_attention(DIN["history"], DIN["target"], params, lengths=lengths, batch_norm=True, training=True)
 
 

@@ -51,7 +51,7 @@ void check(const NormArguments& a) {
                 a.has_alpha() ? " needs an alpha" : " has no alpha");
   RK_NORM_CHECK(!a.batch_norm || a.training || (a.running_mean && a.running_var),
                 "give running_mean and running_var, or training");
-  RK_NORM_CHECK(!a.batch_statistics() || a.N() > 1, "training needs more than one row, got ", a.N());
+  RK_NORM_CHECK(!a.batch_statistics() || a.N() != 1, "training needs more than one row, got ", a.N());
   if (a.batch_norm) check_epsilon("norm_activation", "norm_eps", a.norm_eps, a.training);
   if (a.activation == ActivationName::dice) check_epsilon("norm_activation", "dice_eps", a.dice_eps, false);
   const auto check_vector = [&](const OptionalTensor& t, const char* name, bool may_be_one) {
@@ -139,11 +139,11 @@ class NormLayer {
 
   // The means of e and of e n over the batch.
   void set_backward_means(const LayerGrad<A>& sums) {
-    const int64_t H = args_.H();
+    const int64_t H = args_.H(), N = std::max<int64_t>(args_.N(), 1);
     A *c1 = arena_.take(padded<A>(H)), *c2 = arena_.take(padded<A>(H));
     for (int64_t h = 0; h < H; ++h) {
-      c1[h] = f.y_scale[h] * sums.sums[0][h] / args_.N();
-      c2[h] = f.y_scale[h] * sums.sums[1][h] / args_.N();
+      c1[h] = f.y_scale[h] * sums.sums[0][h] / N;
+      c2[h] = f.y_scale[h] * sums.sums[1][h] / N;
     }
     f.c1 = c1;
     f.c2 = c2;
@@ -188,6 +188,19 @@ struct NormSums {
   Arena<A> arena;
   LayerGrad<A> grad{};
 };
+
+// What an update leaves the running statistics as they are with: of no rows.
+template <class A>
+void keep_statistics(const NormArguments& a, A* batch_stats) {
+  std::fill_n(batch_stats, 2 * a.H(), A(0));
+  for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
+    if (*t) {
+      const std::vector<A> values = values_of<A>(**t);
+      std::copy(values.begin(), values.end(), batch_stats);
+    }
+    batch_stats += a.H();
+  }
+}
 
 template <class T, class A = Accumulator<T>>
 void accumulate_statistics(const NormArguments& a, const NormChunks& chunks, const Tensor& x,
@@ -245,8 +258,11 @@ std::tuple<Tensor, Tensor> norm_activation_cpu(const Tensor& x, const OptionalTe
     using A = Accumulator<T>;
     const NormChunks chunks(a, sizeof(A));
     NormLayer<A> layer(a);
-    if (a.batch_statistics())
-      accumulate_statistics<T>(a, chunks, xu, layer, static_cast<A*>(batch_stats.mutable_data_ptr()));
+    A* stats = static_cast<A*>(batch_stats.mutable_data_ptr());
+    if (a.batch_statistics() && a.N() == 0)
+      keep_statistics(a, stats);
+    else if (a.batch_statistics())
+      accumulate_statistics<T>(a, chunks, xu, layer, stats);
     NormActivation<T> k{};
     k.layer = layer.f;
     k.x = static_cast<const T*>(xu.const_data_ptr());
@@ -352,7 +368,7 @@ std::tuple<Tensor, std::vector<Tensor>> norm_activation_backward_cpu(
     if (a.batch_statistics()) {
       const std::vector<double> stats = values_of<double>(batch_stats);
       std::vector<double> mean(stats.begin(), stats.begin() + H), var(stats.begin() + H, stats.end());
-      for (double& v : var) v *= (N - 1.) / N;
+      for (double& v : var) v *= std::max(N - 1., 0.) / std::max<int64_t>(N, 1);
       layer.set_statistics(mean, var);
     }
     const NormSums<A> sums = backward_passes<T>(a, chunks, layer, xu, gu, grad_x);

@@ -25,6 +25,7 @@ struct DinArguments {
     return !history_index ? B() : offsets ? offsets->numel() - 1 : history.size(0);
   }
   int64_t D() const { return target.size(1); }
+  bool has_running_stats() const { return running_stats.size() > 1; }
   bool batch_statistics() const { return config.training && config.norms() * layers() > 0; }
   // Whether these are of the rows of several processes.
   bool joint() const { return batch_statistics() && !config.group.empty(); }
@@ -90,7 +91,7 @@ inline void check_history(const DinArguments& a) {
 }
 
 inline void check_valid_rows(double valid) {
-  RK_DIN_CHECK(valid > 1, "training needs more than one valid row to take statistics of, got ", valid);
+  RK_DIN_CHECK(valid != 1, "training needs more than one valid row to take statistics of, got ", valid);
 }
 
 inline void check_params(const DinArguments& a) {
@@ -109,8 +110,8 @@ inline void check_params(const DinArguments& a) {
   check_list(a.running_stats, "running_stats");
   const int64_t stats = 2 * config.norms();
   const int64_t given = a.running_stats.size();
-  const bool none = !config.norms() && given == 1 && a.running_stats[0].numel() == 0;
-  RK_DIN_CHECK(config.training || none || given == stats * a.layers(),
+  const bool none = given == 0 || (given == 1 && a.running_stats[0].numel() == 0);
+  RK_DIN_CHECK((none && (config.training || !config.norms())) || given == stats * a.layers(),
                "running_stats must hold 2 tensors for each of ", config.norms() * a.layers(), " norms, got ",
                a.running_stats.size());
   const bool has_slope =
@@ -127,7 +128,7 @@ inline void check_params(const DinArguments& a) {
                    "hidden layer ", i, " needs vectors of ", width, " values",
                    slope ? ", its slope may have one" : "", ", got ", shape_of(layer[j]));
     }
-    if (config.training) continue;
+    if (none) continue;
     for (int64_t j = i * stats; j < (i + 1) * stats; ++j)
       RK_DIN_CHECK(a.running_stats[j].dim() == 1 && a.running_stats[j].size(0) == width, "running_stats[", j,
                    "] must be [", width, "], got ", shape_of(a.running_stats[j]));

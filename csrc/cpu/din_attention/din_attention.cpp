@@ -166,12 +166,20 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
     *count = static_cast<A>(all.count);
   }
   std::vector<double> var(H);
-  for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / all.count;
+  for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / std::max(all.count, 1.);
   network.set_batch_statistics(i, all.mean, var);
-  const double unbiased = all.count / (all.count - 1);
+  const double unbiased = all.count / std::max(all.count - 1, 1.);
+  auto running = a.running_stats.begin() + (a.has_running_stats() ? 2 * a.config.norms() * i : 0);
   for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
     if (!norm) continue;
+    if (all.count == 0 && a.has_running_stats()) {  // an update leaves them as they are
+      for (int64_t j = 0; j < 2; ++j) {
+        const std::vector<A> kept = values_of<A>(*running++);
+        batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
+      }
+      continue;
+    }
     batch_stats = std::copy(norm->mean.begin(), norm->mean.end(), batch_stats);
     for (const double v : norm->var) *batch_stats++ = static_cast<A>(v * unbiased);
   }
@@ -309,7 +317,7 @@ std::vector<Tensor> backward(const DinArguments& a, const DinGeometry& g, const 
   rows.segment_sum = segments.sums();
   rows.grad_target = static_cast<T*>(grad_target.mutable_data_ptr());
   const bool batch_statistics = a.config.training && network.has_norm();
-  const double valid = a.joint() ? *count : g.valid;
+  const double valid = std::max<double>(a.joint() ? *count : g.valid, 1);  // of none, sums of nothing
   if (!a.config.training) set_running_statistics(network, a);
   const std::vector<double> all_stats = values_of<double>(batch_stats);
   const double* stats = all_stats.data();
