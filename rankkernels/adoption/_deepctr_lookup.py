@@ -159,5 +159,5 @@ class Lookups(KeepsPlans):
         if use_fm and not features.per_sample_weights:
             return run_fm(LookupBatch(weights, features, plan.names, values), None)[:2]
         (out,) = run_op(weights, features, plan.names, concat=True)
-        fm = fm_interaction(out.view(len(X), len(plan.columns), -1)) if use_fm else None
+        fm = fm_interaction(out.unflatten(1, (len(plan.columns), -1))) if use_fm else None
         return torch.cat([out, *values], 1), fm

@@ -88,7 +88,8 @@ class DIEN(nn.Module):
             self.interest_extractor_layers, self.history_features, histories, negatives
         ):
             mask = self._mask(x, feature)
-            extracted.append(run_gru(gru, history, mask.sum(1)))
+            # Not run of no rows, as torch-rechub's: its parameters then have no gradient, and not zeros.
+            extracted.append(run_gru(gru, history, mask.sum(1)) if history.numel() else torch.zeros_like(history))
             loss = loss + self.auxiliary(extracted[-1], history, negative, mask)
         for augru, feature, states, target in zip(
             self.interest_evolving_layers, self.history_features, extracted, targets
@@ -122,7 +123,7 @@ class DIEN(nn.Module):
 
 def _last_state(augru: nn.Module, states: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """What ``augru`` ends with, [B, D]: zeros where the ``mask`` [B, L] has nothing."""
-    if states.shape[1] == 0:
+    if not states.numel():
         return states.new_zeros(states.shape[0], states.shape[2])
     if is_plain(augru, AUGRU) and augru.is_served():
         # A position that the mask leaves out has no attention, and moves nothing: the last one in it ends a sample.

@@ -293,8 +293,8 @@ def din_attention(
         params: for each hidden layer its weight [H, in] and bias [H]; with ``batch_norm`` the normalization's weight
             and bias [H]; then what ``activation`` learns: prelu its slope [1] or [H], dice its alpha [1] or [H],
             dice_batch_norm alpha, weight and bias [H]. At the end the output layer's weight [1, H] and bias [1].
-        running_stats: running mean and variance [H] of each normalization, in order; in training, if given, they are what
-            is returned where no row is valid.
+        running_stats: running mean and variance [H] of each normalization, in order; in training, if given, what is
+            returned where no row is valid.
         lengths: [B], int32 or int64: the first ``lengths[b]`` rows of sample b are valid.
         mask: [B, L], bool: true at the valid rows.
         offsets: [B + 1], int32 or int64, from 0 to N: sample b has the rows ``offsets[b]:offsets[b + 1]``.

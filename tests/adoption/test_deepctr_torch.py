@@ -386,7 +386,9 @@ def test_an_empty_batch(name, training, float64):
             found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
         except (RuntimeError, ValueError, IndexError) as error:
             found.append(type(error))
-    if isinstance(found[0], type):
+    if name == "DIN":  # theirs cannot reshape an empty batch
+        assert found[0] is RuntimeError and found[1][0].shape == (0, 1)
+    elif isinstance(found[0], type):
         assert found[1] is found[0]
     else:
         assert_close(found[1], found[0])

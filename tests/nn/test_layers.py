@@ -492,3 +492,27 @@ def test_training_in_float16_storage_keeps_float32_sums():
     for n, dtype in ((4096, torch.bfloat16), (512, torch.float16)):
         x = torch.full((1, n, 1), 0.25, dtype=dtype)
         assert relative_error(rk.fm_interaction(x), torch.tensor(n * (n - 1) / 32)) < 1e-2
+
+
+@pytest.mark.parametrize("activation", ["dice", "relu"])
+@pytest.mark.parametrize(
+    "history, samples, rows",
+    [
+        ((0, 5, 4), 0, {}),
+        ((3, 0, 4), 3, {}),
+        ((3, 5, 4), 3, {"lengths": torch.zeros(3, dtype=torch.long)}),
+        ((3, 5, 4), 3, {"mask": torch.zeros(3, 5, dtype=torch.bool)}),
+        ((0, 4), 3, {"offsets": torch.zeros(4, dtype=torch.long)}),
+    ],
+    ids=["no samples", "no positions", "lengths", "mask", "offsets"],
+)
+def test_activation_unit_without_rows_keeps_its_statistics(history, samples, rows, activation):
+    unit = rk.ActivationUnit(4, [6], activation)
+    norm = unit.attention.mlp[1]
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    out = unit(torch.randn(history), torch.randn(samples, 4), **rows)
+    out.sum().backward()
+    assert out.shape == (samples, 4) and not out.any()
+    assert all(map(torch.equal, (norm.running_mean, norm.running_var), before)) and norm.num_batches_tracked == 1
+    assert not any(p.grad.any() for p in unit.parameters())

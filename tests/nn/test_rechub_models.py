@@ -65,8 +65,9 @@ def test_accelerated(name, training):
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
 
 
-#: What torch-rechub refuses and ours do: its transformer cannot reshape an empty batch.
-SERVED = {("BST", 0)}
+#: What torch-rechub refuses and ours do, and how: a transformer that cannot reshape an empty batch, and in eval a
+#: squeeze that makes one sample none.
+SERVED = {("BST", True, 0): RuntimeError, ("BST", False, 0): RuntimeError, ("DCNv2", False, 1): IndexError}
 
 
 @pytest.mark.parametrize("samples", [0, 1])
@@ -90,9 +91,24 @@ def test_accelerated_with_hardly_a_sample(name, training, samples):
             found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
         except (RuntimeError, ValueError, IndexError) as error:
             found.append(type(error))
-    if (name, samples) in SERVED:
-        assert found[0] is RuntimeError and found[1][0].shape == (samples,)
+    if (name, training, samples) in SERVED:
+        assert found[0] is SERVED[name, training, samples] and found[1][0].shape == (samples,)
     elif isinstance(found[0], type):
         assert found[1] is found[0]
     else:
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_histories_of_length_zero():
+    """DIEN's, which torch-rechub serves, too: nothing evolves, and the recurrence has no gradient."""
+    torch.manual_seed(0)
+    theirs = rechub.build("DIEN", SIZES)
+    ours = rk.accelerate(copy.deepcopy(theirs))
+    batch = {k: v[:, :0] if v.dim() > 1 else v for k, v in rechub.batch(SIZES).items()}
+    found = []
+    for model in (theirs, ours):
+        y = rechub.output(model(dict(batch)))
+        y.sum().backward()
+        found.append([y.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    assert any(g is None for g in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)

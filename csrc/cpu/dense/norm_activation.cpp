@@ -189,7 +189,7 @@ struct NormSums {
   LayerGrad<A> grad{};
 };
 
-// What an update leaves the running statistics as they are with: of no rows.
+// Of no rows: the running statistics, which an update with them leaves as they are.
 template <class A>
 void keep_statistics(const NormArguments& a, A* batch_stats) {
   std::fill_n(batch_stats, 2 * a.H(), A(0));

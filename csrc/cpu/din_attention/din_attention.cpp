@@ -173,9 +173,10 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
   for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
     if (!norm) continue;
-    if (all.count == 0 && a.has_running_stats()) {  // an update leaves them as they are
+    if (all.count == 0) {  // an update leaves the running ones as they are
       for (int64_t j = 0; j < 2; ++j) {
-        const std::vector<A> kept = values_of<A>(*running++);
+        std::vector<A> kept(H);
+        if (a.has_running_stats()) kept = values_of<A>(*running++);
         batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
       }
       continue;
