@@ -25,6 +25,7 @@ from triton._C.libtriton import ir
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
+from bench.gpu import interpreting
 from bench.gpu.ahead_of_time import launches_kernel, tensor_bytes
 from rankkernels._triton import _alignment
 
@@ -159,6 +160,7 @@ def behind_addresses(tensors: list[torch.Tensor], numbers: list[int]) -> list[to
 
 
 def install() -> None:
+    interpreting.install()
     builder, executor = InterpreterBuilder, GridExecutor
     cast, convert, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
     load, store = builder.create_masked_load, builder.create_masked_store
