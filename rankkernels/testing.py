@@ -551,12 +551,13 @@ def target_attention_case(B: int, H: int, L: int, D: int, form: str = "padded", 
         counts = torch.randint(0, L + 1, (U,), generator=generator)
         counts[:1], counts[1:][-1:] = 0, L
     index = [] if users is None else [torch.arange(B).neg().remainder(max(U, 1))]
-    extra = {
-        "padded": [],
-        "lengths": [counts],
-        "mask": [(torch.arange(L) < counts[:, None])[:, torch.randperm(L, generator=generator)]],
-        "offsets": [torch.cat([counts.new_zeros(1), counts.cumsum(0)])],
-    }[form]
+    extra = []
+    if form == "lengths":
+        extra = [counts]
+    elif form == "mask":
+        extra = [(torch.arange(L) < counts[:, None])[:, torch.randperm(L, generator=generator)]]
+    elif form == "offsets":
+        extra = [torch.cat([counts.new_zeros(1), counts.cumsum(0)])]
     rows = B * L if users is None else int(counts[index[0]].sum())
 
     def make(dtype, generator):

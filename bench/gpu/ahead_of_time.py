@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -178,28 +179,35 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
+@cache
+def _nvidia_code(cubin: bytes) -> tuple[int, int, Counter[str], Code]:
+    """Registers and bytes of local memory a thread, instructions and loops. Calls have kernels in common, and nvdisasm
+    takes a quarter of a second to begin."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
+        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", "-ndf", str(file))  # the same text, sooner
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
+    return registers, local + stack, Counter(re.findall(pattern, code)), parse(code)
+
+
 def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
     """From the machine code, its registers, local memory and instructions."""
     parsed = None
     if TARGETS[target].backend == "cuda":
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = Path(folder, "kernel.cubin")
-            cubin.write_bytes(compiled.asm["cubin"])
-            usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-            code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", "-ndf", str(cubin))  # the same text, sooner
-        parsed = parse(code)
-        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-        local += stack
-        pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
+        registers, local, instructions, parsed = _nvidia_code(compiled.asm["cubin"])
     else:
         code = compiled.asm["amdgcn"]
         registers, local = (
             int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
         )
         pattern = r"(?m)^\s+((?:global_load|global_store|buffer_load|buffer_store|scratch|v_mfma)_?\w*)"
+        instructions = Counter(re.findall(pattern, code))
     return Kernel(
         compiled.metadata.name, grid, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
-        Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"], parsed,
+        instructions, "tt.dot" in compiled.asm["ttir"], parsed,
     )  # fmt: skip
 
 

@@ -20,10 +20,13 @@ import torch
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
+from bench.gpu import interpreting
 from bench.gpu.ahead_of_time import CUDAImplementations
 from bench.gpu.sass import Counts, Line, Trips
 from rankkernels import _triton
 from rankkernels.testing import OpCase
+
+interpreting.install()
 
 FOLDER = str(Path(_triton.__file__).parent)
 #: Programs of each dimension of a grid that are run: the others do the same with other data.
