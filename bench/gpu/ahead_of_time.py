@@ -7,15 +7,16 @@ tensor has no values, so an implementation that reads one, which would make a GP
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from bench.gpu.cases import CUDA_LAUNCHES
@@ -179,35 +181,44 @@ def _run(*command: str) -> str:
     return done.stdout + done.stderr
 
 
-@cache
-def _nvidia_code(cubin: bytes) -> tuple[int, int, Counter[str], Code]:
-    """Registers and bytes of local memory a thread, instructions and loops. Calls have kernels in common, and nvdisasm
-    takes a quarter of a second to begin."""
+def _disassembled(cubin: bytes, file: Path) -> str:
+    """What nvdisasm, which takes a quarter of a second to begin, prints of ``file``, which has the ``cubin``: kept where
+    Triton keeps what it compiles."""
+    options, tool = ("-c", "-gi", "-ndf"), triton.knobs.nvidia.nvdisasm  # without -ndf the same text, later
+    key = hashlib.sha256(" ".join((tool.version, *options)).encode() + cubin).hexdigest()
+    kept, name = get_cache_manager(key), "nvdisasm.z"
+    path = kept.get_file(name)
+    if path is None:
+        path = kept.put(zlib.compress(_run(tool.path, *options, str(file)).encode()), name)
+    return zlib.decompress(Path(path).read_bytes()).decode()
+
+
+def _nvidia_code(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump says of a kernel's resources, and its instructions."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file))
-        code = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-gi", "-ndf", str(file))  # the same text, sooner
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
-    return registers, local + stack, Counter(re.findall(pattern, code)), parse(code)
+        return _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(file)), _disassembled(cubin, file)
 
 
 def _inspected(compiled, grid: tuple[int, ...], target: str) -> Kernel:
     """From the machine code, its registers, local memory and instructions."""
     parsed = None
     if TARGETS[target].backend == "cuda":
-        registers, local, instructions, parsed = _nvidia_code(compiled.asm["cubin"])
+        usage, code = _nvidia_code(compiled.asm["cubin"])
+        parsed = parse(code)
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        local += stack
+        pattern = r"\b((?:LDG|STG|LDL|STL|LDS|STS|HMMA|HGMMA|UTCHMMA|UTCQMMA|FFMA|MUFU)\b[\w.]*)"
     else:
         code = compiled.asm["amdgcn"]
         registers, local = (
             int(re.search(rf"\.{key}:\s+(\d+)", code)[1]) for key in ("vgpr_count", "private_segment_fixed_size")
         )
         pattern = r"(?m)^\s+((?:global_load|global_store|buffer_load|buffer_store|scratch|v_mfma)_?\w*)"
-        instructions = Counter(re.findall(pattern, code))
     return Kernel(
         compiled.metadata.name, grid, compiled.metadata.num_warps, registers, local, compiled.metadata.shared,
-        instructions, "tt.dot" in compiled.asm["ttir"], parsed,
+        Counter(re.findall(pattern, code)), "tt.dot" in compiled.asm["ttir"], parsed,
     )  # fmt: skip
 
 

@@ -256,7 +256,7 @@ DIN = Interpreted(
             "weight2_ptr + o_h2[:, None] * BLOCK_H",
             "weight2_ptr + o_h2[:, None] * BLOCK_H2",
         ),
-        ("a layer's vectors with the wrong stride", "WHICH * BLOCK_H + o_h)", "WHICH * 32 + o_h)"),
+        ("dice_batch_norm: a layer's vectors with the wrong stride", "WHICH * BLOCK_H + o_h)", "WHICH * 32 + o_h)"),
         (
             "dice: mean over the block",
             "tl.sum(y, 1, keep_dims=True) / H, 0.0)",
@@ -278,7 +278,7 @@ DIN = Interpreted(
             "tl.join(w0, w1), tl.join(w2, w3)",
         ),
         ("dropout: one for both layers", "zeros + LAYER", "zeros"),
-        ("softmax: not rescaled", "total, peak = total * decay +", "total, peak = total +"),
+        ("programs: a softmax not rescaled", "total, peak = total * decay +", "total, peak = total +"),
         (
             "forward: pooled over columns",
             "return (out[0] * decay + tl.sum(weight * rows[0], 0),)",
@@ -324,7 +324,7 @@ DIN = Interpreted(
             "(o_l < stored_end + 1)[:, None] & (o_d < D)[None, :]\n                tl.store",
         ),
         ("backward: columns past the share's", "valid[:, None] & (o_s < D)", "valid[:, None] & (o_s >= 0)"),
-        ("backward: a share of columns missed", "blocks[0] // 32 if", "1 if"),
+        ("sliced: a share of columns missed", "blocks[0] // 32 if", "1 if"),
         ("backward: alpha's sum over units", "alpha += tl.sum(grad_alpha, 0)", "alpha += tl.sum(grad_alpha)"),
         ("training: sum over units", "of_yx += tl.sum(grad_y * x, 0)", "of_yx += tl.sum(grad_y * x)"),
         ("backward: second bias of the last block", "grad_bias2 += tl.sum", "grad_bias2 = tl.sum"),
@@ -360,7 +360,7 @@ DIN = Interpreted(
         ),
         ("sums: a program's vectors in a wrong place", "AT_SUMS + 4 * BLOCK_H", "AT_SUMS + 3 * BLOCK_H"),
         (
-            "sums: the first blocks of programs alone",
+            "programs: the first blocks' sums alone",
             "tl.range(0, programs, BLOCK_P):\n        o_p = p0 + tl.arange(0, BLOCK_P)\n        inside",
             "tl.range(0, 1, BLOCK_P):\n        o_p = p0 + tl.arange(0, BLOCK_P)\n        inside",
         ),

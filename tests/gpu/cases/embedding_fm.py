@@ -158,7 +158,7 @@ EMBEDDING_FM = Interpreted(
         ("forward: columns unmasked", "of_row = (o_d < D)", "of_row = (o_d >= 0)"),
         ("forward: a feature too many", "(f < n)[None, :]", "(f <= n)[None, :]"),
         ("forward: an embedding's square", "y += b_x * s\n            s += b_x", "s += b_x\n            y += b_x * s"),
-        ("forward: the last columns alone", "total += tl.sum(y, 1)", "total = tl.sum(y, 1)"),
+        ("dense: the last columns alone", "total += tl.sum(y, 1)", "total = tl.sum(y, 1)"),
         ("backward: of the whole sum", "(tl.sum(b_x, 1, keep_dims=True) - b_x)", "tl.sum(b_x, 1, keep_dims=True)"),
         ("backward: summed over samples", "tl.sum(b_x, 1, keep_dims=True)", "tl.sum(b_x, 0, keep_dims=True)"),
         (
@@ -169,7 +169,7 @@ EMBEDDING_FM = Interpreted(
         ("backward: the embeddings' gradient alone", "grad += tl.load(grad_tile", "grad = tl.load(grad_tile"),
         ("backward: the first field's linear weights", "linear_weight_ptr + column", "linear_weight_ptr + column % D"),
         ("backward: the linear term of the first sample", "o_b * stride_lb", "o_b * 0"),
-        ("way: numbers of the second program", "if tl.program_id(0) == 0:", "if tl.program_id(0) == 1:"),
+        ("rowwise_adagrad: numbers of the second program", "if tl.program_id(0) == 0:", "if tl.program_id(0) == 1:"),
         ("way: a number too few", "(B, F, D, *strides, len(brought),", "(B, F, D, *strides, len(brought) - 1,"),
         ("live: no more numbers", "write(numbers, values, AT_ONCE)", "pass"),
         ("expanded: rows as wide as they are", "o_b[:, None, None] * stride_gb", "o_b[:, None, None] * (F * D)"),

@@ -236,7 +236,8 @@ def test_unbroken_copy_passes(op, tmp_path):
 )
 def test_broken_copy_is_noticed(op, what, old, new, tmp_path):
     broken = edited(op.module, tmp_path, old, new)
-    for config in sorted(op.configs, key=lambda config: not config.get(what.split(":")[0])):
+    word = what.split(":")[0]
+    for config in sorted(op.configs, key=lambda config: not config.get(word) and word not in map(str, config.values())):
         try:
             if max(errors(op, broken, config, BF16 if config.get("rounds") else SINGLE)) > 1:
                 return
