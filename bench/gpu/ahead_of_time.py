@@ -182,8 +182,8 @@ def _run(*command: str) -> str:
 
 
 def _disassembled(cubin: bytes, file: Path) -> str:
-    """What nvdisasm, which takes a quarter of a second to begin, prints of ``file``, which is ``cubin``: kept where Triton
-    keeps what it compiles."""
+    """What nvdisasm, which takes a quarter of a second to begin, prints of ``file`` with this ``cubin``: kept where
+    Triton keeps what it compiles."""
     options, tool = ("-c", "-gi", "-ndf"), triton.knobs.nvidia.nvdisasm  # without -ndf the same text, later
     key = hashlib.sha256(" ".join((tool.version, *options)).encode() + cubin).hexdigest()
     kept, name = get_cache_manager(key), "nvdisasm.z"

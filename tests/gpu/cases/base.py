@@ -36,7 +36,7 @@ class Interpreted:
     configs: Sequence[dict]
     dtypes: Sequence[torch.dtype]
     #: Source edits (what, old, new) of the module or one it is split into (its name and an ending), each of which must
-    #: make a config of ``configs`` fail. Those in which the word that ``what`` begins with is on, or a value, come first.
+    #: make a config of ``configs`` fail. First come those in which the word that ``what`` begins with is on or a value.
     mutations: Sequence[tuple[str, str, str]]
     tolerance: dict[torch.dtype, float] = field(default_factory=lambda: ROUNDED_ONCE)
     #: The argument that the first launch reads once, with ``streamed_configs`` in which it reads all of it.
