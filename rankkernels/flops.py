@@ -83,6 +83,14 @@ def _mixed_experts(*inputs, out_shape=None, **kwargs) -> int:
     return (3 if grads else 1) * 2 * B * prod(weight)
 
 
+@register_flop_formula([_OPS.mixed_cross_layer, _OPS.mixed_cross_layer_backward])
+def _mixed_cross_layer(*inputs, out_shape=None, **kwargs) -> int:
+    """The products with V, the gates and U, and the experts'; in the backward each twice, the experts' once more."""
+    backward = len(inputs) == 10
+    _, (B, _), u, _, weight, gates, *_ = inputs[3 if backward else 0 :]
+    return 2 * B * ((1 + backward) * (2 * prod(u) + prod(gates)) + (1 + 2 * backward) * prod(weight))
+
+
 @register_flop_formula(_OPS.embedding_fm)
 def _embedding_fm(*args, out_shape=None, **kwargs) -> int:
     linear_weight = args[-2]

@@ -70,6 +70,29 @@ def mixed_experts(projections: Tensor, weight: Tensor) -> Tensor:
     return q.transpose(0, 1).flatten(1).to(projections.dtype)
 
 
+def mixed_cross_layer(
+    x0: Tensor, x: Tensor, u: Tensor, v: Tensor, weight: Tensor, gates: Tensor, bias: Tensor
+) -> Tensor:
+    """A cross layer of low rank, x0 * (sum_e share_e U_e tanh(C_e tanh(V_e^T x)) + bias) + x: x0 and x [B, D], u and v
+    [E, D, r], weight C [E, r, r], gates [E, D], bias [D] -> [B, D].
+
+    Wang et al., "DCN V2" (2021), equations 3 and 4, with torch-rechub's gates, whose shares sum to 1.
+    """
+    product = mixture_product(mixture_projections(x, v, gates), u, weight, bias)
+    return (accumulator(x0) * product + accumulator(x)).to(x0.dtype)
+
+
+def mixture_projections(x: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+    """x by all experts' V and by the gates, [B, E r + E], in the accumulators' dtype."""
+    return accumulator(x) @ accumulator(torch.cat([v.transpose(1, 2).flatten(0, 1), gates])).t()
+
+
+def mixture_product(projections: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What x0 is multiplied with, [B, D], in the dtype of ``projections``."""
+    mixed = mixed_experts(projections, accumulator(weight))
+    return mixed @ accumulator(u).transpose(1, 2).flatten(0, 1) + accumulator(bias)
+
+
 def pairwise_dot(embeddings: Tensor, field_weights: Tensor | None = None) -> Tensor:
     """Dot products of the fields f < g: [B, F, D] -> [B, F (F - 1) / 2], each times its pair's weight, if any.
 

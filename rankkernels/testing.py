@@ -19,6 +19,7 @@ from rankkernels.ops.attention_params import norms_per_layer, params_per_layer, 
 from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer
 from rankkernels.ops.ffm_interaction import ffm_interaction
+from rankkernels.ops.mixed_cross_layer import mixed_cross_layer
 from rankkernels.ops.mixed_experts import mixed_experts
 
 #: Largest relative error of a result or a gradient (norm of the difference over the norm), by the dtype of the inputs.
@@ -177,6 +178,31 @@ def mixed_experts_case(B: int, E: int, rank: int) -> OpCase:
         elements=B * (2 * E * rank + E),
         flops=2 * B * E * rank * rank,
         backward_flops=6 * B * E * rank * rank,
+    )
+
+
+def mixed_cross_layer_case(B: int, D: int, E: int, rank: int) -> OpCase:
+    """x0 and x [B, D], u and v [E, D, rank], a weight [rank, rank] an expert, gates [E, D] and a bias [D]."""
+
+    def make(dtype, generator):
+        scale = max(D, 1) ** -0.5
+        factors = [randn((E, D, rank), dtype, generator, scale) for _ in range(2)]
+        weight = randn((E, rank, rank), dtype, generator, max(rank, 1) ** -0.5)
+        gates, bias = randn((E, D), dtype, generator, scale), randn((D,), dtype, generator)
+        return *(randn((B, D), dtype, generator) for _ in range(2)), *factors, weight, gates, bias
+
+    flops = 2 * B * E * (2 * D * rank + rank * rank + D)
+    return OpCase(
+        op="mixed_cross_layer",
+        id=f"mixed_cross_layer-B{B}-D{D}-E{E}-rank{rank}",
+        make=make,
+        function=mixed_cross_layer,
+        reference=reference.mixed_cross_layer,
+        overload=torch.ops.rankkernels.mixed_cross_layer.default,
+        arguments=lambda *layer: (*layer, True),
+        elements=4 * B * D,
+        flops=flops,
+        backward_flops=2 * flops + 2 * B * E * rank * rank,
     )
 
 
@@ -622,6 +648,10 @@ TEST_CASES = [
     *(
         mixed_experts_case(*s)
         for s in ((5, 4, 32), (35, 3, 5), (67, 1, 17), (2, 2, 1), (3, 5, 50), (0, 2, 3), (2, 3, 0), (3, 0, 0))
+    ),
+    *(
+        mixed_cross_layer_case(*s)
+        for s in ((67, 13, 4, 32), (5, 37, 3, 5), (2, 1, 1, 1), (3, 20, 5, 7), (0, 5, 2, 3), (3, 0, 2, 3), (3, 4, 2, 0))
     ),
     *(ffm_interaction_case(*s) for s in ((3, 4, 5), (2, 3, 8, False), (2, 3, 19, False), (0, 2, 3), (2, 1, 4))),
     *(bilinear_interaction_case(*s) for s in ((3, 4, 5), (35, 3, 9), (0, 3, 4), (2, 1, 3))),

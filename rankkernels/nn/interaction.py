@@ -16,6 +16,8 @@ from rankkernels.ops.bilinear_interaction import KINDS, bilinear_interaction
 from rankkernels.ops.cross_layer import cross_layer, is_faster
 from rankkernels.ops.ffm_interaction import ffm_interaction
 from rankkernels.ops.linear import linear
+from rankkernels.ops.mixed_cross_layer import is_faster as mixed_layer_is_faster
+from rankkernels.ops.mixed_cross_layer import mixed_cross_layer
 from rankkernels.ops.mixed_experts import is_faster as experts_are_faster
 from rankkernels.ops.mixed_experts import mixed_experts
 
@@ -164,6 +166,12 @@ class CrossNetMix(nn.Module):
         if x.dim() != 2:
             raise ValueError(f"CrossNetMix: x must be [B, {self.gating[0].in_features}], got shape {list(x.shape)}")
         gates, x0 = _weights_of(self.gating), x
+        lists = [_parameters_of(p) for p in (self.u_list, self.v_list, self.c_list, self.bias)]
+        if _are_like(x, gates, *lists) and len({self.num_layers, *map(len, lists)}) == 1 and mixed_layer_is_faster(x):
+            joined = torch.cat(gates)
+            for u, v, c, bias in zip(*lists):
+                x = mixed_cross_layer(x0, x, u, v, c, joined, bias.squeeze(1))
+            return x
         for i in range(self.num_layers):
             x = _end_of_layer(x0, self._mixed(x, i, gates), x)
         return x

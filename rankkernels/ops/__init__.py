@@ -3,6 +3,7 @@
 import rankkernels.ops.bilinear_interaction  # noqa: F401 (an op of a layer)
 import rankkernels.ops.cross_layer  # noqa: F401 (an op of a layer)
 import rankkernels.ops.ffm_interaction  # noqa: F401 (an op of a layer)
+import rankkernels.ops.mixed_cross_layer  # noqa: F401 (an op of a layer)
 import rankkernels.ops.mixed_experts  # noqa: F401 (an op of a layer)
 import rankkernels.ops.rank  # noqa: F401 (defines an op; its public side is rankkernels.serve)
 import rankkernels.ops.sparse_norm  # noqa: F401 (registers a kernel)

@@ -70,6 +70,12 @@ OPS = {
             cuda_limits=IN_FLOAT64,
         ),
         Op(
+            "mixed_cross_layer",
+            ("CrossNetMix",),
+            "a layer of DCN v2 with experts of low rank",
+            otherwise="its parts in turn",
+        ),
+        Op(
             "mixed_experts",
             ("CrossNetMix",),
             "DCN v2's experts of low rank",

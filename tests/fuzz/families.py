@@ -28,6 +28,8 @@ FAMILIES = {
     "pairwise_dot": kernels.valid("pairwise_dot"),
     "pairwise_dot_wrong": kernels.wrong("pairwise_dot"),
     "cross_layer": kernels.valid("cross_layer"),
+    "mixed_cross_layer": kernels.valid("mixed_cross_layer"),
+    "mixed_cross_layer_wrong": kernels.wrong("mixed_cross_layer"),
     "mixed_experts": kernels.valid("mixed_experts"),
     "mixed_experts_wrong": kernels.wrong("mixed_experts"),
     "ffm_interaction": kernels.valid("ffm_interaction"),

@@ -19,6 +19,7 @@ from rankkernels.testing import (
     din_attention_case,
     ffm_interaction_case,
     fm_interaction_case,
+    mixed_cross_layer_case,
     mixed_experts_case,
     norm_activation_case,
     pairwise_dot_case,
@@ -47,6 +48,8 @@ def drawn_case(draw: Draw, op: str) -> OpCase:
         return cross_layer_case(draw.size(), int(draw.width()), draw.chance(0.7))
     if op == "mixed_experts":
         return mixed_experts_case(draw.size(), draw.randint(1, 9), draw.size(70))
+    if op == "mixed_cross_layer":
+        return mixed_cross_layer_case(draw.size(), int(draw.width()), draw.randint(1, 9), draw.size(70))
     if op == "ffm_interaction":
         return ffm_interaction_case(draw.size(40), draw.randint(0, 9), draw.width(), draw.chance(0.5))
     if op == "bilinear_interaction":
@@ -142,7 +145,7 @@ def wrong(op: str):
             saved = list(saved) if isinstance(saved, (list, tuple)) else [saved]
             overload = getattr(ops, f"{op}_backward").default
             names = [a.name for a in overload._schema.arguments]
-            arguments = [torch.randn_like(saved[0]), *saved[1:], *arguments]
+            arguments = [torch.randn_like(saved[0]), *saved[1:], *arguments][: len(names)]
         i = draw.randrange(len(arguments))
         if draw.chance(0.1) and "activation" in names:
             i = names.index("activation")

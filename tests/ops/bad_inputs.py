@@ -57,6 +57,17 @@ def mixed_experts_backward():
     return dict(grad_out=randn(B, 6), **mixed_experts())
 
 
+def mixed_cross_layer():
+    layer = dict(x0=randn(B, D), x=randn(B, D), u=randn(2, D, 3), v=randn(2, D, 3), weight=randn(2, 3, 3))
+    return dict(**layer, gates=randn(2, D), bias=randn(D), keep_product=True)
+
+
+def mixed_cross_layer_backward():
+    layer = mixed_cross_layer()
+    del layer["keep_product"]
+    return dict(grad_out=randn(B, D), projections=randn(B, 8), product=randn(B, D), **layer)
+
+
 def ffm_interaction():
     return dict(x=randn(B, 3, 3, D), reduce_sum=True)
 
@@ -191,7 +202,8 @@ MAKE = {
     "cross_network_backward": cross_network_backward, "pairwise_dot": pairwise_dot,
     "pairwise_dot_backward": pairwise_dot_backward, "cross_layer": cross_layer,
     "cross_layer_backward": cross_layer_backward, "mixed_experts": mixed_experts,
-    "mixed_experts_backward": mixed_experts_backward, "ffm_interaction": ffm_interaction,
+    "mixed_experts_backward": mixed_experts_backward, "mixed_cross_layer": mixed_cross_layer,
+    "mixed_cross_layer_backward": mixed_cross_layer_backward, "ffm_interaction": ffm_interaction,
     "ffm_interaction_backward": ffm_interaction_backward, "bilinear_interaction": bilinear_interaction,
     "bilinear_interaction_backward": bilinear_interaction_backward, "linear_weight_grad": linear_weight_grad,
     "norm_activation": norm, "norm_activation_backward": norm_backward, "din_attention": din,
@@ -288,6 +300,22 @@ BAD_INPUTS = {
     "mixed_experts_backward": [
         (dict(grad_out=randn(B, 8)), form("grad_out", [B, 6], [B, 8])),
         (dict(weight=randn(3, 3, 3)), form("projections", [B, 12], [B, 8])),
+    ],
+    "mixed_cross_layer": [
+        (dict(x0=randn(D)), f"x0 must have 2 dimensions, got 1 (shape [{D}])"),
+        (dict(x0=torch.ones(B, D).long()), f"x0 {FLOATING}torch.int64"),
+        (dict(x=randn(B, D + 1)), form("x", [B, D], [B, D + 1])),
+        (dict(u=randn(2, 3, D)), form("u", [2, D, 3], [2, 3, D])),
+        (dict(v=randn(1, D, 3)), form("v", [2, D, 3], [1, D, 3])),
+        (dict(weight=randn(2, 3, 4)), "weight must be [E, r, r], got [2, 3, 4]"),
+        (dict(weight=randn(2, 3, 3).double()), form("weight", [2, 3, 3], [2, 3, 3], "float64")),
+        (dict(gates=randn(1, D)), form("gates", [2, D], [1, D])),
+        (dict(bias=randn(D, 1)), form("bias", [D], [D, 1])),
+    ],
+    "mixed_cross_layer_backward": [
+        (dict(grad_out=randn(B)), form("grad_out", [B, D], [B])),
+        (dict(projections=randn(B, 6)), form("projections", [B, 8], [B, 6])),
+        (dict(product=randn(0, D)), form("product", [B, D], [0, D])),
     ],
     "ffm_interaction": [
         (dict(x=randn(B, 9, D)), f"x must have 4 dimensions, got 3 (shape [{B}, 9, {D}])"),

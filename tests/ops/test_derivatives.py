@@ -25,6 +25,7 @@ from rankkernels.testing import (
     embedding_fm_case,
     ffm_interaction_case,
     fm_interaction_case,
+    mixed_cross_layer_case,
     mixed_experts_case,
     norm_activation_case,
     pairwise_dot_case,
@@ -59,7 +60,7 @@ def random_cases() -> list[OpCase]:
         )
     cases += [cross_network_case(3, 2, 2), cross_layer_case(2, 3), pairwise_dot_case(2, 3, 2)]
     cases += [pairwise_dot_case(2, 3, 2, True), ffm_interaction_case(2, 3, 2), ffm_interaction_case(1, 2, 3, False)]
-    cases += [mixed_experts_case(2, 2, 3)]
+    cases += [mixed_experts_case(2, 2, 3), mixed_cross_layer_case(2, 3, 2, 2)]
     cases += [bilinear_interaction_case(2, 3, 2), bilinear_interaction_case(2, 3, 2, "field_each")]
     return cases
 

@@ -285,13 +285,6 @@ class FoldedNetwork {
     *product = p;
   }
 
-  static void copy_tail(A* operand, int64_t K, int64_t n) {
-    const PackedTail tail(n);
-    A* to = operand + K * padded<A>(n);
-    for (int64_t k = 0; k < K; ++k, to += tail.width)
-      std::copy_n(operand + k * padded<A>(n) + tail.first, tail.width, to);
-  }
-
   void fold(int64_t i, const std::vector<double>& scale, const std::vector<double>& shift) {
     const HiddenParams<A>& f = hidden_[i];
     LayerParams<A>& layer = layers_[i];

@@ -18,11 +18,11 @@ namespace rk {
 template <class A>
 class ChunkedSums {
  public:
-  // `work`: elements that a sample reads and writes; `size`: values of a sum.
-  ChunkedSums(int64_t samples, int64_t work, int64_t size)
+  // `work`: elements that a sample reads and writes; `size`: values of a sum; `least`: samples of a chunk.
+  ChunkedSums(int64_t samples, int64_t work, int64_t size, int64_t least = 1)
       : samples_(samples), work_(work), size_(padded<A>(size)) {
     const int64_t most = std::clamp(kSumsValues / size_, kFewestChunks, kMostChunks);
-    length_ = std::max((samples + most - 1) / most, kFmChunk / (work + 1) + 1);
+    length_ = std::max((samples + most - 1) / most, std::max(kFmChunk / (work + 1) + 1, least));
     chunks_ = (samples + length_ - 1) / length_;
     parts_.reset(static_cast<A*>(std::aligned_alloc(64, std::max<int64_t>(chunks_, 1) * size_ * sizeof(A))));
     if (!parts_) throw std::bad_alloc();

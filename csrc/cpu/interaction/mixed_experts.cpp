@@ -32,21 +32,12 @@ void check(const char* op, const Tensor& projections, const Tensor& weight) {
   check_form(op, "projections", projections, {projections.size(0), E * rank + E}, dtype);
 }
 
-template <class A>
-const A* operands(const Tensor& weight, bool transposed, Arena<A>& arena) {
-  const auto* first = static_cast<const char*>(weight.const_data_ptr());
-  const int64_t bytes = weight.stride(0) * weight.element_size();
-  return square_operands<A>(
-      dtype_of(weight), weight.size(0), weight.size(1), transposed, arena,
-      [&](int64_t e) { return SquareMatrix{first + e * bytes, weight.stride(1), weight.stride(2)}; });
-}
-
 template <class T>
 MixedExperts<T> params(const Tensor& projections, const Tensor& weight, Arena<Accumulator<T>>& arena) {
   MixedExperts<T> a{};
   a.projections = static_cast<const T*>(projections.const_data_ptr());
   a.stride_row = projections.stride(0);
-  a.transposed = operands<Accumulator<T>>(weight, true, arena);
+  a.transposed = square_operands<Accumulator<T>>(weight, true, arena);
   a.E = weight.size(0);
   a.rank = weight.size(1);
   a.stride = padded<Accumulator<T>>(a.rank);
@@ -63,6 +54,7 @@ Tensor mixed_experts_cpu(const Tensor& projections, const Tensor& weight) {
     Arena<Accumulator<T>> shared;
     MixedExperts<T> common = params<T>(pu, weight, shared);
     common.out = static_cast<T*>(out.mutable_data_ptr());
+    common.stride_out = E * rank;
     torch::stable::parallel_for(0, B, kFmChunk / (E * rank + 1) + 1, [&](int64_t b0, int64_t b1) {
       Arena<Accumulator<T>> arena;
       MixedExperts<T> a = common;
@@ -87,10 +79,11 @@ std::tuple<Tensor, Tensor> mixed_experts_backward_cpu(const Tensor& grad_out, co
     Arena<A> shared;
     MixedExpertsBackward<T> common{};
     common.forward = params<T>(pu, weight, shared);
-    common.weight = operands<A>(weight, false, shared);
+    common.weight = square_operands<A>(weight, false, shared);
     common.grad_out = static_cast<const T*>(gu.const_data_ptr());
     common.stride_grad = gu.stride(0);
     common.grad_projections = static_cast<T*>(grad_projections.mutable_data_ptr());
+    common.stride_projections = E * rank + E;
     const int64_t stride = common.forward.stride;
     ChunkedSums<A> sums(B, E * rank, E * rank * stride);
     const A* sum = sums.run([&](Range samples, A* part) {

@@ -119,7 +119,7 @@ void mixed_experts(MixedExperts<T> a, Range samples) {
       project(s, a, e, b, n, tail);
       for (int64_t i = 0; i < n; ++i) {
         const auto weight = s.weights[e * kSamples + i];
-        T* out = a.out + ((b + i) * a.E + e) * a.rank;
+        T* out = a.out + (b + i) * a.stride_out + e * a.rank;
         for_each_vector<T>(a.rank, [&](int64_t d, bool whole) __attribute__((always_inline)) {
           store_columns(out + d, weight * tanh(X::load(s.z + i * s.stride + d)), whole, tail);
         });
@@ -136,7 +136,7 @@ void mixed_experts_backward(MixedExpertsBackward<T> k, Range samples) {
   const MixedExperts<T>& a = k.forward;
   const Scratch<T> s(a.E, a.rank, a.memory);
   const Tail<T> tail(static_cast<int>(a.rank % Traits<T>::lanes));
-  const int64_t columns = a.E * a.rank + a.E, matrix = a.rank * a.stride;
+  const int64_t columns = k.stride_projections, matrix = a.rank * a.stride;
   for (int64_t b = samples.begin; b < samples.end; b += kSamples) {
     const int64_t n = samples.end - b < kSamples ? samples.end - b : kSamples;
     weigh(s, a, b, n);
@@ -150,6 +150,7 @@ void mixed_experts_backward(MixedExpertsBackward<T> k, Range samples) {
         for_each_vector<T>(a.rank, [&](int64_t d, bool whole) __attribute__((always_inline)) {
           const auto grad = load_columns(grad_out + d, whole, tail), q = tanh(X::load(z + d));
           along += grad * q;
+          if (a.out) store_columns(a.out + (b + i) * a.stride_out + e * a.rank + d, weight * q, whole, tail);
           X::store(z + d, weight * grad * (1 - q * q));
         });
         s.grads[e * kSamples + i] = sum_lanes<A>(along);

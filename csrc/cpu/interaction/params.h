@@ -161,7 +161,7 @@ RK_KERNEL(template <class T>
 // ---- mixed_experts_kernel.h
 
 // projections [., E rank + E] have unit stride along the columns; transposed [E, rank, stride] are the
-// experts' weights, zero beyond the rank; out [., E rank] is contiguous. `memory` is zeroed, of
+// experts' weights, zero beyond the rank; out [., E rank] has unit stride, too. `memory` is zeroed, of
 // mixed_experts_memory values.
 template <class T>
 struct MixedExperts {
@@ -169,14 +169,15 @@ struct MixedExperts {
   int64_t stride_row;
   const Accumulator<T>* transposed;
   T* out;
+  int64_t stride_out;
   Accumulator<T>* memory;
   int64_t E, rank, stride;
 };
 RK_KERNEL(template <class T> int64_t mixed_experts_memory(int64_t E, int64_t rank))
 RK_KERNEL(template <class T> void mixed_experts(MixedExperts<T>, Range samples))
 
-// `weight`: not transposed; adds to its gradient, of the same form. grad_projections [., E rank + E] is
-// contiguous.
+// `weight`: not transposed; adds to its gradient, of the same form. grad_projections [., E rank + E] has unit
+// stride along the columns. The forward's `out` is written again, unless null.
 template <class T>
 struct MixedExpertsBackward {
   MixedExperts<T> forward;
@@ -184,8 +185,44 @@ struct MixedExpertsBackward {
   int64_t stride_grad;
   const Accumulator<T>* weight;
   T* grad_projections;
+  int64_t stride_projections;
   Accumulator<T>* grad_weight;
 };
 RK_KERNEL(template <class T> void mixed_experts_backward(MixedExpertsBackward<T>, Range samples))
+
+// ---- mixed_cross_layer_kernel.h
+
+// Rows of x0 and x have unit stride; out, product (or null) [., D] and projections [., E rank + E] are
+// contiguous. Operands of the GEMM: v [D, E rank + E], the gates' columns last, and u [E rank, D]; bias [D,
+// up to whole vectors]. Of `experts` E, rank, stride, transposed and memory are given. `memory` is zeroed, of
+// mixed_cross_layer_memory values.
+template <class T>
+struct MixedCrossLayer {
+  const T *x0, *x;
+  int64_t stride_x0, stride_x;
+  const Accumulator<T>*v, *u, *bias;
+  MixedExperts<Accumulator<T>> experts;
+  T *out, *product;
+  Accumulator<T>*projections, *memory;
+  int64_t D;
+};
+RK_KERNEL(template <class T> int64_t mixed_cross_layer_memory(int64_t D, int64_t E, int64_t rank))
+RK_KERNEL(template <class T> void mixed_cross_layer(MixedCrossLayer<T>, Range samples))
+
+// v [E rank + E, D] and u [D, E rank] are transposed, `weight` is not. The gradients of x0 and x are
+// contiguous; adds to the sums of those of u [D, E rank] and v [E rank + E, D] in rows of an operand's
+// length, of the experts' weights, and of the bias.
+template <class T>
+struct MixedCrossLayerBackward {
+  const T *grad_out, *x0, *x, *product;
+  int64_t stride_grad, stride_x0, stride_x;
+  const Accumulator<T>*v, *u, *weight, *projections;
+  MixedExperts<Accumulator<T>> experts;
+  T *grad_x0, *grad_x;
+  Accumulator<T>*sum_u, *sum_v, *sum_weight, *sum_bias, *memory;
+  int64_t D;
+};
+RK_KERNEL(template <class T> int64_t mixed_cross_layer_backward_memory(int64_t D, int64_t E, int64_t rank))
+RK_KERNEL(template <class T> void mixed_cross_layer_backward(MixedCrossLayerBackward<T>, Range samples))
 
 }  // namespace rk

@@ -37,4 +37,14 @@ const A* square_operands(ScalarType dtype, int64_t count, int64_t D, bool transp
   return all;
 }
 
+// The same of weight [count, D, D].
+template <class A>
+const A* square_operands(const Tensor& weight, bool transposed, Arena<A>& arena) {
+  const auto* first = static_cast<const char*>(weight.const_data_ptr());
+  const int64_t bytes = weight.stride(0) * weight.element_size();
+  return square_operands<A>(
+      dtype_of(weight), weight.size(0), weight.size(1), transposed, arena,
+      [&](int64_t i) { return SquareMatrix{first + i * bytes, weight.stride(1), weight.stride(2)}; });
+}
+
 }  // namespace rk

@@ -31,5 +31,12 @@ template <class A>
 static inline int64_t operand_size(int64_t K, int64_t n) {
   return K * padded<A>(n) + (K + 3) / 4 * 4 * PackedTail(n).width;
 }
+template <class A>
+static inline void copy_tail(A* operand, int64_t K, int64_t n) {
+  const PackedTail tail(n);
+  A* to = operand + K * padded<A>(n);
+  for (int64_t k = 0; k < K; ++k, to += tail.width)
+    for (int64_t i = 0; i < tail.width; ++i) to[i] = operand[k * padded<A>(n) + tail.first + i];
+}
 
 }  // namespace rk

@@ -16,6 +16,7 @@
 #include "cpu/interaction/cross_layer_kernel.h"
 #include "cpu/interaction/cross_network_kernel.h"
 #include "cpu/interaction/ffm_interaction_kernel.h"
+#include "cpu/interaction/mixed_cross_layer_kernel.h"
 #include "cpu/interaction/mixed_experts_kernel.h"
 #include "cpu/interaction/pairwise_dot_kernel.h"
 #include "cpu/recurrent/augru_kernel.h"
