@@ -67,7 +67,7 @@ constexpr int64_t kDinInPlaceBytes = 256;
 constexpr int64_t kAugruRows = 32, kAugruSums = 16;
 // L2: samples that go through a cross layer of experts together, rows of its GEMMs; and samples of a chunk
 // that has its own sums of the weights' gradients, at least (bench_interactions.py).
-constexpr int64_t kMixtureRows = 64, kMixtureChunk = 256;
+constexpr int64_t kMixtureRows = 64, kMixtureChunk = 128;
 // L1: queries of a task of the target attention, which reads its history once for them (bench_ops.py).
 constexpr int64_t kTargetQueries = 64;
 // Values of histories that a thread takes at once: of short ones several, which use its memory in turn.

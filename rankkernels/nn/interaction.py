@@ -134,7 +134,7 @@ class CrossNetMix(nn.Module):
     torch-rechub's ``CrossNetMix``, which has ``u_list``, ``v_list``, ``c_list``, ``bias`` and ``gating``, but here a
     batch of one keeps its dimension. The gates of a layer sum to 1, so that x_0 and the bias stand before the sum over
     the experts, and a layer is two wide products, of all experts' V and the gates, and of all their U, with one op
-    between them and one behind.
+    between them and one behind; or all of it is one op, where there is a kernel.
 
     Args:
         input_dim: width of the input.
