@@ -56,9 +56,9 @@ def _(x0, x, u, v, weight, gates, bias, keep_product):
 
 
 @torch.library.register_fake("rankkernels::mixed_cross_layer_backward", lib=lib)
-def _(*arguments):
-    _check_backward(*arguments)
-    return tuple(t.new_empty(t.shape) for t in arguments[3:])
+def _(grad_out, projections, product, *layer):
+    _check_backward(grad_out, projections, product, *layer)
+    return tuple(t.new_empty(t.shape) for t in layer)
 
 
 def _reference(x0, x, u, v, weight, gates, bias, keep_product):
@@ -73,9 +73,9 @@ def _reference(x0, x, u, v, weight, gates, bias, keep_product):
 
 
 @torch.library.impl(lib, "mixed_cross_layer", "CompositeExplicitAutograd")
-def _default(*arguments):
-    notice_reference("mixed_cross_layer", arguments[0])
-    return _reference(*arguments)
+def _default(x0, *others):
+    notice_reference("mixed_cross_layer", x0)
+    return _reference(x0, *others)
 
 
 @torch.library.impl(lib, "mixed_cross_layer_backward", "CompositeExplicitAutograd")
