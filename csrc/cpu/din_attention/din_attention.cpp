@@ -169,18 +169,14 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
   for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / std::max(all.count, 1.);
   network.set_batch_statistics(i, all.mean, var);
   const double unbiased = all.count / std::max(all.count - 1, 1.);
-  auto running = a.running_stats.begin() + (a.has_running_stats() ? 2 * a.config.norms() * i : 0);
+  for (int64_t j = 0; all.count == 0 && j < 2 * a.config.norms(); ++j) {
+    std::vector<A> kept(H);  // the running ones, so that an update leaves them as they are
+    if (a.has_running_stats()) kept = values_of<A>(a.running_stats[2 * a.config.norms() * i + j]);
+    batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
+  }
   for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
-    if (!norm) continue;
-    if (all.count == 0) {  // an update leaves the running ones as they are
-      for (int64_t j = 0; j < 2; ++j) {
-        std::vector<A> kept(H);
-        if (a.has_running_stats()) kept = values_of<A>(*running++);
-        batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
-      }
-      continue;
-    }
+    if (!norm || all.count == 0) continue;
     batch_stats = std::copy(norm->mean.begin(), norm->mean.end(), batch_stats);
     for (const double v : norm->var) *batch_stats++ = static_cast<A>(v * unbiased);
   }
