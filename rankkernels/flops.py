@@ -83,12 +83,16 @@ def _mixed_experts(*inputs, out_shape=None, **kwargs) -> int:
     return (3 if grads else 1) * 2 * B * prod(weight)
 
 
-@register_flop_formula([_OPS.mixed_cross_layer, _OPS.mixed_cross_layer_backward])
-def _mixed_cross_layer(*inputs, out_shape=None, **kwargs) -> int:
+@register_flop_formula(_OPS.mixed_cross_layer)
+def _mixed_cross_layer(x0, x, u, v, weight, gates, *_, backward=False, out_shape=None, **kwargs) -> int:
     """The products with V, the gates and U, and the experts'; in the backward each twice, the experts' once more."""
-    backward = len(inputs) == 10
-    _, (B, _), u, _, weight, gates, *_ = inputs[3 if backward else 0 :]
+    B = x0[0]
     return 2 * B * ((1 + backward) * (2 * prod(u) + prod(gates)) + (1 + 2 * backward) * prod(weight))
+
+
+@register_flop_formula(_OPS.mixed_cross_layer_backward)
+def _mixed_cross_layer_backward(grad_out, projections, product, *layer, out_shape=None, **kwargs) -> int:
+    return _mixed_cross_layer(*layer, backward=True)
 
 
 @register_flop_formula(_OPS.embedding_fm)

@@ -184,7 +184,8 @@ def _run(*command: str) -> str:
 def _disassembled(cubin: bytes, file: Path) -> str:
     """What nvdisasm, which takes a quarter of a second to begin, prints of ``file`` with this ``cubin``: kept where
     Triton keeps what it compiles."""
-    options, tool = ("-c", "-gi", "-ndf"), triton.knobs.nvidia.nvdisasm  # without -ndf the same text, later
+    tool = triton.knobs.nvidia.nvdisasm
+    options = "-c", "-gi", "-ndf"  # without the last one the same text, later
     key = hashlib.sha256(" ".join((tool.version, *options)).encode() + cubin).hexdigest()
     kept, name = get_cache_manager(key), "nvdisasm.z"
     path = kept.get_file(name)

@@ -11,8 +11,10 @@ from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
 
 def install() -> None:
-    """For good. ``triton.language``, which a launch patches, is patched again for each module whose functions a kernel
-    calls, and not at each of their calls."""
+    """For good, and once. A launch patches ``triton.language``: here it is patched again for each module whose
+    functions a kernel calls, and not at each of their calls."""
+    if interpreter._get_np_dtype.__module__ == __name__:
+        return
     patched: set[int] = set()
     run = GridExecutor.__call__
 

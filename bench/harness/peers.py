@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -22,18 +21,17 @@ def compiled(functions: dict[str, Callable], names: dict[str, str] | None = None
     return both
 
 
-@functools.cache
-def threads_of_zentorch() -> int:
-    """How many it goes on with, whatever torch is told later: those of its first call."""
-    return torch.get_num_threads()
+#: How many threads zentorch goes on with, whatever torch is told later: those of its first call.
+threads_of_zentorch: list[int] = []
 
 
 def missing_zentorch() -> str | None:
     """Why zentorch cannot be measured here and now, or None."""
     if machine.missing("zentorch"):
         return machine.missing("zentorch")
-    n = threads_of_zentorch()
-    return None if n == torch.get_num_threads() else f"computes with {n} threads, those of its first call"
+    if threads_of_zentorch in ([], [torch.get_num_threads()]):
+        return None
+    return f"computes with {threads_of_zentorch[0]} threads, those of its first call"
 
 
 def zentorch(function: Callable) -> dict[str, Callable]:
@@ -41,7 +39,15 @@ def zentorch(function: Callable) -> dict[str, Callable]:
 
     With linear layers it fails the race's check of results: docs/performance/measuring.md.
     """
-    return {} if missing_zentorch() else {"zentorch": torch.compile(function, backend="zentorch")}
+    if missing_zentorch():
+        return {}
+    compiled = torch.compile(function, backend="zentorch")
+
+    def noted(*args):
+        threads_of_zentorch[:] = threads_of_zentorch or [torch.get_num_threads()]
+        return compiled(*args)
+
+    return {"zentorch": noted}
 
 
 def missing(*peers: str) -> dict[str, str]:

@@ -200,7 +200,8 @@ class Race:
         everyone = {**contenders, "ours": ours}
         lasted = {name: settle(function) for name, function in everyone.items()}
         busy = {name: round(cores(function), 1) for name, function in everyone.items()}
-        assert max(busy.values()) < torch.get_num_threads() + 0.5, f"more cores than threads: {busy}"
+        more = {name: n for name, n in busy.items() if n > torch.get_num_threads() + 0.5}
+        assert not more, f"more cores than threads: {more}"
         untimed = {name: min(MOST_UNTIMED, round(UNTIMED_SECONDS / seconds)) for name, seconds in lasted.items()}
         round_seconds = sum(seconds * (1 + untimed[name]) for name, seconds in lasted.items())
         count = max(self.effort.min_rounds, min(MAX_ROUNDS, int(self.effort.seconds / round_seconds)))

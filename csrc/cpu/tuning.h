@@ -70,7 +70,8 @@ constexpr int64_t kAugruRows = 32, kAugruSums = 16;
 constexpr int64_t kMixtureRows = 64, kMixtureChunk = 128;
 // L1: queries of a task of the target attention, which reads its history once for them (bench_ops.py).
 constexpr int64_t kTargetQueries = 64;
-// Values of histories that a thread takes at once: of short ones several, which use its memory in turn.
+// L2: values of histories that a thread takes at once, of short ones several, which use its memory in turn
+// (bench_ops.py).
 constexpr int64_t kTargetChunk = 16384;
 // L1: bytes of one of three arrays of accumulators of a block in a normalization, of so many rows at least
 // (bench_ops.py).

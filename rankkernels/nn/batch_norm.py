@@ -54,7 +54,8 @@ def normalized(norm: nn.Module, x: Tensor, activation: str, alpha: Tensor | None
             batch_norm=True, training=norm.training, **settings,
         )  # fmt: skip
     else:
-        out, batch_stats = synchronized_norm_activation(x, norm.weight, norm.bias, alpha, group, **settings)
+        running = norm.running_mean, norm.running_var
+        out, batch_stats = synchronized_norm_activation(x, norm.weight, norm.bias, alpha, running, group, **settings)
     if norm.training and norm.track_running_stats:
         update_running_stats([norm], batch_stats)
     return out

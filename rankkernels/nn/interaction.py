@@ -134,7 +134,7 @@ class CrossNetMix(nn.Module):
     torch-rechub's ``CrossNetMix``, which has ``u_list``, ``v_list``, ``c_list``, ``bias`` and ``gating``, but here a
     batch of one keeps its dimension. The gates of a layer sum to 1, so that x_0 and the bias stand before the sum over
     the experts, and a layer is two wide products, of all experts' V and the gates, and of all their U, with one op
-    between them and one behind; or all of it is one op, where there is a kernel.
+    between them and one behind; or all of it is one op, in float32 and float64 on a CPU.
 
     Args:
         input_dim: width of the input.
@@ -167,7 +167,8 @@ class CrossNetMix(nn.Module):
             raise ValueError(f"CrossNetMix: x must be [B, {self.gating[0].in_features}], got shape {list(x.shape)}")
         gates, x0 = _weights_of(self.gating), x
         lists = [_parameters_of(p) for p in (self.u_list, self.v_list, self.c_list, self.bias)]
-        if _are_like(x, gates, *lists) and len({self.num_layers, *map(len, lists)}) == 1 and mixed_layer_is_faster(x):
+        whole = _are_like(x, gates, *lists) and len({self.num_layers, *map(len, lists)}) == 1
+        if whole and all(b.shape == (x.shape[1], 1) for b in lists[3]) and mixed_layer_is_faster(x):
             joined = torch.cat(gates)
             for u, v, c, bias in zip(*lists):
                 x = mixed_cross_layer(x0, x, u, v, c, joined, bias.squeeze(1))

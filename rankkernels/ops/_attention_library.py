@@ -18,7 +18,7 @@ from torch import Tensor
 from rankkernels import reference
 from rankkernels.ops._checks import wide
 from rankkernels.ops.attention_params import Flags, Inputs, norms_per_layer, unflatten_wide
-from rankkernels.ops.norm_activation import dice_of, norm_activation
+from rankkernels.ops.norm_activation import dice_of, kept_statistics, norm_activation
 from rankkernels.reference import BatchNorm, Hidden
 
 
@@ -138,13 +138,15 @@ def _first_layer(layer: Hidden, rows: _Padded | _Jagged, target: Tensor) -> Tens
 
 
 def _normalized_over(valid: Tensor, x: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
-    """The batch normalization of x [N, H] with the statistics of the rows where ``valid`` [N] is 1, and these [2 H]."""
+    """The batch normalization of x [N, H] with the statistics of the rows where ``valid`` [N] is 1, and these [2 H]: of
+    no row the running ones, as ``norm_activation`` has it."""
     n, xa = valid.sum(), reference.accumulator(x)
     mean = torch.mv(xa.t(), valid) / n.clamp(min=1)
     centred = xa - mean
     var = torch.mv(centred.square().t(), valid) / n.clamp(min=1)
     y = torch.addcmul(norm.bias, centred, norm.weight * torch.rsqrt(var + norm.eps))
-    return y.to(x.dtype), torch.cat([mean, var * (n / (n - 1).clamp(min=1))]).detach()
+    stats = torch.cat([mean, var * (n / (n - 1).clamp(min=1))]).detach()
+    return y.to(x.dtype), torch.where(n > 0, stats, kept_statistics(x, norm.running_mean, norm.running_var))
 
 
 def _normalize_and_activate(

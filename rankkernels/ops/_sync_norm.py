@@ -6,6 +6,7 @@ one that the op makes with statistics given, as in eval. Over the network go two
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,23 +20,26 @@ from rankkernels.ops.norm_activation import Flags, Inputs
 
 
 class _Statistics(NamedTuple):
-    """Of the rows of all processes: mean and biased variance [H], and how many rows there are, a scalar."""
+    """Of the rows of all processes: mean and biased variance [H], and how many rows there are, a scalar, 1 for none."""
 
     mean: Tensor
     var: Tensor
     rows: Tensor
 
 
-def _statistics(x: Tensor, group: dist.ProcessGroup) -> _Statistics:
-    """Those of x [N, H], of which each process has an N of its own."""
+def _statistics(x: Tensor, running: Sequence[Tensor | None], group: dist.ProcessGroup) -> _Statistics:
+    """Those of x [N, H], of which each process has an N of its own; the ``running`` ones where nobody has any."""
     N, H = x.shape
     # torch's own pass for this is ten times as fast as var_mean.
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0) if N else x.new_zeros(2, H)
     every = of_every_process(torch.cat([x.new_tensor([N]), mean, N * var]), group)
     counts, means, squares = every.split([1, H, H], 1)
-    rows = counts.sum().clamp(min=1)
+    some, rows = counts.sum() > 0, counts.sum().clamp(min=1)
     mean = (counts * means).sum(0) / rows
-    return _Statistics(mean, (squares + counts * (means - mean).square()).sum(0) / rows, rows)
+    var = (squares + counts * (means - mean).square()).sum(0) / rows
+    if running[0] is not None:
+        mean, var = (torch.where(some, own, kept.to(own.dtype)) for own, kept in zip((mean, var), running))
+    return _Statistics(mean, var, rows)
 
 
 class _Synchronized(torch.autograd.Function):
@@ -43,9 +47,9 @@ class _Synchronized(torch.autograd.Function):
     a reducer averages them."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, alpha, flags, group):
+    def forward(ctx, x, weight, bias, alpha, running, flags, group):
         accumulated = wide(x.dtype)
-        stats = _statistics(x.to(accumulated), group)
+        stats = _statistics(x.to(accumulated), running, group)
         ctx.is_affine, ctx.flags, ctx.group = weight is not None, flags, group
         if ctx.is_affine:
             weight, bias = weight.to(accumulated), bias.to(accumulated)
@@ -75,7 +79,7 @@ class _Synchronized(torch.autograd.Function):
         slope, scale = weight * r * r * of_weight, weight * r
         grad_x.sub_(torch.addcmul(scale * of_bias - slope * mean, x, slope))
         grads = Inputs(grad_x, *((grad_weight, grad_bias) if ctx.is_affine else (None, None)), grad_alpha, None, None)
-        return grads.x, grads.weight, grads.bias, grads.alpha, None, None
+        return grads.x, grads.weight, grads.bias, grads.alpha, None, None, None
 
 
 def synchronized_norm_activation(
@@ -83,6 +87,7 @@ def synchronized_norm_activation(
     weight: Tensor | None,
     bias: Tensor | None,
     alpha: Tensor | None,
+    running: Sequence[Tensor | None],
     group: dist.ProcessGroup,
     *,
     activation: str,
@@ -90,7 +95,8 @@ def synchronized_norm_activation(
     dice_eps: float,
 ) -> tuple[Tensor, Tensor]:
     """``norm_activation`` with ``batch_norm`` and ``training``, and the statistics of the rows of all processes of
-    ``group``, which all call it. A process may have one row or none. Differentiable once."""
+    ``group``, which all call it. A process may have one row or none; where all have none, ``batch_stats`` are the
+    ``running`` mean and variance [H]. Differentiable once."""
     number = number_of("norm_activation", activation)
     flags = Flags(number, batch_norm=True, training=False, norm_eps=norm_eps, dice_eps=dice_eps)
-    return _Synchronized.apply(x, weight, bias, alpha, flags, group)
+    return _Synchronized.apply(x, weight, bias, alpha, running, flags, group)

@@ -66,9 +66,9 @@ def _reference(x0, x, u, v, weight, gates, bias, keep_product):
     check_strided("mixed_cross_layer", layer)
     _check("mixed_cross_layer", *layer)
     projections = reference.mixture_projections(x, v, gates)
-    product = reference.mixture_product(projections, u, weight, bias).to(x0.dtype)
-    out = reference.mixed_cross_layer(*layer)
-    saved = (projections, product if keep_product else product[:0])
+    product = reference.mixture_product(projections, u, weight, bias)
+    out = (reference.accumulator(x0) * product + reference.accumulator(x)).to(x0.dtype)
+    saved = (projections, (product if keep_product else product[:0]).to(x0.dtype))
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (out, *saved))
 
 
@@ -135,5 +135,6 @@ def mixed_cross_layer(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
     """
-    out, _, _ = _forward(x0, x, u, v, weight, gates, bias, torch.is_grad_enabled())
+    layer = x0, x, u, v, weight, gates, bias
+    out, _, _ = _forward(*layer, torch.is_grad_enabled() and any(t.requires_grad for t in layer))
     return out

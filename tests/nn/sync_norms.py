@@ -8,6 +8,7 @@ from joint_batches import JOINT, joint_batch, make, mean_loss, part_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rankkernels as rk
 from rankkernels import ops
 from rankkernels.ops._activations import ACTIVATIONS
 from rankkernels.ops._sync_norm import synchronized_norm_activation
@@ -55,7 +56,7 @@ def of_case(case, processes: int, rank: int | None) -> dict[str, Tensor]:
     if rank is None:
         out, stats = ops.norm_activation(x, *learnt, batch_norm=True, training=True, **settings)
     else:
-        out, stats = synchronized_norm_activation(x, *learnt, dist.group.WORLD, **settings)
+        out, stats = synchronized_norm_activation(x, *learnt, (None, None), dist.group.WORLD, **settings)
     out.backward(grad)
     grads = {name: p.grad for name, p in zip(("weight", "bias", "alpha"), learnt) if p is not None}
     return {"out": out.detach(), "stats": stats, "grad_x": x.grad, **grads}
@@ -77,10 +78,20 @@ def step(kind: str, number: int, rank: int, processes: int) -> dict[str, Tensor]
     return found | dict(model.named_buffers())
 
 
+def buffers_after_no_rows() -> dict[str, Tensor]:
+    """The running statistics, ones at first, after a batch without rows in any process."""
+    layers = rk.SyncBatchNorm1d.convert(rk.MLP(H, dims=[5], activation="dice"))
+    for name, buffer in layers.named_buffers():
+        buffer.fill_(0 if name.endswith("num_batches_tracked") else 1)
+    layers(torch.randn(0, H)).sum().backward()
+    return dict(layers.named_buffers())
+
+
 def synchronized(rank: int, processes: int) -> dict:
     """What this process has of all cases and steps."""
     cases = [of_case(case, processes, rank) for case in CASES]
-    return {"cases": cases, "steps": {(m, s): step(m, s, rank, processes) for m in ("DeepFM", "DIN") for s in STEPS}}
+    steps = {(m, s): step(m, s, rank, processes) for m in ("DeepFM", "DIN") for s in STEPS}
+    return {"cases": cases, "steps": steps, "of no rows": buffers_after_no_rows()}
 
 
 def joint_step(kind: str, number: int, processes: int) -> dict[str, Tensor]:

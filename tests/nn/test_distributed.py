@@ -138,6 +138,8 @@ def check_norms(of_ranks: list[dict]) -> None:
         for name, value in joint_step(model, number, len(of_ranks)).items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
             assert all(torch.equal(found[name], other["norms"]["steps"][model, number][name]) for other in of_ranks)
+    for of_rank in of_ranks:
+        assert all((buffer == 1).all() for buffer in of_rank["norms"]["of no rows"].values())
 
 
 def test_statistics_of_two_processes(found):

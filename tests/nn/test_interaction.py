@@ -217,3 +217,12 @@ def test_what_models_refuse():
     for shape in ((7,), (3, 2, 7), ()):
         with pytest.raises(ValueError, match=re.escape(f"CrossNetMix: x must be [B, 7], got shape {list(shape)}")):
             rk.CrossNetMix(7)(torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixtures_bias_may_be_one_number(dtype):
+    net = rk.CrossNetMix(7).to(dtype)
+    whole = copy.deepcopy(net)
+    net.bias[0], whole.bias[0] = nn.Parameter(net.bias[0].new_ones(1, 1)), nn.Parameter(net.bias[0].new_ones(7, 1))
+    x = torch.randn(5, 7, dtype=dtype)
+    torch.testing.assert_close(net(x), whole(x))

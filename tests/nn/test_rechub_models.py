@@ -99,12 +99,13 @@ def test_accelerated_with_hardly_a_sample(name, training, samples):
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
 
 
-def test_histories_of_length_zero():
+@pytest.mark.parametrize("emptied", [lambda ids: ids[:, :0], torch.zeros_like], ids=["length zero", "padding"])
+def test_histories_without_rows(emptied):
     """DIEN's, which torch-rechub serves, too: nothing evolves, and the recurrence has no gradient."""
     torch.manual_seed(0)
     theirs = rechub.build("DIEN", SIZES)
     ours = rk.accelerate(copy.deepcopy(theirs))
-    batch = {k: v[:, :0] if v.dim() > 1 else v for k, v in rechub.batch(SIZES).items()}
+    batch = {k: emptied(v) if v.dim() > 1 else v for k, v in rechub.batch(SIZES).items()}
     found = []
     for model in (theirs, ours):
         y = rechub.output(model(dict(batch)))

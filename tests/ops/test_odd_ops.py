@@ -99,3 +99,30 @@ def test_experts_are_never_beyond_1():
     out = mixed_experts(projections, torch.full((1, 1, 1), 13.0))
     out.sum().backward()
     assert out.abs().max() == 1 and projections.grad.min() >= 0
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 70])
+@pytest.mark.parametrize("lowest", [-3.3e38, -torch.inf])
+def test_target_attention_of_scores_without_a_highest(lowest, rows, queries):
+    """Scores that are all as low as a number goes weigh the same; all of -inf are no numbers, as in torch's softmax."""
+    query = torch.tensor([lowest, 0.0]).repeat(1, queries, 1)
+    history = torch.stack([torch.ones(rows), torch.arange(float(rows))], 1)[None]
+    expected = reference.target_attention(query.double(), history.double())
+    torch.testing.assert_close(rk.target_attention(query, history).double(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("queries", [2, 20])
+def test_target_attention_hides_what_is_no_number(queries):
+    """A hidden row gets no gradient and gives none, whatever is in it."""
+    query, history = randn(3, queries, 5).requires_grad_(), randn(3, 9, 5)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[:, 4] = False
+    grads = []
+    for value in (7.0, 1e30):
+        rows = history.clone()
+        rows[:, 4] = value
+        rows.requires_grad_()
+        grads.append(torch.autograd.grad(rk.target_attention(query, rows, mask=mask).sum(), (query, rows)))
+    torch.testing.assert_close(grads[0], grads[1])
+    assert not grads[0][1][:, 4].any() and grads[0][1].isfinite().all()

@@ -21,7 +21,8 @@ class ChunkedSums {
   // `work`: elements that a sample reads and writes; `size`: values of a sum; `least`: samples of a chunk.
   ChunkedSums(int64_t samples, int64_t work, int64_t size, int64_t least = 1)
       : samples_(samples), work_(work), size_(padded<A>(size)) {
-    const int64_t most = std::clamp(kSumsValues / size_, kFewestChunks, kMostChunks) & ~1;  // for two threads
+    const int64_t most = std::clamp(kSumsValues / size_, kFewestChunks, kMostChunks) &
+                         ~1;  // an odd last one leaves threads idle
     length_ = std::max((samples + most - 1) / most, std::max(kFmChunk / (work + 1) + 1, least));
     chunks_ = (samples + length_ - 1) / length_;
     parts_.reset(static_cast<A*>(std::aligned_alloc(64, std::max<int64_t>(chunks_, 1) * size_ * sizeof(A))));

@@ -194,8 +194,7 @@ RK_KERNEL(template <class T> void mixed_experts_backward(MixedExpertsBackward<T>
 
 // Rows of x0 and x have unit stride; out, product (or null) [., D] and projections [., E rank + E] are
 // contiguous. Operands of the GEMM: v [D, E rank + E], the gates' columns last, and u [E rank, D]; bias [D,
-// up to whole vectors]. Of `experts` E, rank, stride, transposed and memory are given. `memory` is zeroed, of
-// mixed_cross_layer_memory values.
+// up to whole vectors]. Of `experts` E, rank, stride, transposed and memory are given.
 template <class T>
 struct MixedCrossLayer {
   const T *x0, *x;
@@ -203,7 +202,7 @@ struct MixedCrossLayer {
   const Accumulator<T>*v, *u, *bias;
   MixedExperts<Accumulator<T>> experts;
   T *out, *product;
-  Accumulator<T>*projections, *memory;
+  Accumulator<T>*projections, *memory;  // memory: zeros, of so many values as the function below says
   int64_t D;
 };
 RK_KERNEL(template <class T> int64_t mixed_cross_layer_memory(int64_t D, int64_t E, int64_t rank))

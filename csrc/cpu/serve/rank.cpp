@@ -51,7 +51,7 @@ class Block {
     std::fill_n(rows_, tile_ * stride_rows_, 0.f);
     for (int64_t*& ids : ids_) ids = memory.take_rows(tile_);
     operand_ = memory.take(operand);
-    for (int64_t i = 0; i < tiles + 2; ++i) {  // see divide()
+    for (int64_t i = 0; i <= tiles; ++i) {  // one more for half a vector
       Tile t{};
       t.x = memory.take(plan_.width * tile_);
       t.target = memory.take(target);
@@ -80,8 +80,7 @@ class Block {
   }
 
  private:
-  // Makes tiles of lanes, how many: of whole vectors, one more than `tiles` at most, and of the half that is
-  // left.
+  // Tiles of these lanes; returns how many: whole vectors first, then the half that is left.
   int64_t divide(int64_t begin, int64_t end) {
     const int64_t vector = tile_ / kRankVecs, vectors = (end - begin) / vector;
     const int64_t n = (vectors + kRankVecs - 1) / kRankVecs;
@@ -122,7 +121,7 @@ class Block {
       for (int64_t k = 0; k < d->width; ++k) {
         float* column = d->column >= 0 ? columns + k * tile_ : columns;
         for (int64_t j = 0; j < t.n; ++j) column[j] = from[j * d->width + k];
-        std::fill(column + t.n, column + t.lanes, 0.f);
+        std::fill(column + t.n, column + tile_, 0.f);
         if (d->weight)
           RK_DISPATCH_ISA(rank_field, {column, 1, d->weight + k, nullptr, nullptr, t.logit, t.lanes});
       }
@@ -223,9 +222,12 @@ Tensor rank_cpu(const Tensors& inputs, const Ints& sides, const Tensors& tables,
   const int64_t steps = (candidates + step - 1) / step, lanes = steps * step;
   threads = std::min(threads, steps);
   const int64_t tiles = plan.units.empty() ? 1 : kRankTiles, vector = tile / kRankVecs;
-  const int64_t most = tiles * tile + vector - step;  // lanes of a block
-  int64_t blocks = (lanes + most - 1) / most;
-  blocks = std::min(steps, (blocks + threads - 1) / threads * threads);
+  const auto blocks_of = [&](int64_t most) {  // lanes
+    const int64_t n = (lanes + most - 1) / most;
+    return (n + threads - 1) / threads * threads;
+  };
+  int64_t blocks = blocks_of(tiles * tile + vector - step);
+  if (blocks > threads && lanes / vector > tiles * kRankVecs * blocks) blocks = blocks_of(tiles * tile);
   // A thread's only block may end in half a vector; of several only the last one does.
   const int64_t unit = blocks == threads ? step : vector;
   const auto begin_of = [&](int64_t b) { return b == blocks ? lanes : lanes / unit * b / blocks * unit; };

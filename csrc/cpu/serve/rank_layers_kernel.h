@@ -73,6 +73,9 @@ RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
   for (int u = 0; u < 4 * kOf; ++u)
 #pragma GCC unroll 3
     for (int v = 0; v < kVecs; ++v) store_vector(y + u * kTile + v * kLanes, sum[u][v]);
+  if constexpr (kLanes < kFloats)  // what follows takes whole vectors
+#pragma GCC unroll 8
+    for (int u = 0; u < 4 * kOf; ++u) store_vector(y + u * kTile + kLanes, V{});
 }
 
 template <class V, int kVecs>

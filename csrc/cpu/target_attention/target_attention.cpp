@@ -130,14 +130,17 @@ struct TargetTask {
 // Calls body(scratch, arena, task) for every task, the arena empty. Short histories are taken several at
 // once: for each of them memory of its own would take as long as its attention.
 template <class A, class Body>
-void for_each_task(const TargetArguments& a, const std::vector<TargetTask>& tasks, int64_t work,
+void for_each_task(const TargetArguments& a, const TargetUsers& users, const std::vector<TargetTask>& tasks,
                    bool backward, const Body& body) {
   const int64_t count = tasks.size(), D = a.D();
-  const int64_t chunk = std::max<int64_t>(1, kTargetChunk * count / (a.history.numel() + 1));
-  int64_t most = 0;
-  for (const TargetTask& task : tasks) most = std::max(most, (task.last - task.first) * a.H());
-  const int64_t ld = padded<A>(most);
-  run_tasks((count + chunk - 1) / chunk, work, [&](int64_t c) {
+  int64_t values = 1;  // that all tasks read
+  for (const TargetTask& task : tasks) values += users.count[task.user] * D;
+  const int64_t chunk = std::max<int64_t>(1, kTargetChunk * count / values);
+  run_tasks((count + chunk - 1) / chunk, (backward ? 3 : 1) * values * a.H(), [&](int64_t c) {
+    const int64_t begin = c * chunk, end = std::min(count, begin + chunk);
+    int64_t queries = 0;
+    for (int64_t t = begin; t < end; ++t) queries = std::max(queries, tasks[t].last - tasks[t].first);
+    const int64_t ld = padded<A>(queries * a.H());
     Arena<A> shared, own;
     TargetScratch<A> s{};
     s.rows = shared.take(kBlockRows * padded<A>(D));
@@ -148,8 +151,7 @@ void for_each_task(const TargetArguments& a, const std::vector<TargetTask>& task
       s.grad_score = shared.take(kBlockRows * ld);
       s.grad_columns = shared.take(D * ld);
     }
-    for (int64_t t = c * chunk; t < std::min(count, (c + 1) * chunk); ++t, own.clear())
-      body(s, own, tasks[t]);
+    for (int64_t t = begin; t < end; ++t, own.clear()) body(s, own, tasks[t]);
   });
 }
 
@@ -223,8 +225,7 @@ std::tuple<Tensor, Tensor> target_attention_cpu(const Tensor& query, const Tenso
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulator<T>;
     const std::vector<A> queries = values_of<A>(query);
-    const int64_t work = history.numel() * H;
-    for_each_task<A>(a, tasks, work, false,
+    for_each_task<A>(a, users, tasks, false,
                      [&](const auto& scratch, Arena<A>& arena, const TargetTask& task) {
                        TargetQueries<A> q(a, users, task, arena);
                        TargetAttention<T> k = attention_of<T>(a, users, hu, task, queries, q);
@@ -301,11 +302,11 @@ std::tuple<Tensor, Tensor> target_attention_backward_cpu(const Tensor& grad_out,
     std::vector<A> grad_queries(queries.size());
     const A* of_scores = static_cast<const A*>(su.const_data_ptr());
     T* to = static_cast<T*>(grad_history.mutable_data_ptr());
-    const int64_t work = 3 * history.numel() * a.H();
-    for_each_task<A>(a, tasks, work, true, [&](const auto& scratch, Arena<A>& arena, const TargetTask& task) {
-      backward_of_user<T>(a, users, hu, task, scratch, arena, queries, grads, outs, of_scores, grad_queries,
-                          to);
-    });
+    for_each_task<A>(a, users, tasks, true,
+                     [&](const auto& scratch, Arena<A>& arena, const TargetTask& task) {
+                       backward_of_user<T>(a, users, hu, task, scratch, arena, queries, grads, outs,
+                                           of_scores, grad_queries, to);
+                     });
     grad_query = gradient_of(query, [&](int64_t i) { return grad_queries[i]; });
   });
   return {grad_query, grad_history};
