@@ -14,7 +14,7 @@ from rankkernels.nn.embedding import EmbeddingLayer
 from rankkernels.nn.features import check_features
 from rankkernels.nn.layers import MLP
 from rankkernels.nn.recurrent import AUGRU, run_gru
-from rankkernels.ops._tracing import is_traced, is_transformed
+from rankkernels.ops._tracing import has_nothing
 
 
 class DIEN(nn.Module):
@@ -89,7 +89,8 @@ class DIEN(nn.Module):
             self.interest_extractor_layers, self.history_features, histories, negatives
         ):
             mask = self._mask(x, feature)
-            extracted.append(torch.zeros_like(history) if _is_empty(mask) else run_gru(gru, history, mask.sum(1)))
+            # The recurrences are not run of no rows, as torch-rechub's: no gradient of theirs, and not zeros.
+            extracted.append(torch.zeros_like(history) if has_nothing(mask) else run_gru(gru, history, mask.sum(1)))
             loss = loss + self.auxiliary(extracted[-1], history, negative, mask)
         for augru, feature, states, target in zip(
             self.interest_evolving_layers, self.history_features, extracted, targets
@@ -121,17 +122,9 @@ class DIEN(nn.Module):
         return chosen + self.BCELoss(negative, torch.zeros_like(negative))
 
 
-def _is_empty(mask: Tensor) -> bool:
-    """Whether the recurrences have no rows and, as torch-rechub's, are not run: their parameters then have no gradient,
-    and not zeros. That a ``mask`` [B, L] has nothing is asked where the answer is not waited for."""
-    if not mask.numel():
-        return True
-    return mask.device.type == "cpu" and not (is_traced() or is_transformed() or mask.any())
-
-
 def _last_state(augru: nn.Module, states: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """What ``augru`` ends with, [B, D]: zeros where the ``mask`` [B, L] has nothing."""
-    if _is_empty(mask):
+    if has_nothing(mask):
         return states.new_zeros(states.shape[0], states.shape[2])
     if is_plain(augru, AUGRU) and augru.is_served():
         # A position that the mask leaves out has no attention, and moves nothing: the last one in it ends a sample.

@@ -38,6 +38,14 @@ def must_stay_transparent() -> bool:
     return is_traced() or torch.is_autocast_enabled("cpu") or is_transformed()
 
 
+def has_nothing(mask: Tensor) -> bool:
+    """Whether a bool ``mask`` has no true value; of a GPU's, and under compilers and ``torch.func``, which would wait
+    or not know, only whether it has no value at all."""
+    if not mask.numel():
+        return True
+    return mask.is_cpu and not (is_traced() or is_transformed() or mask.any())
+
+
 #: Types whose tensors' memory is what it seems.
 plain_classes: set[type] = {nn.Parameter, Tensor}
 
