@@ -166,9 +166,7 @@ class CrossNetMix(nn.Module):
         if x.dim() != 2:
             raise ValueError(f"CrossNetMix: x must be [B, {self.gating[0].in_features}], got shape {list(x.shape)}")
         gates, x0 = _weights_of(self.gating), x
-        lists = [_parameters_of(p) for p in (self.u_list, self.v_list, self.c_list, self.bias)]
-        whole = _are_like(x, gates, *lists) and len({self.num_layers, *map(len, lists)}) == 1
-        if whole and all(b.shape == (x.shape[1], 1) for b in lists[3]) and mixed_layer_is_faster(x):
+        if (lists := self._of_one_op(x, gates)) is not None:
             joined = torch.cat(gates)
             for u, v, c, bias in zip(*lists):
                 x = mixed_cross_layer(x0, x, u, v, c, joined, bias.squeeze(1))
@@ -176,6 +174,15 @@ class CrossNetMix(nn.Module):
         for i in range(self.num_layers):
             x = _end_of_layer(x0, self._mixed(x, i, gates), x)
         return x
+
+    def _of_one_op(self, x: Tensor, gates: Sequence[Tensor] | None) -> list[Sequence[Tensor]] | None:
+        """All layers' u, v, c and biases, where ``mixed_cross_layer`` takes them and is the faster way, else None."""
+        if not mixed_layer_is_faster(x):
+            return None
+        lists = [_parameters_of(p) for p in (self.u_list, self.v_list, self.c_list, self.bias)]
+        if not _are_like(x, gates, *lists) or len({self.num_layers, *map(len, lists)}) > 1:
+            return None
+        return lists if all(b.shape == (x.shape[1], 1) for b in lists[3]) else None
 
     def _mixed(self, x: Tensor, i: int, gates: Sequence[Tensor] | None) -> Tensor:
         """The experts' sum by the gates and the bias, [B, D], of layer ``i``."""

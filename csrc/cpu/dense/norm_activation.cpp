@@ -192,13 +192,9 @@ struct NormSums {
 // Of no rows: the running statistics, which an update with them leaves as they are.
 template <class A>
 void keep_statistics(const NormArguments& a, A* batch_stats) {
-  std::fill_n(batch_stats, 2 * a.H(), A(0));
   for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
-    if (*t) {
-      const std::vector<A> values = values_of<A>(**t);
-      std::copy(values.begin(), values.end(), batch_stats);
-    }
-    batch_stats += a.H();
+    const std::vector<A> kept = values_or_zeros<A>(*t ? &**t : nullptr, a.H());
+    batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
   }
 }
 

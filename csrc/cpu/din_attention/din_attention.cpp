@@ -168,17 +168,18 @@ void accumulate_statistics(FoldedNetwork<A>& network, const DinArguments& a, con
   std::vector<double> var(H);
   for (int64_t h = 0; h < H; ++h) var[h] = all.deviation[h] / std::max(all.count, 1.);
   network.set_batch_statistics(i, all.mean, var);
-  const double unbiased = all.count / std::max(all.count - 1, 1.);
-  for (int64_t j = 0; all.count == 0 && j < 2 * a.config.norms(); ++j) {
-    std::vector<A> kept(H);  // the running ones, so that an update leaves them as they are
-    if (a.has_running_stats()) kept = values_of<A>(a.running_stats[2 * a.config.norms() * i + j]);
-    batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
+  if (all.count == 0) {  // an update with the running ones leaves them as they are
+    for (int64_t j = 2 * a.config.norms() * i; j < 2 * a.config.norms() * (i + 1); ++j) {
+      const auto kept = values_or_zeros<A>(a.has_running_stats() ? &a.running_stats[j] : nullptr, H);
+      batch_stats = std::copy(kept.begin(), kept.end(), batch_stats);
+    }
+    return;
   }
   for (const auto* norm : {a.config.batch_norm ? &network.hidden(i).own : nullptr,
                            a.config.dice_norm() ? &network.hidden(i).dice : nullptr}) {
-    if (!norm || all.count == 0) continue;
+    if (!norm) continue;
     batch_stats = std::copy(norm->mean.begin(), norm->mean.end(), batch_stats);
-    for (const double v : norm->var) *batch_stats++ = static_cast<A>(v * unbiased);
+    for (const double v : norm->var) *batch_stats++ = static_cast<A>(v * (all.count / (all.count - 1)));
   }
 }
 

@@ -138,10 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_cross_layer_cpu(const Tensor& x0, const
     common.stride_x = xu.stride(0);
     std::tie(common.v, common.u) = operands.pack(u, v, gates, false, shared);
     common.bias = shared.row(values_of<A>(bias));
-    common.experts.E = E;
-    common.experts.rank = rank;
-    common.experts.stride = padded<A>(rank);
-    common.experts.transposed = square_operands<A>(weight, true, shared);
+    common.experts = experts_of<A>(weight, shared);
     common.out = static_cast<T*>(out.mutable_data_ptr());
     common.product = keep_product ? static_cast<T*>(product.mutable_data_ptr()) : nullptr;
     common.projections = static_cast<A*>(projections.mutable_data_ptr());
@@ -188,10 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_cross_l
     std::tie(common.v, common.u) = operands.pack(u, v, gates, true, shared);
     common.weight = square_operands<A>(weight, false, shared);
     common.projections = static_cast<const A*>(projected.const_data_ptr());
-    common.experts.E = E;
-    common.experts.rank = rank;
-    common.experts.stride = padded<A>(rank);
-    common.experts.transposed = square_operands<A>(weight, true, shared);
+    common.experts = experts_of<A>(weight, shared);
     common.grad_x0 = static_cast<T*>(grad_x0.mutable_data_ptr());
     common.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
     common.D = D;

@@ -34,13 +34,9 @@ void check(const char* op, const Tensor& projections, const Tensor& weight) {
 
 template <class T>
 MixedExperts<T> params(const Tensor& projections, const Tensor& weight, Arena<Accumulator<T>>& arena) {
-  MixedExperts<T> a{};
+  MixedExperts<T> a = experts_of<T>(weight, arena);
   a.projections = static_cast<const T*>(projections.const_data_ptr());
   a.stride_row = projections.stride(0);
-  a.transposed = square_operands<Accumulator<T>>(weight, true, arena);
-  a.E = weight.size(0);
-  a.rank = weight.size(1);
-  a.stride = padded<Accumulator<T>>(a.rank);
   return a;
 }
 

@@ -1,10 +1,11 @@
-// Square matrices as operands of the GEMM.
+// Square matrices as operands of the GEMM, and experts, which have one each.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <utility>
 
+#include "cpu/interaction/params.h"
 #include "cpu/runtime/arena.h"
 #include "cpu/runtime/parallel.h"
 #include "cpu/runtime/values.h"
@@ -45,6 +46,17 @@ const A* square_operands(const Tensor& weight, bool transposed, Arena<A>& arena)
   return square_operands<A>(
       dtype_of(weight), weight.size(0), weight.size(1), transposed, arena,
       [&](int64_t i) { return SquareMatrix{first + i * bytes, weight.stride(1), weight.stride(2)}; });
+}
+
+// What both passes of experts with this weight [E, r, r] read, but their projections.
+template <class T>
+MixedExperts<T> experts_of(const Tensor& weight, Arena<Accumulator<T>>& arena) {
+  MixedExperts<T> a{};
+  a.E = weight.size(0);
+  a.rank = weight.size(1);
+  a.stride = padded<Accumulator<T>>(a.rank);
+  a.transposed = square_operands<Accumulator<T>>(weight, true, arena);
+  return a;
 }
 
 }  // namespace rk

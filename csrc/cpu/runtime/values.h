@@ -30,6 +30,12 @@ std::vector<A> values_of(const Tensor& t) {
   return values;
 }
 
+// The same of n values; zeros where there is no tensor.
+template <class A>
+std::vector<A> values_or_zeros(const Tensor* t, int64_t n) {
+  return t ? values_of<A>(*t) : std::vector<A>(n);
+}
+
 // Of int32 or int64.
 inline std::vector<int64_t> integers_of(const Tensor& t) {
   const Tensor u = torch::stable::contiguous(t);

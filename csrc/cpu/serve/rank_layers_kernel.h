@@ -53,7 +53,7 @@ RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
 #pragma GCC unroll 8
   for (int u = 0; u < 4 * kOf; ++u)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) sum[u][v] = p.init[4 * group + u] - V{};
+    for (int v = 0; v < kVecs; ++v) sum[u][v] = splat_to<V>(p.init[4 * group + u]);
   for (int64_t r = 0; r < p.num_runs; ++r) {
     const int64_t begin = p.runs[r].begin, n = p.runs[r].end - begin;
     const float *x = p.x + begin * kTile, *w = p.weight + group * stride + 4 * begin;
@@ -63,7 +63,7 @@ RK_INLINE void product_tile(const RankProduct& p, int64_t group) {
       for (int v = 0; v < kVecs; ++v) xv[v] = load_vector<V>(x + v * kLanes);
 #pragma GCC unroll 8
       for (int u = 0; u < 4 * kOf; ++u) {
-        const V wu = w[u / 4 * stride + u % 4] - V{};
+        const V wu = splat_to<V>(w[u / 4 * stride + u % 4]);
 #pragma GCC unroll 3
         for (int v = 0; v < kVecs; ++v) sum[u][v] += wu * xv[v];
       }

@@ -144,9 +144,14 @@ struct Traits<float> : Unconverted<float, f32v, kFloats> {};
 template <>
 struct Traits<double> : Unconverted<double, f64v, kDoubles> {};
 
+// s in every lane: s - 0, and not s + 0, so that -0 stays -0 and nothing is added.
+template <class V, class A>
+RK_INLINE V splat_to(A s) {
+  return s - V{};
+}
 template <class T>
 RK_INLINE typename Traits<T>::vec splat(typename Traits<T>::scalar s) {
-  return s - typename Traits<T>::vec{};  // s - 0, and not s + 0, so that -0 stays -0
+  return splat_to<typename Traits<T>::vec>(s);
 }
 
 // The first n lanes, 0 <= n < lanes: absent lanes load as zero and are never stored.
